@@ -1,0 +1,3 @@
+"""Penstock: submit once, stream anywhere, lose nothing."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The vocabulary of Penstock: no I/O, no third-party package but msgspec."""

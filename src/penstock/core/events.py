@@ -1,0 +1,118 @@
+"""What a job's log holds: runs of tokens, closed by exactly one terminal event.
+
+A position is the 1-based index of a token in its job's log; the terminal event's position is the last
+token's plus one. Runs are stored column-wise because a step appends to every running job at once and the
+common case (one choice, no logprobs) then needs two short lists and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from penstock.core.errors import ErrorInfo
+from penstock.core.job import Status, Usage
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    id: int
+    text: str
+    logprob: float
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of the chosen token and of its best alternatives."""
+
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens at positions ``position`` … ``position + len(ids) - 1``, all written under one attempt.
+
+    ``texts[i]`` is the text that token ``ids[i]`` completed (possibly empty: half a UTF-8 character, text held
+    back because it may become a stop string, the end-of-sequence token). ``choices`` tells which of the request's
+    ``n`` choices each token belongs to (None: all to choice 0).
+    """
+
+    position: int
+    attempt: int
+    ids: list[int]
+    texts: list[str]
+    choices: list[int] | None = None
+    logprobs: list[Logprob | None] | None = None
+
+    @property
+    def last(self) -> int:
+        return self.position + len(self.ids) - 1
+
+    def after(self, position: int) -> Tokens:
+        """The part of this run beyond *position* (itself when nothing has to be cut)."""
+        skip = position - self.position + 1
+        if skip <= 0:
+            return self
+        return Tokens(
+            self.position + skip,
+            self.attempt,
+            self.ids[skip:],
+            self.texts[skip:],
+            None if self.choices is None else self.choices[skip:],
+            None if self.logprobs is None else self.logprobs[skip:],
+        )
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """The terminal event. ``finish_reasons`` has one entry per choice when ``status`` is completed."""
+
+    position: int
+    attempt: int
+    status: Status
+    finish_reasons: tuple[str, ...] = ()
+    usage: Usage = Usage()
+    error: ErrorInfo | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.finish_reasons[0] if self.finish_reasons else None
+
+
+Event = Tokens | Ended
+
+
+class Completion(msgspec.Struct):
+    """A folded log: the text of each choice, its logprobs where asked for, and how it ended."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    logprobs: list[list[tuple[int, str, Logprob]]]
+    ended: Ended | None = None
+
+
+def fold(events: Iterable[Event], n: int = 1) -> Completion:
+    """A JSON reply is a fold of the log: join each choice's texts in order."""
+    parts: list[list[str]] = [[] for _ in range(n)]
+    result = Completion([""] * n, [[] for _ in range(n)], [[] for _ in range(n)])
+    for event in events:
+        if isinstance(event, Ended):
+            result.ended = event
+            continue
+        for i, (token, text) in enumerate(zip(event.ids, event.texts, strict=True)):
+            choice = event.choices[i] if event.choices is not None else 0
+            parts[choice].append(text)
+            result.ids[choice].append(token)
+            logprob = event.logprobs[i] if event.logprobs is not None else None
+            if logprob is not None:
+                result.logprobs[choice].append((token, text, logprob))
+    result.texts = ["".join(part) for part in parts]
+    return result
+
+
+def split_choices(ids: Sequence[int], choices: Sequence[int] | None, n: int) -> list[list[int]]:
+    """A logged prefix as one id list per choice: what an engine continues from."""
+    if choices is None:
+        return [list(ids), *([] for _ in range(n - 1))]
+    result: list[list[int]] = [[] for _ in range(n)]
+    for token, choice in zip(ids, choices, strict=True):
+        result[choice].append(token)
+    return result

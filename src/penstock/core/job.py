@@ -1,0 +1,174 @@
+"""The vocabulary: a request, its sampling, the job that carries it and the states it passes through."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import secrets
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from penstock.core.errors import ErrorInfo, InvalidRequest
+
+# Bounds of SPEC section 8. They are part of the types, so that a dialect cannot forget one.
+MaxTokens = Annotated[int, Meta(ge=1, le=1_000_000)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=0, le=100_000)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+Stop = Annotated[list[StopString], Meta(max_length=16)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+LogitBias = Annotated[dict[str, Bias], Meta(max_length=300)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+Choices = Annotated[int, Meta(ge=1, le=8)]
+Identifier = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Deadline = Annotated[float, Meta(gt=0, le=7 * 86400)]
+Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
+
+
+class Status(enum.StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        return self in TERMINAL
+
+
+TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.EXPIRED})
+
+#: Every legal move (SPEC section 2; drawn in docs/state-machine.md).
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    # A queued job may fail without running again: poisoned, or out of retries.
+    Status.QUEUED: frozenset({Status.RUNNING, Status.FAILED, Status.CANCELLED, Status.EXPIRED}),
+    Status.RUNNING: TERMINAL | {Status.QUEUED},
+    **dict.fromkeys(TERMINAL, frozenset()),
+}
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+OnDisconnect = Literal["continue", "cancel"]
+
+
+class Priority(enum.IntEnum):
+    """Classes served strictly in this order; fairness among tenants holds within a class."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BATCH = 2
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens are drawn. Neutral values mean "off"; temperature 0 is greedy.
+
+    ``logprobs``: None for none, else the number of alternatives to report beside the chosen token.
+    ``logit_bias`` maps token ids to an additive bias.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What to generate. Exactly one of ``prompt``, ``prompt_ids``, ``messages`` is set; ``n`` choices share it."""
+
+    model: str
+    prompt: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    sampling: Sampling = Sampling()
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("prompt", "prompt_ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest("Give exactly one of 'prompt' and 'messages'.", param="prompt")
+
+    @property
+    def estimated_prompt_tokens(self) -> int:
+        """A cheap guess before anything is tokenized (~4 bytes a token); corrected by the worker's count."""
+        if self.prompt_ids is not None:
+            return len(self.prompt_ids)
+        if self.prompt is not None:
+            return 1 + len(self.prompt) // 4
+        return sum(4 + len(message.content) // 4 for message in self.messages or ())
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One accepted request: what was asked, by whom, and where it stands. Times are seconds since the epoch."""
+
+    id: str
+    tenant: str
+    request: Request
+    user: str | None = None
+    priority: Priority = Priority.NORMAL
+    idempotency_key: str | None = None
+    fingerprint: bytes = b""
+    request_id: str | None = None
+    metadata: dict[str, str] = {}
+    on_disconnect: OnDisconnect = "continue"
+    deadline_at: float | None = None
+    created_at: float = 0.0
+
+    status: Status = Status.QUEUED
+    attempt: int = 0
+    queue_position: int | None = None
+    tokens: int = 0
+    prompt_tokens: int | None = None
+    started_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    finish_reasons: tuple[str, ...] = ()
+    error: ErrorInfo | None = None
+    retries: int = 0
+    crashes: int = 0
+    suspects: int = 0
+    """How many jobs may run beside each other while this one is suspected of killing engines (0: not a suspect)."""
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens or 0, self.tokens)
+
+
+def new_job_id() -> str:
+    """Unguessable (128 random bits): an id is also the capability to read a stream within its tenant."""
+    return "job_" + secrets.token_hex(16)
+
+
+def fingerprint(body: Any) -> bytes:
+    """What "the same body" means for idempotency: a digest of the canonical form of *body*."""
+    return hashlib.sha256(msgspec.json.encode(body, order="deterministic")).digest()

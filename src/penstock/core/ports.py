@@ -1,0 +1,275 @@
+"""The seams. Everything else in the package talks to these, never to a concrete broker or engine."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Protocol
+
+import msgspec
+
+from penstock.core.errors import ErrorInfo
+from penstock.core.events import Event, Logprob
+from penstock.core.job import Job, Priority, Request, Status
+
+
+class Clock(Protocol):
+    """Where time comes from; injected so that one contract test runs on every backend without sleeping."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        ...
+
+
+class SystemClock:
+    def now(self) -> float:
+        return time.time()
+
+
+# ---------------------------------------------------------------------------------------------- broker
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of a model that it serves."""
+
+    name: str
+    engine: str
+    context_length: int
+    precision: str = ""
+    deterministic: bool = False
+    vocab_size: int = 0
+    chat: bool = True
+    unsupported: tuple[str, ...] = ()
+    """Request fields this model's engine cannot honour; asking for one is a 400 ``unsupported``."""
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    models: tuple[ModelInfo, ...] = ()
+    slots: int = 0
+    state: str = "ready"
+    """ready | starting | restarting | draining."""
+    seen_at: float = 0.0
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A worker's right to append to a job's log, until it is fenced by the next attempt.
+
+    ``ids``/``choices`` are the log so far: the prefix that this attempt continues.
+    """
+
+    job: Job
+    attempt: int
+    ids: list[int] = []
+    choices: list[int] | None = None
+
+    @property
+    def key(self) -> LeaseKey:
+        return LeaseKey(self.job.tenant, self.job.id, self.attempt)
+
+
+class LeaseKey(msgspec.Struct, frozen=True):
+    tenant: str
+    job: str
+    attempt: int
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """How a worker closes a log: completed with reasons (one per choice), or failed with an error."""
+
+    finish_reasons: tuple[str, ...] = ()
+    error: ErrorInfo | None = None
+
+
+class Append(msgspec.Struct, frozen=True):
+    """New tokens of one job, the first at ``position``; with none it is a heartbeat. ``finish`` closes the log."""
+
+    lease: LeaseKey
+    position: int
+    ids: list[int] = []
+    texts: list[str] = []
+    choices: list[int] | None = None
+    logprobs: list[Logprob | None] | None = None
+    prompt_tokens: int | None = None
+    finish: Finish | None = None
+
+
+class Verdict(enum.StrEnum):
+    """What became of an append. Anything but OK means: stop generating this job."""
+
+    OK = "ok"
+    LOST = "lost"  # another attempt holds the lease, or the job is gone
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Release(msgspec.Struct, frozen=True):
+    """A lease given back before its job ended.
+
+    Plain (drain): the job goes to the head of its tenant's queue at no cost. ``crashed_beside`` (the number of jobs
+    that ran when the engine died, this one included) makes it a suspect, or quarantines it when it died alone for
+    the second time. ``retry`` (a failure that a retry may cure) costs one of ``max_attempts``; ``delay`` seconds
+    pass before the job can be claimed again.
+    """
+
+    lease: LeaseKey
+    crashed_beside: int | None = None
+    retry: ErrorInfo | None = None
+    delay: float = 0.0
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs to list; newest first. ``cursor`` is opaque, from the previous page."""
+
+    tenant: str
+    user: str | None = None
+    status: tuple[Status, ...] = ()
+    model: str | None = None
+    cursor: str | None = None
+    limit: int = 50
+
+
+class Page(msgspec.Struct, frozen=True):
+    jobs: list[Job]
+    cursor: str | None = None
+
+
+class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot for health, metrics and Retry-After. ``depth`` is keyed by (model, priority)."""
+
+    depth: dict[tuple[str, Priority], int]
+    jobs: dict[Status, int]
+    workers: list[WorkerInfo]
+    drain_rate: float = 0.0
+    """Jobs that ended per second, over the last minute."""
+    leases_lost: int = 0
+    durability: str = ""
+
+    @property
+    def queued(self) -> int:
+        return sum(self.depth.values())
+
+
+class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """The operator's numbers that every broker obeys. Times in seconds; a limit of 0 means none."""
+
+    max_queued: int = 10_000
+    max_queued_per_tenant: int = 1_000
+    max_running_per_tenant: int = 0
+    weights: dict[str, float] = {}
+    """Fair share per tenant (default 1.0)."""
+    input_cost: float = 1.0
+    output_cost: float = 2.0
+    lease_ttl: float = 5.0
+    result_ttl: float = 3600.0
+    max_attempts: int = 3
+    """Retries of curable errors beyond losses of workers."""
+
+
+class Broker(Protocol):
+    """Stores jobs, queue and logs. Eleven verbs; a twelfth needs an ADR (docs/adr/0003-broker-verbs.md).
+
+    Every verb may raise `BrokerUnavailable`. Tenants are part of every key: a foreign id is `NotFound`.
+    """
+
+    async def submit(self, job: Job) -> Job:
+        """Store *job* durably and queue it; the stored job, with its queue position.
+
+        Idempotent by (tenant, idempotency key): the same key and fingerprint give back the first job. Raises
+        `IdempotencyMismatch` for another fingerprint, `Overloaded` when the queue or the tenant's share is full.
+        """
+        ...
+
+    async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
+        """Lease up to *limit* jobs for *models*, waiting up to *wait* seconds for the first.
+
+        Order: priority class, then Virtual Token Counter across tenants, then oldest first. Registers the worker.
+        """
+        ...
+
+    async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
+        """Append one engine step of all running jobs in one transaction; verdicts by job id.
+
+        Fenced by attempt, deduplicated by position, renews the leases; returns after it is durable.
+        """
+        ...
+
+    async def release(self, releases: Sequence[Release]) -> None:
+        """Give leases back. A lease that is no longer held is ignored."""
+        ...
+
+    def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
+        """The log beyond position *after*: replay, follow, end after the terminal event.
+
+        Raises `NotFound`/`ExpiredResult`, and `LogRewound` when *after* lies beyond the log's head.
+        """
+        ...
+
+    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
+        """Ids of the user's jobs as they are submitted, from the call on. A hint: `list` is the truth."""
+        ...
+
+    async def cancel(self, tenant: str, job: str) -> Job:
+        """End the job now if it has not ended; its worker learns at its next append. Idempotent."""
+        ...
+
+    async def get(self, tenant: str, job: str) -> Job: ...
+
+    async def list(self, query: Query) -> Page: ...
+
+    async def stats(self) -> QueueStats: ...
+
+    async def sweep(self) -> int:
+        """Requeue jobs with dead leases, expire deadlines, wake delayed retries, drop what retention ended.
+
+        Returns how many jobs it touched. Safe to run anywhere, any number of times.
+        """
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- engine
+
+
+class Output(msgspec.Struct, array_like=True):
+    """What one or more engine steps produced for one job's sequences. Fields as in `Tokens` and `Append`.
+
+    ``key`` is the number under which the worker added them (one per lease: an old attempt's late output can never be
+    taken for the new one's).
+    """
+
+    key: int
+    ids: list[int] = []
+    texts: list[str] = []
+    choices: list[int] | None = None
+    logprobs: list[Logprob | None] | None = None
+    prompt_tokens: int | None = None
+    finish: Finish | None = None
+    retryable: bool = False
+
+
+class Engine(Protocol):
+    """Runs sequences with continuous batching. All of them advance together; one call drains one or more steps.
+
+    ``start`` loads (raises `ModelLoadError`); ``add`` and ``abort`` never block; ``step`` waits for the next outputs of
+    any sequence and raises `EngineDied` when the engine is gone (then every sequence is gone with it; call ``start``
+    again). A sequence that is refused (context, unsupported field) ends with ``finish.error``.
+    """
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]: ...
+
+    @property
+    def slots(self) -> int: ...
+
+    async def start(self) -> None: ...
+
+    def add(self, key: int, request: Request, ids: Sequence[int] = (), choices: Sequence[int] | None = None) -> None:
+        """Begin (or, with the logged prefix, continue) a generation under *key*."""
+        ...
+
+    def abort(self, key: int) -> None: ...
+
+    async def step(self) -> list[Output]: ...
+
+    async def close(self) -> None: ...

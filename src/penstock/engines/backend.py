@@ -1,0 +1,53 @@
+"""What an engine implements inside its child process: synchronous, single-threaded, one model.
+
+`penstock.engines.child` drives it: it adds and aborts sequences between steps and sends each step's outputs as one
+frame. Nothing here knows of asyncio, leases or logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from penstock.core.job import Request
+from penstock.core.ports import ModelInfo, Output
+
+
+class Backend(Protocol):
+    info: ModelInfo
+    slots: int
+    """How many sequences may run at once (a request with n choices takes n)."""
+
+    def add(self, key: int, request: Request, prefixes: list[list[int]]) -> None:
+        """Begin a request under *key*; ``prefixes[c]`` are the token ids that choice *c* already has (continue them).
+
+        Raises a `PenstockError` (context length, unsupported field) when it must be refused. A continuation counts
+        ``max_tokens`` from the start of the reply, not from the prefix, and rebuilds partial UTF-8, stop-string and
+        penalty state from the prefix. If the prefix already completed every choice (its last token was an end token,
+        a stop string or the max_tokens-th), the next `step` reports the finish and no token.
+        """
+        ...
+
+    def abort(self, key: int) -> None:
+        """Stop a request and free its slot; unknown keys are ignored. No more outputs for *key*."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Is there anything to step?"""
+        ...
+
+    def step(self) -> list[Output]:
+        """Advance every running sequence by one step; all their outputs (at most one `Output` per key).
+
+        The first output of a key carries ``prompt_tokens``; its last one carries ``finish``. An exception from here
+        takes the whole process down: it is for broken engines, not for bad requests.
+        """
+        ...
+
+
+#: Progress of a slow load: (what, fraction or None).
+Progress = Callable[[str, float | None], None]
+
+#: Loads a model: (name, path or None, options from ``--option``, progress). Raises `ModelLoadError`.
+Loader = Callable[[str, str | None, Mapping[str, Any], Progress], Backend]
