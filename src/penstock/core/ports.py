@@ -264,8 +264,8 @@ class Engine(Protocol):
 
     async def start(self) -> None: ...
 
-    def add(self, key: int, request: Request, ids: Sequence[int] = (), choices: Sequence[int] | None = None) -> None:
-        """Begin (or, with the logged prefix, continue) a generation under *key*."""
+    def add(self, key: int, lease: Lease) -> None:
+        """Begin, or continue after the lease's logged prefix, a generation under *key*."""
         ...
 
     def abort(self, key: int) -> None: ...

@@ -18,9 +18,10 @@ class Backend(Protocol):
     slots: int
     """How many sequences may run at once (a request with n choices takes n)."""
 
-    def add(self, key: int, request: Request, prefixes: list[list[int]]) -> None:
+    def add(self, key: int, request: Request, prefixes: list[list[int]], attempt: int) -> None:
         """Begin a request under *key*; ``prefixes[c]`` are the token ids that choice *c* already has (continue them).
 
+        ``attempt`` is the lease's number, for engines that show or use it.
         Raises a `PenstockError` (context length, unsupported field) when it must be refused. A continuation counts
         ``max_tokens`` from the start of the reply, not from the prefix, and rebuilds partial UTF-8, stop-string and
         penalty state from the prefix. If the prefix already completed every choice (its last token was an end token,
@@ -35,6 +36,10 @@ class Backend(Protocol):
     @property
     def busy(self) -> bool:
         """Is there anything to step?"""
+        ...
+
+    def delay(self) -> float:
+        """Seconds until `step` has something to do; 0 for an engine that computes."""
         ...
 
     def step(self) -> list[Output]:

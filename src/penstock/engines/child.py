@@ -1,0 +1,140 @@
+"""The engine process: ``python -m penstock.engines.child FD``. Loads one model, then takes commands and steps.
+
+Single-threaded on purpose: native steps may hold the interpreter lock all through, so commands are read between
+steps. The process dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+
+from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
+from penstock.core.ports import Finish, Output
+from penstock.engines.backend import Backend, Loader
+from penstock.engines.frames import (
+    Abort,
+    Add,
+    Failed,
+    Load,
+    Loading,
+    Outputs,
+    Ping,
+    Pong,
+    Ready,
+    Splitter,
+    ToChild,
+    ToParent,
+    encode,
+)
+
+#: Which module loads which engine. Imported only in the child: no engine's library enters the server's process.
+ENGINES = {
+    "openvino": "penstock.engines.openvino",
+    "synthetic": "penstock.engines.synthetic",
+}
+
+
+class Channel:
+    """The child's end of the pair: blocking sends (a parent that is behind slows the engine), polled receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._splitter = Splitter(ToChild)
+
+    def send(self, message: ToParent) -> None:
+        self._socket.sendall(encode(message))
+
+    def receive(self, wait: float | None) -> list[ToChild]:
+        """Commands that have arrived; waits up to *wait* seconds (None: for ever) for the first. Exits at the end."""
+        if wait != 0 and not select.select([self._socket], [], [], wait)[0]:
+            return []
+        try:
+            data = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not data:
+            os._exit(0)
+        return self._splitter.feed(data)
+
+
+def serve(channel: Channel, backend: Backend) -> None:
+    """Commands in, one frame of outputs per step out; for ever."""
+    while True:
+        refused: list[Output] = []
+        for command in channel.receive(backend.delay() if backend.busy else None):
+            match command:
+                case Add(key, request, prefixes, attempt):
+                    try:
+                        backend.add(key, request, prefixes, attempt)
+                    except PenstockError as error:
+                        refused.append(Output(key, finish=Finish(error=error.info)))
+                case Abort(key):
+                    backend.abort(key)
+                case Ping():
+                    channel.send(Pong())
+        outputs = refused + backend.step() if backend.busy else refused
+        if outputs:
+            channel.send(Outputs(outputs))
+
+
+def load(channel: Channel) -> Backend | None:
+    messages: list[ToChild] = []
+    while not messages:
+        messages = channel.receive(None)
+    command = messages[0]
+    assert isinstance(command, Load)
+    try:
+        module = importlib.import_module(ENGINES[command.engine])
+        loader: Loader = module.load
+        backend = loader(
+            command.model,
+            command.path,
+            command.options,
+            lambda what, fraction: channel.send(Loading(what, fraction)),
+        )
+    except PenstockError as error:
+        channel.send(Failed(error.info, ""))
+        return None
+    except Exception as error:
+        message = f"Loading {command.model!r} with the {command.engine} engine failed: {error}"
+        channel.send(Failed(ModelLoadError(message).info, traceback.format_exc()))
+        return None
+    channel.send(Ready(backend.info, backend.slots))
+    return backend
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        parent = os.getppid()
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent == 1 or os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
+    _die_with_parent()
+    os.dup2(2, 1)  # whatever a native library prints must not mix with the server's own output
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    backend = load(channel)
+    if backend is None:
+        sys.exit(1)
+    try:
+        serve(channel, backend)
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+    except Exception as error:
+        channel.send(Failed(ErrorInfo(f"The engine broke: {error}", code="engine_error"), traceback.format_exc()))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

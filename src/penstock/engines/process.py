@@ -1,0 +1,238 @@
+"""The parent's side of an engine process: starts it, feeds it, drains it, notices when it dies or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from penstock.core.errors import EngineDied, ErrorInfo, ModelLoadError, error_from_info
+from penstock.core.events import split_choices
+from penstock.core.ports import Lease, ModelInfo, Output
+from penstock.engines.frames import (
+    Abort,
+    Add,
+    Failed,
+    Load,
+    Loading,
+    Outputs,
+    Ping,
+    Ready,
+    Splitter,
+    ToChild,
+    ToParent,
+    encode,
+)
+
+#: Tokens that may wait to be taken before the child is made to wait.
+MAX_UNREAD = 32_768
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """Which engine serves which model: what ``--engine``, ``--model NAME=PATH`` and ``--option`` say."""
+
+    engine: str
+    model: str
+    path: str | None = None
+    options: Mapping[str, str] = {}
+
+
+class EngineProcess(asyncio.Protocol):
+    """`penstock.core.ports.Engine` over a child process.
+
+    A child that sends nothing for *hang_timeout* seconds (it answers pings between steps) is killed: a step of a real
+    engine is bounded, since prompts are prefilled in chunks. *load_timeout* bounds the loading of the model.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        hang_timeout: float = 30.0,
+        load_timeout: float = 900.0,
+        on_progress: Callable[[str, float | None], None] = lambda what, fraction: None,
+    ) -> None:
+        self.spec = spec
+        self._hang_timeout = hang_timeout
+        self._load_timeout = load_timeout
+        self._on_progress = on_progress
+        self._process: asyncio.subprocess.Process | None = None
+        self._transport: asyncio.Transport | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+        self._info: ModelInfo | None = None
+        self._slots = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._splitter = Splitter(ToParent)
+        self._unread: dict[int, Output] = {}
+        self._unread_tokens = 0
+        self._paused = False
+        self._heard_at = time.monotonic()
+        self._readable = asyncio.Event()
+        self._ready: asyncio.Future[Ready] | None = None
+        self._death: ErrorInfo | None = None
+
+    # ------------------------------------------------------------------------------------ Engine
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        return (self._info,) if self._info else ()
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """Start the child and wait until its model is loaded. Raises `ModelLoadError`."""
+        await self.close()
+        self._reset()
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "penstock.engines.child",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._ready = loop.create_future()
+        ours.setblocking(False)
+        self._transport, _ = await loop.create_unix_connection(lambda: self, sock=ours)
+        self._send(Load(self.spec.engine, self.spec.model, self.spec.path, dict(self.spec.options)))
+        try:
+            async with asyncio.timeout(self._load_timeout):
+                ready = await self._ready
+        except TimeoutError:
+            await self.close()
+            raise ModelLoadError(f"Loading {self.spec.model!r} took longer than {self._load_timeout:.0f} s.") from None
+        except BaseException:
+            await self.close()
+            raise
+        self._info, self._slots = ready.info, ready.slots
+        self._watchdog = asyncio.create_task(self._watch(), name=f"engine watchdog: {self.spec.model}")
+
+    def add(self, key: int, lease: Lease) -> None:
+        request = lease.job.request
+        self._send(Add(key, request, split_choices(lease.ids, lease.choices, request.n), lease.attempt))
+
+    def abort(self, key: int) -> None:
+        self._unread.pop(key, None)
+        self._send(Abort(key))
+
+    async def step(self) -> list[Output]:
+        """Everything that came since the last call, one `Output` per key; waits while there is nothing."""
+        while not self._unread:
+            if self._death is not None:
+                raise EngineDied(self._death.message)
+            self._readable.clear()
+            await self._readable.wait()
+        outputs = list(self._unread.values())
+        self._unread = {}
+        self._unread_tokens = 0
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return outputs
+
+    async def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+    # ------------------------------------------------------------------------------------ asyncio.Protocol
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = time.monotonic()
+        for message in self._splitter.feed(data):
+            match message:
+                case Outputs(outputs):
+                    self._collect(outputs)
+                case Loading(what, fraction):
+                    self._on_progress(what, fraction)
+                case Ready() if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(message)
+                case Failed(error, trace):
+                    if trace:
+                        print(trace, file=sys.stderr, flush=True)
+                    self._die(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._die(ErrorInfo(f"The engine process for {self.spec.model!r} died.", code="engine_error"))
+
+    def _collect(self, outputs: list[Output]) -> None:
+        unread = self._unread
+        for output in outputs:
+            self._unread_tokens += len(output.ids)
+            earlier = unread.get(output.key)
+            if earlier is None:
+                unread[output.key] = output
+                continue
+            earlier.ids += output.ids
+            earlier.texts += output.texts
+            if output.choices is not None:
+                earlier.choices = (earlier.choices or []) + output.choices
+            if output.logprobs is not None:
+                earlier.logprobs = (earlier.logprobs or []) + output.logprobs
+            earlier.finish = output.finish
+            earlier.retryable = output.retryable
+        self._readable.set()
+        if self._unread_tokens > MAX_UNREAD and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    # ------------------------------------------------------------------------------------ inside
+
+    def _send(self, message: ToChild) -> None:
+        if self._transport is not None:
+            self._transport.write(encode(message))
+
+    def _die(self, error: ErrorInfo) -> None:
+        if self._death is None:
+            self._death = error
+        if self._ready is not None and not self._ready.done():
+            failure = error_from_info(error)
+            self._ready.set_exception(failure if isinstance(failure, ModelLoadError) else ModelLoadError(error.message))
+        self._readable.set()
+
+    async def _watch(self) -> None:
+        """Ping; kill a child that has been silent for too long (stopped, dead-locked, swapped out)."""
+        interval = self._hang_timeout / 4
+        while True:
+            self._send(Ping())
+            await asyncio.sleep(interval)
+            if self._paused:
+                self._heard_at = time.monotonic()  # it may be us who don't listen
+            if time.monotonic() - self._heard_at > self._hang_timeout and self.pid is not None:
+                seconds = f"{self._hang_timeout:.0f}"
+                self._die(ErrorInfo(f"The engine process for {self.spec.model!r} hung for {seconds} s.", code="timeout"))
+                os.kill(self.pid, signal.SIGKILL)
+                return

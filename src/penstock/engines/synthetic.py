@@ -1,0 +1,119 @@
+"""The synthetic engine: for load and fault tests, through the same process and batching path as the real ones.
+
+At position p (from 1) under attempt a it emits the text ``p@a `` — so a reader of a stream sees at once a gap, a
+repeat or a stale attempt. Options: ``rate`` tokens a second per sequence (0: as fast as it can), ``slots``, and three
+words that, found in a prompt, make the engine misbehave: ``crash`` (the process dies), ``hang`` (it stops answering),
+``fail`` (that sequence ends with a retryable error).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelLoadError
+from penstock.core.job import Request
+from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.backend import Progress
+
+CONTEXT = 1_000_000
+
+
+class _Sequence:
+    __slots__ = ("attempt", "choices", "due", "emitted", "failing", "prompt_tokens", "request")
+
+    def __init__(self, request: Request, prefixes: list[list[int]], attempt: int, prompt_tokens: int) -> None:
+        self.request = request
+        self.attempt = attempt
+        self.emitted = [len(prefix) for prefix in prefixes]
+        self.choices = len(prefixes)
+        self.prompt_tokens: int | None = prompt_tokens
+        self.due = 0.0
+        self.failing = False
+
+
+class SyntheticBackend:
+    def __init__(self, name: str, options: Mapping[str, str]) -> None:
+        unknown = sorted(set(options) - {"rate", "slots", "crash", "hang", "fail"})
+        if unknown:
+            raise ModelLoadError(f"The synthetic engine has no option {unknown[0]!r}: it has rate, slots, crash, hang, fail.")
+        try:
+            self.rate = float(options.get("rate", "0"))
+            self.slots = int(options.get("slots", "256"))
+        except ValueError as error:
+            raise ModelLoadError(f"The synthetic engine's rate and slots are numbers: {error}") from error
+        self._words = {word: options[word] for word in ("crash", "hang", "fail") if word in options}
+        self._sequences: dict[int, _Sequence] = {}
+        self.info = ModelInfo(
+            name=name,
+            engine="synthetic",
+            context_length=CONTEXT,
+            deterministic=True,
+            unsupported=("logprobs",),
+        )
+
+    def add(self, key: int, request: Request, prefixes: list[list[int]], attempt: int) -> None:
+        text = request.prompt or " ".join(message.content for message in request.messages or ())
+        prompt_tokens = len(request.prompt_ids) if request.prompt_ids is not None else len(text.split())
+        if prompt_tokens >= CONTEXT:
+            raise ContextLengthExceeded(f"The prompt has {prompt_tokens} tokens, the model takes {CONTEXT}.")
+        sequence = _Sequence(request, prefixes, attempt, prompt_tokens)
+        misbehaviour = next((kind for kind, word in self._words.items() if word in text), None)
+        if misbehaviour == "crash":
+            os._exit(70)
+        while misbehaviour == "hang":
+            time.sleep(3600)
+        sequence.failing = misbehaviour == "fail"
+        if self.rate:
+            sequence.due = time.monotonic() + 1 / self.rate
+        self._sequences[key] = sequence
+
+    def abort(self, key: int) -> None:
+        self._sequences.pop(key, None)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._sequences)
+
+    def delay(self) -> float:
+        if not self.rate:
+            return 0.0
+        return max(0.0, min(sequence.due for sequence in self._sequences.values()) - time.monotonic())
+
+    def step(self) -> list[Output]:
+        now = time.monotonic() if self.rate else 0.0
+        outputs = []
+        for key, sequence in list(self._sequences.items()):
+            if sequence.due <= now:
+                output = self._advance(key, sequence)
+                outputs.append(output)
+                if output.finish is not None:
+                    del self._sequences[key]
+                elif self.rate:
+                    # Paced from the last due time, not from now: the rate holds on average.
+                    sequence.due = max(sequence.due + 1 / self.rate, now)
+        return outputs
+
+    def _advance(self, key: int, sequence: _Sequence) -> Output:
+        if sequence.failing:
+            error = ErrorInfo("The synthetic engine was asked to fail.", code="engine_error")
+            return Output(key, finish=Finish(error=error), retryable=True)
+        limit = sequence.request.sampling.max_tokens
+        ids, texts, choices = [], [], []
+        for choice in range(sequence.choices):
+            position = sequence.emitted[choice] + 1
+            if position <= limit:
+                sequence.emitted[choice] = position
+                ids.append(position)
+                texts.append(f"{position}@{sequence.attempt} ")
+                choices.append(choice)
+        output = Output(key, ids, texts, choices if sequence.choices > 1 else None, None, sequence.prompt_tokens)
+        sequence.prompt_tokens = None
+        if min(sequence.emitted) >= limit:
+            output.finish = Finish(("length",) * sequence.choices)
+        return output
+
+
+def load(name: str, path: str | None, options: Mapping[str, str], progress: Progress) -> SyntheticBackend:
+    return SyntheticBackend(name, options)

@@ -1,0 +1,286 @@
+"""The worker: claim → generate → append.
+
+Three loops over one table of active leases. `_claim_loop` fills free slots; `_engine_loop` turns each engine step
+into one append (durable before anyone sees it) and restarts an engine that died; `_heartbeat_loop` keeps the leases
+of jobs that have produced nothing lately. The verdict of every append says which jobs to drop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import secrets
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+import structlog
+
+from penstock.core.errors import BrokerUnavailable, EngineDied, ModelLoadError
+from penstock.core.ports import Append, Broker, Engine, Lease, Output, Release, Verdict, WorkerInfo
+
+log = structlog.get_logger("penstock.worker")
+
+#: New tokens after which a suspect of an engine's death is cleared (a resumed job meets its poison at once: it
+#: continues where it died) — unless it was there at this many deaths.
+TRIAL_TOKENS = 16
+TRIAL_CRASHES = 3
+
+
+class _Active:
+    """A lease whose job is in the engine."""
+
+    __slots__ = ("appended", "fresh", "lease", "position", "trial")
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.position = len(lease.ids) + 1
+        self.fresh = 0
+        self.trial = lease.job.suspects > 0
+        self.appended = True
+
+    def cleared(self) -> bool:
+        return self.fresh >= TRIAL_TOKENS and self.lease.job.crashes < TRIAL_CRASHES
+
+
+class Worker:
+    """Runs jobs of one engine. ``run`` returns after `stop`, when everything is appended or given back."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        engine: Engine,
+        *,
+        lease_ttl: float = 5.0,
+        drain_timeout: float = 5.0,
+        claim_wait: float = 1.0,
+        restart_backoff: float = 0.2,
+    ) -> None:
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._broker = broker
+        self._engine = engine
+        self._lease_ttl = lease_ttl
+        self._drain_timeout = drain_timeout
+        self._claim_wait = claim_wait
+        self._restart_backoff = restart_backoff
+        self._active: dict[int, _Active] = {}
+        self._pending: deque[Lease] = deque()
+        self._next_key = 0
+        self._state = "starting"
+        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()
+        """Set whenever a slot became free, the engine came up, or the worker is to stop."""
+
+    @property
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(id=self.id, models=self._engine.models, slots=self._engine.slots, state=self._state)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Load the model and work until `stop`. Raises `ModelLoadError` when the model cannot be loaded at all."""
+        try:
+            await self._engine.start()
+            self._state = "ready"
+            async with asyncio.TaskGroup() as tasks:
+                loops = [
+                    tasks.create_task(self._engine_loop(), name="worker: engine"),
+                    tasks.create_task(self._heartbeat_loop(), name="worker: heartbeat"),
+                    tasks.create_task(self._claim_loop(), name="worker: claim"),
+                ]
+                await self._stopping.wait()
+                await self._drain()
+                for loop in loops:
+                    loop.cancel()
+        finally:
+            await self._engine.close()
+
+    async def _drain(self) -> None:
+        """Let running jobs finish for a while, then hand the rest back: they go on elsewhere, or after a restart."""
+        self._state = "draining"
+        try:
+            async with asyncio.timeout(self._drain_timeout):
+                while self._active or self._pending:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            leases = [active.lease for active in self._active.values()]
+            self._active.clear()
+            await self._release([Release(lease.key) for lease in [*leases, *self._pending]])
+
+    # ------------------------------------------------------------------------------------ claim
+
+    async def _claim_loop(self) -> None:
+        while not self._stopping.is_set():
+            free = self._free_slots()
+            if free <= 0 or self._pending or self._state != "ready":
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            try:
+                models = [model.name for model in self._engine.models]
+                leases = await self._broker.claim(self.info, models, free, self._claim_wait)
+            except BrokerUnavailable as error:
+                log.warning("claim_failed", error=error.message)
+                await asyncio.sleep(random.uniform(0.1, 1.0))
+                continue
+            self._pending.extend(leases)
+            await self._admit()
+
+    def _free_slots(self) -> int:
+        return self._engine.slots - sum(active.lease.job.request.n for active in self._active.values())
+
+    async def _admit(self) -> None:
+        """Move pending leases into the engine. Suspects of an engine's death run only among themselves, and few."""
+        if self._state != "ready" and self._pending:
+            leases, self._pending = list(self._pending), deque()
+            await self._release([Release(lease.key) for lease in leases])
+            return
+        while self._pending and self._may_join(self._pending[0]):
+            lease = self._pending.popleft()
+            self._next_key += 1
+            self._active[self._next_key] = _Active(lease)
+            self._engine.add(self._next_key, lease)
+
+    def _may_join(self, lease: Lease) -> bool:
+        trials = [active for active in self._active.values() if active.trial]
+        if lease.job.suspects == 0:
+            return not trials
+        bystanders = len(self._active) > len(trials)
+        smallest = min([lease.job.suspects, *(active.lease.job.suspects for active in trials)])
+        return not bystanders and len(trials) < smallest
+
+    # ------------------------------------------------------------------------------------ generate → append
+
+    async def _engine_loop(self) -> None:
+        while True:
+            try:
+                outputs = await self._engine.step()
+            except EngineDied as error:
+                await self._bury_engine(error)
+                continue
+            await self._log_outputs(outputs)
+
+    async def _log_outputs(self, outputs: Sequence[Output]) -> None:
+        """One append for everything the engine produced, then drop what ended or was refused."""
+        appends: list[Append] = []
+        retries: list[Release] = []
+        key_of: dict[str, int] = {}
+        for output in outputs:
+            active = self._active.get(output.key)
+            if active is None:
+                continue  # dropped while its last output was under way
+            lease = active.lease.key
+            key_of[lease.job] = output.key
+            finish = output.finish
+            if finish is not None and finish.error is not None and output.retryable:
+                retries.append(Release(lease, retry=finish.error, delay=_backoff(active.lease.job.retries)))
+                finish = None
+            appends.append(
+                Append(
+                    lease,
+                    active.position,
+                    output.ids,
+                    output.texts,
+                    output.choices,
+                    output.logprobs,
+                    output.prompt_tokens,
+                    finish,
+                )
+            )
+            active.position += len(output.ids)
+            active.fresh += len(output.ids)
+            active.appended = True
+            if active.trial and active.cleared():
+                active.trial = False
+                self._changed.set()
+        if not appends:
+            return
+        verdicts = await self._append(appends)
+        if retries:
+            await self._release(retries)
+        ended = [append.lease.job for append in appends if append.finish is not None]
+        ended += [release.lease.job for release in retries]
+        self._drop(verdicts, key_of, ended)
+        if self._pending:
+            await self._admit()
+
+    def _drop(self, verdicts: dict[str, Verdict], key_of: dict[str, int], ended: Sequence[str] = ()) -> None:
+        for job in ended:
+            self._active.pop(key_of[job], None)
+        for job, verdict in verdicts.items():
+            if verdict is not Verdict.OK and self._active.pop(key_of[job], None) is not None:
+                log.info("job_dropped", job_id=job, verdict=verdict.value)
+                self._engine.abort(key_of[job])
+        self._changed.set()
+
+    async def _append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
+        """Append, however long the broker is away: the tokens are kept, and the engine waits behind them."""
+        delay = 0.05
+        while True:
+            try:
+                return await self._broker.append(appends)
+            except BrokerUnavailable as error:
+                log.warning("append_failed", error=error.message, retry_in=delay)
+                await asyncio.sleep(random.uniform(delay / 2, delay))
+                delay = min(2.0, delay * 2)
+
+    async def _release(self, releases: Sequence[Release]) -> None:
+        try:
+            await self._broker.release(releases)
+        except BrokerUnavailable as error:
+            log.warning("release_failed", error=error.message)  # the leases run out by themselves
+
+    # ------------------------------------------------------------------------------------ heartbeat, death
+
+    async def _heartbeat_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_ttl / 4)
+            key_of = {active.lease.job.id: key for key, active in self._active.items() if not active.appended}
+            quiet = [self._active[key].lease.key for key in key_of.values()]
+            waiting = [lease.key for lease in self._pending]
+            for active in self._active.values():
+                active.appended = False
+            try:
+                # A claim for nothing: says that we are alive when no slot is free to claim for.
+                await self._broker.claim(self.info, [], 0, 0)
+                verdicts = await self._broker.append([Append(lease, 0) for lease in [*quiet, *waiting]])
+            except BrokerUnavailable:
+                continue
+            lost = {lease.job for lease in waiting if verdicts.get(lease.job, Verdict.OK) is not Verdict.OK}
+            self._pending = deque(lease for lease in self._pending if lease.job.id not in lost)
+            self._drop({job: verdict for job, verdict in verdicts.items() if job in key_of}, key_of)
+            await self._admit()
+
+    async def _bury_engine(self, error: EngineDied) -> None:
+        """Give every job back as a suspect, and start a new engine, with growing pauses while that fails."""
+        leases = [active.lease for active in self._active.values()]
+        log.error("engine_died", error=error.message, jobs=len(leases))
+        self._active.clear()
+        self._state = "restarting" if not self._stopping.is_set() else "draining"
+        await self._release([Release(lease.key, crashed_beside=len(leases)) for lease in leases])
+        self._changed.set()
+        delay = self._restart_backoff
+        while True:
+            await asyncio.sleep(random.uniform(0, delay))
+            try:
+                await self._engine.start()
+                break
+            except ModelLoadError as failure:
+                log.error("engine_restart_failed", error=failure.message, retry_in=delay)
+                delay = min(30.0, delay * 2)
+        log.info("engine_restarted")
+        if not self._stopping.is_set():
+            self._state = "ready"
+        self._changed.set()
+
+
+def _backoff(retries: int) -> float:
+    """Exponential backoff with full jitter, in seconds."""
+    return random.uniform(0, min(30.0, 0.5 * 2**retries))
+
+
+
