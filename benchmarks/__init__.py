@@ -1,0 +1,1 @@
+"""Benchmarks: a load harness for LLM servers, and the comparisons Penstock is judged by. See README.md."""

@@ -1,0 +1,182 @@
+"""Targets: what is measured, described in `scenarios/targets.toml`, and how it is started and stopped.
+
+A target is either a *server* (started, waited for, loaded over HTTP, stopped) or a *command* (runs the load by itself
+and prints one JSON object a cell, as `engine_direct` does). Both kinds are a few lines of TOML with `{placeholders}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.load import Server
+
+HERE = Path(__file__).parent
+CATALOGUE = HERE / "scenarios" / "targets.toml"
+
+
+class TargetError(Exception):
+    """A target could not be started, with the end of what it printed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of the catalogue, its placeholders not yet filled in."""
+
+    name: str
+    command: list[str]
+    kind: str = "server"
+    about: str = ""
+    ready: str = "/health"
+    """Path that answers 200 once the server can be used."""
+    ready_timeout: float = 120.0
+    model: str = "default"
+    body: dict[str, Any] = field(default_factory=dict)
+    """Further fields of each request; null is written as the string "null" and removes a field."""
+    env: dict[str, str] = field(default_factory=dict)
+    warmup: int = 8
+
+
+def load_targets(path: Path = CATALOGUE) -> dict[str, Target]:
+    """The catalogue by name."""
+    return {name: Target(name=name, **entry) for name, entry in tomllib.loads(path.read_text()).items()}
+
+
+def default_variables() -> dict[str, str]:
+    """Values for the placeholders that need no `--set`."""
+    beside = Path(sys.executable).parent / "penstock"
+    return {
+        "python": sys.executable,
+        "penstock": str(beside) if beside.exists() else "penstock",
+        "transformers": "transformers",
+        "models": str(HERE / "models"),
+        "shape": "S",
+    }
+
+
+def fill(value: Any, variables: dict[str, str]) -> Any:
+    """Fill `{placeholders}` in strings, through lists and tables. JSON braces in a value need no escaping."""
+    if isinstance(value, str):
+        if value == "null":
+            return None
+        for name, text in variables.items():
+            value = value.replace("{" + name + "}", text)
+        return value
+    if isinstance(value, list):
+        return [fill(item, variables) for item in value]
+    if isinstance(value, dict):
+        return {key: fill(item, variables) for key, item in value.items()}
+    return value
+
+
+class Running:
+    """A started server target. A context manager: leaves no process behind, ends only what it started."""
+
+    def __init__(self, target: Target, variables: dict[str, str]) -> None:
+        self.target = target
+        self._scratch = tempfile.mkdtemp(prefix="penstock-bench-")
+        self.port = _free_port()
+        self._variables = variables | {"port": str(self.port), "data_dir": f"{self._scratch}/data"}
+        self._log = Path(self._scratch) / "log"
+        command = fill(target.command, self._variables)
+        with self._log.open("wb") as log:
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # its own process group, so that stopping it stops its children
+                    env=os.environ | fill(target.env, self._variables),
+                )
+            except OSError as error:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                raise TargetError(f"{target.name}: cannot start {command[0]}: {error.strerror}") from None
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def server(self) -> Server:
+        """Where and how to send the load."""
+        return Server(
+            url=f"http://127.0.0.1:{self.port}",
+            model=fill(self.target.model, self._variables),
+            body=fill(self.target.body, self._variables),
+            pids=(self.process.pid,),
+        )
+
+    def pause(self) -> None:
+        """SIGSTOP the whole tree, so that it eats no CPU while another target is measured."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def stop(self, patience: float = 15.0) -> None:
+        """SIGTERM to the process group, SIGKILL to what is left of it after `patience` seconds."""
+        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience)
+        _, alive = psutil.wait_procs(children, timeout=2)
+        if self.process.poll() is None or alive:
+            self._signal(signal.SIGKILL)
+            for child in alive:
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+            self.process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def _wait_until_ready(self) -> None:
+        url = f"http://127.0.0.1:{self.port}{self.target.ready}"
+        deadline = time.monotonic() + self.target.ready_timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise TargetError(f"{self.target.name} exited with {self.process.returncode}:\n{self._tail()}")
+            try:
+                with urllib.request.urlopen(url, timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                pass
+            time.sleep(0.1)
+        raise TargetError(
+            f"{self.target.name}: {url} was not ready in {self.target.ready_timeout:g} s:\n{self._tail()}"
+        )
+
+    def _tail(self) -> str:
+        return self._log.read_text(errors="replace")[-1500:]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
