@@ -1,0 +1,93 @@
+"""Which blocks of the paged key/value cache belong to whom: allocation, sharing of equal prefixes, eviction.
+
+Pure bookkeeping over block numbers; the tensors themselves belong to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: The node above every first block.
+ROOT = 0
+
+
+class BlockPool:
+    """Reference-counted blocks of *block_size* tokens each.
+
+    With *caching*, a full block stays findable by the tokens that lead to it after its last user has gone, until its
+    place is needed (least recently used first). Blocks are found by comparing the tokens themselves, along a tree of
+    prefixes: a hash could collide, and then one user would read another's context.
+    """
+
+    def __init__(self, blocks: int, block_size: int, *, caching: bool = True) -> None:
+        self.size = blocks
+        self.block_size = block_size
+        self._caching = caching
+        self._free = list(range(blocks - 1, -1, -1))
+        self._users = [0] * blocks
+        # The tree: (parent node, the block's tokens) → (node, block). Node numbers are never used twice, so what hung
+        # below an evicted block can no longer be found.
+        self._nodes: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+        self._place: dict[int, tuple[int, tuple[int, ...]]] = {}  # block → its place in the tree
+        self._idle: dict[int, None] = {}  # findable blocks without users, least recently used first
+        self._last_node = ROOT
+
+    @property
+    def available(self) -> int:
+        """How many blocks can still be allocated."""
+        return len(self._free) + len(self._idle)
+
+    def allocate(self) -> int | None:
+        """A block with one user, or None when all are in use."""
+        if self._free:
+            block = self._free.pop()
+        elif self._idle:
+            block = next(iter(self._idle))
+            del self._idle[block]
+            del self._nodes[self._place.pop(block)]
+        else:
+            return None
+        self._users[block] = 1
+        return block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Take one user off each block. The last blocks of a sequence are forgotten first."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if block in self._place:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def publish(self, parent: int, tokens: Sequence[int], block: int) -> int:
+        """Make a full *block*, whose prefix is *parent*, findable; its node. The first of equal blocks is kept."""
+        if not self._caching:
+            return ROOT
+        place = (parent, tuple(tokens))
+        known = self._nodes.get(place)
+        if known is not None:
+            return known[0]
+        self._last_node += 1
+        self._nodes[place] = (self._last_node, block)
+        self._place[block] = place
+        return self._last_node
+
+    def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """The blocks that hold the longest known prefix of *tokens*, each with one more user, and the last's node.
+
+        At least one token is left out: the model must be run on something to give logits.
+        """
+        found: list[int] = []
+        node = ROOT
+        size = self.block_size
+        for start in range(0, len(tokens) - size, size):
+            entry = self._nodes.get((node, tuple(tokens[start : start + size])))
+            if entry is None:
+                break
+            node, block = entry
+            if self._users[block] == 0:
+                del self._idle[block]
+            self._users[block] += 1
+            found.append(block)
+        return found, node

@@ -1,0 +1,130 @@
+"""What the operator typed in ``--model NAME[=PATH]``, turned into files. Never sees anything from a client."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from penstock.core.errors import ModelLoadError
+from penstock.engines.backend import Progress
+
+#: Models that come with the package: name → folder under ``penstock/bundled``.
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+
+IR_NAMES = ("openvino_model.xml", "openvino_language_model.xml")
+
+#: What is downloaded of a hub repository: weights and text files, never code and never pickles.
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "openvino_*.xml", "openvino_*.bin")
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """``ir``: the network's .xml; ``text``: the folder with tokenizer.json and the configs."""
+
+    ir: Path
+    text: Path
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept. ``PENSTOCK_CACHE`` moves it."""
+    given = os.environ.get("PENSTOCK_CACHE")
+    return Path(given) if given else user_cache_path("penstock")
+
+
+def resolve(name: str, path: str | None, progress: Progress, cache: Path | None = None) -> ModelFiles:
+    """The files of a model: a bundled name, a folder (OpenVINO or safetensors), an F16 .gguf file, or a hub name.
+
+    Raises `ModelLoadError` that says what to do.
+    """
+    wanted = path or name
+    cache = cache or cache_folder()
+    place = Path(wanted).expanduser()
+    if path is None and (BUNDLED / name / "config.json").is_file():
+        place = BUNDLED / name
+    if place.is_dir():
+        return _from_folder(place, progress, cache)
+    if place.suffix == ".gguf":
+        if not place.is_file():
+            raise ModelLoadError(f"There is no file {place}.")
+        return _from_gguf(place, progress, cache)
+    if _HUB_NAME.fullmatch(wanted) and not place.exists():
+        return _from_folder(_download(wanted, progress), progress, cache)
+    bundled = sorted(folder.name for folder in BUNDLED.iterdir() if (folder / "config.json").is_file())
+    raise ModelLoadError(
+        f"There is no model {wanted!r}. Give a folder with an OpenVINO or safetensors model, an F16 .gguf file, a name "
+        f"on the hub (organisation/name){', or ' + ' or '.join(bundled) if bundled else ''}: --model NAME=PATH."
+    )
+
+
+def _from_folder(folder: Path, progress: Progress, cache: Path) -> ModelFiles:
+    for name in IR_NAMES:
+        if (folder / name).is_file():
+            return ModelFiles(folder / name, folder)
+    if any(folder.glob("*.safetensors")):
+        from penstock.engines.ir import built  # imports OpenVINO: only where it is needed
+
+        progress("converting the weights", None)
+        target = built(folder, cache / "ir")
+        return ModelFiles(target / "openvino_model.xml", target)
+    raise ModelLoadError(
+        f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "
+        "first, for instance with optimum-intel: optimum-cli export openvino --model MODEL FOLDER."
+    )
+
+
+def _download(name: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import: only where it is needed
+
+    progress(f"downloading {name}", None)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:  # its own errors, httpx's, OSError: whatever the reason, the remedy is the same
+        raise ModelLoadError(
+            f"Cannot download {name!r} from the hub: {error}. Without a network, download it elsewhere with "
+            f"'hf download {name} --local-dir FOLDER', copy the folder here and give --model NAME=FOLDER."
+        ) from error
+
+
+def _from_gguf(file: Path, progress: Progress, cache: Path) -> ModelFiles:
+    """GenAI reads GGUF (F16 only here) and can save what it made of it; that is done once and cached."""
+    text = file.parent
+    if not (text / "tokenizer.json").is_file():
+        raise ModelLoadError(
+            f"{file} needs the model's tokenizer.json (and config.json, tokenizer_config.json) beside it: take them "
+            "from the model's original repository."
+        )
+    stat = file.stat()
+    target = cache / "ir" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    if not (target / "openvino_model.xml").is_file():
+        progress("converting the GGUF file", None)
+        _convert_gguf(file, target)
+    return ModelFiles(target / "openvino_model.xml", text)
+
+
+def _convert_gguf(file: Path, target: Path) -> None:
+    import penstock.engines._ov  # noqa: F401  # before GenAI: no telemetry
+    import openvino_genai
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    try:
+        # It saves beside the file it reads: let it read a link in a folder of ours.
+        (scratch / "model.gguf").symlink_to(file.resolve())
+        openvino_genai.LLMPipeline(scratch / "model.gguf", "CPU", enable_save_ov_model=True)
+        (scratch / "model.gguf").unlink()
+        scratch.rename(target)
+    except (RuntimeError, OSError) as error:
+        raise ModelLoadError(
+            f"{file} cannot be read: {error}. Only F16 files of Llama-like models are; for quantized ones use the "
+            "llama engine."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
