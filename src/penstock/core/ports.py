@@ -11,7 +11,7 @@ import msgspec
 
 from penstock.core.errors import ErrorInfo
 from penstock.core.events import Event, Logprob
-from penstock.core.job import Job, Priority, Request, Status
+from penstock.core.job import Job, Priority, Status
 
 
 class Clock(Protocol):

@@ -233,6 +233,8 @@ class EngineProcess(asyncio.Protocol):
                 self._heard_at = time.monotonic()  # it may be us who don't listen
             if time.monotonic() - self._heard_at > self._hang_timeout and self.pid is not None:
                 seconds = f"{self._hang_timeout:.0f}"
-                self._die(ErrorInfo(f"The engine process for {self.spec.model!r} hung for {seconds} s.", code="timeout"))
+                self._die(
+                    ErrorInfo(f"The engine process for {self.spec.model!r} hung for {seconds} s.", code="timeout")
+                )
                 os.kill(self.pid, signal.SIGKILL)
                 return

@@ -37,7 +37,9 @@ class SyntheticBackend:
     def __init__(self, name: str, options: Mapping[str, str]) -> None:
         unknown = sorted(set(options) - {"rate", "slots", "crash", "hang", "fail"})
         if unknown:
-            raise ModelLoadError(f"The synthetic engine has no option {unknown[0]!r}: it has rate, slots, crash, hang, fail.")
+            raise ModelLoadError(
+                f"The synthetic engine has no option {unknown[0]!r}: it has rate, slots, crash, hang, fail."
+            )
         try:
             self.rate = float(options.get("rate", "0"))
             self.slots = int(options.get("slots", "256"))

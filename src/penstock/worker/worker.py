@@ -281,6 +281,3 @@ class Worker:
 def _backoff(retries: int) -> float:
     """Exponential backoff with full jitter, in seconds."""
     return random.uniform(0, min(30.0, 0.5 * 2**retries))
-
-
-

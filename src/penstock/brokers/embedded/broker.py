@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import sqlite3
-import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -178,7 +178,7 @@ class EmbeddedBroker:
         self._enter_queue(tx, job.tenant, job.request.model, job.priority, arriving=True)
         self._count(tx, None, Status.QUEUED)
         self._live[job.id] = LiveLog(job.tenant)
-        tx.undo.append(lambda: self._live.pop(job.id, None))
+        tx.undo.append(partial(_pop, self._live, job.id))
         if job.user is not None and (feeds := self._arrivals.get((job.tenant, job.user))):
             tx.then.extend(partial(feed.put_nowait, job.id) for feed in feeds)
         seq = cursor.lastrowid
@@ -233,9 +233,7 @@ class EmbeddedBroker:
         if ready:
             self._enter_lane(tx, tenant, model, priority, counter, served)
 
-    def _enter_lane(
-        self, tx: Transaction, tenant: str, model: str, priority: int, counter: float, served: int
-    ) -> None:
+    def _enter_lane(self, tx: Transaction, tenant: str, model: str, priority: int, counter: float, served: int) -> None:
         tx.conn.execute(
             "INSERT INTO lanes (model, priority, tenant, queued, counter, served) VALUES (?,?,?,1,?,?) "
             "ON CONFLICT (tenant, model, priority) DO UPDATE SET queued = queued + 1",
@@ -364,7 +362,7 @@ class EmbeddedBroker:
             self._running[job_id] = _Running(
                 seq, tenant, attempt, head, now + policy.lease_ttl, deadline_at, prompt_tokens, estimate
             )
-            tx.undo.append(partial(self._running.pop, job_id, None))
+            tx.undo.append(partial(_pop, self._running, job_id))
             job = msgspec.structs.replace(
                 _job(row, head, None, None), status=Status.RUNNING, attempt=attempt, started_at=row[15] or now
             )
@@ -473,14 +471,14 @@ class EmbeddedBroker:
             tx, running.seq, job, Ended(running.head + 1, running.attempt, status, finish_reasons, usage, error)
         )
 
-    def _end_queued(self, tx: Transaction, row: sqlite3.Row | tuple[object, ...], status: Status, error: ErrorInfo) -> None:
+    def _end_queued(
+        self, tx: Transaction, row: sqlite3.Row | tuple[object, ...], status: Status, error: ErrorInfo
+    ) -> None:
         job = _read_job(tx.conn, row)
         ready = tx.conn.execute("SELECT ready FROM jobs WHERE seq = ?", (row[0],)).fetchone()[0]
         self._leave_queue(tx, job.tenant, job.request.model, job.priority, ready=bool(ready))
         self._count(tx, Status.QUEUED, status)
-        self._close_log(
-            tx, int(str(row[0])), job.id, Ended(job.tokens + 1, job.attempt, status, (), job.usage, error)
-        )
+        self._close_log(tx, int(str(row[0])), job.id, Ended(job.tokens + 1, job.attempt, status, (), job.usage, error))
 
     def _expire(self, tx: Transaction, row: tuple[object, ...]) -> None:
         self._end_queued(tx, row, Status.EXPIRED, _EXPIRED)
@@ -541,7 +539,7 @@ class EmbeddedBroker:
 
     def _cancel(self, tenant: str, job: str, tx: Transaction) -> Job:
         row = _find(tx.conn, tenant, job)
-        status = Status(row[6])
+        status = Status(str(row[6]))
         if not status.terminal:
             if status is Status.RUNNING:
                 self._end_running(tx, self._running[job], job, Status.CANCELLED, error=_CANCELLED)
@@ -588,9 +586,7 @@ class EmbeddedBroker:
         if losses > MAX_LOSSES:
             self._end_running(tx, running, job, Status.FAILED, error=_POISONED)
             return
-        (model, priority) = tx.conn.execute(
-            "SELECT model, priority FROM jobs WHERE seq = ?", (running.seq,)
-        ).fetchone()
+        (model, priority) = tx.conn.execute("SELECT model, priority FROM jobs WHERE seq = ?", (running.seq,)).fetchone()
         self._drop_lease(tx, job, running)
         self._requeue(tx, running.seq, running.tenant, model, priority)
 
@@ -687,6 +683,10 @@ _POISONED = ErrorInfo(
 _Row = tuple[object, ...]
 
 
+def _pop(mapping: dict[str, Any], key: str) -> None:
+    mapping.pop(key, None)
+
+
 def _publish(published: Iterable[tuple[LiveLog, Event]]) -> None:
     for live, event in published:
         live.publish(event)
@@ -702,7 +702,9 @@ def _rewound(after: int, head: int) -> LogRewound:
 
 
 def _find(conn: sqlite3.Connection, tenant: str, job: str) -> _Row:
-    row: _Row | None = conn.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND tenant = ?", (job, tenant)).fetchone()
+    row: _Row | None = conn.execute(
+        f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND tenant = ?", (job, tenant)
+    ).fetchone()
     if row is not None:
         return row
     if conn.execute("SELECT 1 FROM tombstones WHERE id = ? AND tenant = ?", (job, tenant)).fetchone():

@@ -11,6 +11,9 @@ from collections.abc import AsyncIterator
 
 from penstock.core.events import Ended, Event, Tokens
 
+#: Appends that one run of a replay joins at most: bounds what a single send puts into a socket's buffer.
+MAX_JOINED = 256
+
 
 class LiveLog:
     """Events beyond position ``base`` (what was logged before this process opened the store stays on disk)."""
@@ -51,7 +54,8 @@ class LiveLog:
                 if event.last <= after:
                     continue
                 first = index
-                while index < ready and _continues(event, self.events[index]):
+                until = min(ready, first + MAX_JOINED)
+                while index < until and _continues(event, self.events[index]):
                     index += 1
                 if index > first:
                     event = _join([event, *self.events[first:index]])

@@ -1,0 +1,129 @@
+"""What every route needs of HTTP: the call, its body read under limits, answers and errors in one shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from starlette.datastructures import Headers, QueryParams
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge, UnsupportedEncoding
+
+if TYPE_CHECKING:
+    from penstock.gateway.service import Gateway
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+_AT_PATH = re.compile(r" - at `\$\.?(.*?)`$")
+
+
+class Call:
+    """One HTTP request on its way through a route."""
+
+    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive) -> None:
+        self.gateway = gateway
+        self.scope = scope
+        self.receive = receive
+        self.headers = Headers(scope=scope)
+        self.query = QueryParams(scope["query_string"])
+        self.path: dict[str, str] = scope.get("path_params", {})
+        self.request_id: str = scope.get("penstock.request_id", "")
+        self.tenant: str = scope.get("penstock.tenant", "default")
+
+    async def body(self, kind: type[T]) -> T:
+        """The JSON body as *kind*. Raises `InvalidRequest`, `RequestTooLarge`, `UnsupportedEncoding`."""
+        return decode(await self.raw_body(), kind)
+
+    async def raw_body(self) -> bytes:
+        encoding = self.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise UnsupportedEncoding(f"Content-Encoding {encoding[:40]!r} is not accepted: send the body as it is.")
+        limit = self.gateway.config.max_body
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise InvalidRequest("The client left before the body was complete.")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise RequestTooLarge(f"The body is larger than {limit} bytes.")
+            parts.append(part)
+            if not message.get("more_body", False):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def gone(self) -> None:
+        """Returns when the client has left."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    @property
+    def last_event_id(self) -> int | None:
+        """Where to resume: the ``Last-Event-ID`` header, or ``?after=``."""
+        text = self.headers.get("last-event-id") or self.query.get("after")
+        if text is None or text == "":
+            return None
+        if not text.isascii() or not text.isdigit() or len(text) > 15:
+            raise InvalidRequest("Last-Event-ID (or ?after=) is a position: a whole number from 0.", param="after")
+        return int(text)
+
+
+def decode(raw: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from error
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRequest("The body is nested too deeply.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("The body is not valid UTF-8.") from error
+
+
+def _explain(message: str) -> InvalidRequest:
+    """msgspec's "Expected `int` >= 1 - at `$.max_tokens`", with the field as ``param``."""
+    found = _AT_PATH.search(message)
+    if found is None:
+        unknown = re.search(r"unknown field `(.*?)`", message)
+        return InvalidRequest(message, param=unknown[1] if unknown else None)
+    return InvalidRequest(f"{found[1]}: {message[: found.start()]}", param=found[1] or None)
+
+
+def json_reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_encoder.encode(value), status, headers, "application/json")
+
+
+def error_reply(error: PenstockError, headers: dict[str, str] | None = None) -> Response:
+    """The one error shape. 429 and 503 say when to come back."""
+    headers = dict(headers or {})
+    if error.status in (429, 503):
+        seconds = error.retry_after if error.retry_after is not None else 1.0
+        headers["retry-after"] = str(max(1, round(seconds)))
+        headers["retry-after-ms"] = str(max(1, round(seconds * 1000)))
+    return json_reply({"error": error.info}, error.status, headers)
+
+
+Handler = Callable[[Call], Awaitable[ASGIApp]]
+
+
+class Endpoint:
+    """A route's handler as an ASGI app: parse → submit → respond, failures in the one shape."""
+
+    def __init__(self, gateway: Gateway, handler: Handler) -> None:
+        self._gateway = gateway
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._handler(Call(self._gateway, scope, receive))
+        except PenstockError as error:
+            scope["penstock.error"] = error.code
+            response = error_reply(error)
+        await response(scope, receive, send)

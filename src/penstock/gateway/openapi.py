@@ -1,0 +1,168 @@
+"""The API described for machines (``/openapi.json``) and people (``/docs``), from the types that routes decode."""
+
+from __future__ import annotations
+
+import functools
+import html
+from typing import Any
+
+import msgspec
+
+from penstock import __version__
+from penstock.core.errors import ErrorInfo
+from penstock.gateway.routes.jobs import Generate, GenerateJob
+from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+
+
+class ErrorBody(msgspec.Struct):
+    """The one shape of every failure."""
+
+    error: ErrorInfo
+
+
+_ID = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+
+
+def _query(**names: str) -> list[dict[str, Any]]:
+    return [{"name": name, "in": "query", "schema": {"type": kind}} for name, kind in names.items()]
+
+
+_RESUME: list[dict[str, Any]] = [
+    {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string"}},
+    *_query(after="string"),
+]
+
+#: (method, path) → summary, body type, status of success, whether it may answer as SSE, parameters
+OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[str, Any]]]] = {
+    ("POST", "/v1/jobs"): ("Submit a job; never waits", GenerateJob, 202, False, []),
+    ("GET", "/v1/jobs"): (
+        "List jobs, newest first",
+        None,
+        200,
+        False,
+        _query(status="string", model="string", user_id="string", cursor="string", limit="integer"),
+    ),
+    ("GET", "/v1/jobs/{id}"): ("A job, with its result once it has ended", None, 200, False, _ID),
+    ("GET", "/v1/jobs/{id}/events"): ("The job's log as SSE; resumable", None, 200, True, _ID + _RESUME),
+    ("POST", "/v1/jobs/{id}/cancel"): ("Cancel a job; idempotent", None, 200, False, _ID),
+    ("GET", "/v1/events"): (
+        "All jobs of a user over one SSE stream; resumable",
+        None,
+        200,
+        True,
+        [{"name": "user_id", "in": "query", "required": True, "schema": {"type": "string"}}, *_RESUME],
+    ),
+    ("POST", "/v1/generate"): ("Generate: one JSON reply, or a stream", Generate, 200, True, []),
+    ("POST", "/v1/chat/completions"): ("OpenAI chat completions", ChatCompletion, 200, True, []),
+    ("POST", "/v1/completions"): ("OpenAI completions", TextCompletion, 200, True, []),
+    ("GET", "/v1/models"): ("The models served", None, 200, False, []),
+    ("GET", "/v1/models/{model:path}"): (
+        "One model",
+        None,
+        200,
+        False,
+        [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
+    ),
+    ("GET", "/healthz"): ("Liveness", None, 200, False, []),
+    ("GET", "/readyz"): ("Readiness", None, 200, False, []),
+    ("GET", "/health"): ("Broker, workers, models, queue", None, 200, False, []),
+}
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """The OpenAPI 3.1 document."""
+    bodies = [body for _, body, *_ in OPERATIONS.values() if body is not None]
+    schemas, components = msgspec.json.schema_components(
+        [*bodies, ErrorBody], ref_template="#/components/schemas/{name}"
+    )
+    schema_of = dict(zip(bodies, schemas, strict=False))
+    error = {"description": "Error", "content": {"application/json": {"schema": schemas[-1]}}}
+    paths: dict[str, Any] = {}
+    for (method, path), (summary, body, status, stream, parameters) in OPERATIONS.items():
+        content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+        if stream:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        responses: dict[str, Any] = {str(status): {"description": summary, "content": content}, "default": error}
+        if path == "/v1/jobs/{id}/events":
+            responses["204"] = {"description": "Everything was delivered already"}
+        operation: dict[str, Any] = {"summary": summary, "responses": responses}
+        if parameters:
+            operation["parameters"] = parameters
+        if body is not None:
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[body]}}}
+        paths.setdefault(path.replace(":path", ""), {})[method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Penstock",
+            "version": __version__,
+            "description": "Submit once, stream anywhere, lose nothing.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+@functools.cache
+def page() -> str:
+    """The same as one self-contained HTML page: no script, no network."""
+    rows = []
+    for path, operations in document()["paths"].items():
+        for method, operation in operations.items():
+            fields = "".join(_parameter(parameter) for parameter in operation.get("parameters", []))
+            body = operation.get("requestBody")
+            if body is not None:
+                fields += _fields(body["content"]["application/json"]["schema"])
+            rows.append(
+                f"<details><summary><code><b>{method.upper()}</b> {html.escape(path)}</code> "
+                f"{html.escape(operation['summary'])}</summary><table>{fields}</table></details>"
+            )
+    return _PAGE.format(version=__version__, rows="\n".join(rows))
+
+
+def _parameter(parameter: dict[str, Any]) -> str:
+    return _row(
+        parameter["name"], f"{parameter['in']}, {parameter['schema']['type']}", parameter.get("required", False)
+    )
+
+
+def _fields(schema: dict[str, Any]) -> str:
+    components = document()["components"]["schemas"]
+    resolved = components[schema["$ref"].rsplit("/", 1)[1]]
+    required = resolved.get("required", [])
+    return "".join(_row(name, _kind(kind), name in required) for name, kind in resolved["properties"].items())
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " | ".join(_kind(option) for option in schema["anyOf"])
+    if "$ref" in schema:
+        return str(schema["$ref"].rsplit("/", 1)[1])
+    kind = "one of " + ", ".join(map(str, schema["enum"])) if "enum" in schema else str(schema.get("type", "any"))
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "maxLength": "length ≤", "maxItems": "items ≤"}
+    limits = [f"{sign} {schema[key]}" for key, sign in bounds.items() if key in schema]
+    return f"{kind} ({', '.join(limits)})" if limits else kind
+
+
+def _row(name: str, kind: str, required: bool) -> str:
+    star = " *" if required else ""
+    return f"<tr><td><code>{html.escape(name)}{star}</code></td><td>{html.escape(kind)}</td></tr>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Penstock API</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }}
+details {{ border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); padding: .4rem 0; }}
+summary {{ cursor: pointer; }} table {{ margin: .5rem 1.2rem; }} td {{ padding: 0 1rem 0 0; vertical-align: top; }}
+</style></head><body>
+<h1>Penstock {version}</h1>
+<p>Submit once, stream anywhere, lose nothing. Machine-readable: <a href="/openapi.json">openapi.json</a>.
+Fields with a star are required.</p>
+{rows}
+</body></html>
+"""

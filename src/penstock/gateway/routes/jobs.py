@@ -1,0 +1,302 @@
+"""Penstock's own API: submit, look, follow, cancel; ``/v1/generate`` in one call; one stream for all of a user."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
+from penstock.core.events import Ended, Event, Tokens, fold
+from penstock.core.job import Job, Request, Status, TopLogprobs
+from penstock.core.ports import Query
+from penstock.gateway.feed import Cursor, feed
+from penstock.gateway.http import Call, json_reply
+from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenIds, submission
+from penstock.gateway.sse import EventStream, frame, json_string
+
+_json = msgspec.json.Encoder().encode
+
+
+class GenerateJob(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /v1/jobs``: a prompt (text or token ids) or messages, and how to sample."""
+
+    model: str | None = None
+    prompt: str | TokenIds | None = None
+    messages: ChatMessages | None = None
+    logprobs: TopLogprobs | None = None
+
+    def request(self, call: Call) -> Request:
+        ids = self.prompt if isinstance(self.prompt, list) else None
+        return Request(
+            model=self.model or call.gateway.catalogue.default,
+            prompt=self.prompt if isinstance(self.prompt, str) else None,
+            prompt_ids=tuple(ids) if ids is not None else None,
+            messages=tuple(message.plain() for message in self.messages) if self.messages is not None else None,
+            sampling=self.sampling(max_tokens=64, temperature=0.7, logprobs=self.logprobs),
+            n=self.n or 1,
+        )
+
+
+class Generate(GenerateJob, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /v1/generate``."""
+
+    stream: bool = False
+
+
+# ---------------------------------------------------------------------------------------------- routes
+
+
+async def submit(call: Call) -> ASGIApp:
+    body = await call.body(GenerateJob)
+    wish = submission(call, body, user=body.user_id, on_disconnect="continue")
+    job = await call.gateway.submit(body.request(call), wish)
+    return json_reply(
+        {
+            "id": job.id,
+            "status": job.status,
+            "position_in_queue": job.queue_position,
+            "links": _links(job.id),
+        },
+        202,
+        {"location": f"/v1/jobs/{job.id}"},
+    )
+
+
+async def show(call: Call) -> ASGIApp:
+    return json_reply(await job_view(call, await call.gateway.broker.get(call.tenant, call.path["id"])))
+
+
+async def cancel(call: Call) -> ASGIApp:
+    return json_reply(await job_view(call, await call.gateway.broker.cancel(call.tenant, call.path["id"])))
+
+
+async def list_jobs(call: Call) -> ASGIApp:
+    query = call.query
+    unknown = sorted(set(query) - {"status", "model", "user", "user_id", "cursor", "limit"})
+    if unknown:
+        raise InvalidRequest(f"Unknown query parameter {unknown[0]!r}.", param=unknown[0])
+    try:
+        status = tuple(Status(name) for name in query["status"].split(",")) if "status" in query else ()
+        limit = int(query.get("limit", "50"))
+    except ValueError as error:
+        raise InvalidRequest(f"status is one of {', '.join(Status)}; limit is a number: {error}") from error
+    if not 1 <= limit <= 500:
+        raise InvalidRequest("limit is between 1 and 500.", param="limit")
+    page = await call.gateway.broker.list(
+        Query(
+            tenant=call.tenant,
+            user=query.get("user_id") or query.get("user"),
+            status=status,
+            model=query.get("model"),
+            cursor=query.get("cursor"),
+            limit=limit,
+        )
+    )
+    return json_reply({"data": [_summary(job) for job in page.jobs], "next_cursor": page.cursor})
+
+
+async def events(call: Call) -> ASGIApp:
+    """The job's log as SSE, from the beginning or after a position."""
+    after = call.last_event_id or 0
+    job = await call.gateway.broker.get(call.tenant, call.path["id"])
+    if job.status.terminal and after == job.tokens + 1:
+        return Response(status_code=204)  # everything was delivered: tells an EventSource to stop
+    following = call.gateway.follow(job, after)
+    try:
+        first = await following.peek(0.02 if after else 0)
+        if first is None and job.status.terminal:
+            first = await following.peek(5)
+    except LogRewound as error:
+        await following.close(complete=True)
+        return EventStream(call.gateway.streams, _single(_error_frame(job.id, job.status, error)))
+    except BaseException:
+        await following.close(complete=True)
+        raise
+    return EventStream(
+        call.gateway.streams,
+        render(job, aiter(following)),
+        headers={"x-penstock-job": job.id},
+        on_close=following.close,
+    )
+
+
+async def generate(call: Call) -> ASGIApp:
+    body = await call.body(Generate)
+    wish = submission(call, body, user=body.user_id, on_disconnect="cancel")
+    job = await call.gateway.submit(body.request(call), wish)
+    if body.stream:
+        return await call.gateway.stream(call.gateway.follow(job, call.last_event_id or 0), partial(render, job))
+    completion = await call.gateway.fold(job, call.gone)
+    assert completion.ended is not None
+    return json_reply(
+        {
+            "job_id": job.id,
+            "model": job.request.model,
+            "text": completion.texts[0],
+            "texts": completion.texts if job.request.n > 1 else None,
+            "finish_reason": completion.ended.finish_reason,
+            "usage": usage_view(completion.ended),
+        },
+        headers={"x-penstock-job": job.id},
+    )
+
+
+async def user_events(call: Call) -> ASGIApp:
+    """All of one user's jobs over one connection."""
+    user = call.query.get("user_id")
+    if not user:
+        raise InvalidRequest("Say whose jobs: ?user_id=…", param="user_id")
+    text = call.headers.get("last-event-id") or call.query.get("after")
+    cursor = Cursor.parse(text) if text else None
+    blocks = feed(call.gateway.broker, call.tenant, user, cursor, token_frame, complete_frame)
+    return EventStream(call.gateway.streams, blocks)
+
+
+# ---------------------------------------------------------------------------------------------- rendering
+
+
+async def render(job: Job, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+    """A job's events as ``token``…, then ``done`` or ``error``; the first block carries ``retry:``."""
+    retry = b"retry: 1000\n"
+    async for event in events:
+        yield retry + (token_frames(job.id, event) if isinstance(event, Tokens) else end_frame(job.id, event))
+        retry = b""
+
+
+def token_frames(job: str, run: Tokens) -> bytes:
+    """One ``token`` block per token. Written by hand: this is the hottest line of the gateway."""
+    head = f'\nevent: token\ndata: {{"job_id":"{job}","token":'
+    attempt = f',"attempt":{run.attempt}'
+    if run.choices is None and run.logprobs is None:
+        parts = [
+            f'id: {position}{head}{json_string(text)},"token_id":{token}{attempt}}}\n\n'
+            for position, (token, text) in enumerate(zip(run.ids, run.texts, strict=True), run.position)
+        ]
+        return "".join(parts).encode()
+    return "".join(
+        f'id: {run.position + i}{head}{json_string(run.texts[i])},"token_id":{run.ids[i]}{attempt}{extra}}}\n\n'
+        for i, extra in enumerate(_extras(run))
+    ).encode()
+
+
+def _extras(run: Tokens) -> list[str]:
+    extras = []
+    for i in range(len(run.ids)):
+        extra = f',"index":{run.choices[i]}' if run.choices is not None else ""
+        logprob = run.logprobs[i] if run.logprobs is not None else None
+        if logprob is not None:
+            top = [{"token": other.text, "token_id": other.id, "logprob": other.logprob} for other in logprob.top]
+            extra += f',"logprob":{logprob.logprob},"top_logprobs":{_json(top).decode()}'
+        extras.append(extra)
+    return extras
+
+
+def end_frame(job: str, ended: Ended) -> bytes:
+    if ended.error is not None:
+        return frame("error", _json({"job_id": job, "status": ended.status, "error": ended.error}), ended.position)
+    return frame("done", _json(_end_view(job, ended)), ended.position)
+
+
+def token_frame(job: str, run: Tokens) -> bytes:
+    """Of the multiplexed stream: token blocks without an id (the cursor follows with the last block of a batch)."""
+    head = f'event: token\ndata: {{"job_id":"{job}","token":'
+    return "".join(
+        f'{head}{json_string(text)},"token_id":{token},"position":{position},"attempt":{run.attempt}}}\n\n'
+        for position, (token, text) in enumerate(zip(run.ids, run.texts, strict=True), run.position)
+    ).encode()
+
+
+def complete_frame(job: str, ended: Ended) -> bytes:
+    return frame("job_complete", _json({**_end_view(job, ended), "error": ended.error}))
+
+
+def _error_frame(job: str, status: Status, error: PenstockError) -> bytes:
+    return frame("error", _json({"job_id": job, "status": status, "error": error.info}))
+
+
+async def _single(block: bytes) -> AsyncIterator[bytes]:
+    yield block
+
+
+def _end_view(job: str, ended: Ended) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "job_id": job,
+        "status": ended.status,
+        "finish_reason": ended.finish_reason,
+        "usage": usage_view(ended),
+    }
+    if len(ended.finish_reasons) > 1:
+        view["finish_reasons"] = ended.finish_reasons
+    return view
+
+
+def usage_view(ended: Ended) -> dict[str, int]:
+    usage = ended.usage
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def _links(job: str) -> dict[str, str]:
+    return {"self": f"/v1/jobs/{job}", "events": f"/v1/jobs/{job}/events", "cancel": f"/v1/jobs/{job}/cancel"}
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "status": job.status,
+        "model": job.request.model,
+        "user_id": job.user,
+        "priority": job.priority.name.lower(),
+        "position_in_queue": job.queue_position,
+        "attempt": job.attempt,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at,
+        "deadline_at": job.deadline_at,
+        "request_id": job.request_id,
+        "metadata": job.metadata,
+        "tokens": job.tokens,
+        "finish_reason": job.finish_reasons[0] if job.finish_reasons else None,
+        "error": job.error,
+        "links": _links(job.id),
+    }
+
+
+async def job_view(call: Call, job: Job) -> dict[str, Any]:
+    """A job as JSON; an ended one with its result, usage and timings."""
+    view = _summary(job)
+    if not job.status.terminal:
+        return view
+    events = [event async for event in call.gateway.broker.tail(job.tenant, job.id)]
+    completion = fold(events, job.request.n)
+    assert completion.ended is not None
+    view["result"] = {"text": completion.texts[0]}
+    if job.request.n > 1:
+        view["result"]["texts"] = completion.texts
+        view["finish_reasons"] = job.finish_reasons
+    view["usage"] = usage_view(completion.ended)
+    view["timings"] = timings(job)
+    return view
+
+
+def timings(job: Job) -> dict[str, float | int | None]:
+    """Durations in seconds, of a job that has ended."""
+    assert job.ended_at is not None
+    processing = job.ended_at - job.started_at if job.started_at is not None else None
+    return {
+        "queue_wait_time": (job.started_at or job.ended_at) - job.created_at,
+        "processing_time": processing,
+        "total_time": job.ended_at - job.created_at,
+        "time_to_first_token": job.first_token_at - job.created_at if job.first_token_at is not None else None,
+        "prompt_tokens": job.prompt_tokens or 0,
+        "completion_tokens": job.tokens,
+        "tokens_per_second": job.tokens / processing if processing else None,
+    }

@@ -1,0 +1,76 @@
+"""For operators: alive, ready, what is up, what is counted, and the API described."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp
+
+from penstock.gateway import openapi
+from penstock.gateway.http import Call, json_reply
+
+
+async def healthz(call: Call) -> ASGIApp:
+    """Liveness: the process answers."""
+    return json_reply({"status": "ok"})
+
+
+async def readyz(call: Call) -> ASGIApp:
+    """Readiness: the broker is reachable and a live worker serves the default model."""
+    catalogue = call.gateway.catalogue
+    await catalogue.refresh()
+    checks = {
+        "broker": catalogue.reachable,
+        "worker": catalogue.ready(None),
+        "accepting": not call.gateway.streams.closing,
+    }
+    ready = all(checks.values())
+    headers = None if ready else {"retry-after": "1"}
+    return json_reply({"status": "ready" if ready else "not ready", "checks": checks}, 200 if ready else 503, headers)
+
+
+async def health(call: Call) -> ASGIApp:
+    """The whole picture: broker, workers, models, queue."""
+    catalogue = call.gateway.catalogue
+    await catalogue.refresh()
+    stats = catalogue.stats
+    view: dict[str, Any] = {"status": "ok" if catalogue.reachable else "degraded", "broker": {"connected": False}}
+    if stats is not None and catalogue.reachable:
+        view["broker"] = {"connected": True, "durability": stats.durability}
+        view["queue"] = {
+            "queued": stats.queued,
+            "jobs": stats.jobs,
+            "ended_per_second": stats.drain_rate,
+            "leases_lost": stats.leases_lost,
+        }
+        view["workers"] = [
+            {
+                "id": worker.id,
+                "state": worker.state,
+                "slots": worker.slots,
+                "models": [model.name for model in worker.models],
+                "seen_at": worker.seen_at,
+            }
+            for worker in stats.workers
+        ]
+    view["models"] = [
+        {"id": name, "ready": catalogue.ready(name), "info": catalogue.info(name)} for name in catalogue.names
+    ]
+    return json_reply(view)
+
+
+async def openapi_json(call: Call) -> ASGIApp:
+    return json_reply(openapi.document())
+
+
+async def docs(call: Call) -> ASGIApp:
+    return HTMLResponse(openapi.page())
+
+
+def metrics(render: Any) -> Any:
+    async def handler(call: Call) -> ASGIApp:
+        body, content_type = render()
+        return Response(body, media_type=content_type)
+
+    return handler

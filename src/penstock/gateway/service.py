@@ -1,0 +1,313 @@
+"""What the routes share: submitting, following and folding jobs, the catalogue of models, who is still listening."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+import structlog
+
+from penstock.core.errors import (
+    BrokerUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    NoWorker,
+    PenstockError,
+    Unsupported,
+    error_from_info,
+)
+from penstock.core.events import Completion, Ended, Event, fold
+from penstock.core.job import Job, OnDisconnect, Priority, Request, Sampling, new_job_id
+from penstock.core.ports import Broker, Clock, ModelInfo, QueueStats, SystemClock
+from penstock.gateway.sse import EventStream, Streams
+
+log = structlog.get_logger("penstock.gateway")
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The gateway's numbers. Times in seconds, sizes in bytes."""
+
+    models: tuple[str, ...] = ()
+    """Models that are configured to be served, whether or not a worker has them up yet; the first is the default."""
+    max_body: int = 1 << 20
+    heartbeat: float = 10.0
+    send_deadline: float = 30.0
+    disconnect_grace: float = 10.0
+    hold: float = 0.25
+    """How long a stream's headers wait for its first event, so that an early refusal is still an HTTP error."""
+    default_max_tokens: int = 2048
+    """What OpenAI routes generate at most when the request does not say (and the context allows it)."""
+    allowed_hosts: tuple[str, ...] = ("*",)
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything of a job but the request itself."""
+
+    tenant: str
+    user: str | None = None
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    idempotency_key: str | None = None
+    fingerprint: bytes = b""
+    request_id: str | None = None
+    metadata: dict[str, str] = {}
+    on_disconnect: OnDisconnect = "continue"
+
+
+class Catalogue:
+    """Which models exist, from the configuration and from what workers say, refreshed once a second."""
+
+    def __init__(self, broker: Broker, configured: tuple[str, ...]) -> None:
+        self._broker = broker
+        self._configured = configured
+        self._known: dict[str, ModelInfo] = {}
+        self.stats: QueueStats | None = None
+        self.reachable = False
+
+    async def run(self) -> None:
+        while True:
+            await self.refresh()
+            await asyncio.sleep(1.0 if self.ready(None) else 0.1)
+
+    async def refresh(self) -> None:
+        try:
+            self.stats = await self._broker.stats()
+        except BrokerUnavailable:
+            self.reachable = False
+            return
+        self.reachable = True
+        for worker in self.stats.workers:
+            self._known.update((model.name, model) for model in worker.models)
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*self._configured, *self._known]))
+
+    @property
+    def default(self) -> str:
+        if not self.names:
+            raise NoWorker("No model is served yet: no worker has registered.", retry_after=2.0)
+        return self.names[0]
+
+    def info(self, model: str) -> ModelInfo | None:
+        return self._known.get(model)
+
+    def ready(self, model: str | None) -> bool:
+        """Does a live worker serve *model* (None: the default one)?"""
+        if self.stats is None or not self.names:
+            return False
+        model = model or self.default
+        return any(
+            worker.state == "ready" and any(info.name == model for info in worker.models)
+            for worker in self.stats.workers
+        )
+
+    def check(self, request: Request) -> None:
+        """Refuse an unknown model, or a field that the model's engine cannot honour."""
+        if request.model not in self._known and request.model not in self._configured:
+            served = ", ".join(self.names) or "none yet"
+            raise ModelNotFound(f"The model {request.model!r} does not exist here. Served: {served}.", param="model")
+        info = self._known.get(request.model)
+        if info is None:
+            return
+        if request.messages is not None and not info.chat:
+            raise Unsupported(f"{info.name} has no chat template: send a prompt instead.", param="messages")
+        for field in info.unsupported:
+            value = request.n if field == "n" else getattr(request.sampling, field)
+            neutral = 1 if field == "n" else getattr(_NEUTRAL, field)
+            if value != neutral:
+                raise Unsupported(f"The {info.engine} engine of {info.name} cannot honour {field!r}.", param=field)
+
+
+_NEUTRAL = Sampling()
+
+
+class Readers:
+    """Counts who listens to a job, and cancels one that nobody listens to any more, after a grace."""
+
+    def __init__(self, broker: Broker, grace: float) -> None:
+        self._broker = broker
+        self._grace = grace
+        self._count: Counter[str] = Counter()
+        self._timers: dict[str, asyncio.Task[None]] = {}
+
+    def attach(self, job: str) -> None:
+        self._count[job] += 1
+        if (timer := self._timers.pop(job, None)) is not None:
+            timer.cancel()
+
+    def detach(self, tenant: str, job: str, *, cancel: bool) -> None:
+        self._count[job] -= 1
+        if self._count[job] <= 0:
+            del self._count[job]
+            if cancel:
+                self._timers[job] = asyncio.create_task(self._cancel_later(tenant, job))
+
+    async def _cancel_later(self, tenant: str, job: str) -> None:
+        await asyncio.sleep(self._grace)
+        self._timers.pop(job, None)
+        with contextlib.suppress(PenstockError):
+            await self._broker.cancel(tenant, job)
+            log.info("job_abandoned", job_id=job, tenant=tenant)
+
+    def close(self) -> None:
+        """The gateway goes: jobs run on, their clients come back to the next one."""
+        for timer in self._timers.values():
+            timer.cancel()
+
+
+class Following:
+    """A job's events from one position on, with the first one fetched ahead. Iterate it once; then `close`."""
+
+    def __init__(self, gateway: Gateway, job: Job, after: int = 0) -> None:
+        self._gateway = gateway
+        self.job = job
+        self._events = gateway.broker.tail(job.tenant, job.id, after)
+        self._first: asyncio.Task[Event] = asyncio.create_task(_next(self._events))
+        gateway.readers.attach(job.id)
+        self._open = True
+
+    async def peek(self, hold: float) -> Event | None:
+        """The first event if it comes within *hold* seconds. Raises what `Broker.tail` raises."""
+        await asyncio.wait([self._first], timeout=hold)
+        if not self._first.done():
+            return None
+        try:
+            return self._first.result()
+        except StopAsyncIteration:
+            return None
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        try:
+            yield await self._first
+        except StopAsyncIteration:
+            return
+        async for event in self._events:
+            yield event
+
+    async def close(self, complete: bool) -> None:
+        """Stop following. Unless the stream was *complete*, the job's disconnect policy applies."""
+        if not self._open:
+            return
+        self._open = False
+        if not self._first.done():
+            self._first.cancel()
+            with contextlib.suppress(BaseException):
+                await self._first
+        elif not self._first.cancelled():
+            self._first.exception()
+        await self._events.aclose()  # type: ignore[attr-defined]
+        cancel = not complete and self.job.on_disconnect == "cancel" and not self._gateway.streams.closing
+        self._gateway.readers.detach(self.job.tenant, self.job.id, cancel=cancel)
+
+
+async def _next(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
+
+
+class Gateway:
+    """The HTTP side's state: nothing that another gateway over the same broker would miss."""
+
+    def __init__(self, broker: Broker, config: GatewayConfig | None = None, clock: Clock | None = None) -> None:
+        self.broker = broker
+        self.config = config or GatewayConfig()
+        self.clock = clock or SystemClock()
+        self.streams = Streams(heartbeat=self.config.heartbeat, send_deadline=self.config.send_deadline)
+        self.catalogue = Catalogue(broker, self.config.models)
+        self.readers = Readers(broker, self.config.disconnect_grace)
+        self.started_at = time.time()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        tasks = [
+            asyncio.create_task(self.catalogue.run(), name="gateway: catalogue"),
+            asyncio.create_task(self.streams.run(), name="gateway: heartbeat"),
+        ]
+        try:
+            yield
+        finally:
+            self.readers.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def drain(self) -> None:
+        """End every stream; the clients are told to come back. New streams end at once."""
+        self.streams.close()
+
+    # ------------------------------------------------------------------------------------ submit, follow, fold
+
+    async def submit(self, request: Request, submission: Submission) -> Job:
+        """Admit and store a job; returns once it is durable."""
+        if self.streams.closing:
+            raise BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
+        self.catalogue.check(request)
+        deadline = submission.deadline
+        job = Job(
+            id=new_job_id(),
+            tenant=submission.tenant,
+            request=request,
+            user=submission.user,
+            priority=submission.priority,
+            idempotency_key=submission.idempotency_key,
+            fingerprint=submission.fingerprint,
+            request_id=submission.request_id,
+            metadata=submission.metadata,
+            on_disconnect=submission.on_disconnect,
+            deadline_at=self.clock.now() + deadline if deadline is not None else None,
+        )
+        return await self.broker.submit(job)
+
+    def follow(self, job: Job, after: int = 0) -> Following:
+        return Following(self, job, after)
+
+    async def stream(
+        self,
+        following: Following,
+        render: Callable[[AsyncIterator[Event]], AsyncIterator[bytes]],
+        headers: dict[str, str] | None = None,
+    ) -> EventStream:
+        """An SSE response of *following*; a refusal that comes at once is raised instead of streamed."""
+        try:
+            first = await following.peek(self.config.hold)
+            if isinstance(first, Ended) and first.error is not None and first.position == 1:
+                raise error_from_info(first.error)
+        except BaseException:
+            await following.close(complete=True)
+            raise
+        return EventStream(
+            self.streams,
+            render(aiter(following)),
+            headers={"x-penstock-job": following.job.id, **(headers or {})},
+            on_close=following.close,
+        )
+
+    async def fold(self, job: Job, gone: Callable[[], Awaitable[None]]) -> Completion:
+        """Wait for a job's end and fold its log; *gone* returns when the client has left. Raises the job's error."""
+        following = self.follow(job)
+        leaving = asyncio.ensure_future(gone())
+        folding = asyncio.create_task(_collect(following))
+        try:
+            await asyncio.wait([leaving, folding], return_when=asyncio.FIRST_COMPLETED)
+            if not folding.done():
+                raise InvalidRequest("The client left before the reply was complete.")
+            completion = fold(folding.result(), job.request.n)
+        finally:
+            complete = folding.done()
+            leaving.cancel()
+            folding.cancel()
+            await asyncio.gather(folding, return_exceptions=True)
+            await following.close(complete)
+        ended = completion.ended
+        assert ended is not None
+        if ended.error is not None:
+            raise error_from_info(ended.error)
+        return completion
+
+
+async def _collect(following: Following) -> list[Event]:
+    return [event async for event in following]

@@ -1,0 +1,162 @@
+"""Server-sent events as a raw ASGI response: whatever is ready goes out in one ``send``.
+
+The rules (docs/protocol.md): ``retry:`` only inside the first data block, never a block without data, a heartbeat is
+a comment line with ONE line feed, CR/LF/NUL never reach ``id`` or ``event``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from starlette.types import Receive, Scope, Send
+
+#: One line feed: after an ``id`` some SDK decoders turn a blank line into an empty event.
+PING = b": ping\n"
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
+
+#: A text as an ASCII-only JSON string: U+2028 and friends break some clients' line splitting.
+json_string: Callable[[str], str] = json.encoder.encode_basestring_ascii
+
+
+def frame(event: str, data: bytes, id: str | int | None = None) -> bytes:
+    """One event block. *event* and *id* are ours, never a client's text; *data* is one line of JSON."""
+    head = f"id: {id}\nevent: {event}\ndata: " if id is not None else f"event: {event}\ndata: "
+    return head.encode() + data + b"\n\n"
+
+
+class Streams:
+    """All open streams of a gateway, with one task for what would otherwise need a timer in each.
+
+    Sends heartbeats to silent streams, drops readers whose socket took nothing for *send_deadline* seconds, and on
+    `close` ends every stream with a jittered ``retry:``, so that the clients come back spread out.
+    """
+
+    def __init__(self, *, heartbeat: float = 10.0, send_deadline: float = 30.0) -> None:
+        self.heartbeat = heartbeat
+        self.send_deadline = send_deadline
+        self.closing = False
+        self._open: set[EventStream] = set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def run(self) -> None:
+        tick = min(1.0, self.heartbeat / 4, self.send_deadline / 4)
+        while True:
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            for stream in list(self._open):
+                if stream.sending_since is not None:
+                    if now - stream.sending_since > self.send_deadline:
+                        stream.drop()
+                elif now - stream.sent_at >= self.heartbeat:
+                    stream.ping()
+
+    def close(self) -> None:
+        self.closing = True
+        for stream in list(self._open):
+            stream.finish()
+
+    def add(self, stream: EventStream) -> None:
+        self._open.add(stream)
+        if self.closing:
+            stream.finish()
+
+    def discard(self, stream: EventStream) -> None:
+        self._open.discard(stream)
+
+
+class EventStream:
+    """Sends *blocks* (each: ready event blocks, joined) until they end, the client leaves, or the gateway closes."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        blocks: AsyncIterator[bytes],
+        *,
+        headers: dict[str, str] | None = None,
+        on_close: Callable[[bool], Awaitable[None]] | None = None,
+    ) -> None:
+        """*on_close* is awaited at the end with True when every block was sent."""
+        self._streams = streams
+        self._blocks = blocks
+        self._headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        self._on_close = on_close
+        self._send: Send | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._ping: asyncio.Task[None] | None = None
+        self._interrupted = False
+        self._finishing = False
+        self.sending_since: float | None = None
+        self.sent_at = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        self._task = asyncio.current_task()
+        complete = False
+        await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *self._headers]})
+        watcher = asyncio.create_task(self._watch(receive))
+        self._streams.add(self)
+        try:
+            count = 0
+            async for block in self._blocks:
+                await self._write(block)
+                count += 1
+                if count % 32 == 0:
+                    await asyncio.sleep(0)  # a replay to a client that has gone must not spin the loop
+            complete = True
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise
+            assert self._task is not None
+            self._task.uncancel()
+            if self._finishing:
+                farewell = f"retry: {random.randint(500, 3000)}\n".encode()
+                await send({"type": "http.response.body", "body": farewell, "more_body": False})
+        finally:
+            self._streams.discard(self)
+            watcher.cancel()
+            if self._ping is not None:
+                self._ping.cancel()
+            close = getattr(self._blocks, "aclose", None)
+            if close is not None:
+                await close()
+            if self._on_close is not None:
+                await self._on_close(complete)
+
+    async def _write(self, block: bytes) -> None:
+        assert self._send is not None
+        self.sent_at = self.sending_since = time.monotonic()
+        await self._send({"type": "http.response.body", "body": block, "more_body": True})
+        self.sending_since = None
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.drop()
+
+    def ping(self) -> None:
+        if not self._interrupted:
+            # A task of its own: a client that takes nothing must not hold up the others' heartbeats.
+            self._ping = asyncio.create_task(self._write(PING))
+
+    def drop(self) -> None:
+        """The client has gone, or takes nothing: stop. It can resume."""
+        if not self._interrupted and self._task is not None:
+            self._interrupted = True
+            self._task.cancel()
+
+    def finish(self) -> None:
+        """The gateway is going: end the response properly, telling the client when to come back."""
+        self._finishing = True
+        self.drop()

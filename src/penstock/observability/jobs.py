@@ -1,0 +1,147 @@
+"""One record per finished job, for metrics and the request log: a wrapper around the broker's port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+
+import msgspec
+
+from penstock.core.events import Event
+from penstock.core.job import Job, Status
+from penstock.core.ports import (
+    Append,
+    Broker,
+    Clock,
+    Lease,
+    Page,
+    Query,
+    QueueStats,
+    Release,
+    SystemClock,
+    Verdict,
+    WorkerInfo,
+)
+
+
+class JobRecord(msgspec.Struct, kw_only=True):
+    """How one job went. Durations in seconds."""
+
+    job: str
+    tenant: str
+    model: str
+    request_id: str | None
+    status: Status
+    error: str | None
+    attempt: int
+    prompt_tokens: int
+    completion_tokens: int
+    queue_wait: float | None
+    processing_time: float
+    total_time: float
+    time_to_first_token: float | None
+    time_per_token: float | None
+
+
+class _Progress(msgspec.Struct):
+    lease: Lease
+    tokens: int
+    prompt_tokens: int
+    first_at: float | None = None
+
+
+class ObservedBroker:
+    """A `Broker` that calls *on_end* with the record of every job that this process saw to its end."""
+
+    def __init__(
+        self, broker: Broker, on_end: Sequence[Callable[[JobRecord], None]], clock: Clock | None = None
+    ) -> None:
+        self._broker = broker
+        self._on_end = on_end
+        self._clock = clock or SystemClock()
+        self._progress: dict[str, _Progress] = {}
+
+    async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
+        leases = await self._broker.claim(worker, models, limit, wait)
+        for lease in leases:
+            job = lease.job
+            self._progress[job.id] = _Progress(lease, job.tokens, job.prompt_tokens or 0, job.first_token_at)
+        return leases
+
+    async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
+        verdicts = await self._broker.append(appends)
+        now = self._clock.now()
+        for append in appends:
+            progress = self._progress.get(append.lease.job)
+            if progress is None:
+                continue
+            if append.ids:
+                progress.tokens = append.position + len(append.ids) - 1
+                progress.first_at = progress.first_at or now
+            if append.prompt_tokens is not None:
+                progress.prompt_tokens = append.prompt_tokens
+            verdict = verdicts[append.lease.job]
+            if verdict is Verdict.LOST:
+                del self._progress[append.lease.job]
+            elif verdict is Verdict.CANCELLED or verdict is Verdict.EXPIRED:
+                self._end(progress, Status(verdict.value), verdict.value, now)
+            elif append.finish is not None:
+                error = append.finish.error
+                status = Status.COMPLETED if error is None else Status.FAILED
+                self._end(progress, status, error.code if error is not None else None, now)
+        return verdicts
+
+    async def release(self, releases: Sequence[Release]) -> None:
+        for release in releases:
+            self._progress.pop(release.lease.job, None)
+        await self._broker.release(releases)
+
+    def _end(self, progress: _Progress, status: Status, error: str | None, now: float) -> None:
+        job = progress.lease.job
+        self._progress.pop(job.id, None)
+        started = job.started_at or now
+        later = progress.tokens - 1
+        first = progress.first_at
+        record = JobRecord(
+            job=job.id,
+            tenant=job.tenant,
+            model=job.request.model,
+            request_id=job.request_id,
+            status=status,
+            error=error,
+            attempt=progress.lease.attempt,
+            prompt_tokens=progress.prompt_tokens,
+            completion_tokens=progress.tokens,
+            queue_wait=started - job.created_at,
+            processing_time=now - started,
+            total_time=now - job.created_at,
+            time_to_first_token=first - job.created_at if first is not None else None,
+            time_per_token=(now - first) / later if first is not None and later > 0 else None,
+        )
+        for observer in self._on_end:
+            observer(record)
+
+    # ------------------------------------------------------------------------------------ passed through
+
+    async def submit(self, job: Job) -> Job:
+        return await self._broker.submit(job)
+
+    def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
+        return self._broker.tail(tenant, job, after)
+
+    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
+        return self._broker.arrivals(tenant, user)
+
+    async def cancel(self, tenant: str, job: str) -> Job:
+        return await self._broker.cancel(tenant, job)
+
+    async def get(self, tenant: str, job: str) -> Job:
+        return await self._broker.get(tenant, job)
+
+    async def list(self, query: Query) -> Page:
+        return await self._broker.list(query)
+
+    async def stats(self) -> QueueStats:
+        return await self._broker.stats()
+
+    async def sweep(self) -> int:
+        return await self._broker.sweep()

@@ -1,0 +1,120 @@
+"""Logs: JSON lines on stdout (text on a terminal), and with a directory three rotating files.
+
+Prompts, outputs and keys are never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from penstock.observability.jobs import JobRecord
+
+_FILE_BYTES = 50_000_000
+_FILES = 5
+
+
+def configure(level: str, format: str, directory: Path | None) -> None:
+    """Route structlog and the standard library's logging (uvicorn, libraries) to the same handlers."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    as_json = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+    )
+    as_text = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()),
+        ],
+    )
+    text = format == "console" or (format == "auto" and sys.stdout.isatty())
+    stdout = logging.StreamHandler(sys.stdout)
+    stdout.setFormatter(as_text if text else as_json)
+    handlers: list[logging.Handler] = [stdout]
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, least in (("app.log", logging.DEBUG), ("errors.log", logging.ERROR)):
+            handler = _rotating(directory / name)
+            handler.setLevel(least)
+            handler.setFormatter(as_json)
+            handlers.append(handler)
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+        old.close()
+    for new in handlers:
+        root.addHandler(new)
+    root.setLevel(level.upper())
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def log_job(record: JobRecord) -> None:
+    """One line on the ordinary log per finished job."""
+    structlog.get_logger("penstock.job").info(
+        "job_ended",
+        job_id=record.job,
+        tenant=record.tenant,
+        request_id=record.request_id,
+        model=record.model,
+        status=record.status.value,
+        error=record.error,
+        attempt=record.attempt,
+        position=record.completion_tokens,
+        prompt_tokens=record.prompt_tokens,
+        total_time=round(record.total_time, 4),
+    )
+
+
+def request_log(directory: Path) -> Callable[[JobRecord], None]:
+    """Writes ``llm_requests.log``: one line a job, made for grep."""
+    logger = logging.getLogger("penstock.llm_requests")
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    handler = _rotating(directory / "llm_requests.log")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+
+    def write(record: JobRecord) -> None:
+        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        status = "success" if record.error is None else record.error
+        rate = record.completion_tokens / record.processing_time if record.processing_time > 0 else 0.0
+        logger.info(
+            f"[{now}] task_id={record.job} status={status} prompt_tokens={record.prompt_tokens} "
+            f"completion_tokens={record.completion_tokens} tokens_per_sec={rate:.2f} "
+            f"queue_wait={record.queue_wait or 0:.2f}s processing_time={record.processing_time:.2f}s "
+            f"total_time={record.total_time:.2f}s"
+        )
+
+    return write
+
+
+def _rotating(path: Path) -> logging.Handler:
+    return logging.handlers.RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")

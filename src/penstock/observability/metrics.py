@@ -1,0 +1,219 @@
+"""Prometheus metrics (SPEC section 9), gathered by wrappers around the ports: no broker or engine knows of them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import psutil
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from penstock.core.ports import Engine, Lease, ModelInfo, Output, QueueStats
+from penstock.observability.jobs import JobRecord
+
+disable_created_metrics()
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+#: Requests that the p50/p95/p99 gauges look back on.
+WINDOW = 2048
+
+
+class Metrics:
+    """One process's metrics. ``render`` is what ``/metrics`` answers."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter("llm_gateway_request_count", "HTTP requests", ["status"], registry=registry)
+        self.inflight = Gauge("llm_gateway_inflight_requests", "HTTP requests under way", registry=registry)
+        self.errors = Counter(
+            "llm_gateway_errors", "Errors answered, and jobs that failed", ["code"], registry=registry
+        )
+        self.latency = Histogram(
+            "llm_gateway_request_latency_seconds", "HTTP request duration", buckets=_LATENCY, registry=registry
+        )
+        self.gateway_tokens = Counter("llm_gateway_tokens_generated", "Tokens generated", registry=registry)
+        self.gateway_batch = Gauge("llm_gateway_batch_size", "Jobs in the latest engine step", registry=registry)
+        self.worker_batch = Gauge("llm_worker_batch_size", "Jobs in the latest engine step", registry=registry)
+        self.worker_tokens = Counter("llm_worker_tokens_generated", "Tokens generated", registry=registry)
+        self.worker_errors = Counter("llm_worker_errors", "Jobs that ended with an error", registry=registry)
+        self.duration = Histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From submit to the end of a job",
+            ["gen_ai_request_model"],
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "From submit to the first token",
+            ["gen_ai_request_model"],
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self.per_token = Histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Between tokens after the first",
+            ["gen_ai_request_model"],
+            buckets=_TOKEN,
+            registry=registry,
+        )
+        self.queue_wait = Histogram(
+            "llm_queue_wait_seconds", "From submit to the first claim", buckets=_LATENCY, registry=registry
+        )
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        registry.register(_Percentiles(self._recent))
+        registry.register(_Process())
+
+    def watch(self, stats: Callable[[], QueueStats | None], connections: Callable[[], int]) -> None:
+        """Also report the queue as *stats* last saw it, and how many streams are open."""
+        self.registry.register(_Queue(stats, connections))
+
+    def render(self) -> tuple[bytes, str]:
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    # ------------------------------------------------------------------------------------ wrappers
+
+    def http(self, app: ASGIApp) -> ASGIApp:
+        """Middleware that counts and times every request."""
+
+        async def metered(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            started = time.perf_counter()
+            status = 500
+
+            async def watching(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                await send(message)
+
+            self.inflight.inc()
+            try:
+                await app(scope, receive, watching)
+            finally:
+                elapsed = time.perf_counter() - started
+                self.inflight.dec()
+                self.requests.labels(str(status)).inc()
+                self.latency.observe(elapsed)
+                self._recent.append(elapsed)
+                if (code := scope.get("penstock.error")) is not None:
+                    self.errors.labels(code).inc()
+
+        return metered
+
+    def engine(self, engine: Engine) -> Engine:
+        return _MeteredEngine(engine, self)
+
+    def job_ended(self, record: JobRecord) -> None:
+        """What a finished job tells (`penstock.observability.jobs.ObservedBroker` calls it)."""
+        self.duration.labels(record.model).observe(record.total_time)
+        if record.time_to_first_token is not None:
+            self.first_token.labels(record.model).observe(record.time_to_first_token)
+        if record.time_per_token is not None:
+            self.per_token.labels(record.model).observe(record.time_per_token)
+        if record.queue_wait is not None:
+            self.queue_wait.observe(record.queue_wait)
+        if record.error is not None:
+            self.worker_errors.inc()
+            self.errors.labels(record.error).inc()
+
+
+class _MeteredEngine:
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self._engine = engine
+        self._metrics = metrics
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        return self._engine.models
+
+    @property
+    def slots(self) -> int:
+        return self._engine.slots
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    def add(self, key: int, lease: Lease) -> None:
+        self._engine.add(key, lease)
+
+    def abort(self, key: int) -> None:
+        self._engine.abort(key)
+
+    async def step(self) -> list[Output]:
+        outputs = await self._engine.step()
+        tokens = sum(len(output.ids) for output in outputs)
+        self._metrics.worker_batch.set(len(outputs))
+        self._metrics.gateway_batch.set(len(outputs))
+        self._metrics.worker_tokens.inc(tokens)
+        self._metrics.gateway_tokens.inc(tokens)
+        return outputs
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+class _Percentiles(Collector):
+    def __init__(self, recent: deque[float]) -> None:
+        self._recent = recent
+
+    def collect(self) -> list[Metric]:
+        ordered = sorted(self._recent)
+        return [
+            GaugeMetricFamily(
+                f"llm_gateway_request_latency_p{percent}_seconds",
+                f"{percent}th percentile of the latest {WINDOW} requests",
+                value=ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0,
+            )
+            for percent in (50, 95, 99)
+        ]
+
+
+class _Process(Collector):
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._process.cpu_percent()
+
+    def collect(self) -> list[Metric]:
+        return [
+            GaugeMetricFamily(
+                "llm_process_cpu_percent", "CPU since the last scrape", value=self._process.cpu_percent()
+            ),
+            GaugeMetricFamily("llm_process_memory_bytes", "Resident memory", value=self._process.memory_info().rss),
+        ]
+
+
+class _Queue(Collector):
+    def __init__(self, stats: Callable[[], QueueStats | None], connections: Callable[[], int]) -> None:
+        self._stats = stats
+        self._connections = connections
+
+    def collect(self) -> list[Metric]:
+        depth = GaugeMetricFamily("llm_queue_depth", "Jobs waiting", labels=["model", "priority"])
+        jobs = GaugeMetricFamily("llm_jobs", "Jobs kept, by status", labels=["status"])
+        lost = GaugeMetricFamily("llm_leases_lost_total", "Leases that ran out")
+        stats = self._stats()
+        if stats is not None:
+            for (model, priority), count in stats.depth.items():
+                depth.add_metric([model, priority.name.lower()], count)
+            for status, count in stats.jobs.items():
+                jobs.add_metric([status.value], count)
+            lost.add_metric([], stats.leases_lost)
+        connections = GaugeMetricFamily("llm_sse_connections", "Open event streams", value=self._connections())
+        return [depth, jobs, lost, connections]

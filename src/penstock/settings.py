@@ -1,0 +1,163 @@
+"""Everything an operator can set, in one place: flag > ``PENSTOCK_*`` > ``penstock.toml`` > default.
+
+Unknown keys are refused with the nearest known name. `penstock config` prints what is in force and where it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.sources import TomlConfigSettingsSource
+
+from penstock.core.errors import InvalidRequest
+
+PREFIX = "PENSTOCK_"
+FILE = "penstock.toml"
+
+#: The model in the box.
+BUNDLED = "millrace"
+
+
+class ModelSettings(BaseModel):
+    """One served model: ``[[models]]`` in the file, ``--model NAME[=PATH]`` with ``--engine`` and ``--option``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200)
+    engine: str = "openvino"
+    path: str | None = None
+    options: dict[str, str] = {}
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", nested_model_default_partial_update=False)
+
+    # Where it listens and where it keeps its data.
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    insecure_public: bool = Field(
+        False, description="Allow an address that other machines reach, without authentication."
+    )
+    allowed_hosts: list[str] = Field(
+        [], description="Host names clients may use; default: the loopback names, or all when public."
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("penstock", appauthor=False)),
+        description="Jobs, queue and logs of the embedded broker; the cache of converted models.",
+    )
+
+    # What it serves.
+    models: list[ModelSettings] = Field(
+        [ModelSettings(name=BUNDLED)], min_length=1, description="The models served; the first is the default."
+    )
+    hang_timeout: float = Field(
+        30.0, gt=0, description="Seconds of silence after which an engine process is killed and restarted."
+    )
+    load_timeout: float = Field(900.0, gt=0, description="Seconds that loading a model may take.")
+
+    # The queue.
+    max_queued: int = Field(10_000, ge=0, description="Jobs that may wait in all; 0: no limit.")
+    max_queued_per_tenant: int = Field(1_000, ge=0, description="Jobs that may wait per tenant; 0: no limit.")
+    max_running_per_tenant: int = Field(0, ge=0, description="Jobs that may run at once per tenant; 0: no limit.")
+    tenant_weights: dict[str, float] = Field({}, description="Fair share per tenant (default 1.0).")
+    lease_ttl: float = Field(5.0, gt=0, description="Seconds a worker may be silent before its jobs go to another.")
+    result_ttl: float = Field(3600.0, gt=0, description="Seconds that results and logs are kept after the end.")
+    max_attempts: int = Field(3, ge=0, description="Retries of failures that a retry can cure.")
+
+    # HTTP.
+    max_body: int = Field(1 << 20, gt=0, description="Largest request body in bytes.")
+    default_max_tokens: int = Field(
+        2048, gt=0, description="Tokens an OpenAI chat request gets that does not say how many."
+    )
+    heartbeat: float = Field(10.0, gt=0, description="Seconds of silence after which a stream carries a ping.")
+    send_deadline: float = Field(
+        30.0, gt=0, description="Seconds a reader may take nothing before it is dropped (it can resume)."
+    )
+    disconnect_grace: float = Field(
+        10.0, ge=0, description="Seconds that a job without readers lives on, where its route cancels at all."
+    )
+    drain_timeout: float = Field(
+        5.0, ge=0, description="Seconds that running jobs get to finish at shutdown; the others continue after it."
+    )
+
+    # Logs.
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="JSON lines, or text for people; auto: text on a terminal."
+    )
+    log_dir: Path | None = Field(
+        None, description="Also write llm_requests.log, errors.log and app.log here (rotating)."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _file())
+
+    @property
+    def loopback(self) -> bool:
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+def load_settings(flags: dict[str, Any] | None = None) -> Settings:
+    """The settings in force. Raises `InvalidRequest` with a message that says what to change."""
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    known = {*Settings.model_fields}
+    for name in os.environ:
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX).lower() not in {*known, "config"}:
+            raise _unknown(f"environment variable {name}", name.removeprefix(PREFIX).lower(), known, PREFIX)
+    path = _file()
+    if PREFIX + "CONFIG" in os.environ and not path.is_file():
+        raise InvalidRequest(f"PENSTOCK_CONFIG names {path}, which is not a file.")
+    try:
+        for name in TomlConfigSettingsSource(Settings, path)():
+            if name not in known:
+                raise _unknown(f"key {name!r} in {path}", name, known)
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise InvalidRequest("These settings don't work:\n  " + "\n  ".join(lines)) from error
+    except ValueError as error:  # a broken file, or a variable that should be JSON
+        raise InvalidRequest(f"The settings cannot be read: {error}") from error
+
+
+def explain(settings: Settings, flags: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """(name, value, where it came from) of every setting."""
+    environment = EnvSettingsSource(Settings)()
+    path = _file()
+    file = TomlConfigSettingsSource(Settings, path)()
+    rows = []
+    for name in Settings.model_fields:
+        if flags.get(name) is not None:
+            source = "flag"
+        elif name in environment:
+            source = f"{PREFIX}{name.upper()}"
+        elif name in file:
+            source = str(path)
+        else:
+            source = "default"
+        rows.append((name, getattr(settings, name), source))
+    return rows
+
+
+def _file() -> Path:
+    return Path(os.environ.get(PREFIX + "CONFIG", FILE))
+
+
+def _unknown(what: str, name: str, known: set[str], prefix: str = "") -> InvalidRequest:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    suggestion = (prefix + near[0].upper() if prefix else near[0]) if near else None
+    hint = f" Did you mean {suggestion}?" if suggestion else " See `penstock config` for all of them."
+    return InvalidRequest(f"Unknown {what}.{hint}")
