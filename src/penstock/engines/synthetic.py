@@ -52,7 +52,7 @@ class SyntheticBackend:
             engine="synthetic",
             context_length=CONTEXT,
             deterministic=True,
-            unsupported=("logprobs",),
+            unsupported=("logit_bias", "logprobs", "seed", "stop"),
         )
 
     def add(self, key: int, request: Request, prefixes: list[list[int]], attempt: int) -> None:

@@ -1,0 +1,333 @@
+"""The engine contract: what every engine promises, as a suite that a third party can run against its own.
+
+Subclass `EngineContract` in a test module and give it a fixture ``engine`` that yields a started engine::
+
+    class TestMine(EngineContract):
+        @pytest.fixture
+        async def engine(self):
+            engine = EngineProcess(EngineSpec("mine", "small"))
+            await engine.start()
+            yield engine
+            await engine.close()
+
+Promises that need a deterministic engine are skipped where `ModelInfo.deterministic` is false.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+from penstock.core.errors import EngineDied
+from penstock.core.events import Completion, Ended, Tokens, fold
+from penstock.core.job import Job, Message, Request, Sampling, Status, Usage
+from penstock.core.ports import Engine, Finish, Lease, Output
+
+#: No test may wait longer than this for one engine step.
+STEP_TIMEOUT = 60.0
+
+
+def lease(
+    engine: Engine,
+    prompt: str = "Once upon a time",
+    *,
+    n: int = 1,
+    messages: tuple[Message, ...] | None = None,
+    prompt_ids: tuple[int, ...] | None = None,
+    prefix: Iterable[int] = (),
+    choices: list[int] | None = None,
+    attempt: int = 1,
+    **sampling: object,
+) -> Lease:
+    """A lease of a greedy 24-token request unless *sampling* says otherwise."""
+    values = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, **sampling}
+    request = Request(
+        model=engine.models[0].name,
+        prompt=prompt if messages is None and prompt_ids is None else None,
+        prompt_ids=prompt_ids,
+        messages=messages,
+        sampling=Sampling(**values),  # type: ignore[arg-type]
+        n=n,
+    )
+    return Lease(Job(id="job", tenant="t", request=request), attempt, list(prefix), choices)
+
+
+class Result:
+    """What came out under one key."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.outputs: list[Output] = []
+        self.finish: Finish | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for output in self.outputs for token in output.ids]
+
+    @property
+    def choices(self) -> list[int]:
+        return [c for output in self.outputs for c in (output.choices or [0] * len(output.ids))]
+
+    @property
+    def text(self) -> str:
+        return self.folded.texts[0]
+
+    @property
+    def folded(self) -> Completion:
+        events: list[Tokens | Ended] = []
+        position = 1
+        for output in self.outputs:
+            events.append(Tokens(position, 1, output.ids, output.texts, output.choices, output.logprobs))
+            position += len(output.ids)
+        events.append(Ended(position, 1, Status.COMPLETED, (), Usage()))
+        return fold(events, self.n)
+
+
+class Driver:
+    """Adds leases to an engine and collects their outputs, checking what must hold for every output."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.results: dict[int, Result] = {}
+        self.aborted: set[int] = set()
+        self._key = 0
+
+    def add(self, lease: Lease) -> int:
+        self._key += 1
+        self.results[self._key] = Result(lease.job.request.n)
+        self.engine.add(self._key, lease)
+        return self._key
+
+    def abort(self, key: int) -> None:
+        self.aborted.add(key)
+        self.engine.abort(key)
+
+    async def step(self) -> None:
+        async with asyncio.timeout(STEP_TIMEOUT):
+            outputs = await self.engine.step()
+        for output in outputs:
+            result = self.results[output.key]
+            assert result.finish is None, "an output after the end"
+            assert len(output.ids) == len(output.texts)
+            if not result.outputs and output.ids:
+                assert output.prompt_tokens is not None, "the first output must count the prompt"
+            result.outputs.append(output)
+            result.finish = output.finish
+
+    async def finish(self, *keys: int) -> list[Result]:
+        """Step until *keys* (default: all that were not aborted) have ended."""
+        wanted = keys or tuple(key for key in self.results if key not in self.aborted)
+        while any(self.results[key].finish is None for key in wanted):
+            await self.step()
+        return [self.results[key] for key in wanted]
+
+
+async def run(engine: Engine, *leases: Lease) -> list[Result]:
+    driver = Driver(engine)
+    keys = [driver.add(lease) for lease in leases]
+    return await driver.finish(*keys)
+
+
+def needs_determinism(engine: Engine) -> None:
+    if not engine.models[0].deterministic:
+        pytest.skip("this engine does not promise determinism")
+
+
+def needs(engine: Engine, *fields: str) -> None:
+    missing = set(fields) & set(engine.models[0].unsupported)
+    if missing:
+        pytest.skip(f"this engine does not honour {', '.join(sorted(missing))}")
+
+
+PROMPTS = [
+    "Once upon a time",
+    "The little fox ran",
+    "One day a girl found",
+    "Rain",
+    "In a house by the sea there lived an old man who",
+    "What is the colour of the sky?",
+    "My friend said",
+    "There was a bell in the tower and",
+]
+
+
+class EngineContract:
+    # ------------------------------------------------------------------------------------ the shape of a reply
+
+    async def test_it_says_what_it_serves(self, engine: Engine) -> None:
+        (info,) = engine.models
+        assert info.name
+        assert info.engine
+        assert info.context_length > 0
+        assert engine.slots >= 1
+
+    async def test_a_reply_has_max_tokens_tokens_and_one_end(self, engine: Engine) -> None:
+        (result,) = await run(engine, lease(engine, max_tokens=10))
+        assert len(result.ids) == 10
+        assert result.finish == Finish(("length",))
+        assert result.text
+
+    async def test_the_prompt_is_counted_once(self, engine: Engine) -> None:
+        (result,) = await run(engine, lease(engine, prompt_ids=(5, 6, 7, 8, 9)))
+        counts = [output.prompt_tokens for output in result.outputs if output.prompt_tokens is not None]
+        assert counts == [5]
+
+    async def test_a_single_token(self, engine: Engine) -> None:
+        (result,) = await run(engine, lease(engine, max_tokens=1))
+        assert len(result.ids) == 1
+        assert result.finish == Finish(("length",))
+
+    async def test_messages(self, engine: Engine) -> None:
+        if not engine.models[0].chat:
+            pytest.skip("no chat template")
+        (result,) = await run(engine, lease(engine, messages=(Message("user", "Hello!"),), max_tokens=5))
+        assert result.finish is not None
+        assert result.finish.error is None
+
+    async def test_n_choices_each_have_their_tokens(self, engine: Engine) -> None:
+        needs(engine, "n")
+        (result,) = await run(engine, lease(engine, n=3, max_tokens=7))
+        assert [result.choices.count(choice) for choice in range(3)] == [7, 7, 7]
+        assert result.finish == Finish(("length",) * 3)
+        assert all(result.folded.texts)
+
+    async def test_too_long_a_prompt_is_refused_and_disturbs_nobody(self, engine: Engine) -> None:
+        context = engine.models[0].context_length
+        good, bad = await run(engine, lease(engine), lease(engine, prompt_ids=tuple([7] * (context + 1))))
+        assert bad.finish is not None
+        assert bad.finish.error is not None
+        assert bad.finish.error.code == "context_length_exceeded"
+        assert str(context) in bad.finish.error.message
+        assert len(good.ids) == 24
+
+    async def test_stop_strings_end_the_text_before_them(self, engine: Engine) -> None:
+        needs(engine, "stop")
+        needs_determinism(engine)
+        (free,) = await run(engine, lease(engine, max_tokens=40))
+        stop = free.text[15:19]
+        (stopped,) = await run(engine, lease(engine, max_tokens=40, stop=(stop,)))
+        assert stopped.text == free.text[: free.text.index(stop)]
+        assert stopped.finish == Finish(("stop",))
+
+    async def test_a_biased_token_is_drawn(self, engine: Engine) -> None:
+        needs(engine, "logit_bias")
+        (result,) = await run(engine, lease(engine, max_tokens=5, logit_bias={42: 100.0}))
+        assert result.ids == [42] * 5
+
+    async def test_logprobs_come_with_every_token(self, engine: Engine) -> None:
+        needs(engine, "logprobs")
+        (result,) = await run(engine, lease(engine, max_tokens=6, logprobs=3))
+        logprobs = [entry for output in result.outputs for entry in output.logprobs or []]
+        assert len(logprobs) == 6
+        for token, entry in zip(result.ids, logprobs, strict=True):
+            assert entry is not None
+            assert entry.logprob <= 0
+            assert len(entry.top) == 3
+            assert entry.top[0].id == token, "greedy draws the likeliest"
+
+    # ------------------------------------------------------------------------------------ batching
+
+    async def test_joins_and_leaves_at_any_step(self, engine: Engine) -> None:
+        driver = Driver(engine)
+        keys = []
+        for i, prompt in enumerate(PROMPTS):
+            keys.append(driver.add(lease(engine, prompt, max_tokens=5 + 9 * (i % 3))))
+            await driver.step()
+        results = await driver.finish()
+        assert [len(result.ids) for result in results] == [5 + 9 * (i % 3) for i in range(len(PROMPTS))]
+
+    async def test_all_slots_advance_together(self, engine: Engine) -> None:
+        driver = Driver(engine)
+        keys = [driver.add(lease(engine, PROMPTS[i % 8], max_tokens=200)) for i in range(min(engine.slots, 64))]
+        while not all(driver.results[key].ids for key in keys):
+            await driver.step()
+            assert all(driver.results[key].finish is None for key in keys), "one ended before another began"
+        for key in keys:
+            driver.abort(key)
+
+    async def test_abort_ends_the_outputs_and_frees_the_slot(self, engine: Engine) -> None:
+        driver = Driver(engine)
+        for _ in range(3):  # more than the slots in all
+            keys = [driver.add(lease(engine, max_tokens=500)) for _ in range(engine.slots)]
+            await driver.step()
+            for key in keys:
+                driver.abort(key)
+        counts = {key: len(result.ids) for key, result in driver.results.items()}
+        last = driver.add(lease(engine, max_tokens=8))
+        await driver.finish(last)
+        assert len(driver.results[last].ids) == 8
+        late = {key: len(driver.results[key].ids) - count for key, count in counts.items()}
+        # What was on its way may still come, but it stops long before the 500 that were asked for.
+        assert all(len(driver.results[key].ids) < 500 for key in counts), late
+
+    async def test_aborting_the_unknown_is_harmless(self, engine: Engine) -> None:
+        engine.abort(123_456)
+        (result,) = await run(engine, lease(engine, max_tokens=3))
+        assert len(result.ids) == 3
+
+    # ------------------------------------------------------------------------------------ determinism and resume
+
+    async def test_greedy_alone_is_greedy_in_a_batch(self, engine: Engine) -> None:
+        needs_determinism(engine)
+        alone = [(await run(engine, lease(engine, prompt)))[0].ids for prompt in PROMPTS]
+        batch = await run(engine, *(lease(engine, PROMPTS[i % len(PROMPTS)]) for i in range(32)))
+        for i, result in enumerate(batch):
+            assert result.ids == alone[i % len(PROMPTS)]
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.9])
+    async def test_a_resume_continues_as_if_nothing_had_happened(self, engine: Engine, temperature: float) -> None:
+        needs_determinism(engine)
+        settings: Mapping[str, object] = {"max_tokens": 30, "temperature": temperature, "seed": 7}
+        for prompt in PROMPTS[:4]:
+            (whole,) = await run(engine, lease(engine, prompt, **settings))
+            for cut in (1, 7, 29):
+                (rest,) = await run(engine, lease(engine, prompt, prefix=whole.ids[:cut], **settings))
+                assert whole.ids[:cut] + rest.ids == whole.ids
+                texts = [text for output in whole.outputs for text in output.texts]
+                assert [text for output in rest.outputs for text in output.texts] == texts[cut:]
+                assert rest.finish == whole.finish
+
+    async def test_a_resume_of_several_choices(self, engine: Engine) -> None:
+        needs_determinism(engine)
+        needs(engine, "n")
+        (whole,) = await run(engine, lease(engine, n=2, temperature=0.9, seed=3))
+        prefix, choices = whole.ids[:13], whole.choices[:13]
+        (rest,) = await run(engine, lease(engine, n=2, temperature=0.9, seed=3, prefix=prefix, choices=choices))
+        joined = list(zip(prefix + rest.ids, choices + rest.choices, strict=True))
+        for choice in range(2):
+            expected = [token for token, c in zip(whole.ids, whole.choices, strict=True) if c == choice]
+            assert [token for token, c in joined if c == choice] == expected
+
+    async def test_a_resume_after_the_last_token_only_ends(self, engine: Engine) -> None:
+        (whole,) = await run(engine, lease(engine, max_tokens=6))
+        (rest,) = await run(engine, lease(engine, max_tokens=6, prefix=whole.ids))
+        assert rest.ids == []
+        assert rest.finish == whole.finish
+
+    async def test_a_seed_repeats_and_another_differs(self, engine: Engine) -> None:
+        needs_determinism(engine)
+        needs(engine, "seed")
+        first, again, other = await run(
+            engine, *(lease(engine, temperature=1.0, seed=seed, max_tokens=32) for seed in (11, 11, 12))
+        )
+        assert first.ids == again.ids
+        assert first.ids != other.ids
+
+    # ------------------------------------------------------------------------------------ life and death
+
+    async def test_close_and_start_again(self, engine: Engine) -> None:
+        await engine.close()
+        await engine.start()
+        (result,) = await run(engine, lease(engine, max_tokens=4))
+        assert len(result.ids) == 4
+
+    async def test_step_fails_once_the_engine_is_closed(self, engine: Engine) -> None:
+        engine.add(1, lease(engine, max_tokens=1000))
+        await engine.step()
+        await engine.close()
+        with pytest.raises(EngineDied):
+            async with asyncio.timeout(STEP_TIMEOUT):
+                while True:
+                    await engine.step()
