@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines._ov import ov
+from penstock.engines.backend import Progress
 
 op = ov.opset13
 
@@ -41,7 +42,7 @@ TEXT_FILES = (
 )
 
 
-def built(folder: Path, cache: Path) -> Path:
+def built(folder: Path, cache: Path, progress: Progress) -> Path:
     """The folder with the OpenVINO model of the safetensors *folder*, built under *cache* if it is not there yet.
 
     It is found again by the config and by the weights' sizes and times. Raises `ModelLoadError`.
@@ -52,6 +53,7 @@ def built(folder: Path, cache: Path) -> Path:
     target = cache / f"{folder.name}-{_digest(folder, config_file)}"
     if (target / "openvino_model.xml").is_file():
         return target
+    progress("converting the weights", None)
     config = json.loads(config_file.read_text(encoding="utf-8"))
     cache.mkdir(parents=True, exist_ok=True)
     # Built beside its place and moved there in one go: two processes may build the same model at once.
@@ -98,10 +100,12 @@ class _Weights:
         if not paths:
             raise ModelLoadError(f"{folder} has no *.safetensors files.")
         try:
-            self._files = [safe_open(path, "np") for path in paths]
+            self._files: list[Any] = [safe_open(path, "np") for path in paths]
         except Exception as error:  # safetensors' own exception type, or OSError
             raise ModelLoadError(f"The weights in {folder} cannot be read: {error}") from error
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self._file_of: dict[str, Any] = {}
+        for file in self._files:
+            self._file_of.update(dict.fromkeys(file.keys(), file))
         self._paths = dict(zip(map(id, self._files), paths, strict=True))
 
     def __enter__(self) -> _Weights:
@@ -127,7 +131,8 @@ class _Weights:
         if dtype == "BF16":
             # numpy has no bfloat16: take the raw bytes.
             raw, shape = _raw_tensor(self._paths[id(file)], name)
-            tensor = ov.Tensor(raw, ov.Shape(shape), ov.Type.bf16)
+            tensor = ov.Tensor(ov.Type.bf16, ov.Shape(shape))
+            tensor.data.view(np.uint8).reshape(-1)[:] = raw
             return op.convert(op.constant(tensor), "f32")
         raise ModelLoadError(
             f"The tensor {name!r} is {dtype}: only float32, float16 and bfloat16 weights can be built."

@@ -71,8 +71,7 @@ def _from_folder(folder: Path, progress: Progress, cache: Path) -> ModelFiles:
     if any(folder.glob("*.safetensors")):
         from penstock.engines.ir import built  # imports OpenVINO: only where it is needed
 
-        progress("converting the weights", None)
-        target = built(folder, cache / "ir")
+        target = built(folder, cache / "ir", progress)
         return ModelFiles(target / "openvino_model.xml", target)
     raise ModelLoadError(
         f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "
@@ -110,8 +109,9 @@ def _from_gguf(file: Path, progress: Progress, cache: Path) -> ModelFiles:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    import penstock.engines._ov  # noqa: F401  # before GenAI: no telemetry
-    import openvino_genai
+    from penstock.engines import _ov  # noqa: F401  # before GenAI, which imports OpenVINO with its telemetry
+
+    import openvino_genai  # isort: skip
 
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))

@@ -1,10 +1,9 @@
 """The OpenVINO engine: continuous batching over a paged key/value cache on a CPU (or another OpenVINO device).
 
-OpenVINO runs the model (its own paged-attention kernels); what to run, where the cache blocks are, and how tokens are
-drawn is decided here, so that every sampling field works, a reply does not depend on what runs beside it, and a
-continued reply draws what it would have drawn. GenAI's own pipeline was measured and left: it is slower on small
-models, has no logit bias and no alternatives' log-probabilities, counts a continued reply as prompt in its
-penalties, and restarts the random numbers (docs/adr has the figures).
+OpenVINO runs the model, with the paged-attention kernels that its GenAI library uses too. What to run, where the cache
+blocks are and how tokens are drawn is decided here and not by GenAI's pipeline, so that every sampling field works
+(GenAI has no logit bias and no alternatives' log-probabilities, and its penalties and random numbers start anew in a
+continued reply), so that a reply depends on nothing that runs beside it, and because it is faster.
 
 With ``precision=f32`` weights are used, activations computed and the cache kept in float32, and greedy and seeded
 replies are the same alone, in any batch, after a resume, with and without prefix caching. ``precision=fast`` leaves
@@ -151,8 +150,8 @@ class Network:
 
         caches = [port for name, port in self._ports.items() if name.startswith(("key_cache.", "value_cache."))]
         shapes = [[dimension.get_length() for dimension in list(port.partial_shape)[1:]] for port in caches]
-        # Blocks are [heads, tokens, size]; an 8-bit value cache has its scales in the size.
-        self.block_size = shapes[0][1]
+        # Blocks of values are [heads, tokens, size]. Those of keys may be larger: an 8-bit cache has its scales there.
+        self.block_size = int(self._ports["value_cache.0"].partial_shape[2].get_length())
         block_bytes = sum(
             int(np.prod(shape)) * port.element_type.bitwidth // 8 for shape, port in zip(shapes, caches, strict=True)
         )

@@ -27,7 +27,7 @@ _MASK = (1 << 64) - 1
 #: Weights are summed in blocks of this many tokens; only the block that is drawn is looked at closer.
 _BLOCK = 128
 #: top_p looks at this many of the best tokens before it sorts the whole vocabulary.
-_NUCLEUS = 1024
+_NUCLEUS = 256
 
 
 def _mix(x: Any) -> Any:
@@ -40,7 +40,8 @@ def _mix(x: Any) -> Any:
 def uniform(keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Numbers in [0, 1), one per (key, position)."""
     bits = _mix(keys + positions.astype(np.uint64) * np.uint64(_GOLDEN))
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: npt.NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def stream_key(seed: int | None, choice: int) -> int:
@@ -156,11 +157,11 @@ class Sampler:
 
     def _choose(self, logits: Floats, slots: Ints, positions: Ints) -> Ints:
         sampled = self._sampled[slots]
-        if not sampled.any():
-            return logits.argmax(1)
         if sampled.all():
             return self._sample(logits, slots, positions)
-        tokens = logits.argmax(1)
+        tokens: Ints = logits.argmax(1)
+        if not sampled.any():
+            return tokens
         tokens[sampled] = self._sample(logits[sampled], slots[sampled], positions[sampled])
         return tokens
 
@@ -185,7 +186,7 @@ class Sampler:
         block = np.minimum((sums <= target[:, None]).sum(1), sums.shape[1] - 1)
         rest = target - np.where(block > 0, sums[index, block - 1], 0.0)
         inner = blocks[index, block].cumsum(1, dtype=np.float64)
-        token = block * _BLOCK + np.minimum((inner <= rest[:, None]).sum(1), _BLOCK - 1)
+        token: Ints = block * _BLOCK + np.minimum((inner <= rest[:, None]).sum(1), _BLOCK - 1)
         # Rounding at the end of a block may lead to a token without weight: take the best one then.
         missed = weights[index, token] <= 0
         if missed.any():
@@ -215,7 +216,7 @@ class Sampler:
 
     def _nucleus(self, scaled: Floats, best: Floats, top_k: Ints, top_p: npt.NDArray[np.float64]) -> Floats:
         """Of each row the value of the last token of the smallest set whose probability reaches top_p."""
-        mass = np.exp(best).cumsum(1, dtype=np.float64)
+        mass: npt.NDArray[np.float64] = np.exp(best).cumsum(1, dtype=np.float64)
         # Among top_k tokens the whole is what these weigh, else what the vocabulary weighs.
         total = np.where(
             top_k <= best.shape[1],
@@ -223,7 +224,7 @@ class Sampler:
             np.exp(scaled).sum(1, dtype=np.float64) if (top_k > best.shape[1]).any() else 0.0,
         )
         reached = mass >= (top_p * total)[:, None]
-        result = best[np.arange(len(best)), reached.argmax(1)]
+        result: Floats = best[np.arange(len(best)), reached.argmax(1)]
         result[top_p >= 1] = -np.inf
         beyond = ~reached[:, -1] & (top_p < 1)  # flat distributions: the best ones are not enough
         if beyond.any():
@@ -240,7 +241,8 @@ def _descending(values: Floats, count: int) -> Floats:
     size = values.shape[1]
     if count < size:
         values = np.partition(values, size - count, axis=1)[:, size - count :]
-    return np.sort(values, axis=1)[:, ::-1]
+    ordered: Floats = np.sort(values, axis=1)[:, ::-1]
+    return ordered
 
 
 def _alternatives(logits: Floats, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

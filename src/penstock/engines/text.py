@@ -32,6 +32,8 @@ Finish = Literal["stop", "length"]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
+_ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
 # Code points that Unicode guarantees will never be characters: marks that no real text contains.
 _MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
 
@@ -465,7 +467,7 @@ class TextModel:
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt, with the special tokens that the tokenizer puts around a text."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=True).ids
+        ids = self._tokenize(text, special=True)
         if self.bos_id is not None and self._add_bos is not None:
             # tokenizer_config.json overrules what tokenizer.json does.
             if self._add_bos and ids[:1] != [self.bos_id]:
@@ -484,17 +486,25 @@ class TextModel:
         if self._chat is None:
             raise Unsupported("This model has no chat template: give 'prompt' instead of 'messages'.", param="messages")
         self._check_size(sum(len(message.content) for message in messages), "messages")
-        everything = "".join(message.role + message.content for message in messages)
-        mark = next((mark for mark in _MARKS if mark not in everything), None)
+        for message in messages:
+            # Templates put roles between the halves of a special token: <|{{ role }}|>.
+            if not _ROLE.fullmatch(message.role):
+                raise InvalidRequest("A message's role is a word: system, user, assistant, tool.", param="messages")
+        mark = next((mark for mark in _MARKS if all(mark not in message.content for message in messages)), None)
         if mark is None:
             raise InvalidRequest("The messages are full of code points that are not characters.", param="messages")
-        rendered = self._chat.render(
-            [{"role": self._defuse(m.role, mark), "content": self._defuse(m.content, mark)} for m in messages]
-        )
+        rendered = self._chat.render([{"role": m.role, "content": self._defuse(m.content, mark)} for m in messages])
         ids: list[int] = []
         for piece in rendered.split(mark):
             if piece:
-                ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
+                ids += self._tokenize(piece, special=False)
+        return ids
+
+    def _tokenize(self, text: str, *, special: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        except TypeError as error:  # half of a surrogate pair, from a JSON escape
+            raise InvalidRequest("The text is not valid Unicode.", param="prompt") from error
         return ids
 
     def _defuse(self, text: str, mark: str) -> str:

@@ -1,0 +1,83 @@
+"""From what the operator typed to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiny_models as tiny
+
+from penstock.core.errors import ModelLoadError
+from penstock.engines import models
+from penstock.engines.models import resolve
+
+
+def ignore(what: str, fraction: float | None) -> None:
+    pass
+
+
+def test_a_folder_with_an_openvino_model_is_used_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "openvino_model.xml").touch()
+    files = resolve("any", str(tmp_path), ignore)
+    assert (files.ir, files.text) == (tmp_path / "openvino_model.xml", tmp_path)
+
+
+def test_a_safetensors_folder_is_converted_into_the_cache(tmp_path: Path) -> None:
+    folder = tiny.llama(tmp_path / "model")
+    files = resolve("any", str(folder), ignore, tmp_path / "cache")
+    assert files.ir.is_file()
+    assert files.ir.is_relative_to(tmp_path / "cache")
+    assert (files.text / "tokenizer.json").is_file()
+
+
+def test_a_bundled_model_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.llama(tmp_path / "bundled" / "brook")
+    monkeypatch.setattr(models, "BUNDLED", tmp_path / "bundled")
+    assert resolve("brook", None, ignore, tmp_path / "cache").ir.is_file()
+    with pytest.raises(ModelLoadError, match="or brook"):
+        resolve("nothing", None, ignore)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere", "no model 'nowhere'"),
+        ("/nowhere/model.gguf", "no file"),
+        ("../..", "neither openvino_model.xml"),
+        ("org/../../x", "no model"),
+    ],
+)
+def test_what_is_not_there(path: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(ModelLoadError, match=words):
+        resolve("any", path, ignore)
+
+
+def test_a_gguf_file_needs_a_tokenizer_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json"):
+        resolve("any", str(tmp_path / "model.gguf"), ignore, tmp_path / "cache")
+
+
+def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.llama(tmp_path / "snapshot")
+    asked: list[object] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, "*.bin" in allow_patterns, "*.py" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert resolve("any", "org/model", ignore, tmp_path / "cache").ir.is_file()
+    assert asked == [("org/model", False, False)]
+
+
+def test_without_a_network_the_error_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(name: str, **_: object) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(ModelLoadError, match=r"no route to host.*hf download org/model"):
+        resolve("org/model", None, ignore)
