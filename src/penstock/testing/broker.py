@@ -2418,6 +2418,11 @@ STEPS = (1.1, 2.3, 6.1, 70.9)
 MACHINE_POLICY = QueuePolicy(lease_ttl=5.05, result_ttl=60.55, max_attempts=2, max_queued=9, max_queued_per_tenant=6)
 DEADLINE = 7.77
 DELAY = 3.33
+RELEASES = ("drain", "retry", "delayed", "alone", "pair", "group")
+STORY = (
+    *("submit", "submit", "claim", "claim", "write", "write", "write", "write", "finish", "overlap", "repeat", "stale"),
+    *("release", "release", "tail", "tick", "tick", "lose", "forget"),
+)
 
 
 class BrokerMachine(RuleBasedStateMachine):
@@ -2641,7 +2646,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert answer.status is known.status
         self.touched.add(known.job.id)
 
-    @rule(data=st.data(), how=st.sampled_from(["drain", "retry", "delayed", "alone", "pair", "group"]))
+    @rule(data=st.data(), how=st.sampled_from(RELEASES))
     def release(self, data: st.DataObject, how: str) -> None:
         """Mostly a lease that is held, sometimes an older one."""
         known = self.pick(data, self.working())
@@ -2677,17 +2682,14 @@ class BrokerMachine(RuleBasedStateMachine):
             else:
                 known.suspects = {"alone": 1, "pair": 1, "group": 4}[how]
 
-    @rule(seconds=st.sampled_from([*STEPS, *STEPS[:2], *STEPS[:2], *STEPS[:2], *STEPS[:2]]))
+    @rule(seconds=st.sampled_from([*STEPS, *STEPS, *STEPS[:2], *STEPS[:2]]))
     def time_passes(self, seconds: float) -> None:
         self.run(self.d.pass_time(seconds))
         self.let_time_act()
 
-    @precondition(lambda self: self.jobs)
-    @rule(often=st.integers(0, 2))
-    def crash(self, often: int) -> None:
+    @rule()
+    def crash(self) -> None:
         """kill -9 and a restart; then long enough for every lease of the time before to be over."""
-        if often:
-            return
         self.run(self.d.crash())
         self.run(self.d.pass_time(6.1))
         for known in self.with_status(Status.RUNNING):
@@ -2701,6 +2703,36 @@ class BrokerMachine(RuleBasedStateMachine):
         known = self.pick(data, self.jobs.values())
         after = data.draw(st.integers(0, len(known.log) + 3))
         self.run(self.check_tail(known, after))
+
+    @rule(data=st.data(), actions=st.lists(st.sampled_from(STORY), min_size=4, max_size=12))
+    def story(self, data: st.DataObject, actions: list[str]) -> None:
+        """Several steps at once, the common ones more often: so that many jobs get a long history."""
+        for action in actions:
+            if action == "submit":
+                self.submit(data.draw(st.sampled_from(TENANTS)), None, "x", Priority.NORMAL, 3, "m")
+            elif action == "claim":
+                self.claim(data.draw(st.integers(1, 4)), ("m", "big"))
+            elif action == "write":
+                self.append(data, data.draw(st.integers(1, 3)), None)
+            elif action == "finish":
+                self.append(data, 1, "stop")
+            elif action == "overlap" and any(known.log for known in self.with_status(Status.RUNNING)):
+                self.overlapping_append(data, 1, None)
+            elif action == "repeat" and any(known.sent for known in self.jobs.values()):
+                self.repeated_append(data)
+            elif action == "stale" and self.leased():
+                self.stale_append(data, 1, False)
+            elif action == "release":
+                self.release(data, data.draw(st.sampled_from(RELEASES)))
+            elif action == "tail":
+                self.tail(data)
+            elif action == "tick":
+                self.time_passes(data.draw(st.sampled_from(STEPS[:2])))
+            elif action == "lose":
+                self.time_passes(STEPS[2])
+            elif action == "forget":
+                self.time_passes(STEPS[3])
+            self.what_was_touched_is_equal()
 
     # ---- the model's side
 
@@ -2803,7 +2835,7 @@ class _Quiet:
 def machine_settings() -> settings:
     """Seconds and the same examples each time in the normal run; minutes and new examples with the profile ``long``."""
     profile = os.environ.get("PENSTOCK_HYPOTHESIS_PROFILE", "normal")
-    sizes = {"normal": (100, 50), "long": (5000, 80)}
+    sizes = {"normal": (60, 25), "long": (4000, 40)}
     if profile not in sizes:
         raise ValueError(f"PENSTOCK_HYPOTHESIS_PROFILE is {profile!r}; known are {', '.join(sizes)}")
     examples, steps = sizes[profile]
