@@ -1,0 +1,55 @@
+"""Real server processes for tests that talk to them over HTTP.
+
+``server`` is one shared server with synthetic models, ``make_server`` starts one of the test's own, ``http`` is an
+`httpx.AsyncClient` of the shared one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import httpx
+import pytest
+
+from tests.support.server import PATIENCE, Server, model
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Three models: ``synthetic`` (as fast as it can), ``paced`` (50 tokens/s), ``crawl`` (2 tokens/s, two slots).
+
+    Heartbeats come after 0.3 s of silence, and abandoned jobs are cancelled after 0.3 s.
+    """
+    shared = Server(
+        tmp_path_factory.mktemp("server"),
+        models=[model(), model("paced", rate=50), model("crawl", rate=2, slots=2)],
+        settings={"heartbeat": 0.3, "disconnect_grace": 0.3},
+    )
+    try:
+        yield shared.start()
+    finally:
+        shared.stop()
+
+
+@pytest.fixture
+def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Make a server of the test's own (arguments as `Server`'s, without the folder). It is started unless
+    ``start=False``, and ended with the test."""
+    servers: list[Server] = []
+    numbers = itertools.count()
+
+    def make(*, start: bool = True, **arguments: object) -> Server:
+        server = Server(tmp_path_factory.mktemp(f"server{next(numbers)}"), **arguments)  # type: ignore[arg-type]
+        servers.append(server)
+        return server.start() if start else server
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+        yield client
