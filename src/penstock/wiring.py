@@ -98,6 +98,7 @@ async def serve(settings: Settings, *, on_listening: Callable[[str], None], prog
                     lifespan="on",
                     http="httptools",
                     ws="none",
+                    proxy_headers=False,
                     timeout_keep_alive=75,
                     timeout_graceful_shutdown=max(1, round(settings.drain_timeout) + 1),
                     server_header=False,

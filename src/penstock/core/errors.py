@@ -45,7 +45,7 @@ class PenstockError(Exception):
     """Root of the tree. ``retry_after`` (seconds) becomes ``Retry-After`` where set."""
 
     status: int = 500
-    code: str = "engine_error"
+    code: str = "internal_error"
     type: str = "server_error"
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
@@ -146,6 +146,7 @@ class BrokerUnavailable(PenstockError):
 class EngineError(PenstockError):
     """The engine failed on a sequence. ``retryable`` failures are tried again with backoff."""
 
+    code = "engine_error"
     retryable: bool = False
 
 

@@ -247,13 +247,25 @@ class Output(msgspec.Struct, array_like=True):
     finish: Finish | None = None
     retryable: bool = False
 
+    def extend(self, later: Output) -> None:
+        """Take in what the same key produced next."""
+        self.ids += later.ids
+        self.texts += later.texts
+        if later.choices is not None:
+            self.choices = (self.choices or []) + later.choices
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        self.finish = later.finish
+        self.retryable = later.retryable
+
 
 class Engine(Protocol):
     """Runs sequences with continuous batching. All of them advance together; one call drains one or more steps.
 
     ``start`` loads (raises `ModelLoadError`); ``add`` and ``abort`` never block; ``step`` waits for the next outputs of
-    any sequence and raises `EngineDied` when the engine is gone (then every sequence is gone with it; call ``start``
-    again). A sequence that is refused (context, unsupported field) ends with ``finish.error``.
+    any sequence (it may be cancelled and loses nothing then) and raises `EngineDied` when the engine is gone (then
+    every sequence is gone with it; call ``start`` again). A sequence that is refused (context, unsupported field) ends
+    with ``finish.error``.
     """
 
     @property

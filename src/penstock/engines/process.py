@@ -196,14 +196,7 @@ class EngineProcess(asyncio.Protocol):
             if earlier is None:
                 unread[output.key] = output
                 continue
-            earlier.ids += output.ids
-            earlier.texts += output.texts
-            if output.choices is not None:
-                earlier.choices = (earlier.choices or []) + output.choices
-            if output.logprobs is not None:
-                earlier.logprobs = (earlier.logprobs or []) + output.logprobs
-            earlier.finish = output.finish
-            earlier.retryable = output.retryable
+            earlier.extend(output)
         self._readable.set()
         if self._unread_tokens > MAX_UNREAD and not self._paused and self._transport is not None:
             self._paused = True

@@ -7,20 +7,13 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 
-import structlog
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request as StarletteRequest
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.core.errors import BrokerUnavailable, InvalidRequest, NotFound, PenstockError
+from penstock.core.errors import InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, error_reply
 from penstock.gateway.routes import jobs, openai, ops
 from penstock.gateway.service import Gateway
-
-log = structlog.get_logger("penstock.gateway")
 
 Middleware = Callable[[ASGIApp], ASGIApp]
 Render = Callable[[], tuple[bytes, str]]
@@ -48,21 +41,18 @@ ROUTES: list[tuple[str, str, Handler]] = [
 
 def create_app(gateway: Gateway, *, metrics: Render | None = None, middleware: Sequence[Middleware] = ()) -> ASGIApp:
     """The ASGI app. *metrics* renders ``/metrics``; *middleware* (outermost first) sees every request."""
-    routes = [Route(path, Endpoint(gateway, handler), methods=[method]) for method, path, handler in ROUTES]
-    if metrics is not None:
-        routes.append(Route("/metrics", Endpoint(gateway, ops.metrics(metrics)), methods=["GET"]))
+    table = [*ROUTES, ("GET", "/metrics", ops.metrics(metrics))] if metrics is not None else ROUTES
+    methods: dict[str, dict[str, Endpoint]] = {}
+    for method, path, handler in table:
+        methods.setdefault(path, {})[method] = Endpoint(gateway, handler)
+    routes = [Route(path, ByMethod(endpoints)) for path, endpoints in methods.items()]
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: object) -> AsyncIterator[None]:
         async with gateway.running():
             yield
 
-    app: ASGIApp = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        exception_handlers={HTTPException: _http_exception},
-    )
-    app = ErrorShield(app)
+    app: ASGIApp = Router(routes, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
     app = HostCheck(app, gateway.config.allowed_hosts)
     app = RequestId(app)
     for layer in reversed(middleware):
@@ -70,14 +60,25 @@ def create_app(gateway: Gateway, *, metrics: Render | None = None, middleware: S
     return app
 
 
-async def _http_exception(request: StarletteRequest, error: Exception) -> Response:
-    """Routing failures (no such path, wrong method) in the one error shape."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        failure: PenstockError = InvalidRequest(f"{request.method} is not allowed on {request.url.path}.")
-        failure.status = 405
-        return error_reply(failure, dict(error.headers or {}))
-    return error_reply(NotFound(f"There is nothing at {request.url.path}. See /docs."))
+class ByMethod:
+    """The endpoints of one path."""
+
+    def __init__(self, endpoints: dict[str, Endpoint]) -> None:
+        self.endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self.endpoints.get("GET" if scope["method"] == "HEAD" else scope["method"])
+        if endpoint is not None:
+            await endpoint(scope, receive, send)
+            return
+        allowed = ", ".join(self.endpoints)
+        error = InvalidRequest(f"{scope['method']} is not allowed on {scope['path']}: {allowed} is.")
+        error.status = 405
+        await error_reply(error, {"allow": allowed})(scope, receive, send)
+
+
+async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
+    await error_reply(NotFound(f"There is nothing at {scope['path']}. See /docs."))(scope, receive, send)
 
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
@@ -121,32 +122,3 @@ class HostCheck:
                 await error_reply(InvalidRequest(f"This server is not called {name[:100]!r}."))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
-
-
-class ErrorShield:
-    """A bug is a 500 in the one error shape and a traceback in the log, never a torn connection."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started = False
-
-        async def watching(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watching)
-        except Exception as error:
-            if isinstance(error, BrokerUnavailable):
-                failure: PenstockError = error
-            else:
-                log.exception("request_failed", path=scope["path"], request_id=scope.get("penstock.request_id"))
-                failure = PenstockError("Something broke inside the server; its log has the details.")
-            if not started:
-                await error_reply(failure)(scope, receive, send)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import structlog
 from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,6 +16,8 @@ from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge,
 
 if TYPE_CHECKING:
     from penstock.gateway.service import Gateway
+
+log = structlog.get_logger("penstock.gateway")
 
 T = TypeVar("T")
 
@@ -126,4 +129,9 @@ class Endpoint:
         except PenstockError as error:
             scope["penstock.error"] = error.code
             response = error_reply(error)
+        except Exception:
+            # A bug is a 500 in the one error shape and a traceback in the log, never a torn connection.
+            log.exception("request_failed", path=scope["path"], request_id=scope.get("penstock.request_id"))
+            scope["penstock.error"] = "internal_error"
+            response = error_reply(PenstockError("Something broke inside the server; its log has the details."))
         await response(scope, receive, send)

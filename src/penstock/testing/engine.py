@@ -16,7 +16,8 @@ Promises that need a deterministic engine are skipped where `ModelInfo.determini
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -39,16 +40,16 @@ def lease(
     prefix: Iterable[int] = (),
     choices: list[int] | None = None,
     attempt: int = 1,
-    **sampling: object,
+    **sampling: Any,
 ) -> Lease:
     """A lease of a greedy 24-token request unless *sampling* says otherwise."""
-    values = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, **sampling}
+    values: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, **sampling}
     request = Request(
         model=engine.models[0].name,
         prompt=prompt if messages is None and prompt_ids is None else None,
         prompt_ids=prompt_ids,
         messages=messages,
-        sampling=Sampling(**values),  # type: ignore[arg-type]
+        sampling=Sampling(**values),
         n=n,
     )
     return Lease(Job(id="job", tenant="t", request=request), attempt, list(prefix), choices)
@@ -279,7 +280,7 @@ class EngineContract:
     @pytest.mark.parametrize("temperature", [0.0, 0.9])
     async def test_a_resume_continues_as_if_nothing_had_happened(self, engine: Engine, temperature: float) -> None:
         needs_determinism(engine)
-        settings: Mapping[str, object] = {"max_tokens": 30, "temperature": temperature, "seed": 7}
+        settings: dict[str, Any] = {"max_tokens": 30, "temperature": temperature, "seed": 7}
         for prompt in PROMPTS[:4]:
             (whole,) = await run(engine, lease(engine, prompt, **settings))
             for cut in (1, 7, 29):

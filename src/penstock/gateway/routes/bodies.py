@@ -35,7 +35,8 @@ from penstock.gateway.service import Submission
 
 T = TypeVar("T")
 
-TokenIds = Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(min_length=1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 PriorityName = Literal["interactive", "normal", "batch"]
 Role = Annotated[str, Meta(min_length=1, max_length=64)]
 

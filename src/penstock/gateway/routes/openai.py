@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, ModelNotFound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Identifier, Job, MaxTokens, Priority, Request, TopLogprobs
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenIds, submission
+from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenId, submission
 from penstock.gateway.routes.jobs import usage_view
 from penstock.gateway.sse import json_string
 
@@ -78,10 +79,9 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
 
 
 class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
-    """The body of ``POST /v1/completions``. One prompt a request: a text or token ids (lists of prompts: one job each,
-    which `/v1/batches` is for)."""
+    """The body of ``POST /v1/completions``. One prompt a request: a text (or a list with one), or token ids."""
 
-    prompt: str | TokenIds | list[str]
+    prompt: str | Annotated[list[TokenId | str], Meta(min_length=1)]
     logprobs: TopLogprobs | None = None
     echo: bool = False
     suffix: str | None = None
@@ -92,15 +92,14 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
             raise Unsupported("echo and suffix are not supported.", param="echo" if self.echo else "suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise Unsupported("best_of is not supported beyond n.", param="best_of")
-        prompt = self.prompt
-        if isinstance(prompt, list) and all(isinstance(part, str) for part in prompt):
-            if len(prompt) != 1:
-                raise Unsupported("Send one prompt a request.", param="prompt")
-            prompt = str(prompt[0])
+        parts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        texts = [part for part in parts if isinstance(part, str)]
+        if texts and len(parts) > 1:
+            raise Unsupported("Send one prompt a request.", param="prompt")
         return Request(
             model=self.model,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_ids=tuple(int(token) for token in prompt) if isinstance(prompt, list) else None,
+            prompt=texts[0] if texts else None,
+            prompt_ids=None if texts else tuple(part for part in parts if isinstance(part, int)),
             sampling=self.sampling(max_tokens=16, temperature=1.0, logprobs=self.logprobs),
             n=self.n or 1,
         )
