@@ -29,9 +29,7 @@ from penstock.core.job import Job, OnDisconnect, Priority, Request, Status, Usag
 from penstock.core.ports import (
     Append,
     Clock,
-    Finish,
     Lease,
-    LeaseKey,
     Page,
     Query,
     QueuePolicy,
@@ -82,6 +80,7 @@ class _Claimant:
         self.models = models
         self.limit = limit
         self.future = future
+        self.gave_up = False
 
 
 _details = msgspec.msgpack.Decoder(_Details)
@@ -116,6 +115,7 @@ class EmbeddedBroker:
         self._counts: Counter[Status] = Counter()
         self._endings: Counter[int] = Counter()
         self._leases_lost = 0
+        self._tasks: set[asyncio.Future[None]] = set()
 
     async def open(self) -> None:
         """Open the store and take up what an earlier process left: its running jobs go to the head of the queue."""
@@ -301,14 +301,25 @@ class EmbeddedBroker:
             async with asyncio.timeout(wait):
                 return await asyncio.shield(claimant.future)
         except TimeoutError:
-            return claimant.future.result() if claimant.future.done() else []
+            if claimant not in self._claimants:
+                # Served by a commit that is still under way: its outcome is the answer.
+                claimant.gave_up = True
+                return await asyncio.shield(claimant.future)
+            return []
         except asyncio.CancelledError:
-            if claimant.future.done():
-                await self.release([Release(lease.key) for lease in claimant.future.result()])
+            claimant.gave_up = True
+            claimant.future.add_done_callback(self._give_back)
             raise
         finally:
             if claimant in self._claimants:
                 self._claimants.remove(claimant)
+
+    def _give_back(self, served: asyncio.Future[list[Lease]]) -> None:
+        """Leases for a claimant that was cancelled while the commit that served it was under way."""
+        if not served.cancelled() and (leases := served.result()):
+            task = asyncio.ensure_future(self.release([Release(lease.key) for lease in leases]))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def _serve_claimants(self, tx: Transaction) -> None:
         """Lease to waiting claimants in the very transaction that queued the job: one commit, not two."""
@@ -316,8 +327,15 @@ class EmbeddedBroker:
             leases = self._take(tx, claimant.models, claimant.limit)
             if leases:
                 self._claimants.remove(claimant)
-                tx.undo.append(partial(self._claimants.append, claimant))
+                tx.undo.append(partial(self._claim_again, claimant))
                 tx.then.append(partial(claimant.future.set_result, leases))
+
+    def _claim_again(self, claimant: _Claimant) -> None:
+        """The commit that served it failed."""
+        if claimant.gave_up:
+            claimant.future.set_result([])
+        else:
+            self._claimants.append(claimant)
 
     def _take(self, tx: Transaction, models: Collection[str], limit: int) -> list[Lease]:
         conn, policy, now = tx.conn, self._policy, self._clock.now()
@@ -382,12 +400,13 @@ class EmbeddedBroker:
         published: list[tuple[LiveLog, Event]] = []
         heads: list[tuple[_Running, int]] = []
         charges: dict[str, float] = defaultdict(float)
-        endings: list[tuple[_Running, str, Finish]] = []
+        tx.then.append(lambda: _publish(published))
+        tx.undo.append(lambda: _restore_heads(heads))
         for append in appends:
             lease = append.lease
             running = self._running.get(lease.job)
             if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:
-                verdicts[lease.job] = self._why_fenced(tx.conn, lease)
+                verdicts[lease.job] = self._why_fenced(tx.conn, append)
                 continue
             if running.deadline_at is not None and running.deadline_at <= now:
                 verdicts[lease.job] = Verdict.EXPIRED
@@ -412,17 +431,13 @@ class EmbeddedBroker:
                 running.head = tokens.last
                 charges[running.tenant] += self._policy.output_cost * fresh
             if append.finish is not None:
-                endings.append((running, lease.job, append.finish))
-        if heads:
-            tx.undo.append(lambda: _restore_heads(heads))
-            tx.conn.executemany("INSERT INTO log (job, pos, n, at, tokens) VALUES (?,?,?,?,?)", rows)
-            tx.then.append(lambda: _publish(published))
+                finish = append.finish
+                status = Status.COMPLETED if finish.error is None else Status.FAILED
+                self._end_running(tx, running, lease.job, status, finish.finish_reasons, finish.error)
+        tx.conn.executemany("INSERT INTO log (job, pos, n, at, tokens) VALUES (?,?,?,?,?)", rows)
         for tenant, cost in charges.items():
             if cost:
                 self._charge(tx.conn, tenant, cost)
-        for running, job, finish in endings:
-            status = Status.COMPLETED if finish.error is None else Status.FAILED
-            self._end_running(tx, running, job, status, finish.finish_reasons, finish.error)
         return verdicts
 
     def _set_prompt_tokens(self, tx: Transaction, running: _Running, prompt_tokens: int) -> None:
@@ -434,21 +449,24 @@ class EmbeddedBroker:
 
         tx.undo.append(undo)
 
-    def _why_fenced(self, conn: sqlite3.Connection, lease: LeaseKey) -> Verdict:
+    def _why_fenced(self, conn: sqlite3.Connection, append: Append) -> Verdict:
+        lease = append.lease
         row = conn.execute(
-            "SELECT status, attempt FROM jobs WHERE id = ? AND tenant = ?", (lease.job, lease.tenant)
+            "SELECT status, attempt, ended FROM jobs WHERE id = ? AND tenant = ?", (lease.job, lease.tenant)
         ).fetchone()
-        if row is not None and row[1] == lease.attempt:
-            match Status(row[0]):
-                case Status.CANCELLED:
-                    return Verdict.CANCELLED
-                case Status.EXPIRED:
-                    return Verdict.EXPIRED
-                case Status.COMPLETED | Status.FAILED:
-                    return Verdict.OK  # its own last append, sent again
-                case _:
-                    return Verdict.LOST
-        return Verdict.LOST
+        if row is None or row[1] != lease.attempt:
+            return Verdict.LOST
+        match Status(row[0]):
+            case Status.CANCELLED:
+                return Verdict.CANCELLED
+            case Status.EXPIRED:
+                return Verdict.EXPIRED
+            case Status.COMPLETED | Status.FAILED:
+                # Its own last append, sent again, is fine; anything beyond the log was never written.
+                known = append.position + len(append.ids) <= _ended.decode(row[2]).position
+                return Verdict.OK if known else Verdict.LOST
+            case _:
+                return Verdict.LOST
 
     # ------------------------------------------------------------------------------------ the end of a job
 
@@ -508,12 +526,14 @@ class EmbeddedBroker:
             running = self._running.get(lease.job)
             if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:
                 continue
-            (model, priority, retries, crashes, suspects) = tx.conn.execute(
-                "SELECT model, priority, retries, crashes, suspects FROM jobs WHERE seq = ?", (running.seq,)
+            (model, priority, retries, crashes, deaths_alone, suspects) = tx.conn.execute(
+                "SELECT model, priority, retries, crashes, deaths_alone, suspects FROM jobs WHERE seq = ?",
+                (running.seq,),
             ).fetchone()
             if release.crashed_beside is not None:
                 crashes += 1
-                if release.crashed_beside <= 1 and crashes >= 2:
+                deaths_alone += release.crashed_beside <= 1
+                if deaths_alone >= 2:
                     self._end_running(tx, running, lease.job, Status.FAILED, error=_POISONED)
                     continue
                 suspects = max(1, release.crashed_beside // 2)
@@ -523,8 +543,8 @@ class EmbeddedBroker:
                     self._end_running(tx, running, lease.job, Status.FAILED, error=release.retry)
                     continue
             tx.conn.execute(
-                "UPDATE jobs SET retries = ?, crashes = ?, suspects = ? WHERE seq = ?",
-                (retries, crashes, suspects, running.seq),
+                "UPDATE jobs SET retries = ?, crashes = ?, deaths_alone = ?, suspects = ? WHERE seq = ?",
+                (retries, crashes, deaths_alone, suspects, running.seq),
             )
             self._drop_lease(tx, lease.job, running)
             not_before = self._clock.now() + release.delay if release.delay > 0 else None
@@ -627,17 +647,20 @@ class EmbeddedBroker:
         async for event in live.follow(after):
             yield event
 
-    async def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
+    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
         feed: asyncio.Queue[str] = asyncio.Queue()
-        feeds = self._arrivals[tenant, user]
-        feeds.append(feed)
+        self._arrivals[tenant, user].append(feed)  # now, not at the first step of the iterator
+        return self._hear(tenant, user, feed)
+
+    async def _hear(self, tenant: str, user: str, feed: asyncio.Queue[str]) -> AsyncIterator[str]:
         try:
             while True:
                 yield await feed.get()
         finally:
+            feeds = self._arrivals[tenant, user]
             feeds.remove(feed)
             if not feeds:
-                self._arrivals.pop((tenant, user), None)
+                del self._arrivals[tenant, user]
 
     async def get(self, tenant: str, job: str) -> Job:
         return await self._store.read(lambda conn: _read_job(conn, _find(conn, tenant, job)))
@@ -851,6 +874,6 @@ def _decode_cursor(cursor: str) -> int:
         kind, _, seq = text.partition(":")
         if kind != "seq":
             raise ValueError(kind)
-        return int(seq)
+        return min(int(seq), 2**63 - 1)
     except ValueError as error:
         raise InvalidRequest("This cursor is not one that a list answered with.", param="cursor") from error

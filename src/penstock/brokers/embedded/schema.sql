@@ -13,6 +13,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   attempt         INTEGER NOT NULL DEFAULT 0,
   retries         INTEGER NOT NULL DEFAULT 0,
   crashes         INTEGER NOT NULL DEFAULT 0,
+  deaths_alone    INTEGER NOT NULL DEFAULT 0,         -- crashes where it was the only job in the engine
   suspects        INTEGER NOT NULL DEFAULT 0,
   estimate        INTEGER NOT NULL,                   -- prompt tokens charged at the claim, before they were counted
   prompt_tokens   INTEGER,
