@@ -109,19 +109,31 @@ def _from_gguf(file: Path, progress: Progress, cache: Path) -> ModelFiles:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    from penstock.engines import _ov  # noqa: F401  # before GenAI, which imports OpenVINO with its telemetry
+    from penstock.engines._ov import ov  # before GenAI, which imports OpenVINO with its telemetry
 
     import openvino_genai  # isort: skip
 
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    link, saved = scratch / "model.gguf", scratch / "openvino_model.xml"
     try:
         # It saves beside the file it reads: let it read a link in a folder of ours.
-        (scratch / "model.gguf").symlink_to(file.resolve())
-        openvino_genai.LLMPipeline(scratch / "model.gguf", "CPU", enable_save_ov_model=True)
-        (scratch / "model.gguf").unlink()
+        link.symlink_to(file.resolve())
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.num_kv_blocks = 1
+        try:
+            openvino_genai.ContinuousBatchingPipeline(link, scheduler, "CPU", {"enable_save_ov_model": True})
+        except RuntimeError:
+            # After saving it also compiles the model its own way, which fails on some CPUs; what was saved is whole.
+            if not saved.is_file():
+                raise
+        ov.Core().read_model(saved)
+        link.unlink()
+        scratch.chmod(0o755)
         scratch.rename(target)
     except (RuntimeError, OSError) as error:
+        if (target / saved.name).is_file():  # another process was faster
+            return
         raise ModelLoadError(
             f"{file} cannot be read: {error}. Only F16 files of Llama-like models are; for quantized ones use the "
             "llama engine."
