@@ -1,6 +1,7 @@
 """The broker contract: every promise of `penstock.core.ports.Broker` as a test that any broker must pass unchanged.
 
-To run it on a broker of your own, with pytest, pytest-asyncio (``asyncio_mode = "auto"``) and hypothesis installed::
+To run it on a broker of your own, with pytest, pytest-asyncio (``asyncio_mode = "auto"``), pytest-timeout and
+hypothesis installed::
 
     # conftest.py: readable assertion messages
     pytest.register_assert_rewrite("penstock.testing.broker")
