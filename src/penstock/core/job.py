@@ -27,6 +27,7 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 LogitBias = Annotated[dict[str, Bias], Meta(max_length=300)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 Choices = Annotated[int, Meta(ge=1, le=8)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 Identifier = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Deadline = Annotated[float, Meta(gt=0, le=7 * 86400)]
 Metadata = Annotated[

@@ -112,13 +112,13 @@ class HostCheck:
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
         self.app = app
-        self.allowed = None if "*" in allowed else frozenset(allowed)
+        self.allowed = None if "*" in allowed else frozenset(name.lower() for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.allowed is not None:
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-            if name.strip("[]") not in self.allowed:
+            if name.strip("[]").lower() not in self.allowed:
                 await error_reply(InvalidRequest(f"This server is not called {name[:100]!r}."))(scope, receive, send)
                 return
         await self.app(scope, receive, send)

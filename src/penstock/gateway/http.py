@@ -22,7 +22,7 @@ log = structlog.get_logger("penstock.gateway")
 T = TypeVar("T")
 
 _encoder = msgspec.json.Encoder()
-_AT_PATH = re.compile(r" - at `\$\.?(.*?)`$")
+_AT_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)`$")
 
 
 class Call:

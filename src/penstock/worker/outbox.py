@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from penstock.core.ports import Output
 
 #: Seconds between two appends of a job, per running job, and at most.
-TICK_PER_JOB = 0.00025
-MAX_TICK = 0.02
+TICK_PER_JOB = 0.0004
+MAX_TICK = 0.025
 
 
 class Outbox:

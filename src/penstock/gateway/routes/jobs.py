@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
 from penstock.core.events import Ended, Event, Tokens, fold
-from penstock.core.job import Job, Request, Status, TopLogprobs
+from penstock.core.job import Job, ModelName, Request, Status, TopLogprobs
 from penstock.core.ports import Query
 from penstock.gateway.feed import Cursor, feed
 from penstock.gateway.http import Call, json_reply
@@ -25,7 +25,7 @@ _json = msgspec.json.Encoder().encode
 class GenerateJob(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST /v1/jobs``: a prompt (text or token ids) or messages, and how to sample."""
 
-    model: str | None = None
+    model: ModelName | None = None
     prompt: str | TokenIds | None = None
     messages: ChatMessages | None = None
     logprobs: TopLogprobs | None = None
@@ -153,7 +153,7 @@ async def user_events(call: Call) -> ASGIApp:
         raise InvalidRequest("Say whose jobs: ?user_id=…", param="user_id")
     text = call.headers.get("last-event-id") or call.query.get("after")
     cursor = Cursor.parse(text) if text else None
-    blocks = feed(call.gateway.broker, call.tenant, user, cursor, token_frame, complete_frame)
+    blocks = feed(call.gateway.broker, call.tenant, user, cursor, feed_frames, complete_frame)
     return EventStream(call.gateway.streams, blocks)
 
 
@@ -172,19 +172,18 @@ def token_frames(job: str, run: Tokens) -> bytes:
     """One ``token`` block per token. Written by hand: this is the hottest line of the gateway."""
     head = f'\nevent: token\ndata: {{"job_id":"{job}","token":'
     attempt = f',"attempt":{run.attempt}'
-    if run.choices is None and run.logprobs is None:
-        parts = [
-            f'id: {position}{head}{json_string(text)},"token_id":{token}{attempt}}}\n\n'
-            for position, (token, text) in enumerate(zip(run.ids, run.texts, strict=True), run.position)
-        ]
-        return "".join(parts).encode()
     return "".join(
-        f'id: {run.position + i}{head}{json_string(run.texts[i])},"token_id":{run.ids[i]}{attempt}{extra}}}\n\n'
-        for i, extra in enumerate(_extras(run))
+        f'id: {position}{head}{json_string(text)},"token_id":{token}{attempt}{extra}}}\n\n'
+        for position, (token, text, extra) in enumerate(
+            zip(run.ids, run.texts, _extras(run), strict=True), run.position
+        )
     ).encode()
 
 
 def _extras(run: Tokens) -> list[str]:
+    """What a token's data has only on request: its choice (n > 1) and its log-probability."""
+    if run.choices is None and run.logprobs is None:
+        return [""] * len(run.ids)
     extras = []
     for i in range(len(run.ids)):
         extra = f',"index":{run.choices[i]}' if run.choices is not None else ""
@@ -202,12 +201,15 @@ def end_frame(job: str, ended: Ended) -> bytes:
     return frame("done", _json(_end_view(job, ended)), ended.position)
 
 
-def token_frame(job: str, run: Tokens) -> bytes:
-    """Of the multiplexed stream: token blocks without an id (the cursor follows with the last block of a batch)."""
+def feed_frames(job: str, run: Tokens) -> bytes:
+    """Of the multiplexed stream: token blocks without an id (the cursor comes with the last block of a batch)."""
     head = f'event: token\ndata: {{"job_id":"{job}","token":'
+    attempt = f',"attempt":{run.attempt}'
     return "".join(
-        f'{head}{json_string(text)},"token_id":{token},"position":{position},"attempt":{run.attempt}}}\n\n'
-        for position, (token, text) in enumerate(zip(run.ids, run.texts, strict=True), run.position)
+        f'{head}{json_string(text)},"token_id":{token},"position":{position}{attempt}{extra}}}\n\n'
+        for position, (token, text, extra) in enumerate(
+            zip(run.ids, run.texts, _extras(run), strict=True), run.position
+        )
     ).encode()
 
 

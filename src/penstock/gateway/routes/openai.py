@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, ModelNotFound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
-from penstock.core.job import Identifier, Job, MaxTokens, Priority, Request, TopLogprobs
+from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenId, submission
 from penstock.gateway.routes.jobs import usage_view
@@ -29,7 +29,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class OpenAIBody(JobBody, kw_only=True, frozen=True):
     """Fields of both generation routes. What OpenAI has and this server cannot honour is refused, not dropped."""
 
-    model: str
+    model: ModelName
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Identifier | None = None
