@@ -1,7 +1,7 @@
 """Drawing tokens from logits, for all running sequences at once.
 
 The random number of a token depends on nothing but (seed, choice, position in the reply), and each row is computed by
-itself: a sequence draws the same tokens alone, in any batch, and after a resume, as far as its logits are the same.
+itself: from the same logits a sequence draws the same tokens alone, in any batch, and after a resume.
 
 Order, as in vLLM: bias, penalties, temperature, top_k, top_p (of what top_k left), min_p. Every one of these filters
 keeps the tokens above some value, so together they are one threshold per row. Reported log-probabilities are the
