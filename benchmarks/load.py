@@ -120,7 +120,7 @@ class _Run:
         headers = {"Host": url.netloc, "Content-Type": "application/json", "Accept": "text/event-stream"}
         lines = [f"POST {path} HTTP/1.1", *(f"{k}: {v}" for k, v in (headers | server.headers).items())]
         self._head = ("\r\n".join(lines) + "\r\nContent-Length: ").encode()
-        self._exchanges: Iterator[Exchange] = workload.exchanges(dialect, server.model, server.body)
+        self._exchanges: Iterator[Exchange] = workload.exchanges(dialect, server.model, server.body, plan.requests)
         self._gaps = Gaps()
         self._done: list[Exchange] = []
         self._busy: set[Connection] = set()

@@ -66,6 +66,7 @@ def default_variables() -> dict[str, str]:
         "transformers": "transformers",
         "models": str(HERE / "models"),
         "shape": "S",
+        "rate": "200",
     }
 
 

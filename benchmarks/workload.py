@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from benchmarks.dialects import Dialect, Prompt
 
 # The alphabet of make_models.py, so that its tokenizers know these words.
 _SYLLABLES = "ka lo mi ter an dor sel vin qua re po sti gru ham zen ox ul ne fra tch bel ix cor mun".split()  # noqa: SIM905
+
+
+DISTINCT = 1024
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ class Workload:
         measure = self._measure()
         return [_text(rng, rng.randint(self.min_prompt, self.max_prompt), measure) for _ in range(number)]
 
-    def exchanges(self, dialect: Dialect, model: str, extra: dict[str, Any]) -> Iterator[Exchange]:
-        """Requests without end; after `_DISTINCT` of them the prompts repeat."""
+    def exchanges(self, dialect: Dialect, model: str, extra: dict[str, Any], number: int = 0) -> Iterator[Exchange]:
+        """Requests without end, all written before this returns; the prompts repeat after `number` or `DISTINCT`."""
+        prompts = self.prompt_list(min(number or DISTINCT, DISTINCT))
         bodies = [
             json.dumps(dialect.body(model, prompt, self.max_tokens, self.body | extra), separators=(",", ":")).encode()
-            for prompt in self.prompt_list(_DISTINCT)
+            for prompt in prompts
         ]
-        for number in count():
-            yield Exchange(bodies[number % _DISTINCT], self.max_tokens)
+        return (Exchange(body, self.max_tokens) for body in cycle(bodies))
 
     def _measure(self) -> Any:
         if not self.tokenizer:
@@ -63,9 +66,6 @@ class Workload:
 
         tokenizer = Tokenizer.from_file(str(Path(self.tokenizer)))
         return lambda text: len(tokenizer.encode(text).ids)
-
-
-_DISTINCT = 1024
 
 
 def _text(rng: random.Random, length: int, measure: Any) -> str:

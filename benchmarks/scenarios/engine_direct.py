@@ -1,9 +1,13 @@
-"""OpenVINO GenAI in process, without any server: the most that a server around the same engine can give.
+"""Engines in process, without any server: the most that a server around them can give.
 
-The loop is the least that can be written: admit while a slot is free, `step()`, and as good as nothing else. A running
-sequence gets one token a step, so it is looked at when its first token is due (for the time to first token) and again
-when enough steps have passed for it to be through. With `--read-each-step` every token is read after its step, as a
-streaming server must; the difference is what reading costs.
+Two engines: `genai`, OpenVINO GenAI's own continuous-batching pipeline (an engine we do not control, and the
+denominator of the main ratio), and `penstock`, Penstock's OpenVINO backend called directly (what the server around it
+costs, exactly).
+
+The GenAI loop is the least that can be written: admit while a slot is free, `step()`, and as good as nothing else. A
+running sequence gets one token a step, so it is looked at when its first token is due (for the time to first token) and
+again when enough steps have passed for it to be through. With `--read-each-step` every token is read after its step, as
+a streaming server must; the difference is what reading costs.
 
     python -m benchmarks.scenarios.engine_direct --model benchmarks/models/S -c 1 -c 64
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -48,15 +53,19 @@ class Sequence:
             self.read()
 
 
-class Engine:
+class GenAIEngine:
     """A pipeline and the closed loop over it."""
 
-    def __init__(self, folder: Path, precision: str, slots: int, batched_tokens: int, cache_gb: int) -> None:
+    def __init__(
+        self, folder: Path, precision: str, slots: int, batched_tokens: int, cache_gb: int, cache_precision: str
+    ) -> None:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.max_num_seqs = slots
         scheduler.max_num_batched_tokens = batched_tokens
         scheduler.cache_size = cache_gb
         properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
+        if cache_precision:
+            properties["KV_CACHE_PRECISION"] = cache_precision
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
         self._admitted = 0
 
@@ -114,25 +123,83 @@ class Engine:
                     else:
                         waiting.append(sequence)
                 fresh = waiting
-        wall = meter.elapsed()
-        own = meter.read()[-1]
-        tokens = sum(sequence.tokens for sequence in ended)
-        return Result(
-            label=f"c={concurrency}",
-            requests=requests,
-            errors={},
-            short_replies=sum(sequence.tokens < workload.max_tokens for sequence in ended),
-            wall_s=wall,
-            tokens=tokens,
-            events=tokens,
-            events_per_read=1.0,
-            tokens_per_s=tokens / wall,
-            requests_per_s=requests / wall,
-            ttft_ms=Times.of(first_tokens),
-            inter_token_ms=Times.of(gaps),
-            latency_ms=Times.of(sequence.last - sequence.admitted for sequence in ended),
-            processes=[ProcessUse("engine", own.cpu_s, own.peak_rss)],
+        wall, use = meter.elapsed(), meter.read()[-1]
+        return _result(concurrency, workload, ended, first_tokens, gaps, wall, use)
+
+
+class PenstockEngine:
+    """Penstock's backend, driven as its child process drives it, without that process."""
+
+    def __init__(self, folder: Path, precision: str, slots: int) -> None:
+        from penstock.engines.openvino import load
+
+        self._backend = load(
+            "bench", str(folder), {"precision": precision, "slots": str(slots)}, lambda what, part: None
         )
+        self._admitted = 0
+
+    def run(self, workload: Workload, concurrency: int, requests: int) -> Result:
+        """As `GenAIEngine.run`; every token is read, and detokenized, as it comes."""
+        from penstock.core.job import Request, Sampling
+
+        sampling = Sampling(max_tokens=workload.max_tokens, temperature=0.0, ignore_eos=True)
+        waiting = deque(
+            Request(model="bench", prompt_ids=tuple(int(token) for token in prompt), sampling=sampling)
+            for prompt in workload.prompt_list(requests)
+        )
+        backend = self._backend
+        active: dict[int, Sequence] = {}
+        ended: list[Sequence] = []
+        first_tokens: list[float] = []
+        gaps: list[float] = []
+        meter = Meter([])
+        while waiting or active:
+            while waiting and len(active) < concurrency:
+                active[self._admitted] = Sequence(None, perf_counter())
+                backend.add(self._admitted, waiting.popleft(), [[]], 1)
+                self._admitted += 1
+            outputs = backend.step()
+            now = perf_counter()
+            for output in outputs:
+                sequence = active[output.key]
+                if sequence.tokens:
+                    gaps.append(now - sequence.last)
+                else:
+                    first_tokens.append(now - sequence.admitted)
+                sequence.tokens += len(output.ids)
+                sequence.last = now
+                if output.finish is not None:
+                    ended.append(active.pop(output.key))
+        wall, use = meter.elapsed(), meter.read()[-1]
+        return _result(concurrency, workload, ended, first_tokens, gaps, wall, use)
+
+
+def _result(
+    concurrency: int,
+    workload: Workload,
+    ended: list[Sequence],
+    first_tokens: list[float],
+    gaps: list[float],
+    wall: float,
+    use: ProcessUse,
+) -> Result:
+    tokens = sum(sequence.tokens for sequence in ended)
+    return Result(
+        label=f"c={concurrency}",
+        requests=len(ended),
+        errors={},
+        short_replies=sum(sequence.tokens < workload.max_tokens for sequence in ended),
+        wall_s=wall,
+        tokens=tokens,
+        events=tokens,
+        events_per_read=1.0,
+        tokens_per_s=tokens / wall,
+        requests_per_s=len(ended) / wall,
+        ttft_ms=Times.of(first_tokens),
+        inter_token_ms=Times.of(gaps),
+        latency_ms=Times.of(sequence.last - sequence.admitted for sequence in ended),
+        processes=[ProcessUse("engine", use.cpu_s, use.peak_rss)],
+    )
 
 
 def main(
@@ -142,29 +209,37 @@ def main(
     concurrency: Annotated[list[int], typer.Option("--concurrency", "-c")] = [1, 8, 64],  # noqa: B006
     requests: Annotated[list[int], typer.Option("--requests", "-n", help="For each concurrency; one for all.")] = [64],  # noqa: B006
     warmup: Annotated[int, typer.Option(help="Requests before the first measurement.")] = 8,
+    engine: Annotated[str, typer.Option(help="genai or penstock.")] = "genai",
     precision: Annotated[str, typer.Option(help="f32, or fast: the engine's default.")] = "f32",
     max_tokens: int = 64,
     seed: int = 1,
     slots: Annotated[int, typer.Option(help="Sequences in one batch.")] = 64,
     batched_tokens: Annotated[int, typer.Option(help="Tokens in one step, prompts included.")] = 2048,
-    cache_gb: Annotated[int, typer.Option(help="KV cache.")] = 1,
+    cache_gb: Annotated[int, typer.Option(help="KV cache of genai.")] = 1,
+    cache_precision: Annotated[str, typer.Option(help="KV cache of genai, as f32; its own choice by default.")] = "",
     read_each_step: bool = False,
 ) -> None:
     """Measure the engine without a server. Prints one JSON object for each concurrency."""
-    engine = Engine(find_ir(model), precision, slots, batched_tokens, cache_gb)
+    if engine == "penstock":
+        run = PenstockEngine(model, precision, slots).run
+    else:
+        pipeline = GenAIEngine(find_ir(model), precision, slots, batched_tokens, cache_gb, cache_precision)
+        run = partial(pipeline.run, read_each_step=read_each_step)
     if warmup:
-        engine.run(Workload(seed=seed + 7919, max_tokens=max_tokens), warmup, warmup)
+        run(Workload(seed=seed + 7919, max_tokens=max_tokens), warmup, warmup)
     numbers = requests * len(concurrency) if len(requests) == 1 else requests
     for position, (level, number) in enumerate(zip(concurrency, numbers, strict=True)):
         workload = Workload(seed=seed + position, max_tokens=max_tokens)
-        print(json.dumps(asdict(engine.run(workload, level, number, read_each_step))), flush=True)
+        print(json.dumps(asdict(run(workload, level, number))), flush=True)
 
 
 def find_ir(folder: Path) -> Path:
     """The folder's own IR, or the one that Penstock builds from its safetensors: both sides must run the same graph."""
     if (folder / "openvino_model.xml").exists():
         return folder
-    raise typer.BadParameter(f"{folder} holds no openvino_model.xml")
+    from penstock.engines.models import resolve
+
+    return resolve(folder.name, str(folder), lambda what, part: None).ir.parent
 
 
 if __name__ == "__main__":
