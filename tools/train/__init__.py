@@ -1,0 +1,1 @@
+"""Trains *millrace*, the small model that ships inside Penstock, from nothing."""
