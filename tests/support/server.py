@@ -231,8 +231,16 @@ class Server:
     def _bury(self, pids: Sequence[int]) -> None:
         """Engines die with their parent; one that is stopped or did not is ended by its pid."""
         processes = [self._ours[pid] for pid in dict.fromkeys(pids) if pid in self._ours]
-        _, alive = psutil.wait_procs(processes, timeout=5)
-        for process in alive:
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: all(map(_gone, processes)), "the end of the engines", 5)
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(alive, timeout=PATIENCE)
+        wait_for(lambda: all(map(_gone, processes)), "the end of the engines")
+
+
+def _gone(process: psutil.Process) -> bool:
+    """Ended, even if whoever inherited it has not collected it yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
