@@ -20,6 +20,10 @@ from penstock.core.errors import InvalidRequest
 PREFIX = "PENSTOCK_"
 FILE = "penstock.toml"
 
+#: Variables with our prefix that are no settings of a server: where the file is, where converted models are kept,
+#: which server the command line talks to.
+OTHER_VARIABLES = frozenset({"config", "cache", "url"})
+
 #: The model in the box.
 BUNDLED = "millrace"
 
@@ -116,7 +120,7 @@ def load_settings(flags: dict[str, Any] | None = None) -> Settings:
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     known = {*Settings.model_fields}
     for name in os.environ:
-        if name.startswith(PREFIX) and name.removeprefix(PREFIX).lower() not in {*known, "config"}:
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX).lower() not in known | OTHER_VARIABLES:
             raise _unknown(f"environment variable {name}", name.removeprefix(PREFIX).lower(), known, PREFIX)
     path = _file()
     if PREFIX + "CONFIG" in os.environ and not path.is_file():

@@ -74,8 +74,13 @@ def build_worker(
     return Worker(broker, engine, lease_ttl=settings.lease_ttl, drain_timeout=settings.drain_timeout)
 
 
-async def serve(settings: Settings, *, on_listening: Callable[[str], None], progress: Progress) -> None:
-    """Gateway, workers and engines over the embedded broker, until SIGTERM or SIGINT."""
+async def serve(
+    settings: Settings, *, on_listening: Callable[[str], None], progress: Progress, on_ready: Callable[[str], None]
+) -> None:
+    """Gateway, workers and engines over the embedded broker, until SIGTERM or SIGINT.
+
+    *on_listening* is told the URL, *on_ready* each model that is up.
+    """
     listener = _listen(settings)
     with contextlib.closing(listener):
         metrics = Metrics()
@@ -112,6 +117,10 @@ async def serve(settings: Settings, *, on_listening: Callable[[str], None], prog
                     http = tasks.create_task(server.serve(sockets=[listener]), name="http")
                     running = [tasks.create_task(worker.run(), name="worker") for worker in workers]
                     on_listening(_url(settings.host, listener))
+                    background += [
+                        tasks.create_task(_announce(model.name, worker, on_ready), name="announce")
+                        for model, worker in zip(settings.models, workers, strict=True)
+                    ]
                     await terminate.wait()
                     log.info("draining", streams=len(gateway.streams))
                     gateway.drain()
@@ -171,6 +180,12 @@ async def _sweep(broker: Broker) -> None:
         except PenstockError as error:
             log.warning("sweep_failed", error=error.message)
         await asyncio.sleep(SWEEP_INTERVAL)
+
+
+async def _announce(model: str, worker: Worker, on_ready: Callable[[str], None]) -> None:
+    while worker.info.state == "starting":
+        await asyncio.sleep(0.05)
+    on_ready(model)
 
 
 def _listen(settings: Settings) -> socket.socket:

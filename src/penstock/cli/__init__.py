@@ -1,0 +1,78 @@
+"""The ``penstock`` command: one module a group of subcommands, errors told in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from penstock import __version__
+from penstock.cli import bench, chat, jobs, serve
+from penstock.cli.common import say
+from penstock.client import Unreachable
+from penstock.core.errors import PenstockError
+
+__all__ = ["app", "main"]
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer's own Context type is private
+        """A failure that we understand is one message and exit code 1, never a traceback.
+
+        Ctrl-C (130), a broken pipe (1) and wrong usage (2) are typer's, which does the same for them.
+        """
+        try:
+            return super().invoke(ctx)
+        except PenstockError as error:
+            _tell(error)
+            raise typer.Exit(1) from None
+
+
+def _tell(error: PenstockError) -> None:
+    say(f"error: {error.message}", style="red")
+    if isinstance(error, Unreachable):
+        say("Start a server with `penstock serve`, or name a running one with --url or PENSTOCK_URL.")
+    elif error.retry_after is not None:
+        say(f"Try again in about {max(1, round(error.retry_after))} s.")
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Penstock feeds an inference engine: submit once, stream anywhere, lose nothing.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        show_version()
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(name="serve")(serve.serve)
+app.command(name="chat")(chat.chat)
+app.add_typer(jobs.app, name="jobs")
+app.command(name="models")(jobs.models)
+app.command(name="bench")(bench.bench)
+app.command(name="config")(serve.config)
+
+
+@app.command(name="version")
+def show_version() -> None:
+    """Print the version."""
+    print(f"penstock {__version__}")
+
+
+def main() -> None:
+    app()
