@@ -11,7 +11,7 @@ import pytest
 
 from penstock.core.errors import EngineDied, ModelLoadError
 from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.testing.engine import STEP_TIMEOUT, EngineContract, lease, run
+from penstock.testing.engine import EngineContract, forever, lease, run
 
 
 async def started(spec: EngineSpec, **settings: float) -> AsyncIterator[EngineProcess]:
@@ -50,9 +50,7 @@ class TestProcess:
         assert engine.pid is not None
         os.kill(engine.pid, number)
         with pytest.raises(EngineDied):
-            async with asyncio.timeout(STEP_TIMEOUT):
-                while True:
-                    await engine.step()
+            await forever(engine)
         await engine.start()
         (result,) = await run(engine, lease(engine, max_tokens=3, prefix=[1], attempt=2))
         assert result.text == "2@2 3@2 "

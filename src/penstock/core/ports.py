@@ -263,9 +263,8 @@ class Engine(Protocol):
     """Runs sequences with continuous batching. All of them advance together; one call drains one or more steps.
 
     ``start`` loads (raises `ModelLoadError`); ``add`` and ``abort`` never block; ``step`` waits for the next outputs of
-    any sequence (it may be cancelled and loses nothing then) and raises `EngineDied` when the engine is gone (then
-    every sequence is gone with it; call ``start`` again). A sequence that is refused (context, unsupported field) ends
-    with ``finish.error``.
+    any sequence and raises `EngineDied` when the engine is gone (then every sequence is gone with it; call ``start``
+    again). A sequence that is refused (context, unsupported field) ends with ``finish.error``.
     """
 
     @property

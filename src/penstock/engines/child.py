@@ -33,6 +33,7 @@ from penstock.engines.frames import (
     ToParent,
     encode,
 )
+from penstock.engines.outbox import Outbox
 
 #: Which module loads which engine. Imported only in the child: no engine's library enters the server's process.
 ENGINES = {
@@ -65,10 +66,14 @@ class Channel:
 
 
 def serve(channel: Channel, backend: Backend) -> None:
-    """Commands in, one frame of outputs per step out; for ever."""
+    """Commands in, outputs out; for ever."""
+    outbox = Outbox()
     while True:
+        wait = backend.delay() if backend.busy else None
+        if wait != 0 and (held := outbox.flush()):
+            channel.send(Outputs(held))
         refused: list[Output] = []
-        for command in channel.receive(backend.delay() if backend.busy else None):
+        for command in channel.receive(wait):
             match command:
                 case Add(key, request, prefixes, attempt):
                     try:
@@ -77,11 +82,12 @@ def serve(channel: Channel, backend: Backend) -> None:
                         refused.append(Output(key, finish=Finish(error=error.info)))
                 case Abort(key):
                     backend.abort(key)
+                    outbox.drop(key)
                 case Ping():
                     channel.send(Pong())
         outputs = refused + backend.step() if backend.busy else refused
-        if outputs:
-            channel.send(Outputs(outputs))
+        if due := outbox.take(outputs):
+            channel.send(Outputs(due))
 
 
 def load(channel: Channel) -> Backend | None:

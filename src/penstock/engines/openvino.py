@@ -137,7 +137,7 @@ class Network:
         if precision == "auto":
             precision = "f32" if model_file.with_suffix(".bin").stat().st_size <= SMALL else "fast"
         self.precision = precision
-        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
         if precision == "f32":
             properties |= {
                 "INFERENCE_PRECISION_HINT": "f32",

@@ -19,8 +19,8 @@ from penstock.core.ports import Broker, Query
 
 #: Blocks waiting for a slow reader; then its jobs' readers wait (their logs are kept anyway).
 BUFFER = 64
-#: How often the list of jobs repairs a lost hint, in seconds.
-REPAIR = 1.0
+#: How often the list of jobs repairs a lost hint, in seconds. Rare: with many idle readers it is all the work there is.
+REPAIR = 10.0
 
 
 class Cursor(msgspec.Struct, array_like=True):

@@ -131,6 +131,13 @@ async def run(engine: Engine, *leases: Lease) -> list[Result]:
     return await driver.finish(*keys)
 
 
+async def forever(engine: Engine) -> None:
+    """Step until the engine is gone."""
+    async with asyncio.timeout(STEP_TIMEOUT):
+        while True:
+            await engine.step()
+
+
 def needs_determinism(engine: Engine) -> None:
     if not engine.models[0].deterministic:
         pytest.skip("this engine does not promise determinism")
@@ -329,6 +336,4 @@ class EngineContract:
         await engine.step()
         await engine.close()
         with pytest.raises(EngineDied):
-            async with asyncio.timeout(STEP_TIMEOUT):
-                while True:
-                    await engine.step()
+            await forever(engine)

@@ -19,7 +19,6 @@ import structlog
 
 from penstock.core.errors import BrokerUnavailable, EngineDied, ModelLoadError
 from penstock.core.ports import Append, Broker, Engine, Lease, Output, Release, Verdict, WorkerInfo
-from penstock.worker.outbox import Outbox
 
 log = structlog.get_logger("penstock.worker")
 
@@ -67,7 +66,6 @@ class Worker:
         self._restart_backoff = restart_backoff
         self._active: dict[int, _Active] = {}
         self._pending: deque[Lease] = deque()
-        self._outbox = Outbox()
         self._next_key = 0
         self._state = "starting"
         self._stopping = asyncio.Event()
@@ -109,7 +107,6 @@ class Worker:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            await self._log_outputs(self._outbox.flush())
             leases = [active.lease for active in self._active.values()]
             self._active.clear()
             await self._release([Release(lease.key) for lease in [*leases, *self._pending]])
@@ -161,15 +158,11 @@ class Worker:
     async def _engine_loop(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(self._outbox.due_in(len(self._active))):
-                    outputs = await self._engine.step()
-            except TimeoutError:
-                outputs = []
+                outputs = await self._engine.step()
             except EngineDied as error:
-                await self._log_outputs(self._outbox.flush())
                 await self._bury_engine(error)
                 continue
-            await self._log_outputs(self._outbox.take(outputs, len(self._active)))
+            await self._log_outputs(outputs)
 
     async def _log_outputs(self, outputs: Sequence[Output]) -> None:
         """One append for everything the engine produced, then drop what ended or was refused."""

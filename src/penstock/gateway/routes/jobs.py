@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -178,6 +179,10 @@ def token_frames(job: str, run: Tokens) -> bytes:
             zip(run.ids, run.texts, _extras(run), strict=True), run.position
         )
     ).encode()
+
+
+def _numbered(run: Tokens) -> Iterator[tuple[int, int, str, str]]:
+    return zip(count(run.position), run.ids, run.texts, _extras(run), strict=False)
 
 
 def _extras(run: Tokens) -> list[str]:

@@ -1,0 +1,52 @@
+"""Gathers the outputs of several steps into fewer, larger frames.
+
+Everything downstream costs about the same whether it brings one token or ten: a row in the log, a wake-up and a
+``send`` for each reader. With many fast sequences that would take a large part of the machine from the engine. So
+tokens wait for the next tick, which comes the sooner the fewer sequences run, and never later than a reader could
+notice. First tokens and ends do not wait: the time to the first token and the turn-around of a slot stay what they
+were. Nor does anything wait for an engine that has a pause.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from penstock.core.ports import Output
+
+#: Seconds between two frames, per running sequence, and at most.
+TICK_PER_SEQUENCE = 0.0004
+MAX_TICK = 0.025
+
+
+class Outbox:
+    def __init__(self) -> None:
+        self._held: dict[int, Output] = {}
+        self._flushed_at = 0.0
+
+    def take(self, outputs: Sequence[Output]) -> list[Output]:
+        """Add a step's *outputs*; what has to go now: everything when the tick has come, else what is urgent."""
+        held = self._held
+        urgent = []
+        for output in outputs:
+            if (earlier := held.pop(output.key, None)) is not None:
+                earlier.extend(output)
+                output = earlier
+            if output.finish is not None or output.prompt_tokens is not None:
+                urgent.append(output)
+            else:
+                held[output.key] = output
+        if time.monotonic() - self._flushed_at >= min(MAX_TICK, TICK_PER_SEQUENCE * len(outputs)):
+            urgent += self.flush()
+        return urgent
+
+    def flush(self) -> list[Output]:
+        """Everything that is held."""
+        outputs = list(self._held.values())
+        self._held.clear()
+        self._flushed_at = time.monotonic()
+        return outputs
+
+    def drop(self, key: int) -> None:
+        """An aborted sequence: nobody waits for it."""
+        self._held.pop(key, None)
