@@ -1,39 +1,60 @@
 """All of one user's jobs over one stream: browsers allow six connections per origin, a user has more jobs than that.
 
-The cursor is opaque to clients: how far each unfinished job was read, and which jobs beyond a moment in time were
-finished. It survives reconnects to any gateway, since it depends on nothing but the logs.
+Every block carries a cursor from which any gateway can go on exactly there: how far each unfinished job was told, and
+which jobs were told to the end. The latter is a moment in time (what ended before it was told, or is older than the
+stream) plus the few that ended since, so a cursor stays small however many jobs a user has had.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import msgspec
 
 from penstock.core.errors import InvalidRequest, NotFound
 from penstock.core.events import Ended, Event, Tokens
-from penstock.core.job import Status
+from penstock.core.job import Job, Status
 from penstock.core.ports import Broker, Query
 
-#: Blocks waiting for a slow reader; then its jobs' readers wait (their logs are kept anyway).
+#: Events waiting for a slow reader; then the jobs' followers wait (the logs are kept anyway).
 BUFFER = 64
 #: How often the list of jobs repairs a lost hint, in seconds. Rare: with many idle readers it is all the work there is.
 REPAIR = 10.0
+#: Told jobs that a cursor names one by one before the list is looked at, so that a moment in time can stand for them.
+MAX_TOLD = 32
+#: Seconds by which this clock and the broker's may differ.
+SKEW = 1.0
+
+#: Writes a run of tokens as blocks, given the ``id`` line's value for each position.
+RenderTokens = Callable[[str, Tokens, Callable[[int], str]], bytes]
+RenderEnd = Callable[[str, Ended, str], bytes]
 
 
 class Cursor(msgspec.Struct, array_like=True):
-    """``since``: when the oldest job that still matters was made; ``read``: positions by job; ``done``: ended jobs."""
+    """Where a multiplexed stream stands. Job ids are their 16 random bytes. Times are seconds since the epoch."""
 
-    since: float = 0.0
-    read: dict[str, int] = {}
-    done: dict[str, float] = {}
+    until: float
+    """What ended before this moment needs no telling."""
+    since: float
+    """No job created before this moment is unfinished."""
+    read: dict[bytes, int] = {}
+    """Position told, of unfinished jobs of which any token was told."""
+    told: list[bytes] = []
+    """Jobs told to the end that may have ended after ``until``."""
+    current: bytes = b""
+    """The job whose position follows the dot of the ``id``."""
 
     @classmethod
     def parse(cls, text: str) -> Cursor:
         try:
-            return msgspec.msgpack.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=cls)
+            body, _, position = text.partition(".")
+            cursor = msgspec.msgpack.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=cls)
+            if position:
+                cursor.read[cursor.current] = int(position)
+            return cursor
         except (ValueError, msgspec.MsgspecError) as error:
             raise InvalidRequest("This Last-Event-ID is not one of this stream's.", param="after") from error
 
@@ -42,14 +63,9 @@ class Cursor(msgspec.Struct, array_like=True):
 
 
 async def feed(
-    broker: Broker,
-    tenant: str,
-    user: str,
-    cursor: Cursor | None,
-    tokens: Callable[[str, Tokens], bytes],
-    complete: Callable[[str, Ended], bytes],
+    broker: Broker, tenant: str, user: str, cursor: Cursor | None, tokens: RenderTokens, end: RenderEnd
 ) -> AsyncIterator[bytes]:
-    """Event blocks of the user's jobs, each batch with the cursor as its ``id``.
+    """Event blocks of the user's jobs.
 
     Without a cursor: every unfinished job from its beginning, and every job to come.
     """
@@ -58,80 +74,90 @@ async def feed(
         discovery = [tasks.create_task(following.hear()), tasks.create_task(following.repair())]
         try:
             while True:
-                yield following.render(await following.batch(), tokens, complete)
+                events = await following.batch()
+                yield b"".join(following.render(events, tokens, end))
         finally:
-            for task in [*discovery, *following.readers.values()]:
+            for task in [*discovery, *following.followers.values()]:
                 task.cancel()
 
 
 class _Feed:
     def __init__(self, broker: Broker, tenant: str, user: str, cursor: Cursor | None, tasks: asyncio.TaskGroup) -> None:
+        now = time.time()
         self._broker = broker
         self._tenant = tenant
         self._user = user
-        self._resumed = cursor is not None
-        self._cursor = cursor or Cursor()
-        self._created: dict[str, float] = {}
         self._tasks = tasks
+        self._fresh = cursor is None
+        self._until = cursor.until if cursor is not None else now - SKEW
+        self._since = cursor.since if cursor is not None else now - SKEW
+        self._read = {_name(key): position for key, position in cursor.read.items()} if cursor is not None else {}
+        self._told = {_name(key): now for key in cursor.told} if cursor is not None else {}
+        self._created: dict[str, float] = {}
         self._queue: asyncio.Queue[tuple[str, Event]] = asyncio.Queue(BUFFER)
-        self.readers: dict[str, asyncio.Task[None]] = {}
+        self._look = asyncio.Event()
+        self._arrivals = broker.arrivals(tenant, user)  # from now on, before the first look at the list
+        self.followers: dict[str, asyncio.Task[None]] = {}
 
     # ------------------------------------------------------------------------------------ finding jobs
 
     async def hear(self) -> None:
-        async for job in self._broker.arrivals(self._tenant, self._user):
-            self._follow(job, None)
+        async for job in self._arrivals:
+            self._follow(job, time.time() - SKEW)
 
     async def repair(self) -> None:
-        """Find what no hint told of: at the start, and jobs whose hint was lost."""
+        """Find what no hint told of: what is there at the start, and later jobs whose hint was lost."""
         while True:
             await self._discover()
-            await asyncio.sleep(REPAIR)
+            self._look.clear()
+            try:
+                async with asyncio.timeout(REPAIR):
+                    await self._look.wait()
+            except TimeoutError:
+                pass
 
     async def _discover(self) -> None:
-        active = () if self._resumed else (Status.QUEUED, Status.RUNNING)
-        query = Query(tenant=self._tenant, user=self._user, status=active, limit=200)
+        began = time.time() - SKEW
+        if self._fresh:
+            # Whatever is unfinished now matters, however old; what ended before now does not.
+            async for job in self._list(status=(Status.QUEUED, Status.RUNNING)):
+                self._follow(job.id, job.created_at)
+            self._fresh = False
+        else:
+            async for job in self._list():
+                if job.created_at < self._since - SKEW:
+                    break
+                if job.id in self._told or (job.ended_at is not None and job.ended_at < self._until):
+                    continue
+                self._follow(job.id, job.created_at)
+        # Every job that ended before the look is known by now: followed, or told.
+        self._until = began
+        self._told = {job: at for job, at in self._told.items() if at >= began}
+        self._since = min((self._created[job] for job in self.followers), default=began)
+
+    async def _list(self, status: tuple[Status, ...] = ()) -> AsyncIterator[Job]:
+        query = Query(tenant=self._tenant, user=self._user, status=status, limit=200)
         while True:
             page = await self._broker.list(query)
             for job in page.jobs:
-                if job.id in self._cursor.done:
-                    self._cursor.done[job.id] = job.created_at
-                if job.created_at >= self._cursor.since and job.id not in self._cursor.done:
-                    self._follow(job.id, job.created_at)
-            oldest = page.jobs[-1].created_at if page.jobs else 0.0
-            if page.cursor is None or oldest < self._cursor.since:
-                break
+                yield job
+            if page.cursor is None:
+                return
             query = msgspec.structs.replace(query, cursor=page.cursor)
-        if not self._resumed:
-            # From now on new jobs count even if they end before the next look: start the clock at the oldest known.
-            self._resumed = True
-            self._cursor.since = max(
-                self._cursor.since, min(self._created.values(), default=0.0) or await self._newest()
-            )
 
-    async def _newest(self) -> float:
-        page = await self._broker.list(Query(tenant=self._tenant, user=self._user, limit=1))
-        newest = page.jobs[0] if page.jobs else None
-        if newest is not None and newest.id not in self.readers:
-            self._cursor.done[newest.id] = newest.created_at
-            return newest.created_at
-        return 0.0
-
-    def _follow(self, job: str, created_at: float | None) -> None:
-        if created_at is not None:
+    def _follow(self, job: str, created_at: float) -> None:
+        if job not in self.followers and job not in self._told:
             self._created[job] = created_at
-        if job not in self.readers and job not in self._cursor.done:
-            self._cursor.read.setdefault(job, 0)
-            self.readers[job] = self._tasks.create_task(self._read(job))
+            self.followers[job] = self._tasks.create_task(self._read_log(job))
 
-    async def _read(self, job: str) -> None:
+    async def _read_log(self, job: str) -> None:
         try:
-            async for event in self._broker.tail(self._tenant, job, self._cursor.read.get(job, 0)):
+            async for event in self._broker.tail(self._tenant, job, self._read.get(job, 0)):
                 await self._queue.put((job, event))
-        except NotFound:
-            self._cursor.read.pop(job, None)  # its retention ended while we were away
+        except NotFound:  # its retention ended while the reader was away
+            self._forget(job)
 
-    # ------------------------------------------------------------------------------------ writing
+    # ------------------------------------------------------------------------------------ telling
 
     async def batch(self) -> list[tuple[str, Event]]:
         events = [await self._queue.get()]
@@ -139,35 +165,37 @@ class _Feed:
             events.append(self._queue.get_nowait())
         return events
 
-    def render(
-        self,
-        events: list[tuple[str, Event]],
-        tokens: Callable[[str, Tokens], bytes],
-        complete: Callable[[str, Ended], bytes],
-    ) -> bytes:
-        blocks = []
+    def render(self, events: list[tuple[str, Event]], tokens: RenderTokens, end: RenderEnd) -> Iterator[bytes]:
         for job, event in events:
             if isinstance(event, Ended):
-                blocks.append(complete(job, event))
-                self._cursor.read.pop(job, None)
-                self._cursor.done[job] = self._created.get(job, float("inf"))
-                self.readers.pop(job, None)
+                self._forget(job)
+                self._told[job] = time.time()
+                if len(self._told) > MAX_TOLD:
+                    self._look.set()
+                yield end(job, event, self._cursor("").encode())
             else:
-                blocks.append(tokens(job, event))
-                self._cursor.read[job] = event.last
-        self._forget()
-        # A block without an id keeps the last one: the cursor is written once, into the last block of the batch.
-        *earlier, last = b"".join(blocks)[:-2].split(b"\n\n")
-        identified = b"id: " + self._cursor.encode().encode() + b"\n" + last
-        return b"\n\n".join([*earlier, identified]) + b"\n\n"
+                self._read[job] = event.last
+                prefix = self._cursor(job).encode() + "."
+                yield tokens(job, event, lambda position, prefix=prefix: f"{prefix}{position}")  # type: ignore[misc]
 
-    def _forget(self) -> None:
-        """Ended jobs matter only while the list may still show them as newer than an unfinished one."""
-        if len(self._cursor.done) <= 100:
-            return
-        horizon = min((self._created.get(job, 0.0) for job in self._cursor.read), default=float("inf"))
-        newest_done = max((at for at in self._cursor.done.values() if at != float("inf")), default=0.0)
-        since = min(horizon, newest_done)
-        if since > self._cursor.since:
-            self._cursor.since = since
-            self._cursor.done = {job: at for job, at in self._cursor.done.items() if at >= since}
+    def _forget(self, job: str) -> None:
+        self.followers.pop(job, None)
+        self._created.pop(job, None)
+        self._read.pop(job, None)
+
+    def _cursor(self, current: str) -> Cursor:
+        return Cursor(
+            self._until,
+            self._since,
+            {_key(job): position for job, position in self._read.items() if job != current},
+            [_key(job) for job in self._told],
+            _key(current) if current else b"",
+        )
+
+
+def _key(job: str) -> bytes:
+    return bytes.fromhex(job.removeprefix("job_"))
+
+
+def _name(key: bytes) -> str:
+    return "job_" + key.hex()

@@ -86,15 +86,17 @@ class Worker:
             await self._engine.start()
             self._state = "ready"
             async with asyncio.TaskGroup() as tasks:
-                loops = [
+                claiming = tasks.create_task(self._claim_loop(), name="worker: claim")
+                others = [
                     tasks.create_task(self._engine_loop(), name="worker: engine"),
                     tasks.create_task(self._heartbeat_loop(), name="worker: heartbeat"),
-                    tasks.create_task(self._claim_loop(), name="worker: claim"),
                 ]
                 await self._stopping.wait()
+                claiming.cancel()  # first, or it would claim again what the drain gives back
+                await asyncio.wait([claiming])
                 await self._drain()
-                for loop in loops:
-                    loop.cancel()
+                for task in others:
+                    task.cancel()
         finally:
             await self._engine.close()
 

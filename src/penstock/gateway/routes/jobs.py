@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any
@@ -206,20 +206,17 @@ def end_frame(job: str, ended: Ended) -> bytes:
     return frame("done", _json(_end_view(job, ended)), ended.position)
 
 
-def feed_frames(job: str, run: Tokens) -> bytes:
-    """Of the multiplexed stream: token blocks without an id (the cursor comes with the last block of a batch)."""
-    head = f'event: token\ndata: {{"job_id":"{job}","token":'
-    attempt = f',"attempt":{run.attempt}'
+def feed_frames(job: str, run: Tokens, cursor: Callable[[int], str]) -> bytes:
+    """Of the multiplexed stream: the position is in the data, the id is the cursor."""
+    head = f'\nevent: token\ndata: {{"job_id":"{job}","attempt":{run.attempt},"token":'
     return "".join(
-        f'{head}{json_string(text)},"token_id":{token},"position":{position}{attempt}{extra}}}\n\n'
-        for position, (token, text, extra) in enumerate(
-            zip(run.ids, run.texts, _extras(run), strict=True), run.position
-        )
+        f'id: {cursor(position)}{head}{json_string(text)},"token_id":{token},"position":{position}{extra}}}\n\n'
+        for position, token, text, extra in _numbered(run)
     ).encode()
 
 
-def complete_frame(job: str, ended: Ended) -> bytes:
-    return frame("job_complete", _json({**_end_view(job, ended), "error": ended.error}))
+def complete_frame(job: str, ended: Ended, cursor: str) -> bytes:
+    return frame("job_complete", _json({**_end_view(job, ended), "error": ended.error}), cursor)
 
 
 def _error_frame(job: str, status: Status, error: PenstockError) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from itertools import groupby
 from typing import Annotated, Any
 
 import msgspec
@@ -18,8 +19,6 @@ from penstock.gateway.routes.jobs import usage_view
 from penstock.gateway.sse import json_string
 
 _json = msgspec.json.Encoder().encode
-
-DONE = b"data: [DONE]\n\n"
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -203,32 +202,28 @@ class Dialect:
             if not text:
                 return ""
             return f"id: {run.last}\n" + self.chunk(f"[{self._delta(0, text, None)}]")
-        texts: dict[int, list[str]] = {}
-        logprobs: dict[int, list[tuple[int, str, Logprob]]] = {}
-        for i, (token, text) in enumerate(zip(run.ids, run.texts, strict=True)):
-            choice = run.choices[i] if run.choices is not None else 0
-            texts.setdefault(choice, []).append(text)
-            logprob = run.logprobs[i] if run.logprobs is not None else None
-            if logprob is not None:
-                logprobs.setdefault(choice, []).append((token, text, logprob))
-        blocks = [
-            self.chunk(f"[{self._delta(choice, ''.join(parts), logprobs.get(choice))}]")
-            for choice, parts in texts.items()
-        ]
-        # Only the last block of the run may carry its position: a client that saw it has seen the others.
-        blocks[-1] = f"id: {run.last}\n" + blocks[-1]
+        # Each stretch of one choice's tokens is a chunk with the position of its last: a resume is exact anywhere.
+        blocks = []
+        choices = run.choices if run.choices is not None else [0] * len(run.ids)
+        for choice, stretch in groupby(range(len(run.ids)), key=choices.__getitem__):
+            indices = list(stretch)
+            text = "".join(run.texts[i] for i in indices)
+            logprobs = [(run.ids[i], run.texts[i], logprob) for i in indices if (logprob := _at(run.logprobs, i))]
+            if text or logprobs:
+                chunk = self.chunk(f"[{self._delta(choice, text, logprobs or None)}]")
+                blocks.append(f"id: {run.position + indices[-1]}\n{chunk}")
         return "".join(blocks)
 
     def _end(self, ended: Ended, first: bool) -> str:
         if ended.error is not None:
             return f"id: {ended.position}\ndata: " + _json({"error": ended.error}).decode() + "\n\n"
         blocks = self._opening() if first and ended.position == 1 else ""
-        finishes = [self.chunk(f"[{self._finish(i, reason)}]") for i, reason in enumerate(ended.finish_reasons)]
-        finishes[-1] = f"id: {ended.position}\n" + finishes[-1]
-        blocks += "".join(finishes)
+        for i, reason in enumerate(ended.finish_reasons):
+            blocks += self.chunk(f"[{self._finish(i, reason)}]")
         if self.include_usage:
             blocks += self.chunk("[]", _json(usage_view(ended)).decode())
-        return blocks + DONE.decode()
+        # The end's position belongs to its last block: who saw less of it gets all of it again.
+        return f"{blocks}id: {ended.position}\ndata: [DONE]\n\n"
 
     def reply(self, completion: Completion) -> dict[str, Any]:
         assert completion.ended is not None
@@ -305,6 +300,10 @@ class TextDialect(Dialect):
             "logprobs": _text_logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
         }
+
+
+def _at(logprobs: list[Logprob | None] | None, i: int) -> Logprob | None:
+    return logprobs[i] if logprobs is not None else None
 
 
 def _chat_logprobs(tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
