@@ -277,6 +277,7 @@ def slow_reader(
         "latency p99 ms": lambda r: r.latency_ms.p99,
         "TTFT p99 ms": lambda r: r.ttft_ms.p99,
         "tokens/s": lambda r: r.tokens_per_s,
+        "others' CPU, cores": lambda r: r.foreign_cores,
         "errors": lambda r: float(sum(r.errors.values())),
     }
     for name, figure in figures.items():

@@ -36,6 +36,7 @@ FIGURES: dict[str, Callable[[Result], float]] = {
     "harness CPU s per 1M tokens": lambda r: r.cpu_s_per_million_tokens.get("harness", 0.0),
     "peak RSS MiB": lambda r: sum(use.peak_rss for use in r.processes if use.name != "harness") / 2**20,
     "events per read": lambda r: r.events_per_read,
+    "others' CPU, cores": lambda r: r.foreign_cores,
     "errors": lambda r: float(sum(r.errors.values()) + r.short_replies),
 }
 _PLOTTED = ("tokens/s", "TTFT p50 ms", "inter-token p99 ms")

@@ -69,6 +69,8 @@ class Result:
     inter_token_ms: Times
     latency_ms: Times
     processes: list[ProcessUse]
+    foreign_cores: float = 0.0
+    """Cores kept busy by everything else on the machine meanwhile."""
     samples: list[str] = field(default_factory=list)
     """The beginning of a few bad replies."""
 
@@ -150,6 +152,7 @@ class _Run:
             await self._over
             wall = meter.elapsed()
             processes = meter.read()
+            foreign = meter.foreign(processes)
         finally:
             gc.enable()
             housekeeping.cancel()
@@ -159,7 +162,7 @@ class _Run:
             for connection in [*self._busy, *self._idle]:
                 connection.exchange = None
                 connection.close()
-        return self._result(wall, processes)
+        return self._result(wall, processes, foreign)
 
     # issuing
 
@@ -285,7 +288,7 @@ class _Run:
                     connection.exchange.error = "timeout"
                     connection.close()
 
-    def _result(self, wall: float, processes: list[ProcessUse]) -> Result:
+    def _result(self, wall: float, processes: list[ProcessUse], foreign: float) -> Result:
         if self._plan.verify:
             for exchange in self._done:
                 if not exchange.error:
@@ -310,5 +313,6 @@ class _Run:
             inter_token_ms=Times.of(self._gaps.seconds, self._gaps.zeros),
             latency_ms=Times.of(exchange.ended - exchange.due for exchange in good),
             processes=processes,
+            foreign_cores=foreign,
             samples=[exchange.reply()[:300].decode(errors="replace") for exchange in bad[:3]],
         )

@@ -98,6 +98,7 @@ def result_table(results: Sequence[Result]) -> str:
                 times(result.latency_ms),
                 ", ".join(f"{name} {number(cost)}" for name, cost in costs.items()),
                 f"{peak:,.0f}" if peak else "–",
+                number(result.foreign_cores),
                 f"{sum(result.errors.values())} of {result.requests}",
             ]
         )
@@ -110,6 +111,7 @@ def result_table(results: Sequence[Result]) -> str:
         "latency ms",
         "CPU s per 1M tokens",
         "peak RSS MiB",
+        "others' CPU, cores",
         "errors",
     ]
     return "\n".join([table(headers, rows), *(f"\n{note}" for note in notes(results))])

@@ -48,10 +48,15 @@ class Meter:
         self._pids = pids
         self._before = {pid: _cpu(process) for pid, process in tree(pids).items()}
         self._own = time.process_time()
+        self._busy = _busy()
         self._started = time.perf_counter()
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._started
+
+    def foreign(self, uses: list[ProcessUse]) -> float:
+        """Cores kept busy by everything else on the machine meanwhile: above a few tenths, distrust the figures."""
+        return max(0.0, (_busy() - self._busy - sum(use.cpu_s for use in uses)) / self.elapsed())
 
     def read(self) -> list[ProcessUse]:
         """Processes of the trees, busiest first, and the harness itself at the end."""
@@ -67,6 +72,12 @@ class Meter:
 def _cpu(process: psutil.Process) -> float:
     times = _quietly(process.cpu_times, None)
     return times.user + times.system if times else 0.0
+
+
+def _busy() -> float:
+    """CPU seconds that the whole machine has spent, time stolen by its host included."""
+    spent = psutil.cpu_times()
+    return float(sum(spent) - spent.idle - sum(getattr(spent, name, 0.0) for name in ("iowait", "guest", "guest_nice")))
 
 
 def _peak(process: psutil.Process) -> int:

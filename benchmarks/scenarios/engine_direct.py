@@ -123,8 +123,7 @@ class GenAIEngine:
                     else:
                         waiting.append(sequence)
                 fresh = waiting
-        wall, use = meter.elapsed(), meter.read()[-1]
-        return _result(concurrency, workload, ended, first_tokens, gaps, wall, use)
+        return _result(concurrency, workload, ended, first_tokens, gaps, meter)
 
 
 class PenstockEngine:
@@ -170,8 +169,7 @@ class PenstockEngine:
                 sequence.last = now
                 if output.finish is not None:
                     ended.append(active.pop(output.key))
-        wall, use = meter.elapsed(), meter.read()[-1]
-        return _result(concurrency, workload, ended, first_tokens, gaps, wall, use)
+        return _result(concurrency, workload, ended, first_tokens, gaps, meter)
 
 
 def _result(
@@ -180,9 +178,9 @@ def _result(
     ended: list[Sequence],
     first_tokens: list[float],
     gaps: list[float],
-    wall: float,
-    use: ProcessUse,
+    meter: Meter,
 ) -> Result:
+    wall, uses = meter.elapsed(), meter.read()
     tokens = sum(sequence.tokens for sequence in ended)
     return Result(
         label=f"c={concurrency}",
@@ -198,7 +196,8 @@ def _result(
         ttft_ms=Times.of(first_tokens),
         inter_token_ms=Times.of(gaps),
         latency_ms=Times.of(sequence.last - sequence.admitted for sequence in ended),
-        processes=[ProcessUse("engine", use.cpu_s, use.peak_rss)],
+        processes=[ProcessUse("engine", uses[-1].cpu_s, uses[-1].peak_rss)],
+        foreign_cores=meter.foreign(uses),
     )
 
 
