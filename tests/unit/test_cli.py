@@ -1,0 +1,343 @@
+"""The command line without a server: flags into settings, help, errors and exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from penstock import __version__
+from penstock.cli import app
+from penstock.cli.bench import Sample, summary
+from penstock.cli.chat import Chat
+from penstock.cli.common import choose_model, duration, write
+from penstock.cli.serve import PANELS, STRUCTURES, add_options, choose_models
+from penstock.client import End, JobView, ModelView, Token
+from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelNotFound, PenstockError
+from penstock.core.job import Status
+from penstock.settings import BUNDLED, ModelSettings, Settings
+
+NOBODY = "http://127.0.0.1:1"
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("PENSTOCK_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PENSTOCK_CONFIG", "")  # restored afterwards, whatever --config makes of it
+    monkeypatch.delenv("PENSTOCK_CONFIG")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- the whole
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["version"]])
+def test_version(arguments: list[str]) -> None:
+    result = run(app, arguments)
+    assert (result.exit_code, result.stdout) == (0, f"penstock {__version__}\n")
+
+
+def test_help_names_every_command_and_completion() -> None:
+    text = run(app, ["--help"]).stdout
+    for word in ("serve", "chat", "jobs", "models", "bench", "config", "version", "--install-completion"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["jobs", "list", "--status", "odd"],
+        ["serve", "--port", "x"],
+        ["jobs", "show"],
+        ["bench", "-c", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    assert run(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["models"], ["jobs", "list"], ["jobs", "tail", "job_1"], ["jobs", "cancel", "job_1"], ["bench"], ["chat"]],
+)
+def test_without_a_server_it_says_how_to_start_one(arguments: list[str]) -> None:
+    result = run(app, [*arguments, "--url", NOBODY])
+    assert result.exit_code == 1
+    assert f"Cannot reach {NOBODY}" in result.stderr
+    assert "penstock serve" in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+
+
+def test_the_server_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_URL", NOBODY)
+    assert f"Cannot reach {NOBODY}" in run(app, ["models"]).stderr
+
+
+def test_what_is_no_url_is_one_line() -> None:
+    result = run(app, ["models", "--url", "ftp://x"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+
+
+# ---------------------------------------------------------------------------------------------- serve, config
+
+
+def test_every_setting_has_a_flag_or_is_a_structure() -> None:
+    flags = [name for names in PANELS.values() for name in names]
+    assert len(flags) == len(set(flags))
+    assert {*flags} | STRUCTURES == {*Settings.model_fields}
+    text = run(app, ["serve", "--help"]).stdout
+    for name in flags:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def settled(*arguments: str) -> dict[str, Any]:
+    result = run(app, ["config", "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value
+
+
+def test_config_prints_value_and_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Path("penstock.toml").write_text("heartbeat = 5")
+    monkeypatch.setenv("PENSTOCK_LEASE_TTL", "7")
+    rows = settled("--port", "9", "--insecure-public", "--allowed-hosts", "a", "--allowed-hosts", "b")
+    assert rows["port"] == {"value": 9, "source": "flag"}
+    assert rows["insecure_public"] == {"value": True, "source": "flag"}
+    assert rows["allowed_hosts"] == {"value": ["a", "b"], "source": "flag"}
+    assert rows["lease_ttl"] == {"value": 7.0, "source": "PENSTOCK_LEASE_TTL"}
+    assert rows["heartbeat"] == {"value": 5.0, "source": "penstock.toml"}
+    assert rows["log_dir"] == {"value": None, "source": "default"}
+    text = run(app, ["config"]).stdout
+    assert "PENSTOCK_LEASE_TTL" in text
+    assert f"{BUNDLED} (openvino)" in text
+
+
+def test_config_file_by_flag(tmp_path: Path) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text("port = 5")
+    assert settled("--config", str(path))["port"] == {"value": 5, "source": str(path)}
+
+
+def test_models_engines_and_options_become_the_models_setting() -> None:
+    options = ["--option", "rate=5", "--option", "b.slots=2"]
+    rows = settled("--engine", "synthetic", "--model", "a", "--model", "b=some/folder", *options)
+    assert rows["models"] == {
+        "value": [
+            {"name": "a", "engine": "synthetic", "path": None, "options": {"rate": "5"}},
+            {"name": "b", "engine": "synthetic", "path": "some/folder", "options": {"rate": "5", "slots": "2"}},
+        ],
+        "source": "flag",
+    }
+
+
+def test_options_reach_models_of_the_file() -> None:
+    Path("penstock.toml").write_text(
+        '[[models]]\nname = "a"\nengine = "synthetic"\noptions = { rate = "1", slots = "3" }'
+    )
+    [model] = settled("--option", "rate=5")["models"]["value"]
+    assert model == {"name": "a", "engine": "synthetic", "path": None, "options": {"rate": "5", "slots": "3"}}
+
+
+def test_engines_pair_up_with_models_in_order() -> None:
+    chosen = choose_models(["synthetic", "openvino"], ["a", "b"])
+    assert [(each["name"], each["engine"]) for each in chosen] == [("a", "synthetic"), ("b", "openvino")]
+    assert [each["engine"] for each in choose_models(["synthetic"], ["a", "b"])] == ["synthetic"] * 2
+    assert "engine" not in choose_models([], ["a"])[0]
+    assert [each["name"] for each in choose_models(["synthetic"], [])] == ["synthetic"]
+    assert [each["name"] for each in choose_models(["openvino"], [])] == [BUNDLED]
+
+
+def test_an_option_is_for_the_model_whose_dotted_name_it_has() -> None:
+    models = [ModelSettings(name="org/qwen2.5"), ModelSettings(name="b")]
+    first, second = add_options(models, ["org/qwen2.5.rate=1", "slots=a=b"])
+    assert first["options"] == {"rate": "1", "slots": "a=b"}
+    assert second["options"] == {"slots": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "sinthetic"], "Did you mean synthetic?"),
+        (["--engine", "synthetic", "--engine", "openvino", "--model", "a"], "2 engines for 1 models"),
+        (["--engine", "synthetic", "--engine", "openvino"], "Say which models"),
+        (["--model", "=x"], "NAME=PATH"),
+        (["--model", "x="], "NAME=PATH"),
+        (["--option", "rate"], "KEY=VALUE"),
+        (["--option", "=1"], "KEY=VALUE"),
+        (["--option", "nobody.rate=1"], "no model 'nobody'"),
+    ],
+)
+def test_wrong_models_are_usage_errors(arguments: list[str], message: str) -> None:
+    result = run(app, ["serve", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    result = run(app, ["serve", "--model", "a", "--model", "a=b"])
+    assert (result.exit_code, "Two models are called 'a'" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "99999"], "port"),
+        (["--config", "nowhere.toml"], "not a file"),
+    ],
+)
+def test_settings_that_do_not_work_are_one_clear_message(arguments: list[str], message: str) -> None:
+    result = run(app, ["serve", "--engine", "synthetic", "--log-level", "error", *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+# ---------------------------------------------------------------------------------------------- chat
+
+
+class Server:
+    """As much of a `Client` as a chat uses: replies of three tokens, and a context of *context* messages."""
+
+    def __init__(self, context: int = 100, error: str | None = None) -> None:
+        self.context = context
+        self.error = error
+        self.seen: list[list[dict[str, str]]] = []
+        self.cancelled: list[JobView] = []
+
+    def submit(self, *, messages: list[dict[str, str]], **options: Any) -> JobView:
+        self.seen.append(list(messages))
+        if len(messages) > self.context:
+            raise ContextLengthExceeded("too long")
+        return JobView(f"job_{len(self.seen)}", Status.QUEUED)
+
+    def stream(self, job: JobView) -> Any:
+        yield Token(1, "one ", 1, 1)
+        yield Token(2, "", 1, 1)
+        yield Token(3, "two", 1, 1)
+        error = ErrorInfo("broken", code=self.error) if self.error else None
+        yield End(4, Status.FAILED if error else Status.COMPLETED, ("stop",), None, error)
+
+    def cancel(self, job: JobView) -> None:
+        self.cancelled.append(job)
+
+
+def conversation(server: Server, system: str | None = None) -> Chat:
+    return Chat(server, "m", system, {"max_tokens": 5})  # type: ignore[arg-type]
+
+
+def test_a_chat_sends_the_whole_conversation() -> None:
+    server = Server()
+    chat = conversation(server, "Be brief.")
+    shown: list[str] = []
+    assert chat.reply("Hi", shown.append) == "one two"
+    assert shown == ["one ", "two"]
+    chat.reply("And?", shown.append)
+    assert [(each["role"], each["content"]) for each in server.seen[1]] == [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "one two"),
+        ("user", "And?"),
+    ]
+    chat.clear()
+    assert [each["role"] for each in chat.messages] == ["system"]
+
+
+def test_an_interrupted_reply_is_cancelled_and_kept_as_far_as_it_came() -> None:
+    server = Server()
+    chat = conversation(server)
+
+    def interrupt(part: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.reply("Hi", interrupt)
+    assert [job.id for job in server.cancelled] == ["job_1"]
+    assert chat.turns[-1] == {"role": "assistant", "content": "one "}
+
+
+def test_a_message_that_got_no_reply_is_not_part_of_the_conversation() -> None:
+    chat = conversation(Server(context=0))
+    with pytest.raises(ContextLengthExceeded):
+        chat.reply("Hi", print)
+    assert chat.turns == []
+
+
+def test_a_failed_reply_raises_the_jobs_error() -> None:
+    with pytest.raises(PenstockError, match="broken"):
+        conversation(Server(error="poisoned")).reply("Hi", lambda part: None)
+
+
+def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_exchange() -> None:
+    server = Server(context=3)
+    chat = conversation(server)
+    for text in ("a", "b", "c"):
+        chat.reply(text, lambda part: None)
+    assert [each["content"] for each in server.seen[-1]] == ["b", "one two", "c"]
+
+
+# ---------------------------------------------------------------------------------------------- small things
+
+
+def test_choose_model() -> None:
+    served = [ModelView("a"), ModelView("b")]
+    assert (choose_model(served, None), choose_model(served, "b")) == ("a", "b")
+    with pytest.raises(ModelNotFound, match=r"'c'. It has: a, b\."):
+        choose_model(served, "c")
+    with pytest.raises(ModelNotFound):
+        choose_model([], None)
+
+
+def test_a_models_text_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    text = "a\x1b]0;owned\x07\tb\x9b2J\r\nc"
+    for stream, expected in ((Terminal(), "a]0;owned\tb2J\nc"), (io.StringIO(), text)):
+        monkeypatch.setattr("sys.stdout", stream)
+        write(text)
+        assert stream.getvalue() == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, ""), (0.0123, "12 ms"), (3.14, "3.1 s"), (600, "10 min"), (9000, "2 h")]
+)
+def test_duration(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_figures_of_a_benchmark() -> None:
+    samples = [Sample(10, i / 100, i / 10) for i in range(1, 101)]
+    report = summary(samples, Counter({"overloaded": 2}), 20.0)
+    assert report["tokens_per_second"] == 50.0
+    assert report["requests_per_second"] == 5.0
+    assert report["time_to_first_token_ms"] == {"p50": 500.0, "p95": 950.0, "p99": 990.0}
+    assert report["latency_ms"]["p99"] == 9900.0
+    assert report["failures"] == {"overloaded": 2}
+    assert summary([], Counter(), 1.0)["latency_ms"] == {}
+
+
+def test_ctrl_c_exits_with_130_and_says_nothing() -> None:
+
+    @app.command(name="interrupted", hidden=True)
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        result = run(app, ["interrupted"])
+        assert (result.exit_code, result.output) == (130, "")
+    finally:
+        app.registered_commands.pop()

@@ -1,0 +1,127 @@
+"""Where a setting comes from, and what is said about one that does not exist."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from penstock.core.errors import InvalidRequest
+from penstock.settings import BUNDLED, Settings, explain, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing of the environment, and a folder without a file."""
+    for name in list(os.environ):
+        if name.startswith("PENSTOCK_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str, name: str = "penstock.toml") -> Path:
+    path = Path(name)
+    path.write_text(text)
+    return path
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().port == 8000
+    write("port = 1")
+    assert load_settings().port == 1
+    monkeypatch.setenv("PENSTOCK_PORT", "2")
+    assert load_settings().port == 2
+    assert load_settings({"port": 3}).port == 3
+    assert load_settings({"port": None}).port == 2
+
+
+def test_every_value_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("port = 1\nheartbeat = 5\nlease_ttl = 7")
+    monkeypatch.setenv("PENSTOCK_PORT", "2")
+    monkeypatch.setenv("PENSTOCK_HEARTBEAT", "6")
+    flags = {"port": 3}
+    rows = {name: (value, source) for name, value, source in explain(load_settings(flags), flags)}
+    assert list(rows) == list(Settings.model_fields)
+    assert rows["port"] == (3, "flag")
+    assert rows["heartbeat"] == (6.0, "PENSTOCK_HEARTBEAT")
+    assert rows["lease_ttl"] == (7.0, str(path))
+    assert rows["host"] == ("127.0.0.1", "default")
+
+
+def test_the_file_may_be_elsewhere_but_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write("port = 1", "other.toml")
+    monkeypatch.setenv("PENSTOCK_CONFIG", str(tmp_path / "other.toml"))
+    assert load_settings().port == 1
+    monkeypatch.setenv("PENSTOCK_CONFIG", str(tmp_path / "none.toml"))
+    with pytest.raises(InvalidRequest, match="not a file"):
+        load_settings()
+
+
+def test_models_and_structures_come_from_the_file_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [model.name for model in load_settings().models] == [BUNDLED]
+    write('tenant_weights = { acme = 2.0 }\n[[models]]\nname = "a"\nengine = "synthetic"\noptions = { rate = "5" }')
+    settings = load_settings()
+    assert settings.tenant_weights == {"acme": 2.0}
+    [model] = settings.models
+    assert (model.name, model.engine, model.path, model.options) == ("a", "synthetic", None, {"rate": "5"})
+    monkeypatch.setenv("PENSTOCK_MODELS", json.dumps([{"name": "b"}]))
+    assert [model.name for model in load_settings().models] == ["b"]
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("heart_beat = 5")
+    with pytest.raises(InvalidRequest, match=r"Unknown key 'heart_beat' in penstock.toml. Did you mean heartbeat\?"):
+        load_settings()
+    write("")
+    monkeypatch.setenv("PENSTOCK_PROT", "1")
+    with pytest.raises(
+        InvalidRequest, match=r"Unknown environment variable PENSTOCK_PROT. Did you mean PENSTOCK_PORT\?"
+    ):
+        load_settings()
+    monkeypatch.delenv("PENSTOCK_PROT")
+    monkeypatch.setenv("PENSTOCK_XYZZY", "1")
+    with pytest.raises(InvalidRequest, match="See `penstock config`"):
+        load_settings()
+
+
+def test_an_unknown_key_of_a_model_is_refused_too() -> None:
+    write('[[models]]\nname = "a"\nengin = "synthetic"')
+    with pytest.raises(InvalidRequest, match=r"models.0.engin"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["PENSTOCK_URL", "PENSTOCK_CACHE"])
+def test_variables_of_the_client_and_the_cache_are_no_settings(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "x")
+    load_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("port = 70000", "port"),
+        ("lease_ttl = 0", "lease_ttl"),
+        ("models = []", "models"),
+        ("port = [", "cannot be read"),
+    ],
+)
+def test_a_value_that_does_not_work_is_named(text: str, message: str) -> None:
+    write(text)
+    with pytest.raises(InvalidRequest, match=message):
+        load_settings()
+
+
+def test_a_variable_that_should_be_json_is_said_to_be_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_MODELS", "a,b")
+    with pytest.raises(InvalidRequest, match="models"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("10.0.0.1", False)],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert load_settings({"host": host}).loopback is loopback
