@@ -293,7 +293,7 @@ def _text(events: list[Any]) -> str:
     """The text of a stream in either dialect."""
     parts = []
     for data in events:
-        if data == "[DONE]" or "usage" in data and "choices" not in data:
+        if data == "[DONE]" or ("usage" in data and "choices" not in data):
             continue
         parts.append(data["token"] if "token" in data else data["choices"][0]["text"])
     return "".join(parts)

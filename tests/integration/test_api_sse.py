@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from penstock.testing.oracle import check_log, check_views
-from tests.support.api import check_error, ended, running, submit, text_of
+from tests.support.api import check_error, ended, poll, running, submit, text_of
 from tests.support.http import send
 from tests.support.server import PATIENCE, Server
 from tests.support.sse import Event, Stream, open_stream
@@ -44,8 +44,7 @@ def check_bytes(stream: Stream) -> None:
         for line in lines:
             assert re.match(rb"(id|event|data|retry): [^\x00]*$", line), line
 
-
-assert not number or not any(line.startswith(b"retry: ") for line in lines), block
+        assert not number or not any(line.startswith(b"retry: ") for line in lines), block
 
 
 class TestBytes:
@@ -310,9 +309,7 @@ class TestRetention:
         server = make_server(rate=0, settings={"result_ttl": 0.5})
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
             job = await submit(http, max_tokens=1)
-            async with asyncio.timeout(PATIENCE):
-                while (reply := await http.get(f"/v1/jobs/{job}")).status_code == 200:
-                    await asyncio.sleep(0.05)
+            reply = await poll(lambda: http.get(f"/v1/jobs/{job}"), lambda reply: reply.status_code != 200)
             check_error(reply, 404, "expired_result")
             check_error(await http.get(f"/v1/jobs/{job}/events"), 404, "expired_result")
             check_error(await http.get(f"/v1/jobs/{job}/events", headers={"last-event-id": "2"}), 404, "expired_result")

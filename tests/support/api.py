@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import httpx
 
 from tests.support.server import PATIENCE
+
+T = TypeVar("T")
 
 ENDED = {"completed", "failed", "cancelled", "expired"}
 
@@ -18,6 +20,14 @@ async def submit(http: httpx.AsyncClient, **body: Any) -> str:
     reply = await http.post("/v1/jobs", json={"prompt": "hello", "max_tokens": 5, **body})
     assert reply.status_code == 202, reply.text
     return str(reply.json()["id"])
+
+
+async def poll(look: Callable[[], Awaitable[T]], good: Callable[[T], Any], timeout: float = PATIENCE) -> T:
+    """Look again and again, until what is seen is *good*; what was seen."""
+    async with asyncio.timeout(timeout):
+        while not good(seen := await look()):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return seen
 
 
 async def until(
