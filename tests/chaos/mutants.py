@@ -1,0 +1,256 @@
+"""Break the product on purpose and see that the tests notice.
+
+    python -m tests.chaos.mutants [NAME …]
+
+Each mutant is an exact replacement of text in a copy of ``src``; a text that is no longer found fails loudly, so a
+mutant cannot rot into one that changes nothing. The tests named with it run against the copy (PYTHONPATH). Exits with 1
+if any mutant survives, or if the tests fail on the copy as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[2]
+BROKER = "penstock/brokers/embedded/broker.py"
+STORE = "penstock/brokers/embedded/store.py"
+CONTRACT = "tests/contract/test_embedded_broker.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``edits``: (file below src, old text, new text); ``tests``: arguments for pytest."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+
+FENCED = "if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:"
+
+MUTANTS = [
+    Mutant(
+        "fence removed",
+        ((BROKER, FENCED, "if running is None or running.tenant != lease.tenant:"),),
+        (CONTRACT, "-k", "AppendContract or LeaseContract or older_attempt or released_lease or zombie"),
+    ),
+    Mutant(
+        "position dedupe removed",
+        (
+            (
+                BROKER,
+                "fresh = len(append.ids) - (running.head - append.position + 1)",
+                "fresh = len(append.ids)",
+            ),
+            (
+                BROKER,
+                "append.position, lease.attempt, append.ids, append.texts, append.choices, append.logprobs\n"
+                "                ).after(running.head)",
+                "running.head + 1, lease.attempt, append.ids, append.texts, append.choices, append.logprobs\n"
+                "                )",
+            ),
+        ),
+        (CONTRACT, "-k", "append or overlapping or rewritten or repeated"),
+    ),
+    Mutant(
+        "a gap is accepted",
+        ((BROKER, "if append.position > running.head + 1:", "if False:"),),
+        (CONTRACT, "-k", "beyond_the_head"),
+    ),
+    Mutant(
+        "delivery before commit",
+        ((BROKER, "tx.then.append(lambda: _publish(published))", "_publish(published)"),),
+        ("tests/unit/brokers/test_write_ahead.py",),
+    ),
+    Mutant(
+        "the end is delivered before commit",
+        ((BROKER, "        tx.then.append(then)\n\n    # ------------------------------------------------------------------------------------ release", "        then()\n\n    # ------------------------------------------------------------------------------------ release"),),
+        ("tests/unit/brokers/test_write_ahead.py",),
+    ),
+    Mutant(
+        "acknowledged before commit",
+        (
+            (
+                STORE,
+                "            if conn.total_changes != unchanged:\n",
+                "            for future, result, failure in outcomes:\n"
+                "                if failure is None and not future.done():\n"
+                "                    future.set_result(result)\n"
+                "            if conn.total_changes != unchanged:\n",
+            ),
+        ),
+        ("tests/unit/brokers/test_write_ahead.py",),
+    ),
+    Mutant(
+        "idempotency ignored by the broker",
+        (
+            (BROKER, "if job.idempotency_key is not None:", "if False:"),
+            ("penstock/brokers/embedded/schema.sql", "CREATE UNIQUE INDEX IF NOT EXISTS jobs_key", "CREATE INDEX IF NOT EXISTS jobs_key"),
+        ),
+        (CONTRACT, "-k", "key or duplicate"),
+    ),
+    Mutant(
+        "idempotency ignored by the gateway",
+        (
+            (
+                "penstock/gateway/routes/bodies.py",
+                'key = call.headers.get("idempotency-key") or body.request_id',
+                "key = None",
+            ),
+        ),
+        ("tests/integration/test_api_jobs.py", "-k", "TestIdempotency"),
+    ),
+    Mutant(
+        "fairness replaced by FIFO",
+        (
+            (
+                BROKER,
+                '"ORDER BY priority, lanes.counter, lanes.served LIMIT 1"',
+                '"ORDER BY priority, (SELECT min(seq) FROM jobs WHERE jobs.tenant = lanes.tenant AND '
+                "jobs.model = lanes.model AND jobs.priority = lanes.priority AND status = 'queued') LIMIT 1\"",
+            ),
+        ),
+        (CONTRACT, "-k", "backlogged or weights or flood or one_claim_shares"),
+    ),
+    Mutant(
+        "priority classes ignored",
+        ((BROKER, '"ORDER BY priority, lanes.counter, lanes.served LIMIT 1"', '"ORDER BY lanes.counter, lanes.served LIMIT 1"'),),
+        (CONTRACT, "-k", "priority"),
+    ),
+    Mutant(
+        "detokeniser without its UTF-8 buffer",
+        (
+            (
+                "penstock/engines/text.py",
+                "        text, used = utf_8_decode(data, \"replace\", False)\n        self._held = data[used:]\n",
+                "        text = data.decode(\"utf-8\", \"replace\")\n",
+            ),
+        ),
+        ("tests/unit/engines/test_text.py",),
+    ),
+    Mutant(
+        "tenant check dropped on reading",
+        (
+            (BROKER, 'f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND tenant = ?", (job, tenant)', 'f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job,)'),
+            (BROKER, "if live is None or live.tenant != tenant:", "if live is None:"),
+        ),
+        (CONTRACT, "-k", "foreign or tenant"),
+    ),
+    Mutant(
+        "tenant check dropped on writing",
+        ((BROKER, FENCED, "if running is None or running.attempt != lease.attempt:"),),
+        (CONTRACT, "-k", "tenant or foreign"),
+    ),
+    Mutant(
+        "tenant dropped by the gateway",
+        (("penstock/gateway/http.py", 'scope.get("penstock.tenant", "default")', '"default"'),),
+        ("tests/unit/gateway",),
+    ),
+    Mutant(
+        "a heartbeat with a blank line",
+        (("penstock/gateway/sse.py", 'PING = b": ping\\n"', 'PING = b": ping\\n\\n"'),),
+        ("tests/integration/test_api_sse.py", "-k", "TestHeartbeat"),
+    ),
+    Mutant(
+        "text that is not ASCII on the wire",
+        (
+            (
+                "penstock/gateway/sse.py",
+                "json_string: Callable[[str], str] = json.encoder.encode_basestring_ascii",
+                "json_string: Callable[[str], str] = json.encoder.encode_basestring",
+            ),
+        ),
+        ("tests/unit/gateway",),
+    ),
+]  # fmt: skip
+
+
+@dataclass
+class Result:
+    mutant: Mutant
+    killed: bool
+    by: str
+    seconds: float
+
+
+def copy_source(folder: Path) -> Path:
+    source = folder / "src"
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+def apply(mutant: Mutant, source: Path) -> None:
+    for file, old, new in mutant.edits:
+        path = source / file
+        text = path.read_text()
+        count = text.count(old)
+        if count == 0:
+            raise SystemExit(f"mutant {mutant.name!r}: its text is no longer in {file}; bring it up to date:\n{old}")
+        path.write_text(text.replace(old, new))
+
+
+def run_tests(source: Path, arguments: tuple[str, ...]) -> tuple[bool, str]:
+    """(all passed, the first failure)."""
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    where = "import penstock, sys; sys.exit(not penstock.__file__.startswith(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", where, str(source)], env=environment, check=True)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:randomly", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 5:
+        raise SystemExit(f"no test matches {' '.join(arguments)}")
+    if done.returncode not in (0, 1):
+        return False, f"pytest exited with {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+    found = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", done.stdout, re.MULTILINE)
+    return done.returncode == 0, found[1] if found else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.mutants", description="Run the tests against mutants.")
+    parser.add_argument("names", nargs="*", help="only mutants whose names contain one of these")
+    parser.add_argument("--no-baseline", action="store_true", help="don't run the tests on the copy as it is first")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTANTS if not arguments.names or any(name in m.name for name in arguments.names)]
+    console = Console(stderr=True)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="penstock-mutants-") as folder:
+        for mutant in chosen:  # all of them, before anything slow: does each still say something?
+            apply(mutant, copy_source(Path(folder) / "check"))
+            shutil.rmtree(Path(folder) / "check")
+        if not arguments.no_baseline:
+            source = copy_source(Path(folder) / "baseline")
+            for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+                with console.status(f"as it is: {' '.join(tests)}"):
+                    passed, by = run_tests(source, tests)
+                if not passed:
+                    console.print(f"[red]The tests fail without any mutant:[/red] {' '.join(tests)}: {by}")
+                    return 1
+        for number, mutant in enumerate(chosen):
+            source = copy_source(Path(folder) / str(number))
+            apply(mutant, source)
+            began = time.monotonic()
+            with console.status(f"{number + 1}/{len(chosen)} {mutant.name}"):
+                passed, by = run_tests(source, mutant.tests)
+            results.append(Result(mutant, not passed, by, time.monotonic() - began))
+            console.print(f"{'[red]SURVIVED[/red]' if passed else '[green]killed[/green]'}  {mutant.name}  {by}")
+            shutil.rmtree(source.parent)
+    print("| mutant | result | by | seconds |\n|---|---|---|---:|")
+    for result in results:
+        print(
+            f"| {result.mutant.name} | {'killed' if result.killed else 'SURVIVED'} | `{result.by}` | {result.seconds:.0f} |"
+        )
+    return 0 if all(result.killed for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
