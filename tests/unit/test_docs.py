@@ -1,0 +1,219 @@
+"""The documentation says what the code does: everything in it that can be compared is compared here."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import msgspec
+import pytest
+from prometheus_client import Counter, Gauge, Histogram
+from pydantic_core import PydanticUndefined
+
+from penstock.core.errors import STATUS_OF_CODE
+from penstock.core.events import Ended, Tokens
+from penstock.core.job import TERMINAL, TRANSITIONS, Status, Usage
+from penstock.core.ports import Broker, QueueStats
+from penstock.engines.child import ENGINES
+from penstock.gateway import openapi
+from penstock.gateway.app import ROUTES
+from penstock.gateway.routes.jobs import Generate, GenerateJob, end_frame, token_frames
+from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.sse import HEADERS
+from penstock.observability.metrics import Metrics
+from penstock.settings import OTHER_VARIABLES, PREFIX, ModelSettings, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+OURS = ["*.md", "docs/**/*.md", "benchmarks/*.md", "tools/**/*.md", "src/penstock/bundled/**/*.md"]
+PAGES = sorted({page for pattern in OURS for page in ROOT.glob(pattern)})
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def rows(name: str) -> Iterator[list[str]]:
+    """The cells of every table row of a page."""
+    for line in read(name).splitlines():
+        if line.startswith("| ") and not line.startswith("|---"):
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def table(name: str, width: int) -> dict[str, list[str]]:
+    """Rows of that width by each `code` in their first cell."""
+    return {code: row for row in rows(name) if len(row) == width for code in re.findall(r"`([^`]+)`", row[0])}
+
+
+# ---------------------------------------------------------------------------------------------- routes, fields, errors
+
+
+class TestApi:
+    def test_every_route_is_listed_and_no_other(self) -> None:
+        served = {f"{method} {path.replace(':path', '')}" for method, path, _ in ROUTES} | {"GET /metrics"}
+        listed = {code for code in table("api.md", 3) if re.match(r"(GET|POST|DELETE|PUT) /", code)}
+        assert listed == served
+
+    def test_every_route_is_in_the_openapi_document(self) -> None:
+        described = {
+            f"{method.upper()} {path}"
+            for path, operations in openapi.document()["paths"].items()
+            for method in operations
+        }
+        served = {f"{method} {path.replace(':path', '')}" for method, path, _ in ROUTES}
+        assert served - described <= {"GET /openapi.json", "GET /docs"}
+        assert described <= served
+
+    def test_the_tests_that_it_names_exist(self) -> None:
+        named = re.findall(r"`(\w+\.py)::(\w+)`", read("api.md"))
+        assert len(named) >= len(ROUTES)
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests/integration" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+    def test_every_request_field_is_explained(self) -> None:
+        known = {
+            field.encode_name
+            for body in (GenerateJob, Generate, ChatCompletion, TextCompletion)
+            for field in msgspec.structs.fields(body)
+        }
+        section = read("api.md").split("## Request fields")[1].split("## Errors")[0]
+        assert known <= set(re.findall(r"`(\w+)`", section))
+
+    def test_every_error_code_is_listed_with_its_status(self) -> None:
+        listed = {code: int(row[1]) for code, row in table("api.md", 3).items() if row[1].isdigit()}
+        assert listed == STATUS_OF_CODE
+
+
+# ---------------------------------------------------------------------------------------------- protocol, states
+
+
+class TestProtocol:
+    def test_the_bytes_of_the_example(self) -> None:
+        job = "job_" + "1".zfill(32)
+        ended = Ended(3, 1, Status.COMPLETED, ("stop",), Usage(5, 2))
+        stream = b"retry: 1000\n" + token_frames(job, Tokens(1, 1, [17, 4], ["Hello", " é"])) + end_frame(job, ended)
+        assert f"```text\n{stream.decode()}```" in read("protocol.md")
+
+    def test_the_headers(self) -> None:
+        for name, value in HEADERS:
+            assert f"{name.decode()}: {value.decode()}\n" in read("protocol.md")
+
+
+class TestStates:
+    def test_the_drawing_has_every_transition_and_no_other(self) -> None:
+        drawing = read("state-machine.md").split("```mermaid")[1].split("```")[0]
+        drawn = re.findall(r"^ *(\[\*\]|\w+) --> (\[\*\]|\w+)", drawing, re.MULTILINE)
+        expected = {(before.value, after.value) for before, afters in TRANSITIONS.items() for after in afters}
+        expected |= {("[*]", "queued")} | {(status.value, "[*]") for status in TERMINAL}
+        assert set(drawn) == expected
+
+    def test_the_table_says_who_causes_each(self) -> None:
+        told = {(row[0], row[1]) for row in rows("state-machine.md") if len(row) == 3}
+        assert {(before.value, after.value) for before, afters in TRANSITIONS.items() for after in afters} <= told
+
+
+# ---------------------------------------------------------------------------------------------- settings, metrics
+
+
+class TestConfiguration:
+    def test_every_setting_with_its_variable_and_default(self) -> None:
+        listed = {name: row for name, row in table("configuration.md", 4).items() if row[1].startswith(f"`{PREFIX}")}
+        assert set(listed) == set(Settings.model_fields)
+        for name, field in Settings.model_fields.items():
+            assert listed[name][1] == f"`{PREFIX}{name.upper()}`"
+            default = listed[name][2]
+            if field.default is PydanticUndefined:
+                continue  # depends on the machine
+            if field.default is None:
+                assert default == "none", name
+            elif name == "models":
+                assert [ModelSettings(**entry) for entry in json.loads(default.strip("`"))] == field.default
+            else:
+                shown = field.default if isinstance(field.default, str) else json.dumps(field.default)
+                assert default == f"`{shown}`", name
+
+    def test_the_other_variables(self) -> None:
+        for name in OTHER_VARIABLES:
+            assert f"`{PREFIX}{name.upper()}`" in read("configuration.md")
+
+    def test_the_keys_of_a_model(self) -> None:
+        section = read("configuration.md").split("## Models")[1]
+        assert set(ModelSettings.model_fields) <= set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+
+    def test_the_example_file_is_valid(self) -> None:
+        example = re.findall(r"```toml\n(.*?)```", read("configuration.md"), re.DOTALL)
+        assert example
+        values = tomllib.loads(example[0])
+        assert set(values) <= set(Settings.model_fields)
+        for model in values["models"]:
+            assert ModelSettings(**model).engine in ENGINES
+
+
+class TestMetricsPage:
+    def test_every_metric_with_type_and_labels_and_no_other(self) -> None:
+        metrics = Metrics()
+        metrics.watch(lambda: QueueStats(depth={}, jobs={}, workers=[]), lambda: 0)
+        labels = {
+            metric._name: metric._labelnames
+            for metric in vars(metrics).values()
+            if isinstance(metric, Counter | Gauge | Histogram)
+        }
+        listed = table("metrics.md", 4)
+        found = set()
+        for family in metrics.registry.collect():
+            name = family.name + ("_total" if family.type == "counter" else "")
+            found.add(name)
+            assert name in listed, name
+            assert listed[name][1] == family.type, name
+            if family.name in labels:
+                assert tuple(re.findall(r"`(\w+)`", listed[name][2])) == labels[family.name], name
+        assert found == set(listed)
+
+
+class TestEnginesPage:
+    def test_every_engine_has_a_section(self) -> None:
+        for name in ENGINES:
+            assert f"\n## {name}\n" in read("engines.md")
+
+    def test_every_option_of_openvino_with_its_default(self) -> None:
+        from penstock.engines.openvino import Options
+
+        section = read("engines.md").split("\n## openvino\n")[1].split("\n## ")[0]
+        listed = dict(re.findall(r"^\| `(\w+)` \| (`.*?`) \|", section, re.MULTILINE))
+        assert listed == {option.name: f"`{option.default}`" for option in fields(Options)}
+
+
+class TestDecisions:
+    def test_a_twelfth_broker_verb_needs_a_record(self) -> None:
+        verbs = {name for name, member in vars(Broker).items() if inspect.isfunction(member) and name[0] != "_"}
+        assert len(verbs) == 11, "write an ADR, and change this number with it"
+        record = read("adr/0003-broker-verbs.md")
+        assert all(f"`{verb}" in record for verb in verbs)
+
+
+# ---------------------------------------------------------------------------------------------- links
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target} leads nowhere"
+        if anchor:
+            assert anchor in anchors(file), f"{target}: {file.name} has no such heading"
