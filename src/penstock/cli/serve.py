@@ -291,6 +291,8 @@ class _Startup:
         self._progress.start()
 
     def progress(self, model: str, what: str, fraction: float | None) -> None:
+        if model not in self._loading:
+            return  # an engine that is started again: the log tells
         self._progress.update(
             self._bars[model],
             description=f"{model}: {what}",
