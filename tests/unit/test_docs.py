@@ -22,7 +22,7 @@ from penstock.core.ports import Broker, QueueStats
 from penstock.engines.child import ENGINES
 from penstock.gateway import openapi
 from penstock.gateway.app import ROUTES
-from penstock.gateway.routes.jobs import Generate, GenerateJob, end_frame, token_frames
+from penstock.gateway.routes.jobs import Generate, GenerateJob, complete_frame, end_frame, feed_frames, token_frames
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
 from penstock.gateway.sse import HEADERS
 from penstock.observability.metrics import Metrics
@@ -97,6 +97,13 @@ class TestProtocol:
         job = "job_" + "1".zfill(32)
         ended = Ended(3, 1, Status.COMPLETED, ("stop",), Usage(5, 2))
         stream = b"retry: 1000\n" + token_frames(job, Tokens(1, 1, [17, 4], ["Hello", " é"])) + end_frame(job, ended)
+        assert f"```text\n{stream.decode()}```" in read("protocol.md")
+
+    def test_the_bytes_of_the_multiplexed_example(self) -> None:
+        job = "job_" + "1".zfill(32)
+        ended = Ended(2, 1, Status.COMPLETED, ("stop",), Usage(5, 1))
+        stream = feed_frames(job, Tokens(1, 1, [17], ["Hello"]), lambda position: f"gqFhAQ.{position}")
+        stream += complete_frame(job, ended, "gqFhAg")
         assert f"```text\n{stream.decode()}```" in read("protocol.md")
 
     def test_the_headers(self) -> None:
