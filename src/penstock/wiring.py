@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import InvalidRequest, PenstockError
@@ -52,6 +53,7 @@ def gateway_config(settings: Settings) -> GatewayConfig:
         heartbeat=settings.heartbeat,
         send_deadline=settings.send_deadline,
         disconnect_grace=settings.disconnect_grace,
+        drain_timeout=settings.drain_timeout,
         default_max_tokens=settings.default_max_tokens,
         allowed_hosts=tuple(settings.allowed_hosts) or (loopback_names if settings.loopback else ("*",)),
     )
@@ -68,10 +70,21 @@ def build_engine(model: ModelSettings, settings: Settings, progress: Progress) -
 
 
 def build_worker(
-    model: ModelSettings, settings: Settings, broker: Broker, metrics: Metrics, progress: Progress
+    model: ModelSettings,
+    settings: Settings,
+    broker: Broker,
+    metrics: Metrics,
+    progress: Progress,
+    on_ready: Callable[[str], None],
 ) -> Worker:
     engine: Engine = metrics.engine(build_engine(model, settings, progress))
-    return Worker(broker, engine, lease_ttl=settings.lease_ttl, drain_timeout=settings.drain_timeout)
+    return Worker(
+        broker,
+        engine,
+        lease_ttl=settings.lease_ttl,
+        drain_timeout=settings.drain_timeout,
+        on_ready=lambda: on_ready(model.name),
+    )
 
 
 async def serve(
@@ -93,47 +106,58 @@ async def serve(
             broker = ObservedBroker(embedded, observers)
             gateway = Gateway(broker, gateway_config(settings))
             metrics.watch(lambda: gateway.catalogue.stats, lambda: len(gateway.streams))
-            workers = [build_worker(model, settings, broker, metrics, progress) for model in settings.models]
+            workers = [build_worker(model, settings, broker, metrics, progress, on_ready) for model in settings.models]
             app = create_app(gateway, metrics=metrics.render, middleware=[metrics.http])
-            server = _Server(
-                uvicorn.Config(
-                    app,
-                    log_config=None,
-                    access_log=False,
-                    lifespan="on",
-                    http="httptools",
-                    ws="none",
-                    proxy_headers=False,
-                    timeout_keep_alive=75,
-                    timeout_graceful_shutdown=max(1, round(settings.drain_timeout) + 1),
-                    server_header=False,
-                    date_header=False,
-                    backlog=4096,
-                )
-            )
-            with _termination() as terminate:
-                async with asyncio.TaskGroup() as tasks:
-                    background = [tasks.create_task(_sweep(broker), name="sweep")]
-                    http = tasks.create_task(server.serve(sockets=[listener]), name="http")
-                    running = [tasks.create_task(worker.run(), name="worker") for worker in workers]
-                    on_listening(_url(settings.host, listener))
-                    background += [
-                        tasks.create_task(_announce(model.name, worker, on_ready), name="announce")
-                        for model, worker in zip(settings.models, workers, strict=True)
-                    ]
-                    await terminate.wait()
-                    log.info("draining", streams=len(gateway.streams))
-                    gateway.drain()
-                    server.should_exit = True
-                    for worker in workers:
-                        worker.stop()
-                    await asyncio.gather(http, *running)
-                    for task in background:
-                        task.cancel()
+            async with gateway.running():
+                await _run(gateway, _http_server(app, settings), listener, workers, broker, on_listening)
         except* PenstockError as group:
             raise _first(group) from None
         finally:
             await embedded.close()
+
+
+async def _run(
+    gateway: Gateway,
+    server: uvicorn.Server,
+    listener: socket.socket,
+    workers: Sequence[Worker],
+    broker: Broker,
+    on_listening: Callable[[str], None],
+) -> None:
+    """Everything at work until a signal; then the drain: streams end, jobs finish or are given back, HTTP closes."""
+    with _termination() as terminate:
+        async with asyncio.TaskGroup() as tasks:
+            sweeping = tasks.create_task(_sweep(broker), name="sweep")
+            http = tasks.create_task(server.serve(sockets=[listener]), name="http")
+            working = [tasks.create_task(worker.run(), name="worker") for worker in workers]
+            on_listening(_url(listener))
+            await terminate.wait()
+            log.info("draining", streams=len(gateway.streams))
+            gateway.drain()
+            server.should_exit = True
+            for worker in workers:
+                worker.stop()
+            await asyncio.gather(http, *working)
+            sweeping.cancel()
+
+
+def _http_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",  # `Gateway.running` is entered and left by us, around the drain
+            http="httptools",
+            ws="none",
+            proxy_headers=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=round(settings.drain_timeout) + 2,
+            server_header=False,
+            date_header=False,
+            backlog=4096,
+        )
+    )
 
 
 def _first(group: BaseExceptionGroup[PenstockError]) -> PenstockError:
@@ -182,12 +206,6 @@ async def _sweep(broker: Broker) -> None:
         await asyncio.sleep(SWEEP_INTERVAL)
 
 
-async def _announce(model: str, worker: Worker, on_ready: Callable[[str], None]) -> None:
-    while worker.info.state == "starting":
-        await asyncio.sleep(0.05)
-    on_ready(model)
-
-
 def _listen(settings: Settings) -> socket.socket:
     """Bind before anything slow happens, so that a taken port is told at once."""
     if not settings.loopback and not settings.insecure_public:
@@ -204,6 +222,6 @@ def _listen(settings: Settings) -> socket.socket:
         ) from error
 
 
-def _url(host: str, listener: socket.socket) -> str:
-    name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{listener.getsockname()[1]}"
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

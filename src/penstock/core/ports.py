@@ -165,6 +165,8 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
     result_ttl: float = 3600.0
     max_attempts: int = 3
     """Retries of curable errors beyond losses of workers."""
+    max_losses: int = 16
+    """Leases that may run out on a job before it is taken for the cause and quarantined."""
 
 
 class Broker(Protocol):
@@ -255,6 +257,8 @@ class Output(msgspec.Struct, array_like=True):
             self.choices = (self.choices or []) + later.choices
         if later.logprobs is not None:
             self.logprobs = (self.logprobs or []) + later.logprobs
+        if self.prompt_tokens is None:
+            self.prompt_tokens = later.prompt_tokens
         self.finish = later.finish
         self.retryable = later.retryable
 

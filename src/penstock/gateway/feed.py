@@ -43,7 +43,7 @@ class Cursor(msgspec.Struct, array_like=True):
     read: dict[bytes, int] = {}
     """Position told, of unfinished jobs of which any token was told."""
     told: list[bytes] = []
-    """Jobs told to the end that may have ended after ``until``."""
+    """Jobs told to the end that may have ended at or after ``until``."""
     current: bytes = b""
     """The job whose position follows the dot of the ``id``."""
 
@@ -89,8 +89,8 @@ class _Feed:
         self._user = user
         self._tasks = tasks
         self._fresh = cursor is None
-        self._until = cursor.until if cursor is not None else now - SKEW
-        self._since = cursor.since if cursor is not None else now - SKEW
+        self._until = cursor.until if cursor is not None else now
+        self._since = cursor.since if cursor is not None else now
         self._read = {_name(key): position for key, position in cursor.read.items()} if cursor is not None else {}
         self._told = {_name(key): now for key in cursor.told} if cursor is not None else {}
         self._created: dict[str, float] = {}
@@ -117,7 +117,7 @@ class _Feed:
                 pass
 
     async def _discover(self) -> None:
-        began = time.time() - SKEW
+        told_until = time.time() - SKEW
         if self._fresh:
             # Whatever is unfinished now matters, however old; what ended before now does not.
             async for job in self._list(status=(Status.QUEUED, Status.RUNNING)):
@@ -130,10 +130,12 @@ class _Feed:
                 if job.id in self._told or (job.ended_at is not None and job.ended_at < self._until):
                     continue
                 self._follow(job.id, job.created_at)
-        # Every job that ended before the look is known by now: followed, or told.
-        self._until = began
-        self._told = {job: at for job, at in self._told.items() if at >= began}
-        self._since = min((self._created[job] for job in self.followers), default=began)
+                if job.ended_at is not None:
+                    told_until = min(told_until, job.ended_at)
+        # Every job that ended before this moment was found by the look, and has been told.
+        self._until = max(self._until, told_until)
+        self._told = {job: at for job, at in self._told.items() if at >= self._until}
+        self._since = min((self._created[job] for job in self.followers), default=self._until)
 
     async def _list(self, status: tuple[Status, ...] = ()) -> AsyncIterator[Job]:
         query = Query(tenant=self._tenant, user=self._user, status=status, limit=200)

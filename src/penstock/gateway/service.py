@@ -39,6 +39,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     disconnect_grace: float = 10.0
     hold: float = 0.25
     """How long a stream's headers wait for its first event, so that an early refusal is still an HTTP error."""
+    drain_timeout: float = 5.0
+    """How long JSON replies are waited for after `Gateway.drain`; then they are 503 and their jobs go on."""
     default_max_tokens: int = 2048
     """What OpenAI routes generate at most when the request does not say (and the context allows it)."""
     allowed_hosts: tuple[str, ...] = ("*",)
@@ -220,6 +222,7 @@ class Gateway:
         self.catalogue = Catalogue(broker, self.config.models)
         self.readers = Readers(broker, self.config.disconnect_grace)
         self.started_at = time.time()
+        self._over = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -236,8 +239,9 @@ class Gateway:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def drain(self) -> None:
-        """End every stream; the clients are told to come back. New streams end at once."""
+        """End every stream; the clients are told to come back. Replies in one piece get ``drain_timeout`` seconds."""
         self.streams.close()
+        asyncio.get_running_loop().call_later(self.config.drain_timeout, self._over.set)
 
     # ------------------------------------------------------------------------------------ submit, follow, fold
 
@@ -290,15 +294,22 @@ class Gateway:
         """Wait for a job's end and fold its log; *gone* returns when the client has left. Raises the job's error."""
         following = self.follow(job)
         leaving = asyncio.ensure_future(gone())
+        over = asyncio.create_task(self._over.wait())
         folding = asyncio.create_task(_collect(following))
         try:
-            await asyncio.wait([leaving, folding], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([leaving, over, folding], return_when=asyncio.FIRST_COMPLETED)
             if not folding.done():
+                if over.done():
+                    raise BrokerUnavailable(
+                        "The server is shutting down; the job goes on. Ask again with the same idempotency key.",
+                        retry_after=2.0,
+                    )
                 raise InvalidRequest("The client left before the reply was complete.")
             completion = fold(folding.result(), job.request.n)
         finally:
             complete = folding.done()
             leaving.cancel()
+            over.cancel()
             folding.cancel()
             await asyncio.gather(folding, return_exceptions=True)
             await following.close(complete)

@@ -91,9 +91,28 @@ class ObservedBroker:
         return verdicts
 
     async def release(self, releases: Sequence[Release]) -> None:
+        await self._broker.release(releases)
         for release in releases:
             self._progress.pop(release.lease.job, None)
-        await self._broker.release(releases)
+            if release.retry is not None or release.crashed_beside is not None:
+                await self._see(release.lease.tenant, release.lease.job)
+
+    async def cancel(self, tenant: str, job: str) -> Job:
+        before = await self._broker.get(tenant, job)
+        after = await self._broker.cancel(tenant, job)
+        # A running job's end is seen by its worker's next append; a waiting one has nobody else to tell of it.
+        if before.status is Status.QUEUED:
+            await self._see(tenant, job)
+        return after
+
+    async def _see(self, tenant: str, job: str) -> None:
+        """Record the end of a job that the broker itself may have ended."""
+        found = await self._broker.get(tenant, job)
+        if found.status.terminal:
+            progress = _Progress(
+                Lease(found, found.attempt), found.tokens, found.prompt_tokens or 0, found.first_token_at
+            )
+            self._end(progress, found.status, found.error.code if found.error else None, found.ended_at or 0.0)
 
     def _end(self, progress: _Progress, status: Status, error: str | None, now: float) -> None:
         job = progress.lease.job
@@ -130,9 +149,6 @@ class ObservedBroker:
 
     def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
         return self._broker.arrivals(tenant, user)
-
-    async def cancel(self, tenant: str, job: str) -> Job:
-        return await self._broker.cancel(tenant, job)
 
     async def get(self, tenant: str, job: str) -> Job:
         return await self._broker.get(tenant, job)

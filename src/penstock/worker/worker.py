@@ -8,12 +8,13 @@ of jobs that have produced nothing lately. The verdict of every append says whic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import secrets
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -56,6 +57,7 @@ class Worker:
         drain_timeout: float = 5.0,
         claim_wait: float = 1.0,
         restart_backoff: float = 0.2,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._broker = broker
@@ -64,6 +66,7 @@ class Worker:
         self._drain_timeout = drain_timeout
         self._claim_wait = claim_wait
         self._restart_backoff = restart_backoff
+        self._on_ready = on_ready
         self._active: dict[int, _Active] = {}
         self._pending: deque[Lease] = deque()
         self._next_key = 0
@@ -83,8 +86,10 @@ class Worker:
     async def run(self) -> None:
         """Load the model and work until `stop`. Raises `ModelLoadError` when the model cannot be loaded at all."""
         try:
-            await self._engine.start()
+            if not await self._load():
+                return
             self._state = "ready"
+            self._on_ready()
             async with asyncio.TaskGroup() as tasks:
                 claiming = tasks.create_task(self._claim_loop(), name="worker: claim")
                 others = [
@@ -99,6 +104,22 @@ class Worker:
                     task.cancel()
         finally:
             await self._engine.close()
+
+    async def _load(self) -> bool:
+        """Start the engine; False when `stop` came before it was up."""
+        starting = asyncio.create_task(self._engine.start())
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            if not starting.done():
+                starting.cancel()
+                await asyncio.wait([starting])
+        if starting.cancelled():
+            return False
+        starting.result()
+        return True
 
     async def _drain(self) -> None:
         """Let running jobs finish for a while, then hand the rest back: they go on elsewhere, or after a restart."""
@@ -247,8 +268,7 @@ class Worker:
             for active in self._active.values():
                 active.appended = False
             try:
-                # A claim for nothing: says that we are alive when no slot is free to claim for.
-                await self._broker.claim(self.info, [], 0, 0)
+                await self._register()
                 verdicts = await self._broker.append([Append(lease, 0) for lease in [*quiet, *waiting]])
             except BrokerUnavailable:
                 continue
@@ -256,6 +276,11 @@ class Worker:
             self._pending = deque(lease for lease in self._pending if lease.job.id not in lost)
             self._drop({job: verdict for job, verdict in verdicts.items() if job in key_of}, key_of)
             await self._admit()
+
+    async def _register(self) -> None:
+        """Say that we are alive, and in which state: a claim for nothing, for when there is no slot to claim for."""
+        with contextlib.suppress(BrokerUnavailable):
+            await self._broker.claim(self.info, [], 0, 0)
 
     async def _bury_engine(self, error: EngineDied) -> None:
         """Give every job back as a suspect, and start a new engine, with growing pauses while that fails."""
@@ -265,6 +290,7 @@ class Worker:
         self._state = "restarting" if not self._stopping.is_set() else "draining"
         await self._release([Release(lease.key, crashed_beside=len(leases)) for lease in leases])
         self._changed.set()
+        await self._register()
         delay = self._restart_backoff
         while True:
             await asyncio.sleep(random.uniform(0, delay))
@@ -277,6 +303,7 @@ class Worker:
         log.info("engine_restarted")
         if not self._stopping.is_set():
             self._state = "ready"
+        await self._register()
         self._changed.set()
 
 

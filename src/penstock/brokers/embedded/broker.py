@@ -46,8 +46,6 @@ WORKER_TTL = 3
 TOMBSTONE_TTL = 24 * 3600.0
 #: Rows that one sweep changes at most, so that it never holds the writer for long.
 SWEEP_LIMIT = 500
-#: A job whose worker was lost this often is taken to be the cause.
-MAX_LOSSES = 16
 
 
 class _Details(msgspec.Struct, array_like=True):
@@ -603,7 +601,7 @@ class EmbeddedBroker:
 
     def _lose_lease(self, tx: Transaction, job: str, running: _Running) -> None:
         losses = self._losses[job] + 1
-        if losses > MAX_LOSSES:
+        if losses > self._policy.max_losses:
             self._end_running(tx, running, job, Status.FAILED, error=_POISONED)
             return
         (model, priority) = tx.conn.execute("SELECT model, priority FROM jobs WHERE seq = ?", (running.seq,)).fetchone()
@@ -635,8 +633,10 @@ class EmbeddedBroker:
     async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
         live = self._live.get(job)
         if live is None or live.tenant != tenant:
-            for event in await self._store.read(partial(_read_log, tenant, job, after)):
+            for i, event in enumerate(await self._store.read(partial(_read_log, tenant, job, after)), 1):
                 yield event
+                if i % 32 == 0:
+                    await asyncio.sleep(0)  # a long replay must not hold up everybody else
             return
         if after > live.head:
             raise _rewound(after, live.head)
