@@ -1,0 +1,183 @@
+"""The app in process: bodies of any kind, tenants apart, who may be called by which name."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.brokers.embedded import EmbeddedBroker
+from penstock.core.errors import InvalidRequest
+from penstock.core.ports import Append, Finish, WorkerInfo
+from penstock.gateway.app import create_app
+from penstock.gateway.feed import Cursor
+from penstock.gateway.http import decode
+from penstock.gateway.routes.jobs import Generate, GenerateJob
+from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.service import Gateway, GatewayConfig
+
+KINDS = [GenerateJob, Generate, ChatCompletion, TextCompletion]
+FIELDS = ["model", "prompt", "messages", "max_tokens", "stop", "logit_bias", "metadata", "n", "stream", "x"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), inner),
+    max_leaves=12,
+)
+
+
+class TestDecode:
+    @pytest.mark.parametrize("kind", KINDS)
+    @given(raw=st.binary(max_size=200))
+    def test_any_bytes_are_a_body_or_an_invalid_request(self, kind: type, raw: bytes) -> None:
+        with contextlib.suppress(InvalidRequest):
+            assert isinstance(decode(raw, kind), kind)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @given(value=st.dictionaries(st.sampled_from(FIELDS), JSON))
+    def test_any_json_too(self, kind: type, value: object) -> None:
+        with contextlib.suppress(InvalidRequest):
+            assert isinstance(decode(json.dumps(value).encode(), kind), kind)
+
+
+class TestCursor:
+    @given(st.text(max_size=200))
+    def test_any_text_is_a_cursor_or_an_invalid_request(self, text: str) -> None:
+        with contextlib.suppress(InvalidRequest):
+            assert isinstance(Cursor.parse(text), Cursor)
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes_in_disguise_too(self, raw: bytes) -> None:
+        with contextlib.suppress(InvalidRequest):
+            Cursor.parse(base64.urlsafe_b64encode(raw).decode())
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    broker = EmbeddedBroker(tmp_path)
+    await broker.open()
+    gateway = Gateway(broker, GatewayConfig(models=("m",), allowed_hosts=("localhost", "127.0.0.1", "::1")))
+    async with gateway.running():
+        yield gateway
+    await broker.close()
+
+
+def as_tenant(gateway: Gateway, tenant: str) -> httpx.AsyncClient:
+    """A client whose requests an authenticating layer has marked as *tenant*'s."""
+    app = create_app(gateway)
+
+    async def marked(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        await app({**scope, "penstock.tenant": tenant}, receive, send)
+
+    return httpx.AsyncClient(transport=httpx.ASGITransport(marked), base_url="http://localhost")
+
+
+async def work(gateway: Gateway) -> None:
+    """Complete everything that is queued, with two tokens each."""
+    for lease in await gateway.broker.claim(WorkerInfo(id="w", slots=50), ["m"], 50, 0):
+        await gateway.broker.append([Append(lease.key, 1, [1, 2], ["a", "b"], finish=Finish(("stop",)))])
+
+
+class TestTenants:
+    async def test_a_foreign_job_does_not_exist(self, gateway: Gateway) -> None:
+        async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
+            for state in ("queued", "ended"):
+                id = (await one.post("/v1/jobs", json={"prompt": "x", "user_id": "u"})).json()["id"]
+                if state == "ended":
+                    await work(gateway)
+                nothing = (await two.get("/v1/jobs/job_" + "0" * 32)).json()
+                for reply in (
+                    await two.get(f"/v1/jobs/{id}"),
+                    await two.get(f"/v1/jobs/{id}/events"),
+                    await two.get(f"/v1/jobs/{id}/events", headers={"last-event-id": "1"}),
+                    await two.post(f"/v1/jobs/{id}/cancel"),
+                ):
+                    assert reply.status_code == 404
+                    assert reply.json() == nothing, "a foreign id must look like one that never was"
+                assert (await one.get(f"/v1/jobs/{id}")).status_code == 200
+                assert (await one.get(f"/v1/jobs/{id}")).json()["status"] in ("queued", "completed")
+
+    async def test_lists_and_cursors_stay_apart(self, gateway: Gateway) -> None:
+        async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
+            mine = [(await one.post("/v1/jobs", json={"prompt": "x", "user_id": "u"})).json()["id"] for _ in range(3)]
+            theirs = (await two.post("/v1/jobs", json={"prompt": "x", "user_id": "u"})).json()["id"]
+            page = (await one.get("/v1/jobs", params={"limit": 1})).json()
+            assert [job["id"] for job in page["data"]] == mine[-1:]
+            rest = (await two.get("/v1/jobs", params={"cursor": page["next_cursor"], "user_id": "u"})).json()
+            assert {job["id"] for job in rest["data"]} <= {theirs}
+            assert [job["id"] for job in (await two.get("/v1/jobs")).json()["data"]] == [theirs]
+
+    async def test_the_same_key_is_another_job(self, gateway: Gateway) -> None:
+        async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
+            headers = {"idempotency-key": "k"}
+            first = await one.post("/v1/jobs", json={"prompt": "x"}, headers=headers)
+            second = await two.post("/v1/jobs", json={"prompt": "another body"}, headers=headers)
+            assert (first.status_code, second.status_code) == (202, 202)
+            assert first.json()["id"] != second.json()["id"]
+            assert (await one.post("/v1/jobs", json={"prompt": "x"}, headers=headers)).json()["id"] == first.json()[
+                "id"
+            ]
+
+    async def test_a_client_cannot_name_its_tenant(self, gateway: Gateway) -> None:
+        async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
+            headers = {"x-tenant": "two", "penstock.tenant": "two", "x-penstock-tenant": "two"}
+            id = (await one.post("/v1/jobs", json={"prompt": "x"}, headers=headers)).json()["id"]
+            assert (await two.get(f"/v1/jobs/{id}")).status_code == 404
+
+
+class TestHosts:
+    @pytest.mark.parametrize(
+        ("host", "known"),
+        [
+            ("localhost", True), ("LOCALHOST:8000", True), ("127.0.0.1:1", True), ("[::1]", True), ("[::1]:8000", True),
+            ("evil.example", False), ("localhost.evil.example", False), ("evil.example:8000", False), ("", False),
+            ("127.0.0.1.nip.io", False), ("localhost:8000@evil", False), ("[::2]:8000", False), ("127.0.0.2", False),
+        ],
+    )  # fmt: skip
+    async def test_only_our_own_names(self, gateway: Gateway, host: str, known: bool) -> None:
+        transport = httpx.ASGITransport(create_app(gateway))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            reply = await http.get("/healthz", headers={"host": host})
+        assert reply.status_code == (200 if known else 400)
+
+
+class TestBugs:
+    async def test_a_bug_is_a_500_in_the_one_shape(self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And nothing of it is told: its text could be anybody's data."""
+
+        async def broken(*arguments: object) -> None:
+            raise RuntimeError("secret detail")
+
+        monkeypatch.setattr(gateway.broker, "get", broken)
+        transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            reply = await http.get("/v1/jobs/x")
+        assert reply.status_code == 500
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+        assert "secret" not in reply.text
+        assert reply.headers["x-request-id"]
+
+    async def test_a_body_that_never_ends_is_given_up_when_the_client_goes(self, gateway: Gateway) -> None:
+        sent: list[object] = []
+        messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive() -> object:
+            return messages.pop(0)
+
+        async def send(message: object) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/jobs", "raw_path": b"/v1/jobs", "query_string": b"",
+            "headers": [(b"host", b"localhost")], "scheme": "http", "server": ("localhost", 80), "root_path": "",
+        }  # fmt: skip
+        async with asyncio.timeout(30):
+            await create_app(gateway)(scope, receive, send)  # type: ignore[arg-type]
+        assert (await gateway.broker.stats()).queued == 0
