@@ -195,6 +195,17 @@ class TestEnginesPage:
         assert listed == {option.name: f"`{option.default}`" for option in fields(Options)}
 
 
+class TestArchitecture:
+    def test_the_places_that_it_names_exist(self) -> None:
+        places = re.findall(r"`([\w/]+\.py):([\w.]+)`", read("architecture.md"))
+        assert len(places) > 10
+        for file, name in places:
+            texts = [found.read_text(encoding="utf-8") for found in (ROOT / "src/penstock").rglob(file)]
+            assert texts, file
+            for part in name.split("."):
+                assert any(re.search(rf"(class|def) {part}\b|^{part}\b", text, re.MULTILINE) for text in texts), name
+
+
 class TestDecisions:
     def test_a_twelfth_broker_verb_needs_a_record(self) -> None:
         verbs = {name for name, member in vars(Broker).items() if inspect.isfunction(member) and name[0] != "_"}
