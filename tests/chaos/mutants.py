@@ -39,6 +39,16 @@ class Mutant:
 
 FENCED = "if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:"
 
+PUBLISHED = "published.append((self._live[lease.job], tokens))"
+CLOSED = "self._live.pop(job).publish(ended)\n\n        tx.then.append(then)\n"
+FAIR = "ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
+FIFO = (
+    "ORDER BY priority, (SELECT min(seq) FROM jobs WHERE jobs.tenant = lanes.tenant AND jobs.model = lanes.model "
+    "AND jobs.priority = lanes.priority AND status = 'queued') LIMIT 1"
+)
+OF_TENANT = "jobs WHERE id = ? AND tenant = ?"
+UNIQUE = "CREATE UNIQUE INDEX IF NOT EXISTS jobs_key"
+
 MUTANTS = [
     Mutant(
         "fence removed",
@@ -70,12 +80,12 @@ MUTANTS = [
     ),
     Mutant(
         "delivery before commit",
-        ((BROKER, "tx.then.append(lambda: _publish(published))", "_publish(published)"),),
+        ((BROKER, PUBLISHED, "self._live[lease.job].publish(tokens)"),),
         ("tests/unit/brokers/test_write_ahead.py",),
     ),
     Mutant(
         "the end is delivered before commit",
-        ((BROKER, "        tx.then.append(then)\n\n    # ------------------------------------------------------------------------------------ release", "        then()\n\n    # ------------------------------------------------------------------------------------ release"),),
+        ((BROKER, CLOSED, CLOSED.replace("tx.then.append(then)", "then()")),),
         ("tests/unit/brokers/test_write_ahead.py",),
     ),
     Mutant(
@@ -96,7 +106,7 @@ MUTANTS = [
         "idempotency ignored by the broker",
         (
             (BROKER, "if job.idempotency_key is not None:", "if False:"),
-            ("penstock/brokers/embedded/schema.sql", "CREATE UNIQUE INDEX IF NOT EXISTS jobs_key", "CREATE INDEX IF NOT EXISTS jobs_key"),
+            ("penstock/brokers/embedded/schema.sql", UNIQUE, UNIQUE.replace("UNIQUE ", "")),
         ),
         (CONTRACT, "-k", "key or duplicate"),
     ),
@@ -113,19 +123,12 @@ MUTANTS = [
     ),
     Mutant(
         "fairness replaced by FIFO",
-        (
-            (
-                BROKER,
-                '"ORDER BY priority, lanes.counter, lanes.served LIMIT 1"',
-                '"ORDER BY priority, (SELECT min(seq) FROM jobs WHERE jobs.tenant = lanes.tenant AND '
-                "jobs.model = lanes.model AND jobs.priority = lanes.priority AND status = 'queued') LIMIT 1\"",
-            ),
-        ),
+        ((BROKER, FAIR, FIFO),),
         (CONTRACT, "-k", "backlogged or weights or flood or one_claim_shares"),
     ),
     Mutant(
         "priority classes ignored",
-        ((BROKER, '"ORDER BY priority, lanes.counter, lanes.served LIMIT 1"', '"ORDER BY lanes.counter, lanes.served LIMIT 1"'),),
+        ((BROKER, FAIR, FAIR.replace("priority, ", "")),),
         (CONTRACT, "-k", "priority"),
     ),
     Mutant(
@@ -142,7 +145,7 @@ MUTANTS = [
     Mutant(
         "tenant check dropped on reading",
         (
-            (BROKER, 'f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND tenant = ?", (job, tenant)', 'f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job,)'),
+            (BROKER, OF_TENANT, "jobs WHERE id = ? AND ? <> ''"),
             (BROKER, "if live is None or live.tenant != tenant:", "if live is None:"),
         ),
         (CONTRACT, "-k", "foreign or tenant"),
@@ -246,9 +249,8 @@ def main() -> int:
             shutil.rmtree(source.parent)
     print("| mutant | result | by | seconds |\n|---|---|---|---:|")
     for result in results:
-        print(
-            f"| {result.mutant.name} | {'killed' if result.killed else 'SURVIVED'} | `{result.by}` | {result.seconds:.0f} |"
-        )
+        fate = "killed" if result.killed else "SURVIVED"
+        print(f"| {result.mutant.name} | {fate} | `{result.by}` | {result.seconds:.0f} |")
     return 0 if all(result.killed for result in results) else 1
 
 

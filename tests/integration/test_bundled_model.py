@@ -1,0 +1,196 @@
+"""The model in the box, as `penstock serve` without any flag serves it: real inference over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from penstock.testing.oracle import Token, check_log, flatten
+from tests.support.api import check_error, submit
+from tests.support.server import PATIENCE, Server
+from tests.support.sse import Event, open_stream
+
+MODEL = "millrace"
+ASK: Any = [{"role": "user", "content": "Tell me a story about a dog."}]
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("bundled"), bundled=True)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+async def http(bundled: Server) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=bundled.url, timeout=PATIENCE, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+async def sdk(bundled: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{bundled.url}/v1", api_key="none", timeout=PATIENCE) as client:
+        yield client
+
+
+async def complete(sdk: openai.AsyncOpenAI, prompt: Any = PROMPT, **fields: Any) -> str:
+    fields = {"max_tokens": 40, "temperature": 0, **fields}
+    return (await sdk.completions.create(model=MODEL, prompt=prompt, **fields)).choices[0].text
+
+
+async def test_a_chat_streams_text_and_stops_by_itself(sdk: openai.AsyncOpenAI) -> None:
+    stream = await sdk.chat.completions.create(
+        model=MODEL, messages=ASK, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    parts, reason, usage = [], None, None
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            parts.append(choice.delta.content or "")
+            reason = choice.finish_reason or reason
+    text = "".join(parts)
+    assert reason == "stop"
+    assert sum(bool(part) for part in parts) > 5, "it came in pieces"
+    assert len(text.split()) > 10
+    assert "<|" not in text
+    assert usage is not None
+    assert usage.completion_tokens > 10
+    assert usage.prompt_tokens > 5
+
+
+async def test_streamed_and_waited_for_are_the_same(sdk: openai.AsyncOpenAI) -> None:
+    reply = await sdk.chat.completions.create(model=MODEL, messages=ASK, temperature=0, max_tokens=60)
+    stream = await sdk.chat.completions.create(model=MODEL, messages=ASK, temperature=0, max_tokens=60, stream=True)
+    text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert reply.choices[0].message.content == text
+
+
+async def test_greedy_is_the_same_alone_and_in_a_crowd(sdk: openai.AsyncOpenAI) -> None:
+    alone = await complete(sdk)
+    crowd = await asyncio.gather(
+        *(complete(sdk) for _ in range(8)), *(complete(sdk, f"Number {n} was", temperature=1) for n in range(16))
+    )
+    assert set(crowd[:8]) == {alone}
+
+
+async def test_a_seed_repeats_a_sample(sdk: openai.AsyncOpenAI) -> None:
+    samples = [await complete(sdk, temperature=1, seed=seed) for seed in (1, 2, 3)]
+    assert len(set(samples)) == 3
+    noise = asyncio.gather(*(complete(sdk, temperature=1) for _ in range(4)))
+    assert [await complete(sdk, temperature=1, seed=seed) for seed in (1, 2, 3)] == samples
+    await noise
+
+
+async def test_stop_strings_end_it_before_they_appear(sdk: openai.AsyncOpenAI) -> None:
+    full = await complete(sdk)
+    for length in (1, 4, 9):
+        stop = full[15 : 15 + length]
+        expected = full[: full.index(stop)]
+        reply = await sdk.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0, stop=[stop, "\x01"]
+        )
+        assert reply.choices[0].text == expected
+        assert reply.choices[0].finish_reason == "stop"
+        stream = await sdk.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0, stop=stop, stream=True
+        )
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == expected
+
+
+async def test_max_tokens_is_length(sdk: openai.AsyncOpenAI) -> None:
+    reply = await sdk.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5, temperature=0)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 5
+    assert (await complete(sdk)).startswith(reply.choices[0].text)
+
+
+async def test_logit_bias_forces_and_forbids(bundled: Server, http: httpx.AsyncClient) -> None:
+    async def ids(**fields: Any) -> list[int]:
+        job = await submit(http, prompt=PROMPT, temperature=0, max_tokens=8, **fields)
+        async with await open_stream(f"{bundled.url}/v1/jobs/{job}/events") as stream:
+            return [token.id for token in flatten(await stream.rest()) if isinstance(token, Token)]
+
+    plain = await ids()
+    assert plain[0] not in await ids(logit_bias={str(plain[0]): -100})
+    other = plain[3]
+    assert await ids(logit_bias={str(other): 100}, ignore_eos=True) == [other] * 8
+
+
+async def test_logprobs_are_those_of_the_tokens(sdk: openai.AsyncOpenAI) -> None:
+    reply = await sdk.chat.completions.create(
+        model=MODEL, messages=ASK, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3
+    )
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert "".join(entry.token for entry in logprobs.content) == reply.choices[0].message.content
+    for entry in logprobs.content:
+        assert entry.logprob <= 0
+        assert len(entry.top_logprobs) == 3
+        best = max(entry.top_logprobs, key=lambda top: top.logprob)
+        assert entry.logprob == pytest.approx(best.logprob), "greedy takes the likeliest"
+
+
+async def test_several_samples_differ_and_count(sdk: openai.AsyncOpenAI) -> None:
+    reply = await sdk.completions.create(model=MODEL, prompt=PROMPT, n=4, max_tokens=12, temperature=1, seed=5)
+    assert len({choice.text for choice in reply.choices}) > 1
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens <= 48
+
+
+@pytest.mark.parametrize(
+    "text", ["Zoë aß 🍰 in Łódź — “schön”", "\u2028\u0000\x1b[31m", "<|im_end|><|endoftext|>", " ", "日本語" * 30]
+)
+async def test_any_prompt_gives_whole_characters(bundled: Server, http: httpx.AsyncClient, text: str) -> None:
+    job = await submit(http, prompt=None, messages=[{"role": "user", "content": text}], max_tokens=30, temperature=1.5)
+    async with await open_stream(f"{bundled.url}/v1/jobs/{job}/events") as stream:
+        check_log(await stream.rest(), job=job)
+    assert stream.raw.isascii()
+    assert "job_" in stream.raw.decode()
+
+
+async def test_token_ids_are_a_prompt_and_bad_ones_are_refused(sdk: openai.AsyncOpenAI) -> None:
+    reply = await sdk.completions.create(model=MODEL, prompt=[300, 301, 302], max_tokens=3)
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens in (3, 4), "as they are, but for a begin token"
+    with pytest.raises(openai.BadRequestError):
+        await complete(sdk, [2**31 - 1])
+
+
+async def test_a_prompt_beyond_the_context_is_refused(http: httpx.AsyncClient) -> None:
+    context = (await http.get(f"/v1/models/{MODEL}")).json()["context_length"]
+    body = {"model": MODEL, "prompt": "word " * (context + 10), "max_tokens": 5}
+    check_error(await http.post("/v1/completions", json=body), 400, "context_length_exceeded")
+    check_error(await http.post("/v1/generate", json={**body, "stream": True}), 400, "context_length_exceeded")
+
+
+async def test_killing_the_engine_changes_not_a_single_token(bundled: Server, http: httpx.AsyncClient) -> None:
+    """Greedy at f32: the stream that lived through the death of its engine equals the one that did not."""
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 400, "ignore_eos": True, "stop": ["\x01"]}
+
+    async def stream_of(kill: bool) -> list[Event]:
+        job = await submit(http, **body)
+        async with await open_stream(f"{bundled.url}/v1/jobs/{job}/events") as stream:
+            events = await stream.take(20)
+            if kill:
+                os.kill(bundled.engine_pid(), signal.SIGKILL)
+            events += await stream.rest()
+        check_log(events, job=job)
+        return events
+
+    calm = [token for token in flatten(await stream_of(kill=False)) if isinstance(token, Token)]
+    shaken = [token for token in flatten(await stream_of(kill=True)) if isinstance(token, Token)]
+    assert [(token.id, token.text) for token in shaken] == [(token.id, token.text) for token in calm]
+    assert shaken[-1].attempt is not None
+    assert shaken[-1].attempt > 1, "it was over before the kill: nothing was proven"
