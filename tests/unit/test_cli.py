@@ -17,7 +17,7 @@ from penstock.cli import app
 from penstock.cli.bench import Sample, summary
 from penstock.cli.chat import Chat
 from penstock.cli.common import choose_model, duration, write
-from penstock.cli.serve import PANELS, STRUCTURES, add_options, choose_models
+from penstock.cli.serve import PANELS, STRUCTURES, Startup, add_options, choose_models
 from penstock.client import End, JobView, ModelView, Token
 from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelNotFound, PenstockError
 from penstock.core.job import Status
@@ -203,6 +203,32 @@ def test_settings_that_do_not_work_are_one_clear_message(arguments: list[str], m
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_startup_tells_each_step_once_and_leaves_a_restarted_engine_to_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = Settings(models=[ModelSettings(name="a"), ModelSettings(name="b", engine="synthetic")])
+    with Startup(settings) as startup:
+        startup.listening("http://127.0.0.1:8000")
+        for fraction in (None, 0.1, 0.9):
+            startup.progress("a", "loading", fraction)
+        startup.ready("b")
+        startup.ready("a")
+        startup.progress("a", "loading", None)
+        startup.ready("a")
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines()[:6] == [
+        f"penstock {__version__} listens on http://127.0.0.1:8000",
+        "loading a (openvino)",
+        "loading b (synthetic)",
+        "a: loading",
+        "b is ready",
+        "ready: a, b",
+    ]
+    assert told.err.count("ready: a, b") == 1
+    assert "penstock chat\n" in told.err
 
 
 # ---------------------------------------------------------------------------------------------- chat

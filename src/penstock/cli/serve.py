@@ -119,7 +119,7 @@ def serve(
     from penstock.wiring import serve as run_server
 
     configure(settings.log_level, settings.log_format, settings.log_dir)
-    with _Startup(settings) as startup, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with Startup(settings) as startup, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(
             run_server(settings, on_listening=startup.listening, progress=startup.progress, on_ready=startup.ready)
         )
@@ -251,7 +251,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-class _Startup:
+class Startup:
     """Tells on stderr what happens until every model is ready: bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, settings: Settings) -> None:
@@ -273,7 +273,7 @@ class _Startup:
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> _Startup:
+    def __enter__(self) -> Startup:
         return self
 
     def __exit__(
