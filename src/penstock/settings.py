@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     )
     data_dir: Path = Field(
         default_factory=lambda: Path(platformdirs.user_data_dir("penstock", appauthor=False)),
-        description="Jobs, queue and logs of the embedded broker; the cache of converted models.",
+        description="Jobs, queue and logs of the embedded broker.",
     )
 
     # What it serves.

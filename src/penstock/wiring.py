@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -217,9 +218,8 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=4096)
     except OSError as error:
-        raise InvalidRequest(
-            f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose another port with --port."
-        ) from error
+        where, why = f"{settings.host}:{settings.port}", os.strerror(error.errno or 0)
+        raise InvalidRequest(f"Cannot listen on {where}: {why}. Choose another port with --port.") from error
 
 
 def _url(listener: socket.socket) -> str:

@@ -3,7 +3,7 @@
 PenstockError
 ├── InvalidRequest              400  the request is malformed or out of range
 │   ├── Unsupported             400  a field that the model's engine cannot honour
-│   └── ContextLengthExceeded   400  prompt (+ max_tokens) does not fit the model's context
+│   └── ContextLengthExceeded   400  the prompt leaves no room in the model's context
 ├── InvalidApiKey               401
 ├── Forbidden                   403
 ├── NotFound                    404

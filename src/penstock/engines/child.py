@@ -126,7 +126,8 @@ def _die_with_parent() -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they go to the whole group or service; the parent decides
     _die_with_parent()
     os.dup2(2, 1)  # whatever a native library prints must not mix with the server's own output
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))

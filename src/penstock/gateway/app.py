@@ -107,6 +107,9 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
+_HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d+)?$")
+
+
 class HostCheck:
     """Refuse hosts that the operator did not name (DNS rebinding); ``*`` allows all."""
 
@@ -117,8 +120,8 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.allowed is not None:
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-            name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-            if name.strip("[]").lower() not in self.allowed:
-                await error_reply(InvalidRequest(f"This server is not called {name[:100]!r}."))(scope, receive, send)
+            found = _HOST.match(host)
+            if found is None or found[1].strip("[]").lower() not in self.allowed:
+                await error_reply(InvalidRequest(f"This server is not called {host[:100]!r}."))(scope, receive, send)
                 return
         await self.app(scope, receive, send)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
 import msgspec
 
@@ -69,43 +70,65 @@ async def feed(
 
     Without a cursor: every unfinished job from its beginning, and every job to come.
     """
-    async with asyncio.TaskGroup() as tasks:
-        following = _Feed(broker, tenant, user, cursor, tasks)
-        discovery = [tasks.create_task(following.hear()), tasks.create_task(following.repair())]
-        try:
-            while True:
-                events = await following.batch()
-                yield b"".join(following.render(events, tokens, end))
-        finally:
-            for task in [*discovery, *following.followers.values()]:
-                task.cancel()
+    following = _Feed(broker, tenant, user, cursor)
+    try:
+        while True:
+            events = await following.batch()
+            yield b"".join(following.render(events, tokens, end))
+    finally:
+        await following.close()
 
 
 class _Feed:
-    def __init__(self, broker: Broker, tenant: str, user: str, cursor: Cursor | None, tasks: asyncio.TaskGroup) -> None:
+    """Its tasks are not a TaskGroup: a generator may be closed where it yields, and a group takes that for a crash."""
+
+    def __init__(self, broker: Broker, tenant: str, user: str, cursor: Cursor | None) -> None:
         now = time.time()
         self._broker = broker
         self._tenant = tenant
         self._user = user
-        self._tasks = tasks
         self._fresh = cursor is None
         self._until = cursor.until if cursor is not None else now
         self._since = cursor.since if cursor is not None else now
         self._read = {_name(key): position for key, position in cursor.read.items()} if cursor is not None else {}
         self._told = {_name(key): now for key in cursor.told} if cursor is not None else {}
         self._created: dict[str, float] = {}
-        self._queue: asyncio.Queue[tuple[str, Event]] = asyncio.Queue(BUFFER)
+        self._ready: deque[tuple[str, Event]] = deque()
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
         self._look = asyncio.Event()
         self._arrivals = broker.arrivals(tenant, user)  # from now on, before the first look at the list
-        self.followers: dict[str, asyncio.Task[None]] = {}
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._spawn(self._hear())
+        self._spawn(self._repair())
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self._failure = failure
+            self._wake.set()
+
+    async def close(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # ------------------------------------------------------------------------------------ finding jobs
 
-    async def hear(self) -> None:
+    async def _hear(self) -> None:
         async for job in self._arrivals:
             self._follow(job, time.time() - SKEW)
 
-    async def repair(self) -> None:
+    async def _repair(self) -> None:
         """Find what no hint told of: what is there at the start, and later jobs whose hint was lost."""
         while True:
             await self._discover()
@@ -135,7 +158,7 @@ class _Feed:
         # Every job that ended before this moment was found by the look, and has been told.
         self._until = max(self._until, told_until)
         self._told = {job: at for job, at in self._told.items() if at >= self._until}
-        self._since = min((self._created[job] for job in self.followers), default=self._until)
+        self._since = min((self._created[job] for job in self._followers), default=self._until)
 
     async def _list(self, status: tuple[Status, ...] = ()) -> AsyncIterator[Job]:
         query = Query(tenant=self._tenant, user=self._user, status=status, limit=200)
@@ -148,23 +171,32 @@ class _Feed:
             query = msgspec.structs.replace(query, cursor=page.cursor)
 
     def _follow(self, job: str, created_at: float) -> None:
-        if job not in self.followers and job not in self._told:
+        if job not in self._followers and job not in self._told:
             self._created[job] = created_at
-            self.followers[job] = self._tasks.create_task(self._read_log(job))
+            self._followers[job] = self._spawn(self._read_log(job))
 
     async def _read_log(self, job: str) -> None:
         try:
             async for event in self._broker.tail(self._tenant, job, self._read.get(job, 0)):
-                await self._queue.put((job, event))
+                while len(self._ready) >= BUFFER:
+                    self._room.clear()
+                    await self._room.wait()
+                self._ready.append((job, event))
+                self._wake.set()
         except NotFound:  # its retention ended while the reader was away
             self._forget(job)
 
     # ------------------------------------------------------------------------------------ telling
 
     async def batch(self) -> list[tuple[str, Event]]:
-        events = [await self._queue.get()]
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
+        while not self._ready:
+            if self._failure is not None:
+                raise self._failure
+            self._wake.clear()
+            await self._wake.wait()
+        events = list(self._ready)
+        self._ready.clear()
+        self._room.set()
         return events
 
     def render(self, events: list[tuple[str, Event]], tokens: RenderTokens, end: RenderEnd) -> Iterator[bytes]:
@@ -181,7 +213,7 @@ class _Feed:
                 yield tokens(job, event, lambda position, prefix=prefix: f"{prefix}{position}")  # type: ignore[misc]
 
     def _forget(self, job: str) -> None:
-        self.followers.pop(job, None)
+        self._followers.pop(job, None)
         self._created.pop(job, None)
         self._read.pop(job, None)
 

@@ -11,7 +11,9 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 #: One line feed: after an ``id`` some SDK decoders turn a blank line into an empty event.
@@ -27,10 +29,15 @@ HEADERS = [
 json_string: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
-def frame(event: str, data: bytes, id: str | int | None = None) -> bytes:
-    """One event block. *event* and *id* are ours, never a client's text; *data* is one line of JSON."""
-    head = f"id: {id}\nevent: {event}\ndata: " if id is not None else f"event: {event}\ndata: "
-    return head.encode() + data + b"\n\n"
+def ascii_json(value: Any) -> str:
+    """Any of our structures as one line of ASCII-only JSON."""
+    return json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
+
+
+def frame(event: str, data: Any, id: str | int | None = None) -> bytes:
+    """One event block. *event* and *id* are ours, never a client's text; *data* becomes one line of JSON."""
+    head = f"id: {id}\n" if id is not None else ""
+    return f"{head}event: {event}\ndata: {ascii_json(data)}\n\n".encode()
 
 
 class Streams:

@@ -16,7 +16,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -207,7 +207,7 @@ class _Queue(Collector):
     def collect(self) -> list[Metric]:
         depth = GaugeMetricFamily("llm_queue_depth", "Jobs waiting", labels=["model", "priority"])
         jobs = GaugeMetricFamily("llm_jobs", "Jobs kept, by status", labels=["status"])
-        lost = GaugeMetricFamily("llm_leases_lost_total", "Leases that ran out")
+        lost = CounterMetricFamily("llm_leases_lost", "Leases that ran out")
         stats = self._stats()
         if stats is not None:
             for (model, priority), count in stats.depth.items():

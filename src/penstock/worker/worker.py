@@ -69,6 +69,7 @@ class Worker:
         self._on_ready = on_ready
         self._active: dict[int, _Active] = {}
         self._pending: deque[Lease] = deque()
+        self._claim: asyncio.Future[list[Lease]] | None = None
         self._next_key = 0
         self._state = "starting"
         self._stopping = asyncio.Event()
@@ -143,9 +144,16 @@ class Worker:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
+            models = [model.name for model in self._engine.models]
+            self._claim = asyncio.ensure_future(self._broker.claim(self.info, models, free, self._claim_wait))
             try:
-                models = [model.name for model in self._engine.models]
-                leases = await self._broker.claim(self.info, models, free, self._claim_wait)
+                await asyncio.wait([self._claim])
+            finally:
+                self._claim.cancel()
+            if self._claim.cancelled():
+                continue  # the engine died meanwhile: what came too late is given back by the broker
+            try:
+                leases = self._claim.result()
             except BrokerUnavailable as error:
                 log.warning("claim_failed", error=error.message)
                 await asyncio.sleep(random.uniform(0.1, 1.0))
@@ -288,6 +296,8 @@ class Worker:
         log.error("engine_died", error=error.message, jobs=len(leases))
         self._active.clear()
         self._state = "restarting" if not self._stopping.is_set() else "draining"
+        if self._claim is not None:
+            self._claim.cancel()
         await self._release([Release(lease.key, crashed_beside=len(leases)) for lease in leases])
         self._changed.set()
         await self._register()

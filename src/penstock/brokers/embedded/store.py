@@ -66,7 +66,7 @@ class Store:
     async def open(self) -> None:
         """Lock the directory, open both connections, create the schema. Raises `BrokerUnavailable`."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts lie in it
             self._lock()
             self._writer = self._connect()
             self._reader = self._connect()

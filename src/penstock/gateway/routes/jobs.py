@@ -7,7 +7,6 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -18,9 +17,7 @@ from penstock.core.ports import Query
 from penstock.gateway.feed import Cursor, feed
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenIds, submission
-from penstock.gateway.sse import EventStream, frame, json_string
-
-_json = msgspec.json.Encoder().encode
+from penstock.gateway.sse import EventStream, ascii_json, frame, json_string
 
 
 class GenerateJob(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -195,15 +192,15 @@ def _extras(run: Tokens) -> list[str]:
         logprob = run.logprobs[i] if run.logprobs is not None else None
         if logprob is not None:
             top = [{"token": other.text, "token_id": other.id, "logprob": other.logprob} for other in logprob.top]
-            extra += f',"logprob":{logprob.logprob},"top_logprobs":{_json(top).decode()}'
+            extra += f',"logprob":{logprob.logprob},"top_logprobs":{ascii_json(top)}'
         extras.append(extra)
     return extras
 
 
 def end_frame(job: str, ended: Ended) -> bytes:
     if ended.error is not None:
-        return frame("error", _json({"job_id": job, "status": ended.status, "error": ended.error}), ended.position)
-    return frame("done", _json(_end_view(job, ended)), ended.position)
+        return frame("error", {"job_id": job, "status": ended.status, "error": ended.error}, ended.position)
+    return frame("done", _end_view(job, ended), ended.position)
 
 
 def feed_frames(job: str, run: Tokens, cursor: Callable[[int], str]) -> bytes:
@@ -216,11 +213,11 @@ def feed_frames(job: str, run: Tokens, cursor: Callable[[int], str]) -> bytes:
 
 
 def complete_frame(job: str, ended: Ended, cursor: str) -> bytes:
-    return frame("job_complete", _json({**_end_view(job, ended), "error": ended.error}), cursor)
+    return frame("job_complete", {**_end_view(job, ended), "error": ended.error}, cursor)
 
 
 def _error_frame(job: str, status: Status, error: PenstockError) -> bytes:
-    return frame("error", _json({"job_id": job, "status": status, "error": error.info}))
+    return frame("error", {"job_id": job, "status": status, "error": error.info})
 
 
 async def _single(block: bytes) -> AsyncIterator[bytes]:

@@ -16,9 +16,7 @@ from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, R
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenId, submission
 from penstock.gateway.routes.jobs import usage_view
-from penstock.gateway.sse import json_string
-
-_json = msgspec.json.Encoder().encode
+from penstock.gateway.sse import ascii_json, json_string
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -216,12 +214,12 @@ class Dialect:
 
     def _end(self, ended: Ended, first: bool) -> str:
         if ended.error is not None:
-            return f"id: {ended.position}\ndata: " + _json({"error": ended.error}).decode() + "\n\n"
+            return f"id: {ended.position}\ndata: " + ascii_json({"error": ended.error}) + "\n\n"
         blocks = self._opening() if first and ended.position == 1 else ""
         for i, reason in enumerate(ended.finish_reasons):
             blocks += self.chunk(f"[{self._finish(i, reason)}]")
         if self.include_usage:
-            blocks += self.chunk("[]", _json(usage_view(ended)).decode())
+            blocks += self.chunk("[]", ascii_json(usage_view(ended)))
         # The end's position belongs to its last block: who saw less of it gets all of it again.
         return f"{blocks}id: {ended.position}\ndata: [DONE]\n\n"
 
@@ -264,7 +262,7 @@ class ChatDialect(Dialect):
         )
 
     def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
-        extra = f',"logprobs":{_json(_chat_logprobs(logprobs)).decode()}' if logprobs else ""
+        extra = f',"logprobs":{ascii_json(_chat_logprobs(logprobs))}' if logprobs else ""
         return f'{{"index":{index},"delta":{{"content":{json_string(text)}}}{extra},"finish_reason":null}}'
 
     def _finish(self, index: int, reason: str) -> str:
@@ -286,7 +284,7 @@ class TextDialect(Dialect):
     prefix = "cmpl-"
 
     def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
-        extra = f',"logprobs":{_json(_text_logprobs(logprobs)).decode()}' if logprobs else ',"logprobs":null'
+        extra = f',"logprobs":{ascii_json(_text_logprobs(logprobs))}' if logprobs else ',"logprobs":null'
         return f'{{"index":{index},"text":{json_string(text)}{extra},"finish_reason":null}}'
 
     def _finish(self, index: int, reason: str) -> str:
