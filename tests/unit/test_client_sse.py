@@ -67,6 +67,7 @@ def streams(draw: st.DrawFn) -> tuple[bytes, list[ServerEvent]]:
 def test_a_stream_means_the_same_wherever_it_is_cut(stream: tuple[bytes, list[ServerEvent]], places: list[int]) -> None:
     data, expected = stream
     assert decode(*cut(data, places)) == expected
+    assert decode(*(bytes([byte]) for byte in data)) == expected
 
 
 @given(
@@ -91,6 +92,10 @@ def test_a_block_is_dispatched_by_its_blank_line_only() -> None:
 
 def test_the_blank_line_of_a_cr_stream_needs_no_further_byte() -> None:
     assert decode(b"data: a\r\r") == [ServerEvent("message", "a", "")]
+
+
+def test_a_crlf_is_one_line_end_even_when_it_is_cut() -> None:
+    assert decode(b"data: a\r", b"\ndata: b\r", b"", b"\n\r", b"\n") == [ServerEvent("message", "a\nb", "")]
 
 
 def test_data_lines_are_joined_and_the_name_does_not_stick() -> None:
