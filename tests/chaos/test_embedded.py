@@ -112,7 +112,7 @@ class TestPoison:
         self, make_server: Callable[..., Server], kind: str
     ) -> None:
         """A hung engine is found by the watchdog only: fewer neighbours make fewer deaths to wait for."""
-        neighbours = 20 if kind == "crash" else 5
+        neighbours = 20 if kind == "crash" else 3
         server = make_server(rate=100, options={kind: "BELLADONNA"}, settings={"hang_timeout": 2})
         async with client(server) as http:
             others = [await submit(http, max_tokens=150) for _ in range(neighbours)]

@@ -408,16 +408,16 @@ class TestDisconnect:
         assert (await ended(http, job))["status"] == "cancelled"
 
     async def test_a_resume_within_the_grace_keeps_it_alive(self, make_server: Callable[..., Server]) -> None:
-        server = make_server(rate=50, settings={"disconnect_grace": 5})
+        server = make_server(rate=50, settings={"disconnect_grace": 2})
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
-            body = {"prompt": "x", "max_tokens": 400, "stream": True}
+            body = {"prompt": "x", "max_tokens": 180, "stream": True}
             async with await open_stream(f"{server.url}/v1/generate", "POST", json_body=body) as stream:
                 events = await stream.take(3)
                 job = stream.headers["x-penstock-job"]
             async with await open_stream(f"{server.url}/v1/jobs/{job}/events", after=events[-1].id) as stream:
                 # Longer than the grace: only the second reader keeps it running.
                 events += await stream.rest()
-            assert [event.id for event in events] == [str(n) for n in range(1, 402)]
+            assert [event.id for event in events] == [str(n) for n in range(1, 182)]
             assert (await ended(http, job))["status"] == "completed"
 
     async def test_one_of_two_readers_leaving_changes_nothing(self, server: Server, http: httpx.AsyncClient) -> None:
