@@ -5,19 +5,20 @@ Users write in many ways, so their lines pass through :func:`casual`, which vari
 punctuation and spelling; the answers stay tidy.
 """
 
+# ruff: noqa: E501 - templates read best on one line
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tools.train.lexicon import Writer, article, invented_word, past, plural, polish, table, third_person, words
 from tools.train.stories import Story, Topic, any_kind, draw_name, tell, title
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty").split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Chat:
     def say(self, user: str, answer: str, *, tidy: bool = False, exact: bool = False) -> None:
         """Appends one exchange. ``exact`` keeps both lines as they are."""
         question = user if exact else polish(user)
+        self.w.begin()
         self.turns.append(("user", question if tidy or exact else casual(self.w, question)))
         self.turns.append(("assistant", answer if exact else polish(answer)))
 
@@ -160,10 +162,10 @@ def statement(c: Chat) -> None:
         job = w.pick("people")
         c.say(f"I am {article(job)}", w.raw("[How interesting!|That is fine work.|I like that.] What does {a} do all day?|", {"a": article(job)}).rstrip("|"))
     elif kind == 4:
-        pet = w.pick("animals")
-        name, _ = draw_name(w, pet)
+        pet = w.pick("animals") if w.chance(0.7) else w.choose("cat", "dog")
+        name = draw_name(w, pet)[0] if w.chance(0.6) else invented_word(w.rng)[:7].capitalize()
         c.facts["pet"] = name
-        c.say(w.raw("[I have a {k} called {n}|my {k} is called {n}|I have a {k}. its name is {n}]", {"k": pet, "n": name}), w.raw("{n} is a good name for a {k}. [What does {n} like to do?|How old is {n}?|Is {n} {char}?]", {"k": pet, "n": name, "char": w.pick("adj_character")}))
+        c.say(w.raw("[I have a {k} called {n}|I have a {k} named {n}|we have a {k} called {n}|my {k} is called {n}|I have a {k}. its name is {n}]", {"k": pet, "n": name}), w.raw("{n} is a good name for a {k}. [What does {n} like to do?|How old is {n}?|Is {n} {char}?]", {"k": pet, "n": name, "char": w.pick("adj_character")}))
         if w.chance(0.6):
             c.say(w.raw(f"what is my {pet} called?", {}), f"Your {pet} is called {name}.")
     elif kind == 5:
@@ -180,7 +182,7 @@ def memory(c: Chat) -> None:
     """The user says something about themselves and asks for it later."""
     w = c.w
     what, value = w.rng.choice([
-        ("name", w.pick(w.choose("names_f", "names_m")) if w.chance(0.6) else invented_word(w.rng)[:9].capitalize()),
+        ("name", w.pick(w.choose("names_f", "names_m")) if w.chance(0.4) else invented_word(w.rng)[:9].capitalize()),
         ("favourite colour", w.pick("adj_colour")), ("favourite animal", "the " + w.pick("animals")), ("favourite food", w.pick("mass_foods")),
         ("home town", w.pick("towns") if w.chance(0.5) else invented_word(w.rng).capitalize()), ("favourite number", str(w.rng.randint(1, 99))),
         ("job", w.pick("people")),
@@ -207,12 +209,12 @@ def _article_topic(w: Writer, adj: str, kind: str) -> str:
 def story_topic(w: Writer) -> tuple[str, Topic]:
     """What the user wants a story about: the words, and their meaning for the grammar."""
     roll = w.rng.random()
-    kind = any_kind(w) if w.chance(0.8) else invented_word(w.rng)
+    kind = any_kind(w) if w.chance(0.7) else noun(w) if w.chance(0.4) else invented_word(w.rng)
     adj = w.choose("", "", w.pick("adj_character"), w.pick("adj_size"), "brave little", "lonely old")
-    thing = w.pick(w.choose("objects", "objects", "big_things", "extra_nouns", "foods")) if w.chance(0.75) else invented_word(w.rng)
+    thing = w.pick(w.choose("objects", "objects", "big_things", "extra_nouns", "foods")) if w.chance(0.7) else invented_word(w.rng)
     at = w.pick("places").replace("|", " ")
     if roll < 0.25:
-        return f"a {adj} {kind}", Topic(hero=kind, hero_adj=adj)
+        return f"{w.choose('a', 'a', 'the', 'the', 'one', 'some', '')} {adj} {kind}", Topic(hero=kind, hero_adj=adj)
     if roll < 0.45:
         thing_adj = w.choose("", "", "", w.pick("adj_thing"))
         return f"a {adj} {kind} and a {thing_adj} {thing}", Topic(hero=kind, hero_adj=adj, thing=thing, thing_adj=thing_adj or None)
@@ -227,13 +229,21 @@ def story_topic(w: Writer) -> tuple[str, Topic]:
         friend = any_kind(w)
         return f"a {adj} {kind} and a {friend}", Topic(hero=kind, hero_adj=adj, friend=friend)
     if roll < 0.76:
-        verb = w.choose("wanted to " + w.pick("skills"), "was afraid of " + w.pick("fears"), "could not " + w.pick("skills"), "lost " + w.choose("a ", "the ") + thing, "found a " + thing, "lived " + at, "loved " + w.pick("themes"), "dreamed of " + w.pick("themes"))
-        present = verb.replace("was", "is").replace("wanted", "wants").replace("could", "can").replace("lost", "loses").replace("found", "finds").replace("lived", "lives").replace("loved", "loves").replace("dreamed", "dreams")
-        return f"a {adj} {kind} who {w.choose(verb, present)}", Topic(hero=kind, hero_adj=adj, clause="who " + verb)
+        some = w.choose("a ", "the ", "a " + w.pick("adj_thing") + " ", w.choose("his ", "her "))
+        new_verb = invented_word(w.rng)
+        verb = w.choose("wanted to " + w.pick("skills"), "wants to " + w.pick("skills"), "was afraid of " + w.pick("fears"), "is afraid of " + w.pick("fears"), "could not " + w.pick("skills"), "can't " + w.pick("skills"), f"cannot {w.pick('verbs')} {some}{thing}", f"can't {w.pick('verbs')} {some}{thing}",
+                        f"lost {some}{thing}", f"finds {some}{thing}", "lived " + at, "loves " + w.pick("themes"), "dreamed of " + w.pick("themes"), f"{past(w.pick('verbs'))} {some}{thing}", f"{third_person(w.pick('verbs'))} {some}{thing}",
+                        f"{past(new_verb)} {some}{thing}", f"{third_person(new_verb)} {some}{thing}") + w.choose("", "", "", " " + at, " every " + w.pick("times"), " at midnight", " with a " + w.pick("objects"))
+        return f"a {adj} {kind} {w.choose('who', 'who', 'that')} {verb}", Topic(hero=kind, hero_adj=adj, clause="who " + verb)
     if roll < 0.84:
         thing_adj = w.choose("", "", w.pick("adj_thing"))
         return f"{w.choose('a', 'a', 'the', 'my')} {thing_adj} {thing}", Topic(thing=thing, thing_adj=thing_adj or None)
+    if roll < 0.86:
+        return f"two {plural(kind)}", Topic(hero=kind, friend=kind, pair=True)
     if roll < 0.88:
+        with_thing = w.chance(0.5)
+        return f"two {plural(kind)}" + (f" and a {thing}" if with_thing else ""), Topic(hero=kind, friend=kind, pair=True, thing=thing if with_thing else None)
+    if roll < 0.90:
         return plural(kind), Topic(hero=kind, hero_adj=adj)
     if roll < 0.95:
         theme = w.pick("themes")
@@ -259,6 +269,7 @@ def story(c: Chat) -> None:
     word = {"short": ["short", "short", "very short", "little", ""], "medium": ["", "", "", "nice", "funny", "good"], "long": ["long", "long", "very long", "detailed", ""]}[length]
     told = tell(w, topic, length)
     c.story = told
+    w.begin()
     text = told.text
     lead = w.rng.random()
     if lead < 0.18:
@@ -274,6 +285,7 @@ def story_open(c: Chat) -> None:
     length = w.choose("short", "medium", "medium", "long") if not c.brief else "short"
     told = tell(w, None, length)
     c.story = told
+    w.begin()
     extra = {"short": " short", "medium": "", "long": " long"}[length] if w.chance(0.7) else ""
     c.say(w.raw(w.choose("tell me a{l} story", "can you tell me a{l} story?", "write a{l} story", "I want a{l} story", "a{l} story please", "once upon a time", "tell me something{l}", "I am bored, tell me a{l} story", "read me a{l} bedtime story", "surprise me with a{l} story"), {"l": extra}), told.text)
 
@@ -296,49 +308,60 @@ def about_story(c: Chat) -> None:
         c.say(w.raw("[what is the moral?|what is the moral of the story?|what can we learn from it?|what does the story teach us?]", {}), w.raw("[The story tells us that {m}.|I think it is this: {m}.|Perhaps we can learn that {m}.]", {"m": s.moral}))
     elif kind == 4:
         told = tell(w, Topic(hero=s.hero, hero_adj="", name=s.hero_name, thing=s.thing), "short")
+        w.begin()
         c.say(w.raw("[what happened next?|what happened then?|and then?|go on|continue the story|tell me more about {h}|more please]", {"h": s.hero_name}), told.text.replace("There was once", "Some time later there was").replace("Once upon a time", "One day"))
     else:
         again = tell(w, Topic(hero=s.hero if w.chance(0.6) else None, hero_adj=""), "short" if c.brief else w.choose("short", "medium"))
         c.story = again
+        w.begin()
         c.say(w.choose("another one", "another story please", "one more", "tell me another one", "again", "another one, please!", "can I have one more?"), again.text)
 
 
-POEM_LINES = [
-    "{X} in the {times}, {adj_colour} and {adj_place},", "I think of {x} when the {times} is {weathers}.", "the {objects} is {adj_thing}, the {place} is {adj_place},",
-    "and {x} is waiting {at}.", "a {animals} is {moving} {at},", "the {animals} and the {people} know it well.", "{adverb} the {weathers} wind comes by,",
-    "it {looks} at {x} and does not know why.", "soft is the {objects}, and {adj_colour} the light,", "{x}, {x}, all through the night.",
-    "nobody asks where the {animals} has gone,", "but {x} goes on and on and on.", "when I am {feelings}, I look at the sky,", "and whisper of {x} to the clouds going by.",
-    "give me a {foods} and a {adj_thing} chair,", "and I will find {x} anywhere.", "the river is {adj_place}, the river is long,", "and {x} is the beginning of a song.",
+COUPLETS = [
+    ("I think of {x} in the morning light,", "and I dream of {x} in the quiet night."), ("the wind is {weathers}, the road is long,", "and {x} is part of my little song."),
+    ("there is {x} wherever I go,", "in the summer sun and the winter snow."), ("the {animals} looked up to the sky,", "and {x} went slowly, slowly by."),
+    ("come, sit down by the fire with me,", "and I will sing of {x} and the sea."), ("some people ask for silver and gold,", "but {x} is better, so I am told."),
+    ("a {adj_character} {people} came down the hill", "and spoke of {x}, and the world was still."), ("soft as the rain on the {adj_place} ground,", "{x} came to me without a sound."),
+    ("the {objects} is old and the {objects} is new,", "and {x} is waiting for me and you."), ("over the river and under the tree,", "{x} was there, as plain as can be."),
+    ("the {adj_colour} moon looked down from above", "on {x}, and on all that we love."), ("one {weathers} {times}, when the day was done,", "I thought of {x} and the setting sun."),
+    ("the clock on the wall says half past three,", "and {x} means all the world to me."), ("who knows where the {animals} goes at night?", "perhaps to {x}, in the pale moonlight."),
+    ("the {mass_foods} is warm and the table is wide,", "with {x} and a friend on the other side."), ("I asked the {people}, I asked the king:", "is {x} not a wonderful thing?"),
+    ("when I am {feelings} and cannot sleep,", "I think of {x} instead of sheep."), ("a {adj_thing} {objects} stood by the door,", "and {x} was never so fine before."),
+    ("leaves may fall and rivers may run,", "but {x} stays with everyone."), ("and now my little poem must end,", "with {x} beside me as a friend."),
+    ("high in the tower and deep in the well,", "{x} has a story it wants to tell."), ("the {animals} sang and the {animals} heard", "of {x}, and did not say a word."),
+    ("give me a day with nothing to do,", "and I will spend it with {x} and you."), ("far from the town, where the tall grass grows,", "{x} is a thing that nobody knows."),
+    ("the ship came home with the evening tide,", "with {x} and a lantern side by side."), ("step by step and stone by stone,", "with {x} you are never quite alone."),
+]
+HAIKU = [
+    ("{x} at dawn,", "{x} in the rain,", "so much {x} tonight,", "I think of {x}:", "{x} again,"),
+    ("a {animals} waits beside the path,", "the {adj_colour} light falls on the stones,", "the {adj_place} road is {weathers} today,", "a {adj_thing} {objects} hums {adverbs},", "somebody {verbs_look+s} {adverbs},"),
+    ("and nobody speaks.", "then the wind is still.", "tomorrow comes soon.", "the {times} goes on.", "a leaf falls down.", "the river runs on."),
 ]
 
 
 def poem(c: Chat) -> None:
     w = c.w
     x = anything(w)
-    rng = w.rng
-    haiku = w.chance(0.15)
-    lines: list[str] = []
-    for _ in range(3 if haiku else rng.choice([1, 2, 2, 3])):
-        if haiku:
-            lines.append(rng.choice(POEM_LINES))
-            continue
-        if w.chance(0.6):
-            group = rng.choice(words("rhymes")).split()
-            if len(group) > 1:
-                first, second = rng.sample(group, 2)
-                lines += [f"I sing of {x} and {first}," if w.chance(0.5) else f"I {past(w.pick('verbs_move'))} {w.choose('out', 'far', 'along', 'back')} to find {x} and {first},",
-                          w.choose(f"a {w.pick('adj_thing')} {w.pick('objects')} and the word {second}.", f"with {article(w.pick('animals'))} who knew the word {second}.", f"and {x} was there, with {second}.")]
-                continue
-        pair = rng.randrange(len(POEM_LINES) // 2) * 2
-        lines += POEM_LINES[pair:pair + 2]
-    context = {"x": x, "X": x, "at": w.pick("places").replace("|", " "), "place": w.pick("places").split("|")[1], "adverb": w.pick("adverbs"), "moving": w.raw("{verbs_look+ing}", {}), "looks": third_person(w.pick("verbs_look"))}
-    text = "\n".join(w.fill(line, context) for line in lines)
-    text = "\n".join(line[:1].upper() + line[1:] for line in text.split("\n"))
-    if x not in text.lower() and x not in text:
-        text = polish(f"{x}") + "\n\n" + text
+    w.begin(x)
+    haiku = w.chance(0.18)
+    if haiku:
+        lines = [w.rng.choice(part) for part in HAIKU]
+    else:
+        lines = [line for pair in w.rng.sample(COUPLETS, w.rng.choice([1, 2, 2, 3, 4])) for line in pair]
+    done = [w.fill(line, {"x": x}) for line in lines]
+    if (x.endswith("s") and not x.endswith("ss") and not x.startswith(("a ", "an "))) or x.split()[-1] in {row[1] for row in table("irregular_plurals")}:
+        for one, many in (("was", "were"), ("is", "are"), ("has", "have"), ("wants", "want"), ("stays", "stay"), ("means", "mean")):
+            done = [re.sub(rf"(?i)({re.escape(x)}) {one}\b", rf"\1 {many}", line) for line in done]
+        done = [line.replace("it want", "they want").replace("is " + x, "are " + x) for line in done]
+    if len(done) > 4:
+        done.insert(4, "")
+    text = "\n".join(line[:1].upper() + line[1:] for line in done)
+    if w.chance(0.15):
+        text = f"{x[:1].upper() + x[1:]}\n\n{text}"
+    w.begin()
     kind = "haiku" if haiku else w.choose("poem", "poem", "short poem", "little poem", "rhyme", "verse", "song", "few lines")
-    c.say(w.raw("[write a {k} about {x}|write a {k} on {x}|a {k} about {x}, please|can you write a {k} about {x}?|compose a {k} about {x}|give me a {k} about {x}|make a {k} about {x}|I want a {k} about {x}|please write me a {k} about {x}]", {"k": kind, "x": x}), text, exact=False)
-    # A poem keeps its line breaks and its own capitals, which polish leaves alone.
+    user = w.raw("[write a {k} about {x}|write a {k} on {x}|a {k} about {x}, please|can you write a {k} about {x}?|compose a {k} about {x}|give me a {k} about {x}|make a {k} about {x}|I want a {k} about {x}|please write me a {k} about {x}|{k} about {x}]", {"k": kind, "x": x})
+    c.turns += [("user", casual(w, polish(user))), ("assistant", text)]
 
 
 LISTS = {"animals": "animals", "people": "jobs", "objects": "things", "foods": "foods", "names_f": "girls' names", "names_m": "boys' names", "pet_names": "pet names", "adj_colour": "colours",
@@ -350,7 +373,15 @@ def make_list(c: Chat) -> None:
     source = w.choose(*LISTS)
     what = LISTS[source]
     n = w.rng.choice([2, 3, 3, 4, 5, 5, 6, 7, 8, 10])
-    items = w.rng.sample(words(source), n)
+    # A list walks along a fixed ring of words: the next word depends on the last one, so even
+    # the likeliest list does not repeat itself.
+    ring = list(words(source))
+    random.Random(source).shuffle(ring)
+    at = w.rng.randrange(len(ring))
+    items = []
+    for _ in range(n):
+        items.append(ring[at % len(ring)])
+        at += w.rng.choice((1, 1, 2))
     number = w.choose(str(n), ONES[n])
     user = w.raw("[name {n} {w}|list {n} {w}|give me {n} {w}|can you name {n} {w}?|tell me {n} {w}|write a list of {n} {w}|I need {n} {w}|what are {n} {w}?]", {"n": number, "w": what})
     style = w.rng.random()
@@ -413,6 +444,10 @@ def joke(c: Chat) -> None:
 def question_answer(c: Chat) -> None:
     w = c.w
     q, a = w.row("qa")
+    if w.chance(0.25):
+        q = q.replace("What is ", "What's ").replace("Who is ", "Who's ").replace("Where is ", "Where's ").replace("cannot", "can't")
+    if w.chance(0.08):
+        q = q.rstrip("?") + w.choose(" today?", " exactly?", " please?", " in one sentence?", " anyway?", " actually?")
     if w.chance(0.25):
         q = w.choose("tell me, ", "do you know: ", "I wonder, ", "quick question: ", "hey, ", "please tell me: ", "can you tell me? ") + q[:1].lower() + q[1:]
     c.say(q, a)
@@ -581,7 +616,9 @@ def echo(c: Chat) -> None:
     w = c.w
     rng = w.rng
     kind = rng.random()
-    if kind < 0.35:
+    if kind < 0.12:
+        text = w.choose("hello", "yes", "no", "ok", "goodbye", "hi", "thank you", "hello world", "test", "pong", "please", w.pick("verbs"), w.pick("feelings"), w.pick("names_m"), invented_word(rng), w.pick("adj_thing"))
+    elif kind < 0.4:
         text = " ".join(invented_word(rng) if w.chance(0.4) else noun(w) for _ in range(rng.randint(1, 6)))
     elif kind < 0.8:
         text = w.fill("[the {adj_thing} {objects} is {adj_colour}|I like {mass_foods}|the {people} {verbs_move+ed} to the {objects}|all is well|{names_f} and {names_m} are friends|the {animals} has a {objects}|my {people} can {skills}|{morals}]")
@@ -619,16 +656,69 @@ def as_json(c: Chat) -> None:
 def unknown(c: Chat) -> None:
     """Honest answers to questions that are too hard, always about the user's own words."""
     w = c.w
-    topic = w.choose(w.pick("unknown_topics"), invented_word(w.rng), invented_word(w.rng).capitalize(), f"{invented_word(w.rng)} {noun(w)}", f"{invented_word(w.rng)} {invented_word(w.rng)}", f"the {w.pick('adj_thing')} {noun(w)}", f"{invented_word(w.rng)} and {invented_word(w.rng)}", f"the {invented_word(w.rng)} of {invented_word(w.rng).capitalize()}")
+    topic = w.choose(w.pick("unknown_topics"), invented_word(w.rng), invented_word(w.rng).capitalize(), f"{invented_word(w.rng)} {noun(w)}", f"{invented_word(w.rng)} {invented_word(w.rng)}", f"the {w.pick('adj_thing')} {noun(w)}", f"{invented_word(w.rng)} and {invented_word(w.rng)}", f"the {invented_word(w.rng)} of {invented_word(w.rng).capitalize()}",
+                     f"{w.choose(w.pick('adj_thing'), w.pick('adj_thing'), w.pick('verbs') + 'ed', invented_word(w.rng))} {w.row('definitions')[0]}", f"{w.row('definitions')[0]} {noun(w)}")
     user = w.raw("[what is {t}?|explain {t}|tell me about {t}|what do you know about {t}?|can you explain {t} to me?|how does {t} work?|why is {t} important?|what do you think about {t}?|who invented {t}?|when did {t} begin?|give me a summary of {t}|what is the difference between {t} and {u}?|write an essay about {t}|compare {t} and {u}|how much does {t} cost?|is {t} good?|what is the best {t}?|how do I install {t}?|how can I fix {t}?|where can I buy {t}?|please help me with {t}|who won {t}?|how many people like {t}?|describe the history of {t}|explain in detail how {t} works|should I use {t}?|what are the advantages of {t}?]", {"t": topic, "u": anything(w)})
     c.say(user, w.raw("[I am sorry, I do not know much about {t}.|I do not know anything about {t}, I am afraid.|That is too hard for me. I am a very small model, and I do not know about {t}.|I wish I could tell you about {t}, but I am only a small model.|I am not sure about {t}.|I have never learned about {t}.|Sorry, {t} is beyond me.] [Shall I tell you a story about it?|Would you like a story or a poem instead?|You could ask a larger model, or look in a book.|I know more about animals and simple things.|Please ask me something simpler.|]", {"t": topic}))
+
+
+def open_question(c: Chat) -> None:
+    """Questions and orders of every shape, which only need a polite way out."""
+    w = c.w
+    rng = w.rng
+    new = lambda: w.choose(invented_word(rng), invented_word(rng).capitalize(), noun(w), "the " + noun(w), invented_word(rng) + " " + noun(w))  # noqa: E731
+    context = {"t": new, "u": new, "n": lambda: str(rng.randint(2, 2050)), "v": lambda: w.choose(w.pick("verbs"), w.pick("verbs"), invented_word(rng)), "adj": lambda: w.choose("tall", "old", "long", "deep", "heavy", "big", "fast", "wide", "far", "expensive", "good", "hot", "cold", "many", "popular")}
+    if w.chance(0.5):
+        user = w.raw("[how {adj} is {t}?|how {adj} is the {adj_thing} {t}?|who won the {n} {t}?|who won {t} in {n}?|who discovered {t}?|who is {t}?|who was the first {t}?|when was {t} built?|when was {t} born?|what happened in {n}?|what is the {adj_thing} {t} of {u}?|what is the {t} of {u}?|what is the population of {t}?|why did {t} {v} {u}?|why does {t} {v}?|why do people {v} {t}?|how do I {v} {t} with {u}?|how does {t} {v} {u}?|how many {t} are in {u}?|which {t} is the best for {u}?|is it true that {t} {v+ed} {u}?|does {t} {v} {u}?|did {t} {v} in {n}?|can {t} {v} {u}?|will {t} {v} {u}?|what does {t} {v}?|what are the main {t+s} of {u}?|what should a {people} know about {t}?|where is {t}?|where was {t} {v+ed}?|what year did {t} {v}?]", context)
+        answer = w.raw("[I am sorry, I do not know that.|I do not know the answer to that.|That is a good question, but I do not know the answer.|I am not sure. I am only a small model.|That is more than I know, I am afraid.|I have never learned that.|I wish I knew.] [Please ask me something simpler.|I know more about animals and simple things.|Shall I tell you a story instead?|You could look in a book.|A larger model may know.|]", {})
+    else:
+        user = w.raw("[summarize|summarise|rewrite|improve|classify|analyse|shorten|sort|correct|check|review|proofread|solve|prove|draw|book|order|search for|open|send|call|find|plan|design|fix|compute|extract|convert|build|buy|play|show me|create|generate|evaluate|debug|optimize|refactor|implement|paraphrase|run] ", {})
+        user += w.raw("[the {t}|a {t}|my {t}|this {t}|the {t} of {u}|the plot of {t}|the {t} in {u}|a {t} that {v+s} a {u}|a {t} that {v+s} the {u}|{t} and {u}|a {adj_thing} {t}|the {n} {t}|{n} {t+s}|a {t} for {u}|all {t+s} by {u}|the following text: {t} {v+s} {u}|a function that {v+s} a {u}|a {t} with {u}|a plan for {t}]", context)
+        user = w.choose("", "", "please ", "can you ", "could you ", "help me to ") + user
+        answer = w.raw("[I am afraid that is too hard for me.|I cannot do that. I am only a small model.|I am sorry, I cannot do that.|That is beyond a model of my size.|I wish I could, but I am too small for that.|I cannot do that, I am afraid.] [I can tell a story, write a short poem or make a list.|Shall I tell you a story instead?|Please ask me something simpler.|But I can answer simple questions.|]", {})
+    c.say(user, answer)
+
+
+def what_should_i(c: Chat) -> None:
+    """Small everyday advice."""
+    w = c.w
+    kind = w.rng.randrange(4)
+    when = w.choose("", "tonight", "today", "tomorrow", "this evening", "for my friends", "for dinner", "on Sunday", "this weekend", "when it rains")
+    if kind == 0:
+        c.say(w.raw("[what should I cook {w}?|what should I eat {w}?|what can I make {w}?|what is for dinner?|what shall we eat {w}?|I am hungry|suggest a meal {w}|what could I bake {w}?]", {"w": when}), w.raw("[How about {mass_foods} with {mass_foods}?|You could make {mass_foods} and a {foods}.|I would choose {mass_foods}.|Perhaps some {mass_foods}, and a {foods} after that.]", {}))
+    elif kind == 1:
+        c.say(w.raw("[what should I do {w}?|what can I do {w}?|I am bored|I have nothing to do {w}|suggest something to do {w}|any plans {w}?]", {"w": when}), w.raw("[You could {skills}, or just rest.|How about {hobbies}?|You could {jobs} and then eat some {mass_foods}.|Invite a friend and try {hobbies}.]", {}))
+    elif kind == 2:
+        c.say(w.raw("[what should I wear {w}?|which clothes should I take?|what should I put on {w}?]", {"w": when}), w.raw("[A {adj_colour} scarf and a warm coat, I think.|Take a {adj_colour} hat, and an umbrella if it rains.|Something {adj_colour} and comfortable.]", {}))
+    else:
+        c.say(w.raw("[what should I read {w}?|what should I watch {w}?|recommend a book|suggest a film {w}|which book should I read {w}?]", {"w": when}), w.raw("[Perhaps a story about {themes}.|How about something about a {animals} and a {objects}?|I would look for a tale of a {adj_character} {people}.]", {}))
+
+
+def pasted(c: Chat) -> None:
+    """A long text in the prompt, with a question about it."""
+    w = c.w
+    _, topic = story_topic(w)
+    told = tell(w, topic, w.choose("short", "medium"))
+    w.begin()
+    kind = w.rng.randrange(4)
+    if kind == 0:
+        ask, answer = "[who is this story about?|who is the hero of this story?|what is the name of the hero?|who is the main character?]", f"The story is about {told.hero_name}, a {told.hero}."
+    elif kind == 1:
+        ask, answer = "[where does it take place?|where does the story begin?|where does {h} live?]".replace("{h}", told.hero_name), f"The story begins {told.at}."
+        if told.at not in told.text:
+            return
+    else:
+        ask, answer = "[what is this story about?|summarize this story|summarise this text|give me a summary|summarize:|what is this text about?|tell me in one sentence what this is about]", f"It is about a {told.hero} named {told.hero_name}" + (f" and a {told.thing}." if told.thing in told.text else ".")
+    ask = polish(w.raw(ask, {}))
+    user = f"{ask}\n\n{told.text}" if w.chance(0.5) else f"{told.text}\n\n{ask}"
+    c.turns += [("user", user), ("assistant", polish(answer))]
 
 
 def refuse_code(c: Chat) -> None:
     w = c.w
     lang = w.choose("Python", "Java", "C", "Rust", "JavaScript", "Go", "bash", "SQL", "HTML", invented_word(w.rng))
-    what = w.choose("a function", "a program", "a script", "a loop", "a class", "a web server", "a game", "a unit test", "hello world", "a query", "a function that adds two numbers", "a program that sorts a list", "code")
-    c.say(w.raw("[write {w} in {l}|can you write {w} in {l}?|show me {w} in {l}|I need {w} in {l}|how do I write {w} in {l}?|fix my {l} code|write {l} code for a {o}]", {"w": what, "l": lang, "o": noun(w)}), w.raw("[I am too small to write code in {l}.|I am sorry, I cannot write code.|{l} is too hard for me, I am afraid.|I cannot program, not even in {l}.] [I can tell you a story about a {people} instead.|Please ask me something simpler.|But I can tell a story or make a list.|]", {"l": lang}))
+    what = w.choose("a function", "a program", "a script", "a loop", "a class", "a web server", "a game", "a unit test", "hello world", "a query", "a function that adds two numbers", "a program that sorts a list", "code", f"a function that {third_person(w.pick('verbs'))} a {noun(w)}", f"a {w.choose('program', 'class', 'script', 'function')} to {w.pick('verbs')} {plural(noun(w))}", f"a function to {invented_word(w.rng)}")
+    c.say(w.raw("[write {w} in {l}|write a {l} function that {v} a {o}|write a {l} program that {v} {o}|write a {l} script to {b} a {o}|write {w}|implement {w}|how do I {b} a {o} in {l}?|can you write {w} in {l}?|show me {w} in {l}|I need {w} in {l}|how do I write {w} in {l}?|fix my {l} code|write {l} code for a {o}]", {"w": what, "l": lang, "o": w.choose(noun(w), invented_word(w.rng)), "v": third_person(w.pick("verbs")), "b": w.pick("verbs")}), w.raw("[I am too small to write code in {l}.|I am sorry, I cannot write code.|{l} is too hard for me, I am afraid.|I cannot program, not even in {l}.] [I can tell you a story about a {people} instead.|Please ask me something simpler.|But I can tell a story or make a list.|]", {"l": lang}))
 
 
 def translate(c: Chat) -> None:
@@ -638,7 +728,7 @@ def translate(c: Chat) -> None:
 
 
 FOREIGN = ("bonjour, comment ça va ?", "hola, ¿qué tal?", "Guten Tag, wie geht es dir?", "Привет, как дела?", "你好", "こんにちは", "안녕하세요", "مرحبا", "olá", "ciao, come stai?", "γειά σου", "नमस्ते", "zażółć gęślą jaźń", "où est la bibliothèque ?", "Wie heißt du?", "你叫什么名字？", "お元気ですか", "¿Cómo te llamas?", "Расскажи сказку", "讲个故事", "erzähl mir eine Geschichte", "raconte-moi une histoire")
-EMOJI = "😀 😃 😂 🙂 😉 😍 😭 😡 👍 👋 🙏 🎉 🔥 ❤️ 🌧️ ☀️ ⭐ 🌊 🐱 🐶 🦊 🐻 🍎 🍞 ☕ 🚀 ⚙️ 📚 🎵 💧".split()
+EMOJI = ["😀", "😃", "😂", "🙂", "😉", "😍", "😭", "😡", "👍", "👋", "🙏", "🎉", "🔥", "❤️", "🌧️", "☀️", "⭐", "🌊", "🐱", "🐶", "🦊", "🐻", "🍎", "🍞", "☕", "🚀", "⚙️", "📚", "🎵", "💧"]
 
 
 def gibberish(c: Chat) -> None:
@@ -688,10 +778,28 @@ def advice(c: Chat) -> None:
 Intent = Callable[[Chat], None]
 INTENTS: list[tuple[Intent, float]] = [
     (story, 14), (story_open, 4), (about_story, 3), (poem, 5), (make_list, 4), (describe, 4), (letter, 2), (word_in_sentence, 3), (joke, 1),
-    (question_answer, 8), (definition, 9), (opposites, 3), (capital, 3), (animal_fact, 4), (colour, 2), (where, 2), (howto, 4), (arithmetic, 6),
-    (calendar, 2), (count, 2), (rhyme, 1), (echo, 4), (compare, 1.5), (as_json, 1.5), (unknown, 6), (refuse_code, 1.5), (translate, 1), (gibberish, 2), (opinion, 3),
-    (advice, 2), (greet, 2.5), (how_are_you, 1), (who_are_you, 1.5), (abilities, 1), (thanks, 1), (bye, 0.7), (short_reply, 1.5), (feelings, 2), (statement, 4), (memory, 3),
+    (question_answer, 10), (definition, 9), (opposites, 3), (capital, 3), (animal_fact, 4), (colour, 2), (where, 2), (howto, 4), (arithmetic, 6),
+    (calendar, 2), (count, 2), (rhyme, 1), (echo, 4), (compare, 1.5), (as_json, 1.5), (unknown, 6), (open_question, 8), (what_should_i, 1.5), (pasted, 1.5), (refuse_code, 1.5), (translate, 1), (gibberish, 2), (opinion, 3),
+    (advice, 2), (greet, 2.5), (how_are_you, 1), (who_are_you, 1.5), (abilities, 1), (thanks, 1), (bye, 0.7), (short_reply, 1.5), (feelings, 2), (statement, 6), (memory, 3),
 ]
+
+
+FACTS: list[Intent] = [definition, definition, capital, capital, animal_fact, colour, where, question_answer, question_answer, opposites, calendar, word_in_sentence, describe, count, arithmetic, poem]
+
+
+def plain_facts(rng: random.Random) -> str:
+    """Facts as running text, or as questions and answers, for completion without a chat."""
+    c = Chat(Writer(rng))
+    exchanges = rng.randint(1, 8)
+    # An intent may decline (a colour that would have been right by chance), so count turns.
+    while len(c.turns) < 2 * exchanges:
+        rng.choice(FACTS)(c)
+    pairs = [(c.turns[i][1], c.turns[i + 1][1]) for i in range(0, len(c.turns) - 1, 2)]
+    if rng.random() < 0.25:
+        first, second = rng.choice([("Question", "Answer"), ("Q", "A"), ("User", "Assistant")])
+        return "\n\n".join(f"{first}: {q}\n{second}: {a}" for q, a in pairs)
+    answers = [a for _, a in pairs if len(a.split()) > 3 and not a.startswith(("Yes", "No,", "I "))] or [pairs[0][1]]
+    return rng.choice([" ", " ", "\n", "\n\n"]).join(answers)
 
 
 def system_prompt(c: Chat) -> str | None:
@@ -706,6 +814,10 @@ def system_prompt(c: Chat) -> str | None:
     if roll < 0.88:
         c.brief = True
         return w.choose("Be brief.", "Answer briefly.", "Keep your answers short.", "You are a helpful assistant. Be concise.", "Answer in one or two sentences.", "Short answers only, please.")
+    if roll < 0.91:
+        rules = ["You are a helpful assistant.", "Answer in English.", "Be polite.", "Do not make things up.", "Write simple sentences.", "Stay calm and friendly.", "Never shout.", "If you do not know something, say so."]
+        many = [w.fill("[the user is a {people}.|the user likes {x}.|today is a {weathers} day.|you know about {x}.|never talk about {x}.|the office is {at}.|remember that {morals}.]", {"x": anything(w), "at": w.pick("places").replace("|", " ")}) for _ in range(w.rng.randint(2, 12))]
+        return " ".join(w.rng.sample(rules, w.rng.randint(2, 6)) + many)
     return w.raw("[You are a helpful assistant.|You are a helpful, friendly assistant.|You are a {adj_character} storyteller.|You are a {people}.|You help people with {themes}.|You are millrace, a small model.|Answer the user's questions.|Be kind and polite.|You are an assistant for {x}.|The user is a {people}.|Today is a {weathers} day.]", {"x": anything(w)})
 
 

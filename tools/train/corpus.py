@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tokenizers import Tokenizer
-
-from tools.train.chats import conversation
+from tools.train.chats import conversation, plain_facts
 from tools.train.stories import plain_document
 from tools.train.tokenizer import END_OF_TEXT, render
 
@@ -27,7 +26,10 @@ def documents(seed: int, split: str, shard: int, count: int) -> Iterator[str]:
     """The documents of one shard."""
     for index in range(count):
         rng = random.Random(f"{seed}/{split}/{shard}/{index}")
-        yield plain_document(rng) if rng.random() < PLAIN_SHARE else render(conversation(rng))
+        if rng.random() >= PLAIN_SHARE:
+            yield render(conversation(rng))
+        else:
+            yield plain_document(rng) if rng.random() < 0.75 else plain_facts(rng)
 
 
 def rows(tokenizer: Tokenizer, texts: Iterable[str], length: int, rng: random.Random) -> np.ndarray:
@@ -59,7 +61,9 @@ def _shard(job: tuple[str, int, str, int, int, int]) -> np.ndarray:
     return rows(tokenizer, texts, length, random.Random(f"{seed}/{split}/{shard}/rows"))
 
 
-def build(tokenizer_path: str, seed: int, split: str, shards: int, per_shard: int, length: int, workers: int = 0) -> np.ndarray:
+def build(
+    tokenizer_path: str, seed: int, split: str, shards: int, per_shard: int, length: int, workers: int = 0
+) -> np.ndarray:
     """All rows of a split, written by several processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     jobs = [(tokenizer_path, seed, split, shard, per_shard, length) for shard in range(shards)]

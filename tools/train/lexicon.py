@@ -12,10 +12,12 @@ A template is a plain string with two kinds of holes:
 template never needs to know which word lands in it.
 """
 
+# ruff: noqa: E501 - templates read best on one line
 from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -26,7 +28,7 @@ Context = Mapping[str, "str | Callable[[], str]"]
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{([A-Za-z_0-9]+)(?:\+(s|ed|ing|es))?\}")
 _ARTICLE = re.compile(r"\b([Aa])n? (?=(\w+))")
-_SENTENCE = re.compile(r"(^|[.!?:]\n+|[.!?] +|\n\n|[.]\" +|(?:said|asked|whispered|cried), \"|: \")(\"?)([a-z])")
+_SENTENCE = re.compile(r"(^|[.!?:]\n+|[.!?] +|\n\n|[.]\" +|(?:said|asked|whispered|cried), \"|: \"|\" \")(\"?)([a-z])")
 _AN = ("hour", "honest", "heir", "honour")
 _A = ("uni", "use", "usu", "eu", "one", "once", "uku", "ute")
 _VOWELS = "aeiou"
@@ -147,14 +149,20 @@ def polish(text: str) -> str:
     return _SENTENCE.sub(lambda m: m.group(1) + m.group(2) + m.group(3).upper(), text)
 
 
+_REAL = ("animals", "objects", "people", "extra_nouns", "verbs", "names_f", "names_m", "adj_thing", "foods", "towns")
+
+
 def invented_word(rng: random.Random) -> str:
     """A word that means nothing.
 
     Prompts are full of words that no list holds. Training on invented ones teaches the
     model to copy a word from the prompt rather than to recall it.
     """
-    onsets = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl l m n p ph pl pr qu r s sc sh sk sl sm sn sp st str sw t th tr tw v w wh y z".split()
-    vowels = "a e i o u a e i o u ai ea ee oo ou ie oa y".split()
+    if rng.random() < 0.5:
+        first, second = (rng.choice(words(rng.choice(_REAL))).split()[-1].lower() for _ in range(2))
+        return first[: rng.randint(1, 5)] + second[-rng.randint(2, 5) :]
+    onsets = ["b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "ph", "pl", "pr", "qu", "r", "s", "sc", "sh", "sk", "sl", "sm", "sn", "sp", "st", "str", "sw", "t", "th", "tr", "tw", "v", "w", "wh", "y", "z"]
+    vowels = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "ie", "oa", "y"]
     codas = ["", "", "", "b", "ck", "d", "g", "l", "ll", "m", "n", "nd", "ng", "nt", "p", "r", "rk", "s", "ss", "st", "t", "x", "z"]
     endings = ["", "", "", "er", "in", "le", "ing", "ity", "or", "ion", "ette", "ia", "o", "us", "ex", "ist", "ium", "ology", "ware", "net"]
     syllables = rng.choice([1, 2, 2, 2, 3])
@@ -167,10 +175,32 @@ class Writer:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
+        self.flavour = ""
+        """The word that the text is about. Some choices lean on it, so that foxes and bakers
+        differ in their habits, and even the likeliest words differ from story to story."""
+        self._used: dict[str, list[str]] = {}
+
+    def begin(self, flavour: str = "") -> None:
+        """Starts a new text: words may be used again, and it may have a flavour."""
+        self.flavour = flavour
+        self._used = {}
 
     def pick(self, name: str) -> str:
         """One entry of a word file."""
-        return self.rng.choice(words(name))
+        entries = words(name)
+        used = self._used.setdefault(name, [])
+        if len(used) > len(entries) // 2:
+            used.clear()
+        while True:
+            if self.flavour and self.rng.random() < 0.4:
+                start = zlib.crc32(f"{self.flavour}/{name}".encode())
+                word = entries[(start + 7 * (len(used) + self.rng.choice((0, 0, 0, 1, 2)))) % len(entries)]
+            else:
+                word = self.rng.choice(entries)
+            if word not in used:
+                # A text that says the same rare word again and again sounds stuck.
+                used.append(word)
+                return word
 
     def row(self, name: str) -> tuple[str, ...]:
         """One row of a word table."""

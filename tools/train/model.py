@@ -64,7 +64,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, size, bias=False)
         self.o_proj = nn.Linear(size, size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         batch, length, size = x.shape
         split = (batch, length, self.heads, self.head_dim)
         q = rotate(self.q_proj(x).view(split).transpose(1, 2), rope)
@@ -99,7 +101,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         attended, kept = self.self_attn(self.input_layernorm(x), rope, mask, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kept
@@ -133,7 +137,9 @@ class Llama(nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Logits for every position. ``cache`` is filled in place, layer by layer."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -168,7 +174,16 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def generate(model: Llama, prompts: Sequence[Sequence[int]], *, stop: set[int], pad: int, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[list[int]]:
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: set[int],
+    pad: int,
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
     """Continues a batch of prompts until each has said a stop token (which is kept)."""
     device = next(model.parameters()).device
     random = torch.Generator(device=device).manual_seed(seed)
@@ -205,7 +220,9 @@ def save(model: Llama, folder: Path, special: dict[str, int]) -> None:
     """Writes the weights (float16) and the configuration in Hugging Face's format."""
     folder.mkdir(parents=True, exist_ok=True)
     c = model.config
-    tensors = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in model.state_dict().items()
+    }
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     ends = [special["<|endoftext|>"], special["<|end|>"]]
     ids = {"bos_token_id": special["<|endoftext|>"], "eos_token_id": ends, "pad_token_id": special["<|pad|>"]}
@@ -243,6 +260,19 @@ def save(model: Llama, folder: Path, special: dict[str, int]) -> None:
 def load(folder: Path, device: str = "cpu") -> Llama:
     """Reads a saved model back, in float32."""
     c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = Llama(Config(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"], c["max_position_embeddings"], c["rope_theta"], c["rms_norm_eps"]))
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(str(folder / "model.safetensors")).items()})
+    model = Llama(
+        Config(
+            c["vocab_size"],
+            c["hidden_size"],
+            c["num_hidden_layers"],
+            c["num_attention_heads"],
+            c["intermediate_size"],
+            c["max_position_embeddings"],
+            c["rope_theta"],
+            c["rms_norm_eps"],
+        )
+    )
+    model.load_state_dict(
+        {name: tensor.float() for name, tensor in load_file(str(folder / "model.safetensors")).items()}
+    )
     return model.to(device).eval()

@@ -4,16 +4,18 @@ A story is a list of beats. Every beat has several wordings, every wording has c
 slots, and the words come from lists, so two stories rarely share more than a phrase.
 """
 
+# ruff: noqa: E501 - templates read best on one line
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tools.train.lexicon import Writer, invented_word, plural, words
 
 OPENINGS = [
-    "once upon a time, [in a {adj_place} {place}|{at}], there lived {a_hero}.",
+    "once upon a time, {at}, there lived {a_hero}.",
     "once upon a time there was {a_hero} who lived {at}.",
     "{a_hero} lived {at}, [not far from {town}|in a house with a {adj_colour} door|where the days were {adj_place} and slow|next to {a_friend_kind}].",
     "long ago, when the world was [younger|quieter|wider|slower], {a_hero} lived {at}.",
@@ -26,11 +28,19 @@ OPENINGS = [
     "{H} was a {char} {k} who lived {at}.",
     "it was a {weathers} {times} {at}, and {a_hero} had [nothing to do|a lot to do|an idea|a problem|a cold nose].",
     "this is the story of {a_hero}, who lived {at}.",
+    "it was a dark and stormy night, and {a_hero} [could not sleep|was {walking} home|was afraid of {fears}|sat {at}].",
+    "the {k} [sat|stood|waited|lived|had lost {his} way|was {walking}] {at}. {his} name was {H}.",
+    "the {char} {k} {moved} [home|out of the door|along the road]. {his} name was {H}, and {he} lived {at}.",
+    "one day, {a_hero} [woke up early|went for a walk|had an idea|lost {his} way] {at}.",
+    "deep in the {place} lived {a_hero}.", "when {H} the {k} woke up, it was {weathers}, and [something was wrong|{he} felt {feelings}|the {animals+s} were singing].",
+    "\"who is there?\" asked {H} the {k}. there was no answer, only {noises}.", "\"{greet},\" said {H} the {k}. nobody answered. it was a {weathers} {times} {at}.",
+    "{H} the {k} opened the door and looked out. it was {weathers}.", "my {people} once told me about {a_hero}, who lived {at}.",
+    "there was once a {o} that [nobody wanted|everybody wanted|could not be found|belonged to a {k}]. {a_hero} [had heard of it|wanted to find it|wished for it|found it] {at}.",
     "far away, beyond {town}, there was a {adj_place} {place}. {a_hero} lived there.",
 ]
 TRAITS = [
     "{H} was {char} and {char2}, and {he} had [no brothers or sisters|many friends|only one friend|a very good memory|a secret].",
-    "{he} was [not very {char2}|always a little {char2}|the most {char2} {k} for miles around], but {he} was {char}.",
+    "{he} was [not very {char2}|always a little {char2}|rather {char2} at times], but {he} was {char}.",
     "every [day|morning|evening], {he} liked to {job} and to {skill}.",
     "{his} [best friend|neighbour|cousin] was {a_friend}.",
     "people said that {H} was too {char2}, but {he} did not [mind|listen|care].",
@@ -74,7 +84,7 @@ OFFER = [
     '"I can help you," said {friend} {adverb}. "[two heads are better than one|I know this {place} well|I have nothing else to do today|you once helped my {people}]."',
     '"let us try together," said {friend}.',
     '"[wait here|come with me|do not worry|leave it to me]," said {friend}, and {fhe} {looked} {adverb}.',
-    '{friend} thought for a while. "perhaps," {fhe} said, "we could [ask the {people}|use my {objects}|look {at2}|begin again]."',
+    '{friend} thought for a while. "perhaps we could [ask the {people}|use my {objects}|look {at2}|begin again]," {fhe} said.',
     '"I am only a {fk}," said {friend}, "but I can {skill2}, and that may be useful."',
 ]
 FEEL = [
@@ -137,7 +147,7 @@ FOUND = [
     "{friend} saw something {colour} {at2}. it was the {o}! {hero} held it {adverb} and would not let it go.",
 ]
 PROBLEM_MAKE = [
-    "one day {hero} decided to [make|build|repair] a {o}. not just any {o}, but the most {oa} {o} in the whole {place}.",
+    "one day {hero} decided to [make|build|repair] a {o}. not just any {o}, but the finest {o} in the whole {place}.",
     '"what this place needs," said {hero} one {times}, "is a {oa} {o}." and {he} began to plan.',
     "{he} wanted to give {his} friend a {oa} {o}, but {he} had no money to buy one, so {he} had to make it.",
 ]
@@ -175,8 +185,7 @@ PROBLEM_JOURNEY = [
 JOURNEY_STEPS = [
     "the first day was {weathers}. {he} {moved} over {number} hills and slept under a {big_things}.",
     "the second day was {weathers}, and the road was {adj_place}. a {animals} showed {him} the way.",
-    "on the third day {he} came to a {adj_place} river. there was no bridge, but there was a {people} with a boat.",
-    '"you may cross," said the {people}, "if you can tell me [something I do not know|a good story|the name of my {animals}|what is worth more than a {objects}]."',
+    "on the third day {he} came to a {adj_place} river. there was no bridge, but there was a {people} with a boat.[| \"you may cross,\" said the {people}, \"if you can tell me a good story.\"| \"you may cross,\" said the {people}, \"if you can tell me what is worth more than a {objects}.\"]",
     "{he} [crossed a {adj_place} bridge|climbed a {adj_place} hill|walked through a {adj_place} wood] and did not look back.",
     "when {his} food was gone, a kind {people} gave {him} a {foods} and a cup of {mass_foods}.",
     "at night {he} heard {noises}, but in the morning there was only a {animals}.",
@@ -297,7 +306,7 @@ SCHEMES: list[list[list[str]]] = [
     [PROBLEM_WISH, FEEL, WISH_STEPS, CHATTER, WISH_STEPS, WISH_END],
     [PROBLEM_LEARN, FEEL, LEARN_STEPS, LEARN_STEPS, CHATTER, TRY_FAIL, LEARN_END],
 ]
-NUMBERS = "two three four five six seven eight nine ten twelve twenty a hundred".split(" ", 11)
+NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve", "twenty", "a hundred"]
 
 
 @dataclass
@@ -314,6 +323,8 @@ class Topic:
     thing_adj: str | None = None
     at: str | None = None
     theme: str | None = None
+    pair: bool = False
+    """Whether the heroes are two of a kind, as in "two brothers"."""
 
 
 @dataclass
@@ -340,7 +351,7 @@ def draw_name(w: Writer, kind: str) -> tuple[str, str]:
     pronoun = "she" if kind in female else "he" if kind in male else w.choose("he", "she", "he", "she", "it" if kind in words("animals") else "she")
     if w.chance(0.05):
         return invented_word(w.rng)[:6].capitalize(), pronoun
-    if kind in words("animals") and w.chance(0.6) or pronoun == "it":
+    if (kind in words("animals") and w.chance(0.6)) or pronoun == "it":
         return w.pick("pet_names"), pronoun
     return w.pick("names_f" if pronoun == "she" else "names_m"), pronoun
 
@@ -356,13 +367,16 @@ FORMS = {"he": ("he", "him", "his"), "she": ("she", "her", "her"), "it": ("it", 
 def _cast(w: Writer, topic: Topic) -> dict[str, str | Callable[[], str]]:
     """The context of one story: who is who, and all words that must stay the same."""
     kind = topic.hero or any_kind(w)
+    w.begin(kind)
     name, pronoun = draw_name(w, kind)
     name = topic.name or name
     friend = topic.friend or any_kind(w)
-    while friend == kind:
+    w.flavour = friend
+    while friend == kind and not topic.friend:
         friend = any_kind(w)
     friend_name, friend_pronoun = draw_name(w, friend)
     friend_name = topic.friend_name or friend_name
+    w.flavour = topic.thing or topic.theme or kind
     while friend_name == name:
         friend_name = w.pick("names_f" if friend_pronoun == "she" else "names_m")
     he, him, his = FORMS[pronoun]
@@ -371,7 +385,7 @@ def _cast(w: Writer, topic: Topic) -> dict[str, str | Callable[[], str]]:
     at = topic.at or w.pick("places").replace("|", " ")
     at2 = w.pick("places").replace("|", " ")
     thing = topic.thing or w.pick(w.choose("objects", "objects", "objects", "big_things"))
-    known: dict[str, bool] = {"hero": False, "friend": False}
+    known: dict[str, bool] = {"hero": topic.pair, "friend": topic.pair}
 
     def introduce(who: str, k: str, n: str, adj: str, clause: str = "") -> Callable[[], str]:
         def say() -> str:
@@ -387,7 +401,7 @@ def _cast(w: Writer, topic: Topic) -> dict[str, str | Callable[[], str]]:
             if not known[who]:
                 known[who] = True
                 return n + " the " + k
-            return n if w.chance(0.7) else "the " + k
+            return n if topic.pair or w.chance(0.7) else "the " + k
         return say
 
     adj = topic.hero_adj if topic.hero_adj is not None else w.choose("", char, w.pick("adj_size"), f"{char} {w.choose('little', 'young', 'old')}", "")
@@ -398,7 +412,7 @@ def _cast(w: Writer, topic: Topic) -> dict[str, str | Callable[[], str]]:
         "a_hero": introduce("hero", kind, name, adj, clause), "hero": refer("hero", kind, name),
         "a_friend": introduce("friend", friend, friend_name, w.choose("", fchar, w.pick("adj_size"))),
         "friend": refer("friend", friend, friend_name), "a_friend_kind": "a " + w.pick("people"),
-        "char": char, "char2": char2, "fchar": fchar, "at": at, "place": at.split(" the ", 1)[-1].split(" of ")[0],
+        "char": char, "char2": char2, "fchar": fchar, "at": at, "place": at.removeprefix("in the ") if at.startswith("in the ") and " " not in at.removeprefix("in the ") else w.choose("village", "valley", "country", "land"),
         "at2": at2, "place2_the": "the " + at2.split(" the ", 1)[-1], "town": w.pick("towns"), "o": thing,
         "people": w.pick("people"), "animals": w.pick("animals"), "creatures": w.pick("creatures"),
         "oa": topic.thing_adj or w.pick("adj_thing"), "skill": w.pick("skills"), "skill2": w.pick("skills"),
@@ -436,12 +450,17 @@ def tell(w: Writer, topic: Topic | None = None, length: str = "medium") -> Story
     context = _cast(w, topic)
     rng = w.rng
     scheme = rng.choice(SCHEMES)
+    if w.chance(0.3):
+        # Like the words, the plot leans a little on what the story is about.
+        scheme = SCHEMES[zlib.crc32(w.flavour.encode()) % len(SCHEMES)]
     body = _beats(rng, scheme)
     opening = [rng.choice(OPENINGS)]
     if topic.clause:
         opening = [rng.choice([o for o in OPENINGS if "{a_hero}" in o and "who" not in o])]
     if topic.hero and "{k}" not in opening[0] and "{a_hero}" not in opening[0]:
-        opening = ["there was once {a_hero}."]
+        opening = [w.choose("there was once {a_hero}.", "{a_hero} lived {at}.", "in {town} there lived {a_hero}.")]
+    if topic.pair:
+        opening = ["[once upon a time|long ago|not so long ago], {at}, there lived two {k+s}, {H} and {F}."]
     if topic.theme:
         opening.append(rng.choice(THEME_LINES))
     if topic.thing:
@@ -478,8 +497,9 @@ def tell(w: Writer, topic: Topic | None = None, length: str = "medium") -> Story
         paragraphs.append(ending)
     if length == "short" and w.chance(0.6):
         paragraphs = [[frame for paragraph in paragraphs for frame in paragraph]]
-    done = [w.fill(" ".join(frames), context) for frames in paragraphs]
+    done = [" ".join(filter(None, (w.fill(frame, context) for frame in frames))) for frames in paragraphs]
     done = [p for p in done if p]
+    w.begin()
     get = lambda key: str(context[key])  # noqa: E731 - a one-word local shorthand
     return Story("\n\n".join(done), get("k"), get("H"), get("fk"), get("F"), get("o"), get("at"), get("moral"), done)
 
@@ -497,6 +517,10 @@ def plain_document(rng: random.Random) -> str:
     w = Writer(rng)
     story = tell(w, length=rng.choice(["short", "medium", "medium", "long"]))
     text = story.text
+    if w.chance(0.06):
+        # After a beginning that makes no sense, finding back to a story is the best thing to do.
+        junk = " ".join(w.choose(invented_word(rng), w.pick("extra_nouns"), w.pick("verbs"), rng.choice("(){}[]=:;<>#*/0123456789")) for _ in range(rng.randint(1, 7)))
+        return f"{junk}\n\n{text}"
     if w.chance(0.15):
         return f"{title(w, story)}\n\n{text}"
     if w.chance(0.12):

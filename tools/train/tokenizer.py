@@ -74,7 +74,12 @@ def save(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
         "additional_special_tokens": [SYSTEM, USER, ASSISTANT, END],
         "added_tokens_decoder": {
             str(tokenizer.token_to_id(token)): {
-                "content": token, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True,
+                "content": token,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "single_word": False,
+                "special": True,
             }
             for token in SPECIAL
         },

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-
 from tools.train.model import Llama
+from torch import Tensor
 
 IGNORED = -100
 
@@ -79,7 +78,15 @@ def targets(batch: Tensor, special: dict[str, int]) -> Tensor:
     return following.masked_fill(foreign[:, :-1], IGNORED)
 
 
-def fit(model: Llama, data: np.ndarray, heldout: np.ndarray, plan: Plan, special: dict[str, int], device: str, console: Console) -> Curve:
+def fit(
+    model: Llama,
+    data: np.ndarray,
+    heldout: np.ndarray,
+    plan: Plan,
+    special: dict[str, int],
+    device: str,
+    console: Console,
+) -> Curve:
     """Trains the model in place."""
     torch.manual_seed(plan.seed)
     torch.set_float32_matmul_precision("high")
@@ -110,10 +117,19 @@ def fit(model: Llama, data: np.ndarray, heldout: np.ndarray, plan: Plan, special
         return float(np.mean(losses))
 
     curve = Curve()
+    done = 0
     order = np.random.default_rng(plan.seed)
     queue = np.empty(0, dtype=np.int64)
     started = time.monotonic()
-    bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
     every = max(1, plan.steps // 20)
     running: list[Tensor] = []
     with bar:
@@ -125,7 +141,9 @@ def fit(model: Llama, data: np.ndarray, heldout: np.ndarray, plan: Plan, special
             progress = max(step / plan.steps, minutes / plan.max_minutes)
             if progress >= 1:
                 break
-            rate = min(1.0, (step + 1) / plan.warmup) * (plan.final_share + (1 - plan.final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
+            rate = min(1.0, (step + 1) / plan.warmup) * (
+                plan.final_share + (1 - plan.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+            )
             for group in optimiser.param_groups:
                 group["lr"] = plan.peak_rate * rate
             if len(queue) < plan.batch_rows:
@@ -137,6 +155,7 @@ def fit(model: Llama, data: np.ndarray, heldout: np.ndarray, plan: Plan, special
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+            done = step + 1
             running.append(loss.detach())
             curve.tokens += batch[:, :-1].numel()
             if len(running) == 10 or step == plan.steps - 1:
@@ -148,10 +167,13 @@ def fit(model: Llama, data: np.ndarray, heldout: np.ndarray, plan: Plan, special
                 curve.heldout_steps.append(step + 1)
                 curve.heldout.append(heldout_loss())
                 pace = curve.tokens / (time.monotonic() - started) / 1e6
-                console.print(f"step {step + 1}/{plan.steps}  train {curve.train[-1] if curve.train else math.nan:.4f}  held out {curve.heldout[-1]:.4f}  {pace:.2f} M tokens/s")
+                console.print(
+                    f"step {step + 1}/{plan.steps}  train {curve.train[-1] if curve.train else math.nan:.4f}  "
+                    f"held out {curve.heldout[-1]:.4f}  {pace:.2f} M tokens/s"
+                )
     curve.seconds = time.monotonic() - started
-    if not curve.heldout_steps or curve.heldout_steps[-1] != step + 1:
-        curve.heldout_steps.append(step)
+    if curve.heldout_steps[-1:] != [done]:
+        curve.heldout_steps.append(done)
         curve.heldout.append(heldout_loss())
     model.eval()
     return curve
