@@ -205,7 +205,8 @@ class EngineProcess(asyncio.Protocol):
     # ------------------------------------------------------------------------------------ inside
 
     def _send(self, message: ToChild) -> None:
-        if self._transport is not None:
+        # uvloop raises where asyncio only warns: a child that died a moment ago is `step`'s news, not ours.
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode(message))
 
     def _die(self, error: ErrorInfo) -> None:
