@@ -124,11 +124,13 @@ class Storm:
                 self._progress.set()
         except TimeoutError:
             missing = [reader.job for reader in self.readers if not reader.ended]
-            self.outcome.problems.append(f"no progress for {PATIENCE:.0f} s; not ended: {missing}")
+            if not self.outcome.problems:
+                self.outcome.problems.append(f"no progress for {PATIENCE:.0f} s; not ended: {missing}")
         finally:
             watch.cancel()
         self.outcome.seconds = time.monotonic() - began
-        await self._judge()
+        if not self.outcome.problems:
+            await self._judge()
         return self.outcome
 
     # ------------------------------------------------------------------------------------ clients
@@ -205,7 +207,10 @@ class Storm:
 
     def _await_new_engine(self, old: int) -> None:
         until = time.monotonic() + PATIENCE
+        process = self.server.process
         while [pid for pid in self.server.engine_pids() if pid != old] == []:
+            if process is None or process.poll() is not None:
+                return  # `_watch` tells
             if time.monotonic() > until:
                 self.outcome.problems.append("no new engine was started")
                 return
@@ -216,6 +221,11 @@ class Storm:
     async def _watch(self, total: int) -> None:
         while True:
             self._on_progress(self._seen, total + len(self.readers))
+            process = self.server.process
+            if self._up.is_set() and process is not None and process.poll() is not None:
+                self.outcome.problems.append(f"the server exited with {process.returncode} by itself")
+                self._patience.reschedule(0)
+                return
             await asyncio.sleep(0.1)
 
     async def _judge(self) -> None:
@@ -258,6 +268,8 @@ class Storm:
                 found.append("the result is not what was streamed")
             if view["usage"]["completion_tokens"] != reader.body["max_tokens"]:
                 found.append(f"{view['usage']['completion_tokens']} tokens instead of {reader.body['max_tokens']}")
+        else:
+            found.append(f"it ended {view['status']}: {view['error']}")
         if view["status"] != reader.events[-1].data["status"]:
             found.append(f"the stream ended {reader.events[-1].data['status']}, the job says {view['status']}")
         return found
