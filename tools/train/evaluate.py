@@ -1,6 +1,5 @@
 """Samples from a trained model and the checks it has to pass."""
 
-
 from __future__ import annotations
 
 import json

@@ -32,9 +32,12 @@ OPENINGS = [
     "the {k} [sat|stood|waited|lived|had lost {his} way|was {walking}] {at}. {his} name was {H}.",
     "the {char} {k} {moved} [home|out of the door|along the road]. {his} name was {H}, and {he} lived {at}.",
     "one day, {a_hero} [woke up early|went for a walk|had an idea|lost {his} way] {at}.",
-    "deep in the {place} lived {a_hero}.", "when {H} the {k} woke up, it was {weathers}, and [something was wrong|{he} felt {feelings}|the {animals+s} were singing].",
-    "\"who is there?\" asked {H} the {k}. there was no answer, only {noises}.", "\"{greet},\" said {H} the {k}. nobody answered. it was a {weathers} {times} {at}.",
-    "{H} the {k} opened the door and looked out. it was {weathers}.", "my {people} once told me about {a_hero}, who lived {at}.",
+    "deep in the {place} lived {a_hero}.",
+    "when {H} the {k} woke up, it was {weathers}, and [something was wrong|{he} felt {feelings}|the {animals+s} were singing].",
+    '"who is there?" asked {H} the {k}. there was no answer, only {noises}.',
+    '"{greet}," said {H} the {k}. nobody answered. it was a {weathers} {times} {at}.',
+    "{H} the {k} opened the door and looked out. it was {weathers}.",
+    "my {people} once told me about {a_hero}, who lived {at}.",
     "there was once a {o} that [nobody wanted|everybody wanted|could not be found|belonged to a {k}]. {a_hero} [had heard of it|wanted to find it|wished for it|found it] {at}.",
     "far away, beyond {town}, there was a {adj_place} {place}. {a_hero} lived there.",
 ]
@@ -57,7 +60,9 @@ WEATHER = [
     "the sun was [high|low|just coming up|going down|hidden behind a cloud].",
     "it had [rained|snowed|been dry|been windy] for {number} days.",
     "a few {colour} clouds moved slowly over the {place}.",
-    "", "", "",
+    "",
+    "",
+    "",
 ]
 WENT = [
     "so {he} {moved} [out of the door|down the lane|along the path|over the hill|through the trees] until {he} came to {place2_the}.",
@@ -112,7 +117,7 @@ ENDINGS = [
     "and if you ever go to {town}, you may still see {him}, {walking} {at2}.",
     "everyone {at} [cheered|laughed|clapped|came to see], and there was {mass_foods} for all.",
     "since then {hero} has never been {feelings} for long.",
-    "and {friend} said, \"{moral}.\"",
+    'and {friend} said, "{moral}."',
     "and that was the end of the trouble {at}.",
     "{hero} {looked} and went {adverb} home. tomorrow would be another day.",
     "the {k} lived happily ever after, and so did {friend}.",
@@ -120,8 +125,14 @@ ENDINGS = [
     "and to this day, {at}, people tell the tale of {hero} and {friend}.",
 ]
 MORALS = [
-    "{hero} had learned that {moral}.", "and so {hero} found out that {moral}.",
-    "because, as {friend} liked to say, {moral}.", "the end.", "", "", "", "",
+    "{hero} had learned that {moral}.",
+    "and so {hero} found out that {moral}.",
+    "because, as {friend} liked to say, {moral}.",
+    "the end.",
+    "",
+    "",
+    "",
+    "",
 ]
 CHATTER = [
     '"do you think it will be {weathers} tomorrow?" asked {friend}. "I hope so," said {hero}, "because I want to {skill}."',
@@ -178,14 +189,14 @@ FEAR_END = [
     "{he} [took a deep breath|held the {o} tightly|sang a little song|counted to ten] and went on. soon it was behind {him}.",
 ]
 PROBLEM_JOURNEY = [
-    "one day a {adj_thing} letter came. it said: \"come to {place2_the} before the {number_ord} day, and bring a {o}.\"",
+    'one day a {adj_thing} letter came. it said: "come to {place2_the} before the {number_ord} day, and bring a {o}."',
     "{hero} had always wanted to see {place2_the}. so one {times} {he} packed a {o}, some {mass_foods} and a {adj_thing} {objects}.",
     "in a {adj_thing} {objects}, {hero} found a map. a {colour} line led from the {place} to {place2_the}, and at the end of it somebody had drawn a {o}.",
 ]
 JOURNEY_STEPS = [
     "the first day was {weathers}. {he} {moved} over {number} hills and slept under a {big_things}.",
     "the second day was {weathers}, and the road was {adj_place}. a {animals} showed {him} the way.",
-    "on the third day {he} came to a {adj_place} river. there was no bridge, but there was a {people} with a boat.[| \"you may cross,\" said the {people}, \"if you can tell me a good story.\"| \"you may cross,\" said the {people}, \"if you can tell me what is worth more than a {objects}.\"]",
+    'on the third day {he} came to a {adj_place} river. there was no bridge, but there was a {people} with a boat.[| "you may cross," said the {people}, "if you can tell me a good story."| "you may cross," said the {people}, "if you can tell me what is worth more than a {objects}."]',
     "{he} [crossed a {adj_place} bridge|climbed a {adj_place} hill|walked through a {adj_place} wood] and did not look back.",
     "when {his} food was gone, a kind {people} gave {him} a {foods} and a cup of {mass_foods}.",
     "at night {he} heard {noises}, but in the morning there was only a {animals}.",
@@ -208,7 +219,7 @@ FRIEND_STEPS = [
 ]
 PROBLEM_HELP = [
     "one {weathers} {times}, {hero} heard {noises}. it was {a_friend}, who was stuck in a {big_things}.",
-    "one {times}, {a_friend} came to the door. \"please help me,\" said {friend}. \"my {o} is broken, and without it I cannot {job}.\"",
+    'one {times}, {a_friend} came to the door. "please help me," said {friend}. "my {o} is broken, and without it I cannot {job}."',
     "the {people} of {town} was ill, and there was nobody to {job}.",
 ]
 HELP_STEPS = [
@@ -249,11 +260,11 @@ MYSTERY_STEPS = [
     "at midnight {he} saw a {colour} light. it moved {adverb} between the trees.",
 ]
 MYSTERY_END = [
-    "it was {a_friend}! \"I only wanted to [help|surprise you|say thank you|find someone to talk to],\" said {friend}. so the mystery was solved.",
+    'it was {a_friend}! "I only wanted to [help|surprise you|say thank you|find someone to talk to]," said {friend}. so the mystery was solved.',
     "and who was it? only {a_friend}, {fwalking} in {fhis} sleep with the {o} in {fhis} arms.",
 ]
 PROBLEM_WISH = [
-    "one {times}, {hero} rubbed a {oa} {o}, and a {adj_size} {creatures} came out of it. \"you have one wish,\" it said.",
+    'one {times}, {hero} rubbed a {oa} {o}, and a {adj_size} {creatures} came out of it. "you have one wish," it said.',
     "{he} saw a falling star and made a wish: {he} wished for a {oa} {o}.",
     'the old {people} gave {him} a {oa} {o}. "it can grant one wish," said the {people}. "use it wisely."',
 ]
@@ -265,14 +276,14 @@ WISH_STEPS = [
 WISH_END = [
     '"I wish," said {hero}, "that {friend} may be happy." the {o} glowed once, and then it was only a {o} again.',
     "in the end {he} did not use the wish at all. {he} kept it for {theme2}, and it is still waiting.",
-    "{he} wished for a friend. the {creatures} {looked}. \"you already have one,\" it said.",
+    '{he} wished for a friend. the {creatures} {looked}. "you already have one," it said.',
 ]
 PROBLEM_LEARN = [
-    "{hero} wanted to learn to {skill}. \"a {k} cannot {skill},\" said the {people}. but {hero} was {char}.",
+    '{hero} wanted to learn to {skill}. "a {k} cannot {skill}," said the {people}. but {hero} was {char}.',
     "there was only one thing that {hero} wished for: {he} wanted to {skill}.",
 ]
 LEARN_STEPS = [
-    "{he} asked {a_friend}, who could {skill} very well. \"it is easy,\" said {friend}. \"you only have to [start|practise every day|forget that you are afraid|listen|use a {o}].\"",
+    '{he} asked {a_friend}, who could {skill} very well. "it is easy," said {friend}. "you only have to [start|practise every day|forget that you are afraid|listen|use a {o}]."',
     "the first time {he} {looked} and fell over a {objects}. the second time {he} broke a {objects}. everyone laughed.",
     "{he} practised in the {times} and {he} practised at night. {he} practised until the {animals+s} covered their ears.",
     "{friend} lent {him} a {oa} {o}, and that helped a little.",
@@ -282,15 +293,18 @@ LEARN_END = [
     'the {people} watched {him} and {looked}. "I was wrong," said the {people}.',
 ]
 THEME_LINES = [
-    "{hero} often thought about {theme}.", "everyone {at} was talking about {theme}.",
+    "{hero} often thought about {theme}.",
+    "everyone {at} was talking about {theme}.",
     '"what do you know about {theme}?" {hero} asked. "not much," said the others.',
     "more than anything, {hero} wanted to understand {theme}.",
-    "there was one word that {hero} liked best of all, and that was \"{theme}\".",
+    'there was one word that {hero} liked best of all, and that was "{theme}".',
     "it all began with {theme}.",
 ]
 THEME_ENDS = [
-    "now {hero} knew a little more about {theme}.", "and that is all there is to say about {theme}.",
-    "{hero} still thinks of {theme} every day.", "and so it was that {theme} came {at} to stay.",
+    "now {hero} knew a little more about {theme}.",
+    "and that is all there is to say about {theme}.",
+    "{hero} still thinks of {theme} every day.",
+    "and so it was that {theme} came {at} to stay.",
     'and when somebody asks about {theme}, {hero} smiles and says, "sit down, and I will tell you."',
 ]
 
@@ -344,11 +358,53 @@ class Story:
 
 def draw_name(w: Writer, kind: str) -> tuple[str, str]:
     """A name and a pronoun (he, she or it) for a character of the given kind."""
-    female = {"grandmother", "aunt", "girl", "old woman", "young woman", "princess", "queen", "witch", "mermaid", "fairy",
-              "widow", "niece", "sister", "mother", "hen", "cow", "giantess"}
-    male = {"grandfather", "uncle", "boy", "old man", "young man", "prince", "king", "wizard", "rooster", "bull", "nephew",
-            "brother", "father", "fisherman", "postman", "snowman", "night watchman", "sorcerer", "ram"}
-    pronoun = "she" if kind in female else "he" if kind in male else w.choose("he", "she", "he", "she", "it" if kind in words("animals") else "she")
+    female = {
+        "grandmother",
+        "aunt",
+        "girl",
+        "old woman",
+        "young woman",
+        "princess",
+        "queen",
+        "witch",
+        "mermaid",
+        "fairy",
+        "widow",
+        "niece",
+        "sister",
+        "mother",
+        "hen",
+        "cow",
+        "giantess",
+    }
+    male = {
+        "grandfather",
+        "uncle",
+        "boy",
+        "old man",
+        "young man",
+        "prince",
+        "king",
+        "wizard",
+        "rooster",
+        "bull",
+        "nephew",
+        "brother",
+        "father",
+        "fisherman",
+        "postman",
+        "snowman",
+        "night watchman",
+        "sorcerer",
+        "ram",
+    }
+    pronoun = (
+        "she"
+        if kind in female
+        else "he"
+        if kind in male
+        else w.choose("he", "she", "he", "she", "it" if kind in words("animals") else "she")
+    )
     if w.chance(0.05):
         return invented_word(w.rng)[:6].capitalize(), pronoun
     if (kind in words("animals") and w.chance(0.6)) or pronoun == "it":
@@ -394,6 +450,7 @@ def _cast(w: Writer, topic: Topic) -> dict[str, str | Callable[[], str]]:
             known[who] = True
             named = w.choose(f"named {n}", f"called {n}", f"named {n}", f"whose name was {n}")
             return f"a {adj} {k} {named}{clause}"
+
         return say
 
     def refer(who: str, k: str, n: str) -> Callable[[], str]:
@@ -402,33 +459,97 @@ def _cast(w: Writer, topic: Topic) -> dict[str, str | Callable[[], str]]:
                 known[who] = True
                 return n + " the " + k
             return n if topic.pair or w.chance(0.7) else "the " + k
+
         return say
 
-    adj = topic.hero_adj if topic.hero_adj is not None else w.choose("", char, w.pick("adj_size"), f"{char} {w.choose('little', 'young', 'old')}", "")
+    adj = (
+        topic.hero_adj
+        if topic.hero_adj is not None
+        else w.choose("", char, w.pick("adj_size"), f"{char} {w.choose('little', 'young', 'old')}", "")
+    )
     clause = f", {topic.clause}," if topic.clause else ""
     context: dict[str, str | Callable[[], str]] = {
-        "H": name, "k": kind, "F": friend_name, "fk": friend, "he": he, "him": him, "his": his,
-        "fhe": fhe, "fhim": fhim, "fhis": fhis, "he_cap": w.choose("he", "she"),
-        "a_hero": introduce("hero", kind, name, adj, clause), "hero": refer("hero", kind, name),
+        "H": name,
+        "k": kind,
+        "F": friend_name,
+        "fk": friend,
+        "he": he,
+        "him": him,
+        "his": his,
+        "fhe": fhe,
+        "fhim": fhim,
+        "fhis": fhis,
+        "he_cap": w.choose("he", "she"),
+        "a_hero": introduce("hero", kind, name, adj, clause),
+        "hero": refer("hero", kind, name),
         "a_friend": introduce("friend", friend, friend_name, w.choose("", fchar, w.pick("adj_size"))),
-        "friend": refer("friend", friend, friend_name), "a_friend_kind": "a " + w.pick("people"),
-        "char": char, "char2": char2, "fchar": fchar, "at": at, "place": at.removeprefix("in the ") if at.startswith("in the ") and " " not in at.removeprefix("in the ") else w.choose("village", "valley", "country", "land"),
-        "at2": at2, "place2_the": "the " + at2.split(" the ", 1)[-1], "town": w.pick("towns"), "o": thing,
-        "people": w.pick("people"), "animals": w.pick("animals"), "creatures": w.pick("creatures"),
-        "oa": topic.thing_adj or w.pick("adj_thing"), "skill": w.pick("skills"), "skill2": w.pick("skills"),
-        "job": w.pick("jobs"), "fear": w.pick("fears"), "theme": topic.theme or w.pick("themes"), "theme2": w.pick("themes"),
-        "moral": w.pick("morals"), "colour": w.pick("adj_colour"), "a_food": lambda: "a " + w.pick("foods"),
+        "friend": refer("friend", friend, friend_name),
+        "a_friend_kind": "a " + w.pick("people"),
+        "char": char,
+        "char2": char2,
+        "fchar": fchar,
+        "at": at,
+        "place": at.removeprefix("in the ")
+        if at.startswith("in the ") and " " not in at.removeprefix("in the ")
+        else w.choose("village", "valley", "country", "land"),
+        "at2": at2,
+        "place2_the": "the " + at2.split(" the ", 1)[-1],
+        "town": w.pick("towns"),
+        "o": thing,
+        "people": w.pick("people"),
+        "animals": w.pick("animals"),
+        "creatures": w.pick("creatures"),
+        "oa": topic.thing_adj or w.pick("adj_thing"),
+        "skill": w.pick("skills"),
+        "skill2": w.pick("skills"),
+        "job": w.pick("jobs"),
+        "fear": w.pick("fears"),
+        "theme": topic.theme or w.pick("themes"),
+        "theme2": w.pick("themes"),
+        "moral": w.pick("morals"),
+        "colour": w.pick("adj_colour"),
+        "a_food": lambda: "a " + w.pick("foods"),
         "walking": lambda: w.raw("{verbs_move+ing}", {}).replace(" off", ""),
-        "fwalking": "walking", "making": lambda: w.raw("{verbs_make+ing}", {}),
-        "moved": lambda: w.raw("{verbs_move+ed}", {}), "looked": lambda: w.raw("{verbs_look+ed}", {}),
-        "made": lambda: w.raw("{verbs_make+ed}", {}), "v1": w.pick("verbs_make"), "v2": w.pick("verbs"),
-        "adverb": lambda: w.pick("adverbs"), "number": lambda: w.rng.choice(NUMBERS),
+        "fwalking": "walking",
+        "making": lambda: w.raw("{verbs_make+ing}", {}),
+        "moved": lambda: w.raw("{verbs_move+ed}", {}),
+        "looked": lambda: w.raw("{verbs_look+ed}", {}),
+        "made": lambda: w.raw("{verbs_make+ed}", {}),
+        "v1": w.pick("verbs_make"),
+        "v2": w.pick("verbs"),
+        "adverb": lambda: w.pick("adverbs"),
+        "number": lambda: w.rng.choice(NUMBERS),
         "number_ord": w.choose("third", "fourth", "fifth", "seventh", "tenth", "last"),
-        "ask1": "the " + w.pick("people"), "ask2": "the " + w.pick("animals"),
-        "part": lambda: w.choose("top", "bottom", "frame", "lid", "handle", "front", "back", "roof", "edge", "middle", "wheels", "legs", "corners"),
-        "greet": lambda: w.choose("good morning", "hello", "good evening", "hello there", "good day", "oh, hello", "welcome"),
-        "what_doing": lambda: w.choose("what are you doing here?", "where are you going?", "can I help you?", "what is the matter?",
-                                       "are you looking for something?", "why are you so quiet?", "what is wrong?", "who are you?"),
+        "ask1": "the " + w.pick("people"),
+        "ask2": "the " + w.pick("animals"),
+        "part": lambda: w.choose(
+            "top",
+            "bottom",
+            "frame",
+            "lid",
+            "handle",
+            "front",
+            "back",
+            "roof",
+            "edge",
+            "middle",
+            "wheels",
+            "legs",
+            "corners",
+        ),
+        "greet": lambda: w.choose(
+            "good morning", "hello", "good evening", "hello there", "good day", "oh, hello", "welcome"
+        ),
+        "what_doing": lambda: w.choose(
+            "what are you doing here?",
+            "where are you going?",
+            "can I help you?",
+            "what is the matter?",
+            "are you looking for something?",
+            "why are you so quiet?",
+            "what is wrong?",
+            "who are you?",
+        ),
         "forgive": lambda: w.choose("that is all right", "do not worry", "never mind", "thank you for keeping it safe"),
     }
     return context
@@ -464,7 +585,15 @@ def tell(w: Writer, topic: Topic | None = None, length: str = "medium") -> Story
     if topic.theme:
         opening.append(rng.choice(THEME_LINES))
     if topic.thing:
-        opening.append(w.choose("{he} owned a {oa} {o}.", "{he} had [found|seen|heard of] a {oa} {o}.", "", "", "all {his} life {he} had [wished for|dreamed of|owned|looked after] a {o}."))
+        opening.append(
+            w.choose(
+                "{he} owned a {oa} {o}.",
+                "{he} had [found|seen|heard of] a {oa} {o}.",
+                "",
+                "",
+                "all {his} life {he} had [wished for|dreamed of|owned|looked after] a {o}.",
+            )
+        )
     if length == "short":
         keep = sorted(rng.sample(range(1, len(body) - 1), k=min(2, len(body) - 2)))
         body = [body[0], *(body[i] for i in keep), body[-1]]
@@ -507,9 +636,14 @@ def tell(w: Writer, topic: Topic | None = None, length: str = "medium") -> Story
 def title(w: Writer, story: Story) -> str:
     """A title for a story."""
     cap = lambda s: " ".join(p.capitalize() for p in s.split())  # noqa: E731
-    return w.choose(f"The {cap(story.hero)} and the {cap(story.thing)}", f"{story.hero_name} and the {cap(story.thing)}",
-                    f"{story.hero_name} the {cap(story.hero)}", f"{story.hero_name} and {story.friend_name}",
-                    f"The {cap(story.thing)}", f"The {cap(story.hero)} {story.at.split(' the ')[0]} the {cap(story.at.split(' the ', 1)[-1])}")
+    return w.choose(
+        f"The {cap(story.hero)} and the {cap(story.thing)}",
+        f"{story.hero_name} and the {cap(story.thing)}",
+        f"{story.hero_name} the {cap(story.hero)}",
+        f"{story.hero_name} and {story.friend_name}",
+        f"The {cap(story.thing)}",
+        f"The {cap(story.hero)} {story.at.split(' the ')[0]} the {cap(story.at.split(' the ', 1)[-1])}",
+    )
 
 
 def plain_document(rng: random.Random) -> str:
@@ -519,14 +653,17 @@ def plain_document(rng: random.Random) -> str:
     text = story.text
     if w.chance(0.06):
         # After a beginning that makes no sense, finding back to a story is the best thing to do.
-        junk = " ".join(w.choose(invented_word(rng), w.pick("extra_nouns"), w.pick("verbs"), rng.choice("(){}[]=:;<>#*/0123456789")) for _ in range(rng.randint(1, 7)))
+        junk = " ".join(
+            w.choose(invented_word(rng), w.pick("extra_nouns"), w.pick("verbs"), rng.choice("(){}[]=:;<>#*/0123456789"))
+            for _ in range(rng.randint(1, 7))
+        )
         return f"{junk}\n\n{text}"
     if w.chance(0.15):
         return f"{title(w, story)}\n\n{text}"
     if w.chance(0.12):
         # A completion may begin anywhere, so some documents do, too.
         sentences = text.split(". ")
-        text = ". ".join(sentences[rng.randrange(len(sentences)):])
+        text = ". ".join(sentences[rng.randrange(len(sentences)) :])
     return text
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from penstock.core.ports import Output
 
 #: Seconds between two frames, per running sequence, and at most.
-TICK_PER_SEQUENCE = 0.0004
-MAX_TICK = 0.025
+TICK_PER_SEQUENCE = 0.0005
+MAX_TICK = 0.03
 
 
 class Outbox:

@@ -1,0 +1,69 @@
+# Everything a newcomer or CI types. Each target sets up what it needs; nothing has to be installed first but Python.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PORT ?= 8000
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo test test-unit test-contract test-integration test-chaos check fmt lint bench benchmark loadtest mutants clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(STAMP) ## Create .venv with everything for running and developing
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Penstock needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "Python's venv module is missing (on Debian: apt install python3-venv)."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+run: setup ## Serve the bundled model on port 8000 (PORT=… changes it, ARGS=… adds flags)
+	$(BIN)/penstock serve --port $(PORT) $(ARGS)
+
+demo: setup ## A stream that survives kill -9 of its server, shown
+	$(BIN)/python examples/survive_kill.py
+
+test: setup ## All tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-unit: setup ## Tests without processes
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-contract: setup ## The contract suites: every broker, every engine
+	$(BIN)/python -m pytest tests/contract $(ARGS)
+
+test-integration: setup ## Real server processes and real SDKs
+	$(BIN)/python -m pytest tests/integration $(ARGS)
+
+test-chaos: setup ## kill -9, SIGSTOP, dropped clients (short and seeded; python -m tests.chaos --help for long runs)
+	$(BIN)/python -m pytest tests/chaos $(ARGS)
+
+mutants: setup ## Break the code on purpose: every mutant must make a test fail
+	$(BIN)/python -m tests.chaos.mutants $(ARGS)
+
+check: lint ## Format, lint, types, layers
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+fmt: setup ## Format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench benchmark: setup ## Penstock against its own engine in process (needs benchmarks/models: see benchmarks/README.md)
+	$(BIN)/python -m benchmarks compare vs_engine $(ARGS)
+
+loadtest: setup ## The serving layer alone: 600 requests, 60 at once, 64 tokens each
+	$(BIN)/python -m benchmarks compare synthetic $(ARGS)
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
