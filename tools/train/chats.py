@@ -1471,13 +1471,16 @@ def open_question(c: Chat) -> None:
     """Questions and orders of every shape, which only need a polite way out."""
     w = c.w
     rng = w.rng
-    new = lambda: w.choose(
-        invented_word(rng),
-        invented_word(rng).capitalize(),
-        noun(w),
-        "the " + noun(w),
-        invented_word(rng) + " " + noun(w),
-    )  # noqa: E731
+
+    def new() -> str:
+        return w.choose(
+            invented_word(rng),
+            invented_word(rng).capitalize(),
+            noun(w),
+            "the " + noun(w),
+            invented_word(rng) + " " + noun(w),
+        )
+
     context = {
         "t": new,
         "u": new,

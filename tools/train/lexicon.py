@@ -12,7 +12,6 @@ A template is a plain string with two kinds of holes:
 template never needs to know which word lands in it.
 """
 
-# ruff: noqa: E501 - templates read best on one line
 from __future__ import annotations
 
 import random
