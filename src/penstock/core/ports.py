@@ -38,6 +38,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int
     precision: str = ""
     deterministic: bool = False
+    """Greedy replies are the same alone, in any batch and after a resume."""
     vocab_size: int = 0
     chat: bool = True
     unsupported: tuple[str, ...] = ()
