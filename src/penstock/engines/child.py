@@ -42,6 +42,10 @@ ENGINES = {
 }
 
 
+#: The engine takes every core it gets; the server's short work (the log, the streams) must not queue behind it.
+NICENESS = 5
+
+
 class Channel:
     """The child's end of the pair: blocking sends (a parent that is behind slows the engine), polled receives."""
 
@@ -129,6 +133,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they go to the whole group or service; the parent decides
     _die_with_parent()
+    os.nice(NICENESS)
     os.dup2(2, 1)  # whatever a native library prints must not mix with the server's own output
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     backend = load(channel)
