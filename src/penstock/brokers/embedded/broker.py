@@ -290,13 +290,10 @@ class EmbeddedBroker:
         self._workers[worker.id] = msgspec.structs.replace(worker, seen_at=self._clock.now())
         if limit <= 0 or not models:
             return []
-        leases = await self._store.write(lambda tx: self._take(tx, models, limit))
-        if leases or wait <= 0:
-            return leases
         claimant = _Claimant(models, limit, asyncio.get_running_loop().create_future())
-        self._claimants.append(claimant)
         try:
-            async with asyncio.timeout(wait):
+            await self._store.write(partial(self._offer, claimant, wait > 0))
+            async with asyncio.timeout(wait if wait > 0 else None):
                 return await asyncio.shield(claimant.future)
         except TimeoutError:
             if claimant not in self._claimants:
@@ -309,8 +306,22 @@ class EmbeddedBroker:
             claimant.future.add_done_callback(self._give_back)
             raise
         finally:
-            if claimant in self._claimants:
-                self._claimants.remove(claimant)
+            self._withdraw(claimant)
+
+    def _withdraw(self, claimant: _Claimant) -> None:
+        if claimant in self._claimants:
+            self._claimants.remove(claimant)
+
+    def _offer(self, claimant: _Claimant, may_wait: bool, tx: Transaction) -> None:
+        """Serve *claimant*, or line it up in this very transaction: a job queued by the next operation finds it."""
+        if claimant.gave_up:
+            return
+        leases = self._take(tx, claimant.models, claimant.limit)
+        if leases or not may_wait:
+            tx.then.append(partial(claimant.future.set_result, leases))
+        else:
+            self._claimants.append(claimant)
+            tx.undo.append(partial(self._withdraw, claimant))
 
     def _give_back(self, served: asyncio.Future[list[Lease]]) -> None:
         """Leases for a claimant that was cancelled while the commit that served it was under way."""
