@@ -610,6 +610,13 @@ class ClaimContract(_Contract):
         left = {lease.job.id for lease in await d.claim(20)}
         assert left >= jobs
 
+    async def test_a_job_submitted_with_a_claim_is_not_missed_by_it(self, d: Driver) -> None:
+        """A claim that finds nothing, and a job that arrives before the claim has begun to wait."""
+        for _ in range(20):
+            leases, job = await asyncio.gather(d.claim(wait=0.5), d.submit())
+            assert [lease.job.id for lease in leases] == [job.id]
+            await d.finish(leases[0])
+
     async def test_a_claim_that_timed_out_holds_no_lease(self, d: Driver) -> None:
         """A job that arrives just as a claim gives up is either in its answer or still in the queue."""
         for i in range(60):
