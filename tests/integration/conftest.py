@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
@@ -30,23 +29,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield shared.start()
     finally:
         shared.stop()
-
-
-@pytest.fixture
-def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Make a server of the test's own (arguments as `Server`'s, without the folder). It is started unless
-    ``start=False``, and ended with the test."""
-    servers: list[Server] = []
-    numbers = itertools.count()
-
-    def make(*, start: bool = True, **arguments: object) -> Server:
-        server = Server(tmp_path_factory.mktemp(f"server{next(numbers)}"), **arguments)  # type: ignore[arg-type]
-        servers.append(server)
-        return server.start() if start else server
-
-    yield make
-    for server in servers:
-        server.stop()
 
 
 @pytest.fixture

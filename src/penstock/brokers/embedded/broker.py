@@ -349,10 +349,10 @@ class EmbeddedBroker:
     def _take(self, tx: Transaction, models: Collection[str], limit: int) -> list[Lease]:
         conn, policy, now = tx.conn, self._policy, self._clock.now()
         leases: list[Lease] = []
-        # NULLs and 0 = no cap: an absurdly high one keeps the query simple.
+        # 0 is no cap: an absurdly high one keeps the query simple.
         cap = policy.max_running_per_tenant or 2**62
         next_lane = (
-            "SELECT model, priority, lanes.tenant, tenants.served FROM lanes JOIN tenants USING (tenant) "
+            "SELECT model, priority, lanes.tenant FROM lanes JOIN tenants USING (tenant) "
             f"WHERE lanes.queued > 0 AND model IN ({','.join('?' * len(models))}) AND tenants.running < ? "
             "ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
         )
@@ -364,7 +364,7 @@ class EmbeddedBroker:
             lane = conn.execute(next_lane, (*models, cap)).fetchone()
             if lane is None:
                 break
-            model, priority, tenant, _ = lane
+            model, priority, tenant = lane
             row = conn.execute(next_job, (model, priority, tenant)).fetchone()
             seq, job_id, attempt, estimate, prompt_tokens, deadline_at = (
                 row[0], row[1], row[8] + 1, row[12], row[13], row[17],
@@ -652,7 +652,8 @@ class EmbeddedBroker:
         if after > live.head:
             raise _rewound(after, live.head)
         if after < live.base:
-            for event in await self._store.read(partial(_read_tokens, tenant, job, after, live.base)):
+            base = live.base
+            for event in await self._store.read(lambda conn: _read_tokens(conn, _find(conn, tenant, job), after, base)):
                 yield event
             after = live.base
         async for event in live.follow(after):
@@ -838,11 +839,10 @@ def _read_log(tenant: str, job: str, after: int, conn: sqlite3.Connection) -> li
         raise _rewound(after, ended.position)
     if after == ended.position:
         return []
-    return [*_read_tokens(tenant, job, after, ended.position, conn), ended]
+    return [*_read_tokens(conn, row, after, ended.position), ended]
 
 
-def _read_tokens(tenant: str, job: str, after: int, until: int, conn: sqlite3.Connection) -> list[Event]:
-    row = _find(conn, tenant, job)
+def _read_tokens(conn: sqlite3.Connection, row: _Row, after: int, until: int) -> list[Event]:
     events: list[Event] = []
     for (blob,) in conn.execute(
         "SELECT tokens FROM log WHERE job = ? AND pos <= ? AND pos + n - 1 > ? ORDER BY pos", (row[0], until, after)
