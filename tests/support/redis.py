@@ -130,10 +130,7 @@ class RedisCluster:
         for node in self.nodes:
             with contextlib.closing(node.client()) as client:
                 info = client.execute_command("CLUSTER INFO")
-                info = info.decode() if isinstance(info, bytes) else str(info)
-                if "cluster_state:ok" not in info.replace("': '", ":") or "cluster_known_nodes:3" not in info.replace(
-                    "': '", ":"
-                ):
+                if info["cluster_state"] != "ok" or info["cluster_known_nodes"] != "3":
                     return False
         return True
 
