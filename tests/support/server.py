@@ -1,4 +1,7 @@
-"""A real server process on a port of its own: started, killed, stopped and restarted by its pid."""
+"""A real server process on a port of its own: started, killed, stopped and restarted by its pid.
+
+`fleet.py` has the processes that serve over Redis.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -57,33 +60,19 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = PATIENCE)
         time.sleep(0.02)
 
 
-class Server:
-    """``penstock serve`` in *folder* (data, logs, working directory), with ``PENSTOCK_*`` *settings*.
+class Process:
+    """A ``penstock`` *command* in *folder* (logs, working directory), with ``PENSTOCK_*`` *settings*.
 
-    *models* are entries of the ``models`` setting (see `model`); by default one synthetic model at *rate* tokens a
-    second. ``start`` waits until it is ready. The environment's own ``PENSTOCK_*`` variables don't reach it.
+    ``start`` waits until it is ready. The environment's own ``PENSTOCK_*`` variables don't reach it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        models: Sequence[Any] | None = None,
-        rate: float = 50,
-        options: Mapping[str, object] | None = None,
-        settings: Mapping[str, object] | None = None,
-        args: Sequence[str] = (),
-        data_dir: Path | None = None,
-        bundled: bool = False,
-    ) -> None:
+    command = ""
+
+    def __init__(self, folder: Path, *, settings: Mapping[str, object] | None = None, args: Sequence[str] = ()) -> None:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.data_dir = data_dir or folder / "data"
         self.port = free_port()
-        self.models = list(models) if models is not None else [model(rate=rate, **(options or {}))]
         self.settings: dict[str, object] = {"log_format": "json", **(settings or {})}
-        if not bundled:
-            self.settings["models"] = self.models
         self.args = list(args)
         self.log_path = folder / "server.log"
         self.error_path = folder / "server.err"
@@ -139,11 +128,12 @@ class Server:
 
     # ------------------------------------------------------------------------------------ life
 
-    def command(self) -> list[str]:
-        return [
-            sys.executable, "-m", "penstock", "serve",
-            "--port", str(self.port), "--data-dir", str(self.data_dir), *self.args,
-        ]  # fmt: skip
+    def arguments(self) -> list[str]:
+        """The command line behind the command's name."""
+        return ["--port", str(self.port), *self.args]
+
+    def is_ready(self) -> bool:
+        return self.get("/readyz").status_code == 200
 
     def environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
@@ -158,7 +148,7 @@ class Server:
         assert self.process is None or self.process.poll() is not None, "it is running already"
         with self.log_path.open("ab") as out, self.error_path.open("ab") as err:
             self.process = subprocess.Popen(
-                self.command(),
+                [sys.executable, "-m", "penstock", self.command, *self.arguments()],
                 cwd=self.folder,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
@@ -169,7 +159,7 @@ class Server:
         with contextlib.suppress(psutil.NoSuchProcess):
             self._ours[self.pid] = psutil.Process(self.pid)
 
-    def start(self) -> Server:
+    def start(self) -> Self:
         self.spawn()
         self.wait_ready()
         return self
@@ -178,16 +168,13 @@ class Server:
         def ready() -> bool:
             assert self.process is not None
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server exited with {self.process.returncode}:\n{self.tail()}")
+                raise RuntimeError(f"penstock {self.command} exited with {self.process.returncode}:\n{self.tail()}")
             with contextlib.suppress(httpx.TransportError):
-                if self.get("/readyz").status_code != 200:
-                    return False
-                models = self.get("/v1/models").json()["data"]
-                return all(entry.get("state", "ready") == "ready" for entry in models)
+                return self.is_ready()
             return False
 
         try:
-            wait_for(ready, "/readyz", timeout)
+            wait_for(ready, f"penstock {self.command} to be ready", timeout)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.tail()}") from None
         self.engine_pids()
@@ -214,7 +201,7 @@ class Server:
         self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
-    def restart(self) -> Server:
+    def restart(self) -> Self:
         """Start again on the same port and data."""
         return self.start()
 
@@ -237,6 +224,42 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         wait_for(lambda: all(map(_gone, processes)), "the end of the engines")
+
+
+class Server(Process):
+    """``penstock serve``: everything in one process, its data in *data_dir*.
+
+    *models* are entries of the ``models`` setting (see `model`); by default one synthetic model at *rate* tokens a
+    second.
+    """
+
+    command = "serve"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        models: Sequence[Any] | None = None,
+        rate: float = 50,
+        options: Mapping[str, object] | None = None,
+        settings: Mapping[str, object] | None = None,
+        args: Sequence[str] = (),
+        data_dir: Path | None = None,
+        bundled: bool = False,
+    ) -> None:
+        super().__init__(folder, settings=settings, args=args)
+        self.data_dir = data_dir or folder / "data"
+        if not bundled:
+            self.settings["models"] = models if models is not None else [model(rate=rate, **(options or {}))]
+
+    def arguments(self) -> list[str]:
+        return ["--data-dir", str(self.data_dir), *super().arguments()]
+
+    def is_ready(self) -> bool:
+        if not super().is_ready():
+            return False
+        models = self.get("/v1/models").json()["data"]
+        return all(entry.get("state", "ready") == "ready" for entry in models)
 
 
 def _gone(process: psutil.Process) -> bool:
