@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
+from tests.support.redis import RedisServer
 
 pytest.register_assert_rewrite("penstock.testing.broker")
 
 if TYPE_CHECKING:
     from penstock.brokers.embedded import EmbeddedBroker
+    from penstock.brokers.redis import RedisBroker
     from penstock.core.ports import QueuePolicy
     from penstock.testing.broker import BrokerHarness
 
@@ -68,3 +72,69 @@ def embedded_harness(folder: Path) -> BrokerHarness:
 @pytest.fixture
 def make_embedded_harness(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], BrokerHarness]:
     return lambda: embedded_harness(tmp_path_factory.mktemp("embedded"))
+
+
+#: Steps of the lease clock that a harness takes at most: beyond what any lease or delay of the suite asks for.
+LEASE_STEPS = 1000
+
+
+def redis_harness(url: str, restart: Callable[[], None], **options: Any) -> BrokerHarness:
+    from penstock.brokers.redis import RedisBroker
+    from penstock.testing.broker import BrokerHarness
+    from penstock.testing.clock import ManualClock
+
+    class RedisHarness(BrokerHarness):
+        """A prefix of its own in a real server. A crash kills the server with -9 and starts it again."""
+
+        def __init__(self) -> None:
+            self.clock = ManualClock()
+            self._prefix = f"t{next(PREFIXES)}"
+            self._open: list[RedisBroker] = []
+
+        async def broker(self, policy: QueuePolicy | None = None) -> RedisBroker:
+            broker = RedisBroker(url, policy=policy, prefix=self._prefix, clock=self.clock, **options)
+            self._open.append(broker)
+            await broker.open()
+            return broker
+
+        async def advance(self, seconds: float) -> None:
+            """In small steps, each seen by the broker, as time passes for one that is alive (see `tick` in lib.lua)."""
+            steps = min(int(seconds / 0.25), LEASE_STEPS)
+            for _ in range(steps):
+                self.clock.advance(0.25)
+                for broker in self._open[-1:]:
+                    await broker.tick()
+            self.clock.advance(seconds - steps * 0.25)
+            for broker in self._open[-1:]:
+                await broker.tick()
+
+        async def crash(self) -> None:
+            await self.close()
+            await asyncio.to_thread(restart)
+
+        async def close(self) -> None:
+            while self._open:
+                await self._open.pop().close()
+
+        async def stored_bytes(self) -> int | None:
+            with contextlib.closing(redis.Redis.from_url(url)) as client:
+                keys = list(client.scan_iter(f"{{{self._prefix}:*", count=1000))
+                return sum(client.memory_usage(key) or 0 for key in keys)
+
+    return RedisHarness()
+
+
+PREFIXES = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def make_redis_harness(redis_server: RedisServer) -> Callable[[], BrokerHarness]:
+    return lambda: redis_harness(redis_server.url, redis_server.restart)

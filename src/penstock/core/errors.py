@@ -17,6 +17,7 @@ PenstockError
 │   └── Overloaded              429  the queue is full
 ├── NoWorker                    503
 ├── BrokerUnavailable           503  the store cannot take or give data right now
+├── InsufficientStorage         507  the store is full
 └── EngineError                 500  (in a job) the engine failed
     ├── ModelLoadError          500
     ├── EngineDied              500  the engine process is gone; its jobs run again
@@ -141,6 +142,11 @@ class NoWorker(PenstockError):
 class BrokerUnavailable(PenstockError):
     status = 503
     code = "broker_unavailable"
+
+
+class InsufficientStorage(PenstockError):
+    status = 507
+    code = "insufficient_storage"
 
 
 class EngineError(PenstockError):

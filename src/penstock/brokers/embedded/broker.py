@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -13,19 +12,22 @@ from typing import Any
 
 import msgspec
 
-from penstock.brokers.embedded.live import LiveLog
 from penstock.brokers.embedded.store import Store, Transaction
-from penstock.core.errors import (
-    ErrorInfo,
-    ExpiredResult,
-    IdempotencyMismatch,
-    InvalidRequest,
-    LogRewound,
-    NotFound,
-    Overloaded,
+from penstock.brokers.live import LiveLog
+from penstock.brokers.record import (
+    CANCELLED,
+    EXPIRED,
+    POISONED,
+    TOMBSTONE_TTL,
+    WORKER_TTL,
+    Details,
+    decode_cursor,
+    encode_cursor,
+    rewound,
 )
+from penstock.core.errors import ErrorInfo, ExpiredResult, IdempotencyMismatch, NotFound, Overloaded
 from penstock.core.events import Ended, Event, Tokens
-from penstock.core.job import Job, OnDisconnect, Priority, Request, Status, Usage
+from penstock.core.job import Job, Priority, Status, Usage
 from penstock.core.ports import (
     Append,
     Clock,
@@ -40,21 +42,8 @@ from penstock.core.ports import (
     WorkerInfo,
 )
 
-#: A worker that has not claimed or appended for so many lease times is not counted as alive.
-WORKER_TTL = 3
-#: Ids stay known as expired for this long after their retention.
-TOMBSTONE_TTL = 24 * 3600.0
 #: Rows that one sweep changes at most, so that it never holds the writer for long.
 SWEEP_LIMIT = 500
-
-
-class _Details(msgspec.Struct, array_like=True):
-    """What of a job never takes part in a query."""
-
-    request: Request
-    request_id: str | None
-    metadata: dict[str, str]
-    on_disconnect: OnDisconnect
 
 
 class _Running(msgspec.Struct):
@@ -81,7 +70,7 @@ class _Claimant:
         self.gave_up = False
 
 
-_details = msgspec.msgpack.Decoder(_Details)
+_details = msgspec.msgpack.Decoder(Details)
 _tokens = msgspec.msgpack.Decoder(Tokens)
 _ended = msgspec.msgpack.Decoder(Ended)
 _encode = msgspec.msgpack.Encoder().encode
@@ -154,7 +143,7 @@ class EmbeddedBroker:
                 return _read_job(tx.conn, row)
         self._admit(tx.conn, job.tenant)
         now = self._clock.now()
-        details = _Details(job.request, job.request_id, job.metadata, job.on_disconnect)
+        details = Details(job.request, job.request_id, job.metadata, job.on_disconnect)
         cursor = tx.conn.execute(
             "INSERT INTO jobs (id, tenant, user, model, priority, status, estimate, created_at, deadline_at, "
             "idempotency_key, fingerprint, details) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
@@ -419,7 +408,7 @@ class EmbeddedBroker:
                 continue
             if running.deadline_at is not None and running.deadline_at <= now:
                 verdicts[lease.job] = Verdict.EXPIRED
-                self._end_running(tx, running, lease.job, Status.EXPIRED, error=_EXPIRED)
+                self._end_running(tx, running, lease.job, Status.EXPIRED, error=EXPIRED)
                 continue
             if append.position > running.head + 1:
                 verdicts[lease.job] = Verdict.LOST  # a gap: this worker's view of the log is wrong
@@ -508,7 +497,7 @@ class EmbeddedBroker:
         self._close_log(tx, int(str(row[0])), job.id, Ended(job.tokens + 1, job.attempt, status, (), job.usage, error))
 
     def _expire(self, tx: Transaction, row: tuple[object, ...]) -> None:
-        self._end_queued(tx, row, Status.EXPIRED, _EXPIRED)
+        self._end_queued(tx, row, Status.EXPIRED, EXPIRED)
 
     def _close_log(self, tx: Transaction, seq: int, job: str, ended: Ended) -> None:
         now = self._clock.now()
@@ -543,7 +532,7 @@ class EmbeddedBroker:
                 crashes += 1
                 deaths_alone += release.crashed_beside <= 1
                 if deaths_alone >= 2:
-                    self._end_running(tx, running, lease.job, Status.FAILED, error=_POISONED)
+                    self._end_running(tx, running, lease.job, Status.FAILED, error=POISONED)
                     continue
                 suspects = max(1, release.crashed_beside // 2)
             if release.retry is not None:
@@ -571,9 +560,9 @@ class EmbeddedBroker:
         status = Status(str(row[6]))
         if not status.terminal:
             if status is Status.RUNNING:
-                self._end_running(tx, self._running[job], job, Status.CANCELLED, error=_CANCELLED)
+                self._end_running(tx, self._running[job], job, Status.CANCELLED, error=CANCELLED)
             else:
-                self._end_queued(tx, row, Status.CANCELLED, _CANCELLED)
+                self._end_queued(tx, row, Status.CANCELLED, CANCELLED)
             row = _find(tx.conn, tenant, job)
         return _read_job(tx.conn, row)
 
@@ -585,7 +574,7 @@ class EmbeddedBroker:
         touched = 0
         for job, running in list(self._running.items()):
             if running.deadline_at is not None and running.deadline_at <= now:
-                self._end_running(tx, running, job, Status.EXPIRED, error=_EXPIRED)
+                self._end_running(tx, running, job, Status.EXPIRED, error=EXPIRED)
                 touched += 1
             elif running.lease_until <= now:
                 self._lose_lease(tx, job, running)
@@ -613,7 +602,7 @@ class EmbeddedBroker:
     def _lose_lease(self, tx: Transaction, job: str, running: _Running) -> None:
         losses = self._losses[job] + 1
         if losses > self._policy.max_losses:
-            self._end_running(tx, running, job, Status.FAILED, error=_POISONED)
+            self._end_running(tx, running, job, Status.FAILED, error=POISONED)
             return
         (model, priority) = tx.conn.execute("SELECT model, priority FROM jobs WHERE seq = ?", (running.seq,)).fetchone()
         self._drop_lease(tx, job, running)
@@ -650,7 +639,7 @@ class EmbeddedBroker:
                     await asyncio.sleep(0)  # a long replay must not hold up everybody else
             return
         if after > live.head:
-            raise _rewound(after, live.head)
+            raise rewound(after, live.head)
         if after < live.base:
             base = live.base
             for event in await self._store.read(lambda conn: _read_tokens(conn, _find(conn, tenant, job), after, base)):
@@ -706,15 +695,6 @@ class EmbeddedBroker:
 
 # ---------------------------------------------------------------------------------------------- rows
 
-_EXPIRED = ErrorInfo("The job's deadline passed before it was finished.", "server_error", None, "expired")
-_CANCELLED = ErrorInfo("The job was cancelled.", "invalid_request_error", None, "cancelled")
-_POISONED = ErrorInfo(
-    "The engine died each time it ran this job, so it was quarantined. Other jobs are not affected.",
-    "server_error",
-    None,
-    "poisoned",
-)
-
 _Row = tuple[object, ...]
 
 
@@ -730,10 +710,6 @@ def _publish(published: Iterable[tuple[LiveLog, Event]]) -> None:
 def _restore_heads(heads: Iterable[tuple[_Running, int]]) -> None:
     for running, head in heads:
         running.head = head
-
-
-def _rewound(after: int, head: int) -> LogRewound:
-    return LogRewound(f"You ask for what comes after position {after}, but the log ends at {head}.", param="after")
 
 
 def _find(conn: sqlite3.Connection, tenant: str, job: str) -> _Row:
@@ -836,7 +812,7 @@ def _read_log(tenant: str, job: str, after: int, conn: sqlite3.Connection) -> li
         raise NotFound("No such job.")
     ended = _ended.decode(row[21])  # type: ignore[arg-type]
     if after > ended.position:
-        raise _rewound(after, ended.position)
+        raise rewound(after, ended.position)
     if after == ended.position:
         return []
     return [*_read_tokens(conn, row, after, ended.position), ended]
@@ -865,26 +841,11 @@ def _list(query: Query, conn: sqlite3.Connection) -> Page:
     arguments: list[object] = [*values]
     if query.cursor is not None:
         where.append("seq < ?")
-        arguments.append(_decode_cursor(query.cursor))
+        arguments.append(decode_cursor(query.cursor))
     rows = conn.execute(
         f"SELECT {_COLUMNS} FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
         (*arguments, query.limit + 1),
     ).fetchall()
     more = len(rows) > query.limit
     rows = rows[: query.limit]
-    return Page([_read_job(conn, row) for row in rows], _encode_cursor(rows[-1][0]) if more else None)
-
-
-def _encode_cursor(seq: int) -> str:
-    return base64.urlsafe_b64encode(f"seq:{seq}".encode()).decode().rstrip("=")
-
-
-def _decode_cursor(cursor: str) -> int:
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        kind, _, seq = text.partition(":")
-        if kind != "seq":
-            raise ValueError(kind)
-        return min(int(seq), 2**63 - 1)
-    except ValueError as error:
-        raise InvalidRequest("This cursor is not one that a list answered with.", param="cursor") from error
+    return Page([_read_job(conn, row) for row in rows], encode_cursor(rows[-1][0]) if more else None)

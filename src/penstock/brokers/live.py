@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+from penstock.core.errors import PenstockError
 from penstock.core.events import Ended, Event, Tokens
 
 #: Appends that one run of a replay joins at most: bounds what a single send puts into a socket's buffer.
@@ -18,13 +19,14 @@ MAX_JOINED = 256
 class LiveLog:
     """Events beyond position ``base`` (what was logged before this process opened the store stays on disk)."""
 
-    __slots__ = ("_waiters", "base", "ended", "events", "head", "tenant")
+    __slots__ = ("_waiters", "base", "ended", "events", "failure", "head", "tenant")
 
     def __init__(self, tenant: str, base: int = 0) -> None:
         self.tenant = tenant
         self.base = base
         self.head = base
         self.ended = False
+        self.failure: PenstockError | None = None
         self.events: list[Event] = []
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -34,16 +36,25 @@ class LiveLog:
             self.ended = True
         else:
             self.head = event.last
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        self._wake()
+
+    def fail(self, error: PenstockError) -> None:
+        """End every follower with *error*: what it was given can no longer be continued."""
+        self.failure = error
+        self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def follow(self, after: int) -> AsyncIterator[Event]:
         """Events beyond *after* (≥ base) until the terminal one; what is ready at once comes as one run."""
         index = 0
         while True:
+            if self.failure is not None:
+                raise self.failure
             ready = len(self.events)
             while index < ready:
                 event = self.events[index]
@@ -61,7 +72,7 @@ class LiveLog:
                     event = _join([event, *self.events[first:index]])
                 yield event.after(after)
                 after = event.last
-            if index == len(self.events):
+            if index == len(self.events) and self.failure is None:
                 await self._changed()
 
     async def _changed(self) -> None:

@@ -1,0 +1,457 @@
+"""Connections that mend themselves: `Link` for scripts, `Inbox` for news. One of each per shard and process.
+
+redis-py opens the connections (TLS, ACLs, sockets, the protocol); what is here is what its pool does not do: all calls
+of a process share one connection and travel together, a call that was sent is never cancelled, one whose reply was lost
+is sent again (the scripts are idempotent), and in the tier ``replicated`` a batch is answered once replicas have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from hiredis import pack_command
+from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+
+from penstock.core.errors import BrokerUnavailable, InsufficientStorage, InvalidRequest
+
+log = structlog.get_logger("penstock.redis")
+
+#: Seconds a connection attempt, and a reply, may take before the connection counts as dead.
+CONNECT_TIMEOUT = 3.0
+REPLY_TIMEOUT = 3.0
+#: Longest pause between two attempts to connect.
+MAX_BACKOFF = 1.0
+#: Seconds between pings on a connection that only listens.
+PING_INTERVAL = 1.0
+#: Bytes that one write takes at most.
+MAX_BATCH = 1 << 20
+
+#: The command was not executed, and this node (or moment) is the wrong one: connect anew, then send it again.
+_ELSEWHERE = (
+    MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError, ReadOnlyError, BusyLoadingError,
+    NoScriptError,
+)  # fmt: skip
+
+BROKEN = (RedisError, OSError, asyncio.IncompleteReadError, TimeoutError)
+
+Word = bytes | str | int | float
+Command = Sequence[Word]
+
+
+def masked(urls: str) -> str:
+    """Addresses without user and password, for people and logs."""
+    shown = []
+    for url in urls.split(","):
+        parts = urlsplit(url.strip())
+        shown.append(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+    return ",".join(shown)
+
+
+class Address:
+    """Where the node is that holds *key*: the server of the URL, or the owner of the key's slot in a cluster."""
+
+    def __init__(self, urls: str, key: str) -> None:
+        self._seeds = []
+        for url in urls.split(","):
+            try:
+                self._seeds.append(dict(parse_url(url.strip())))
+            except ValueError as error:
+                raise InvalidRequest(f"{masked(url)} is not the address of a Redis: {error}") from None
+        self._slot = key_slot(key.encode())
+        self.urls = masked(urls)
+
+    async def connect(self) -> AbstractConnection:
+        """A connection to that node. Raises what redis-py raises."""
+        failure: BaseException | None = None
+        for seed in random.sample(self._seeds, len(self._seeds)):
+            try:
+                connection = await _open(seed)
+            except (AuthenticationError, NoPermissionError):
+                raise
+            except BROKEN as error:
+                failure = error
+                continue
+            try:
+                owner = await self._owner(connection)
+            except BaseException:
+                await connection.disconnect(nowait=True)
+                raise
+            if owner is None:
+                return connection
+            await connection.disconnect(nowait=True)
+            host, port = owner
+            return await _open({**seed, "host": host or seed.get("host", "localhost"), "port": port})
+        assert failure is not None
+        raise failure
+
+    async def _owner(self, connection: AbstractConnection) -> tuple[str, int] | None:
+        """(host, port) of the key's node in a cluster; None when there is no cluster."""
+        if b"cluster_enabled:1" not in await ask(connection, "INFO", "cluster"):
+            return None
+        for first, last, owner, *_ in await ask(connection, "CLUSTER", "SLOTS"):
+            if first <= self._slot <= last:
+                return owner[0].decode(), owner[1]
+        raise ClusterDownError(f"slot {self._slot} is served by nobody")
+
+
+async def _open(arguments: dict[str, Any]) -> AbstractConnection:
+    kind = arguments.get("connection_class", Connection)
+    options = {name: value for name, value in arguments.items() if name != "connection_class"}
+    connection: AbstractConnection = kind(
+        **{
+            "socket_connect_timeout": CONNECT_TIMEOUT,
+            "socket_keepalive": True,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
+            **options,
+        }
+    )
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            await connection.connect()  # type: ignore[no-untyped-call]
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
+    return connection
+
+
+async def ask(connection: AbstractConnection, *command: Word) -> Any:
+    """One command and its reply, on a connection that nobody else uses yet."""
+    async with asyncio.timeout(REPLY_TIMEOUT):
+        await connection.send_packed_command([_packed(command)], check_health=False)
+        return await connection.read_response(timeout=math.inf)
+
+
+def _packed(command: Command) -> bytes:
+    packed: bytes = pack_command(tuple(command))  # type: ignore[arg-type]
+    return packed
+
+
+class _Call:
+    __slots__ = ("future", "packed", "reply", "sent_at")
+
+    def __init__(self, packed: bytes, future: asyncio.Future[Any]) -> None:
+        self.packed = packed
+        self.future = future
+        self.sent_at = 0.0
+        self.reply: Any = None
+
+    def answer(self, reply: Any) -> None:
+        if self.future.done():
+            return  # nobody waits any more
+        if isinstance(reply, Exception):
+            self.future.set_exception(reply)
+        else:
+            self.future.set_result(reply)
+
+
+class _Wait:
+    """What was written before it is answered once *replicas* have it."""
+
+    __slots__ = ("calls", "sent_at")
+
+    def __init__(self, calls: list[_Call]) -> None:
+        self.calls = calls
+        self.sent_at = 0.0
+
+
+class _Mender:
+    """Keeps one connection: connect, work until it breaks, wait a little, connect again."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._delay = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self.up = asyncio.Event()
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"redis: {type(self).__name__.lower()}")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        while True:
+            connection = None
+            try:
+                connection = await self._address.connect()
+                await self._work(connection)
+            except* BROKEN as group:
+                self._broken(_first(group))
+            except* InvalidRequest as group:
+                self._broken(_first(group))
+            finally:
+                self.up.clear()
+                if connection is not None:
+                    await connection.disconnect(nowait=True)
+            # Exponential backoff with full jitter; the first attempt comes soon: most breaks are short.
+            self._delay = min(MAX_BACKOFF, self._delay * 2 or 0.05)
+            await asyncio.sleep(random.uniform(0, self._delay))
+
+    def _broken(self, error: BaseException) -> None:
+        if self.up.is_set() or self.failure is None:
+            log.warning("redis_lost", connection=type(self).__name__.lower(), error=str(error) or type(error).__name__)
+        self.failure = error
+
+    def _healthy(self) -> None:
+        self._delay = 0.0
+        if self.failure is not None:
+            log.info("redis_found", connection=type(self).__name__.lower())
+        self.failure = None
+
+    async def _work(self, connection: AbstractConnection) -> None:
+        raise NotImplementedError
+
+
+class Link(_Mender):
+    """Calls to one shard, in order, over one connection; *greet* prepares each new one."""
+
+    def __init__(
+        self,
+        address: Address,
+        greet: Callable[[AbstractConnection], Awaitable[None]],
+        *,
+        timeout: float,
+    ) -> None:
+        super().__init__(address)
+        self._greet = greet
+        self._timeout = timeout
+        self._wait = b""
+        self._replicas = 0
+        self._queue: deque[_Call] = deque()
+        self._flight: deque[_Call | _Wait] = deque()
+        self._wake = asyncio.Event()
+
+    def wait_for_replicas(self, count: int, command: Command) -> None:
+        """Answer calls once *command* (``WAIT…``; empty for none) says that *count* replicas have what they wrote."""
+        self._wait = _packed(command) if command else b""
+        self._replicas = count
+
+    def send(self, command: Command) -> asyncio.Future[Any]:
+        """Queue *command*; its reply. Whoever waits for it may go away: the call is completed all the same."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Call(_packed(command), future))
+        self._wake.set()
+        return future
+
+    async def call(self, command: Command) -> Any:
+        """The reply to *command*. Raises `BrokerUnavailable` when there is none in time."""
+        future = self.send(command)
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await future
+        except TimeoutError:
+            raise self.unavailable() from None
+
+    def unavailable(self) -> BrokerUnavailable:
+        why = f": {self.failure}" if self.failure is not None and str(self.failure) else ""
+        return BrokerUnavailable(f"Redis at {self._address.urls} does not answer{why}.", retry_after=2.0)
+
+    async def _work(self, connection: AbstractConnection) -> None:
+        await self._greet(connection)
+        # What was sent and not answered goes again, before anything newer.
+        again = [call for entry in self._flight for call in (entry.calls if isinstance(entry, _Wait) else [entry])]
+        self._flight.clear()
+        self._queue.extendleft(call for call in reversed(again) if not call.future.done())
+        self._wake.set()
+        self.up.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._write(connection))
+            tasks.create_task(self._read(connection))
+            tasks.create_task(self._watch())
+
+    async def _write(self, connection: AbstractConnection) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                batch: list[_Call] = []
+                size, now = 0, loop.time()
+                while self._queue and size < MAX_BATCH:
+                    call = self._queue.popleft()
+                    if call.future.done():
+                        continue  # never sent, and nobody waits any more
+                    call.sent_at = now
+                    size += len(call.packed)
+                    batch.append(call)
+                if not batch:
+                    continue
+                self._flight.extend(batch)
+                packed = [call.packed for call in batch]
+                if self._wait:
+                    gate = _Wait(batch)
+                    gate.sent_at = now
+                    self._flight.append(gate)
+                    packed.append(self._wait)
+                await connection.send_packed_command([b"".join(packed)], check_health=False)
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        while True:
+            try:
+                reply = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
+            except _ELSEWHERE:
+                raise
+            except ResponseError as error:
+                reply = _translate(error)
+            self._healthy()
+            entry = self._flight.popleft()
+            if isinstance(entry, _Wait):
+                self._open_gate(entry, reply)
+            elif self._wait:
+                entry.reply = reply
+            else:
+                entry.answer(reply)
+
+    def _open_gate(self, gate: _Wait, reply: Any) -> None:
+        reached = reply[-1] if isinstance(reply, list) else reply
+        missing = reached if isinstance(reached, Exception) else None
+        if missing is None and reached < self._replicas:
+            missing = BrokerUnavailable(
+                f"Only {reached} of {self._replicas} replicas have confirmed the write; it may or may not survive.",
+                retry_after=1.0,
+            )
+        for call in gate.calls:
+            call.answer(missing or call.reply)
+
+    async def _watch(self) -> None:
+        """A peer that swallows everything is as dead as one that hangs up."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(REPLY_TIMEOUT / 6)
+            if self._flight and self._flight[0].sent_at < loop.time() - REPLY_TIMEOUT:
+                raise TimeoutError(f"no reply within {REPLY_TIMEOUT:.0f} s")
+
+
+def _translate(error: ResponseError) -> Exception:
+    """An error reply to a call as one of ours."""
+    if isinstance(error, OutOfMemoryError):
+        return InsufficientStorage(
+            "Redis has no memory left for another job. Wait for results to expire, or raise its maxmemory.",
+            retry_after=10.0,
+        )
+    return BrokerUnavailable(f"Redis refused: {error}", retry_after=2.0)
+
+
+class Inbox(_Mender):
+    """Messages of sharded channels. *on_up* runs when (again) everything subscribed to is heard, *on_down* when not."""
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        on_message: Callable[[bytes, bytes], None],
+        on_up: Callable[[], None],
+        on_down: Callable[[], None],
+    ) -> None:
+        super().__init__(address)
+        self._on_message = on_message
+        self._on_up = on_up
+        self._on_down = on_down
+        self._channels: dict[bytes, asyncio.Future[None]] = {}
+        self._connection: AbstractConnection | None = None
+        self._unsent: list[bytes] = []
+        self._wake = asyncio.Event()
+        self._heard_at = 0.0
+
+    def subscribe(self, channel: bytes) -> asyncio.Future[None]:
+        """Hear *channel* from now on; done once Redis has confirmed it."""
+        confirmed = self._channels.get(channel)
+        if confirmed is None:
+            confirmed = self._channels[channel] = asyncio.get_running_loop().create_future()
+            self._say(b"SSUBSCRIBE", channel)
+        return confirmed
+
+    def unsubscribe(self, channel: bytes) -> None:
+        if self._channels.pop(channel, None) is not None:
+            self._say(b"SUNSUBSCRIBE", channel)
+
+    def _say(self, *command: bytes) -> None:
+        if self._connection is not None:
+            self._unsent.append(_packed(command))
+            self._wake.set()
+
+    async def _work(self, connection: AbstractConnection) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            waiting = set(self._channels)
+            self._connection, self._unsent = connection, []
+            for channel in waiting:
+                self._say(b"SSUBSCRIBE", channel)
+            self._heard_at = loop.time()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._write(connection))
+                tasks.create_task(self._read(connection, waiting))
+                tasks.create_task(self._ping())
+        finally:
+            self._connection = None
+            if self.up.is_set():
+                self._on_down()
+
+    async def _write(self, connection: AbstractConnection) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            packed, self._unsent = b"".join(self._unsent), []
+            if packed:
+                await connection.send_packed_command([packed], check_health=False)
+
+    async def _read(self, connection: AbstractConnection, waiting: set[bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            kind, *rest = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
+            self._heard_at = loop.time()
+            if kind == b"smessage":
+                self._on_message(rest[0], rest[1])
+            elif kind == b"ssubscribe":
+                self._healthy()
+                confirmed = self._channels.get(rest[0])
+                if confirmed is not None and not confirmed.done():
+                    confirmed.set_result(None)
+                waiting.discard(rest[0])
+                if not waiting and not self.up.is_set():
+                    self.up.set()
+                    self._on_up()
+
+    async def _ping(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(PING_INTERVAL)
+            if self._heard_at < loop.time() - REPLY_TIMEOUT:
+                raise TimeoutError(f"nothing heard for {REPLY_TIMEOUT:.0f} s")
+            self._say(b"PING")
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

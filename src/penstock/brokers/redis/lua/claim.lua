@@ -1,0 +1,107 @@
+-- Lease up to *limit* jobs. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 models, 7 limit,
+-- 8 claimant ("inbox/n"; "" when it does not wait), 9 seconds it waits, 10 the error of an expired job.
+-- Answers the leases, {attempt, record, log} each. Sent twice (same request), it answers the same leases.
+local now, lease_now = tick()
+local request, limit, claimant = ARGV[3], tonumber(ARGV[7]), ARGV[8]
+local models = cmsgpack.unpack(ARGV[6])
+local meta = base .. "meta"
+
+if ARGV[4] ~= "" then
+  call("HSET", base .. "workers", ARGV[4], ARGV[5])
+  call("ZADD", base .. "alive", lease_now, ARGV[4])
+end
+
+local function lease(id, attempt)
+  local log = {}
+  for i, entry in ipairs(call("XRANGE", base .. "log:" .. id, "-", "+")) do log[i] = entry[2][2] end
+  return { attempt, record(id), log }
+end
+
+local before = call("GET", base .. "reply:" .. request)
+if before then
+  local leases = {}
+  for _, given in ipairs(cmsgpack.unpack(before)) do
+    local job = load(given[1])
+    if job and job.s == "running" and tonumber(job.a) == given[2] then leases[#leases + 1] = lease(given[1], given[2]) end
+  end
+  return { leases, {} }
+end
+
+-- The tenant served least among those in a class: (tenant, counter, when it was last picked). Scores are lower bounds of
+-- the counters, which only grow: raise the ones at the top until the first is true. Ties go to the longest unserved.
+local function top(priority, model)
+  local lanes = lanes_key(priority, model)
+  while true do
+    local first = call("ZRANGE", lanes, 0, 0, "WITHSCORES")
+    if not first[1] then return nil end
+    local score = tonumber(first[2])
+    local best, best_served
+    for _, tenant in ipairs(call("ZRANGE", lanes, first[2], first[2], "BYSCORE", "LIMIT", 0, 16)) do
+      local own = call("HMGET", base .. "tenant:" .. tenant, "c", "s", "r")
+      local value, served, running = tonumber(own[1] or 0), tonumber(own[2] or 0), tonumber(own[3] or 0)
+      if value > score then
+        call("ZADD", lanes, "XX", value, tenant)
+      elseif MAX_RUNNING > 0 and running >= MAX_RUNNING then
+        call("ZREM", lanes, tenant)
+        call("SADD", base .. "parked:" .. tenant, class(priority, model))
+      elseif not best or served < best_served then
+        best, best_served = tenant, served
+      end
+    end
+    if best then return best, score, best_served end
+  end
+end
+
+local function next_job()
+  for priority = 0, 2 do
+    local best, best_counter, best_served, best_model
+    for _, model in ipairs(models) do
+      local tenant, value, served = top(priority, model)
+      if tenant and (not best or value < best_counter or (value == best_counter and served < best_served)) then
+        best, best_counter, best_served, best_model = tenant, value, served, model
+      end
+    end
+    if best then
+      return load(call("ZRANGE", lane_key({ p = priority, m = best_model, t = best }), 0, 0)[1])
+    end
+  end
+end
+
+local epoch = call("HGET", meta, "epoch") or "0"
+local leases, given = {}, {}
+while #leases < limit do
+  local job = next_job()
+  if not job then break end
+  if job.dl and tonumber(job.dl) <= now then
+    end_queued(job, "expired", ARGV[10], now)
+  else
+    leave_queue(job)
+    local key, tenant = base .. "job:" .. job.id, base .. "tenant:" .. job.t
+    local attempt = tonumber(job.a) + 1
+    if job.ep ~= epoch then
+      attempt = attempt + EPOCH_STEP
+      call("HSET", key, "fl", job.h)
+    end
+    call("HSET", key, "s", "running", "a", attempt, "ep", epoch)
+    call("HSETNX", key, "sa", now)
+    call("ZADD", base .. "leases", lease_now + LEASE_TTL, job.id)
+    -- Input is charged once; what later attempts redo is not the tenant's doing.
+    if job.a == "0" then charge(job.t, INPUT_COST * tonumber(job.es) / tonumber(job.w)) end
+    call("HSET", tenant, "s", call("HINCRBY", meta, "served", 1))
+    call("HINCRBY", tenant, "r", 1)
+    call("PERSIST", tenant)
+    add("counts", "running", 1)
+    leases[#leases + 1] = lease(job.id, attempt)
+    given[#given + 1] = { job.id, attempt }
+  end
+end
+
+if #leases > 0 then
+  call("SET", base .. "reply:" .. request, pack(given), "EX", 30)
+elseif claimant ~= "" then
+  for _, model in ipairs(models) do
+    call("ZADD", base .. "idle:" .. model, lease_now + tonumber(ARGV[9]), claimant)
+    call("EXPIRE", base .. "idle:" .. model, 60)
+  end
+end
+return deliver(leases)

@@ -1,0 +1,325 @@
+-- What the transitions share. Prepended to every script (see scripts.py); KEYS[1] is the prefix of all keys of a shard,
+-- with its hash tag, so that a shard lives in one slot. ARGV[1]: the time ("" for Redis TIME), ARGV[2]: the policy.
+--
+-- clock          hash  raw, lease: the wall clock as last seen, the lease clock (see tick)
+-- meta           hash  epoch, run_id, tier, shards (see enter.lua); seq, served, last, lost
+-- job:ID         hash  t tenant, u user, m model, p priority, w weight, es estimated prompt tokens, ik idempotency key,
+--                      fp fingerprint, dl deadline, q seq, s status, a attempt, h head (last position), rd 1 when it may
+--                      be claimed, hd 1 when it goes before the others, re retries, cr crashes, da deaths alone,
+--                      su suspects, lo leases lost, pt prompt tokens, ca/sa/fa/ea created, started, first token, ended at,
+--                      ep epoch of its submit or last claim, fl head when it was claimed in a new epoch, rs readers, by bytes, en the end
+-- req:ID         string  msgpack of the request and what no script looks at
+-- log:ID         stream  one entry a run, id = last position: t tokens | e the end
+-- gone:ID        string  tenant: the job's retention is over
+-- key:N:TENANT:K string  id of the job that was submitted under this idempotency key
+-- tenant:T       hash  c virtual token counter, s when it was last picked, n queued, r running, by bytes
+-- lane:P:N:M:T   zset  ids that a tenant has ready in a class, by order of service
+-- lanes:P:M      zset  tenants with a lane in this class, by counter (a lower bound: counters only grow, see top)
+-- waiting        zset  tenants with queued jobs, by counter (a lower bound)
+-- parked:T       set   lanes that were taken out because the tenant runs all it may
+-- leases, deadlines, delayed, ended   zset  ids by what the sweep looks for
+-- list:T, user:N:T:U                  zset  ids by seq
+-- depth, ready   hash  queued jobs, and those that may be claimed, by class
+-- counts, ends   hash  jobs by status; ends by second
+-- workers, alive hash, zset   what workers said of themselves, and when (lease clock)
+-- idle:M         zset  claimants that wait, by the lease clock's time at which they stop
+-- reply:R        string  what claim R was given, for when its reply is lost
+
+local call = redis.call
+local pack = cmsgpack.pack
+local base = KEYS[1]
+local P = cmsgpack.unpack(ARGV[2])
+local LEASE_TTL, RESULT_TTL, MAX_ATTEMPTS, MAX_LOSSES = P[1], P[2], P[3], P[4]
+local INPUT_COST, OUTPUT_COST, MAX_RUNNING = P[5], P[6], P[7]
+local DEFER = P[8] == 1 -- the caller delivers, once replicas have what is delivered
+local SHARD, SHARDS = P[9], P[10]
+
+local NIL = "\192"
+-- The head of a tenant's queue: added to the seq of jobs that were requeued (a double holds integers up to 2^53).
+local AHEAD = -2 ^ 52
+-- The lease clock advances by at most this many seconds at a time, so that an outage of Redis expires no live lease.
+local LEASE_STEP = 0.25
+-- An idle tenant's counter is forgotten after a day: coming back it is lifted anyway.
+local TENANT_TTL = math.max(86400, math.ceil(2 * RESULT_TTL))
+-- What is big of a job goes by itself, later than any sweep would drop it.
+local SAFETY_TTL = math.ceil(2 * RESULT_TTL) + 3600
+-- Attempts that a new epoch skips: more than what was lost with the old one can hold.
+local EPOCH_STEP = 1000
+
+-- (wall clock, lease clock) in seconds. The wall clock takes no small step back; a big one is taken for the truth.
+local function tick()
+  local wall
+  if ARGV[1] == "" then
+    local time = call("TIME")
+    wall = tonumber(time[1]) + tonumber(time[2]) / 1e6
+  else
+    wall = tonumber(ARGV[1])
+  end
+  local seen = call("HMGET", base .. "clock", "raw", "lease")
+  local raw, lease = tonumber(seen[1] or wall), tonumber(seen[2] or 0)
+  local passed = wall - raw
+  if passed < 0 and passed > -1 then
+    return raw, lease
+  end
+  lease = lease + math.max(0, math.min(passed, LEASE_STEP))
+  call("HSET", base .. "clock", "raw", wall, "lease", lease)
+  return wall, lease
+end
+
+-- ------------------------------------------------------------------------------------------------- telling readers
+
+local outbox = {} -- inbox → {events}, {ids}
+
+-- Note an event for every process that follows the job; `deliver` sends one message to each of them.
+local function tell(id, readers, tokens, ended)
+  if not readers or readers == "" then return end
+  local event = "\147" .. pack(id) .. (tokens or NIL) .. (ended or NIL)
+  for inbox in string.gmatch(readers, "[^,]+") do
+    local to = outbox[inbox]
+    if not to then
+      to = { {}, {} }
+      outbox[inbox] = to
+    end
+    to[1][#to[1] + 1] = event
+    to[2][#to[2] + 1] = id
+  end
+end
+
+local function without(readers, inbox)
+  local left = {}
+  for each in string.gmatch(readers or "", "[^,]+") do
+    if each ~= inbox then left[#left + 1] = each end
+  end
+  return table.concat(left, ",")
+end
+
+-- Send what was noted, and give the script's answer. A process that does not listen is forgotten: when it comes back
+-- it says so.
+local function deliver(result)
+  local deferred = {}
+  for inbox, to in pairs(outbox) do
+    local message = "e\221" .. struct.pack(">I4", #to[1]) .. table.concat(to[1])
+    if DEFER then
+      deferred[#deferred + 1] = inbox
+      deferred[#deferred + 1] = message
+    elseif call("SPUBLISH", base .. "inbox:" .. inbox, message) == 0 then
+      for _, id in ipairs(to[2]) do
+        local readers = call("HGET", base .. "job:" .. id, "rs")
+        if readers then call("HSET", base .. "job:" .. id, "rs", without(readers, inbox)) end
+      end
+    end
+  end
+  return { result, deferred }
+end
+
+-- ------------------------------------------------------------------------------------------------- queue and fairness
+
+local function class(priority, model) return priority .. ":" .. model end
+
+local function lane_key(job) return base .. "lane:" .. job.p .. ":" .. #job.m .. ":" .. job.m .. ":" .. job.t end
+
+local function lanes_key(priority, model) return base .. "lanes:" .. class(priority, model) end
+
+local function list_keys(job)
+  local keys = { base .. "list:" .. job.t }
+  if job.u and job.u ~= "" then keys[2] = base .. "user:" .. #job.t .. ":" .. job.t .. ":" .. job.u end
+  return keys
+end
+
+local function counter(tenant) return tonumber(call("HGET", base .. "tenant:" .. tenant, "c") or 0) end
+
+local function add(hash, field, by)
+  if call("HINCRBY", base .. hash, field, by) == 0 then call("HDEL", base .. hash, field) end
+end
+
+-- Wake one claimant that waits for the model. One that has died is not told; one that no longer waits passes it on.
+local function ring(model, lease_now)
+  local idle = base .. "idle:" .. model
+  while true do
+    local first = call("ZPOPMIN", idle)
+    if not first[1] then return end
+    if tonumber(first[2]) >= lease_now then
+      local inbox, claimant = string.match(first[1], "^(.-)/(.*)$")
+      if call("SPUBLISH", base .. "inbox:" .. inbox, "r" .. claimant .. "/" .. model) > 0 then return end
+    end
+  end
+end
+
+local function enter_lane(job, lease_now)
+  call("ZADD", lane_key(job), job.hd == "1" and job.q + AHEAD or job.q, job.id)
+  call("ZADD", lanes_key(job.p, job.m), counter(job.t), job.t)
+  add("ready", class(job.p, job.m), 1)
+  ring(job.m, lease_now)
+end
+
+-- The smallest counter among tenants with queued jobs, or nil. Their scores are lower bounds: raise those at the top.
+local function smallest_waiting()
+  while true do
+    local first = call("ZRANGE", base .. "waiting", 0, 0, "WITHSCORES")
+    if not first[1] then return nil end
+    local true_counter = counter(first[1])
+    if true_counter <= tonumber(first[2]) then return true_counter end
+    call("ZADD", base .. "waiting", "XX", true_counter, first[1])
+  end
+end
+
+-- Count a job in. A tenant that arrives with nothing waiting is lifted (VTC, algorithm 2, lines 6-13).
+local function enter_queue(job, arriving, ready, lease_now)
+  local key = base .. "tenant:" .. job.t
+  local own = call("HMGET", key, "c", "n")
+  local value, queued = tonumber(own[1] or 0), tonumber(own[2] or 0)
+  if queued == 0 then
+    if arriving then
+      local floor = smallest_waiting()
+      if not floor then
+        local last = call("HGET", base .. "meta", "last")
+        floor = last and counter(last) or 0
+      end
+      if floor > value then
+        value = floor
+        call("HSET", key, "c", value)
+      end
+    end
+    call("ZADD", base .. "waiting", value, job.t)
+    call("PERSIST", key)
+  end
+  call("HINCRBY", key, "n", 1)
+  add("depth", class(job.p, job.m), 1)
+  add("counts", "queued", 1)
+  if ready then enter_lane(job, lease_now) end
+end
+
+-- Forget an idle tenant in a day.
+local function rest(tenant)
+  local key = base .. "tenant:" .. tenant
+  local own = call("HMGET", key, "n", "r")
+  if tonumber(own[1] or 0) == 0 and tonumber(own[2] or 0) == 0 then call("EXPIRE", key, TENANT_TTL) end
+end
+
+local function leave_queue(job)
+  if job.rd == "1" then
+    local lane = lane_key(job)
+    call("ZREM", lane, job.id)
+    if call("EXISTS", lane) == 0 then
+      call("ZREM", lanes_key(job.p, job.m), job.t)
+      call("SREM", base .. "parked:" .. job.t, class(job.p, job.m))
+    end
+    add("ready", class(job.p, job.m), -1)
+  else
+    call("ZREM", base .. "delayed", job.id)
+  end
+  if call("HINCRBY", base .. "tenant:" .. job.t, "n", -1) == 0 then
+    call("ZREM", base .. "waiting", job.t)
+    call("HSET", base .. "meta", "last", job.t)
+    rest(job.t)
+  end
+  add("depth", class(job.p, job.m), -1)
+  add("counts", "queued", -1)
+end
+
+-- Count a job out of the running ones; lanes of a tenant that ran all it may come back.
+local function leave_running(job, lease_now)
+  call("ZREM", base .. "leases", job.id)
+  call("HINCRBY", base .. "tenant:" .. job.t, "r", -1)
+  add("counts", "running", -1)
+  rest(job.t)
+  if MAX_RUNNING > 0 then
+    local parked = base .. "parked:" .. job.t
+    for _, each in ipairs(call("SMEMBERS", parked)) do
+      call("ZADD", base .. "lanes:" .. each, counter(job.t), job.t)
+      ring(string.match(each, "^%d+:(.*)$"), lease_now)
+    end
+    call("DEL", parked)
+  end
+end
+
+local function charge(tenant, cost)
+  if cost ~= 0 then call("HINCRBYFLOAT", base .. "tenant:" .. tenant, "c", string.format("%.17g", cost)) end
+end
+
+-- ------------------------------------------------------------------------------------------------- jobs
+
+local JOB = {
+  "t", "u", "m", "p", "w", "es", "dl", "q", "s", "a", "h", "rd", "hd", "pt", "ik", "rs", "re", "cr", "da", "lo", "ep", "by",
+}
+
+-- What the transitions look at of a job, or nil. Missing fields are false.
+local function load(id)
+  local values = call("HMGET", base .. "job:" .. id, unpack(JOB))
+  if not values[1] then return nil end
+  local job = { id = id }
+  for i, name in ipairs(JOB) do job[name] = values[i] end
+  return job
+end
+
+-- A job with its own fields, its request, and its place in the queue: what `get` shows.
+local function record(id)
+  return { call("HGETALL", base .. "job:" .. id), call("GET", base .. "req:" .. id) or "" }
+end
+
+-- 1 for the next job. An estimate, as every fair queue's: other tenants take turns with this one. Counts the classes
+-- above, the tenant's own jobs ahead, and of every other tenant at most as many plus one.
+local function queue_position(job)
+  local own = call("ZRANK", lane_key(job), job.id)
+  if not own then return 0 end
+  local ahead = 0
+  for priority = 0, tonumber(job.p) - 1 do
+    ahead = ahead + tonumber(call("HGET", base .. "ready", class(priority, job.m)) or 0)
+  end
+  local lanes = lanes_key(job.p, job.m)
+  local others = call("ZCARD", lanes) - 1
+  if others > 64 then -- too many to ask each
+    local all = tonumber(call("HGET", base .. "ready", class(job.p, job.m)) or 0)
+    return 1 + own + ahead + math.min(others * (own + 1), all - own - 1)
+  end
+  for _, tenant in ipairs(call("ZRANGE", lanes, 0, -1)) do
+    if tenant ~= job.t then
+      ahead = ahead + math.min(own + 1, call("ZCARD", lane_key({ p = job.p, m = job.m, t = tenant })))
+    end
+  end
+  return 1 + own + ahead
+end
+
+-- Close a log: exactly one terminal event, at the position after the last token.
+local function close_log(job, status, reasons, error, now)
+  local head = tonumber(job.h)
+  local usage = { prompt_tokens = tonumber(job.pt or 0), completion_tokens = head }
+  local ended = "\150" .. pack(head + 1) .. pack(tonumber(job.a)) .. pack(status) .. (reasons or "\144") .. pack(usage)
+    .. (error or NIL)
+  local key, log = base .. "job:" .. job.id, base .. "log:" .. job.id
+  call("HSET", key, "s", status, "ea", now, "en", ended)
+  call("HDEL", key, "rs")
+  call("XADD", log, (head + 1) .. "-0", "e", ended)
+  call("EXPIRE", log, SAFETY_TTL)
+  call("EXPIRE", base .. "req:" .. job.id, SAFETY_TTL)
+  if job.dl then call("ZREM", base .. "deadlines", job.id) end
+  call("ZADD", base .. "ended", now, job.id)
+  add("counts", status, 1)
+  call("HINCRBY", base .. "ends", string.format("%d", math.floor(now)), 1)
+  tell(job.id, job.rs, nil, ended)
+end
+
+local function end_running(job, status, reasons, error, now, lease_now)
+  close_log(job, status, reasons, error, now)
+  leave_running(job, lease_now)
+end
+
+local function end_queued(job, status, error, now)
+  leave_queue(job)
+  close_log(job, status, nil, error, now)
+end
+
+-- From running back to the head of its tenant's queue; *delay* seconds pass before it can be claimed again.
+local function requeue(job, delay, lease_now)
+  local ready = delay <= 0
+  job.hd, job.rd = "1", ready and "1" or "0"
+  call("HSET", base .. "job:" .. job.id, "s", "queued", "hd", "1", "rd", job.rd)
+  leave_running(job, lease_now)
+  if not ready then call("ZADD", base .. "delayed", lease_now + delay, job.id) end
+  enter_queue(job, false, ready, lease_now)
+end
+
+-- Does this process hold the lease that it names?
+local function holds(job, tenant, attempt)
+  return job and job.s == "running" and tonumber(job.a) == attempt and job.t == tenant
+end

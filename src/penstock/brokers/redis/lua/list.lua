@@ -1,0 +1,26 @@
+-- A page of a tenant's jobs, newest first. ARGV: 3 tenant, 4 user ("" for all), 5 statuses, 6 model ("" for all), 7 the seq
+-- before which it begins ("+inf" for the newest), 8 limit, 9 how many jobs to look at. Answers {jobs, seq}: {record,
+-- position, seq} each, and the seq to go on before ("" at the end). The page may be shorter than the limit though there is more.
+local tenant, user, model, before = ARGV[3], ARGV[4], ARGV[6], ARGV[7]
+local limit, left = tonumber(ARGV[8]), tonumber(ARGV[9])
+local statuses, wanted = cmsgpack.unpack(ARGV[5]), {}
+for _, status in ipairs(statuses) do wanted[status] = true end
+local keys = list_keys({ t = tenant, u = user })
+local list = keys[#keys]
+local jobs = {}
+while left > 0 do
+  local chunk = call("ZRANGE", list, "(" .. before, "-inf", "BYSCORE", "REV", "LIMIT", 0, math.min(100, left), "WITHSCORES")
+  if #chunk == 0 then return { { jobs, "" }, {} } end
+  for i = 1, #chunk, 2 do
+    local id = chunk[i]
+    before, left = chunk[i + 1], left - 1
+    local job = load(id)
+    if not job then
+      call("ZREM", list, id) -- its keys went by themselves: nobody swept for long
+    elseif (#statuses == 0 or wanted[job.s]) and (model == "" or job.m == model) then
+      jobs[#jobs + 1] = { record(id), job.s == "queued" and queue_position(job) or 0, before }
+      if #jobs == limit then return { { jobs, before }, {} } end
+    end
+  end
+end
+return { { jobs, before }, {} }

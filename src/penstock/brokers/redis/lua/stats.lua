@@ -1,0 +1,17 @@
+-- A snapshot. ARGV: 3 seconds of silence after which a worker counts as dead. Answers {counts, depth, workers, ends in the last
+-- minute, leases lost, wall clock}; a worker is {what it said, seconds since}.
+local now, lease_now = tick()
+local workers = {}
+for i, id in ipairs(call("ZRANGE", base .. "alive", lease_now - tonumber(ARGV[3]), "+inf", "BYSCORE")) do
+  local silent = lease_now - tonumber(call("ZSCORE", base .. "alive", id))
+  workers[i] = { call("HGET", base .. "workers", id) or "", string.format("%.17g", silent) }
+end
+local rate, second = 0, math.floor(now)
+local ends = call("HGETALL", base .. "ends")
+for i = 1, #ends, 2 do
+  if tonumber(ends[i]) >= second - 60 then rate = rate + tonumber(ends[i + 1]) end
+end
+return { {
+  call("HGETALL", base .. "counts"), call("HGETALL", base .. "depth"), workers, rate,
+  tonumber(call("HGET", base .. "meta", "lost") or 0), string.format("%.17g", now),
+}, {} }

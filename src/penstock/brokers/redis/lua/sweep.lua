@@ -1,0 +1,79 @@
+-- Requeue jobs with dead leases, expire deadlines, wake delayed retries, drop what retention ended. ARGV: 3 how many of each
+-- at most, 4 the error of an expired job, 5 of a poisoned one, 6 seconds of silence after which a worker counts as dead,
+-- 7 seconds that ids stay known as expired. Answers how many jobs it touched.
+local now, lease_now = tick()
+local limit, touched = ARGV[3], 0
+
+local function due(zset, until_) return call("ZRANGE", base .. zset, "-inf", until_, "BYSCORE", "LIMIT", 0, limit) end
+
+for _, id in ipairs(due("deadlines", now)) do
+  local job = load(id)
+  if not job or (job.s ~= "queued" and job.s ~= "running") then
+    call("ZREM", base .. "deadlines", id)
+  else
+    if job.s == "running" then
+      end_running(job, "expired", nil, ARGV[4], now, lease_now)
+    else
+      end_queued(job, "expired", ARGV[4], now)
+    end
+    touched = touched + 1
+  end
+end
+
+for _, id in ipairs(due("leases", lease_now)) do
+  local job = load(id)
+  if not job or job.s ~= "running" then
+    call("ZREM", base .. "leases", id)
+  else
+    local losses = tonumber(job.lo or 0) + 1
+    if losses > MAX_LOSSES then
+      end_running(job, "failed", nil, ARGV[5], now, lease_now)
+    else
+      call("HSET", base .. "job:" .. id, "lo", losses)
+      call("HINCRBY", base .. "meta", "lost", 1)
+      requeue(job, 0, lease_now)
+    end
+    touched = touched + 1
+  end
+end
+
+for _, id in ipairs(due("delayed", lease_now)) do
+  call("ZREM", base .. "delayed", id)
+  local job = load(id)
+  if job and job.s == "queued" and job.rd == "0" then
+    call("HSET", base .. "job:" .. id, "rd", 1)
+    enter_lane(job, lease_now)
+    touched = touched + 1
+  end
+end
+
+for _, id in ipairs(due("ended", now - RESULT_TTL)) do
+  call("ZREM", base .. "ended", id)
+  local job = load(id)
+  if job then
+    call("SET", base .. "gone:" .. id, job.t, "EX", ARGV[7])
+    for _, list in ipairs(list_keys(job)) do call("ZREM", list, id) end
+    if job.ik then
+      local key = base .. "key:" .. #job.t .. ":" .. job.t .. ":" .. job.ik
+      if call("GET", key) == id then call("DEL", key) end
+    end
+    add("counts", job.s, -1)
+    call("HINCRBY", base .. "tenant:" .. job.t, "by", -tonumber(job.by))
+    rest(job.t)
+    touched = touched + 1
+  end
+  call("UNLINK", base .. "job:" .. id, base .. "req:" .. id, base .. "log:" .. id)
+end
+
+local horizon = lease_now - tonumber(ARGV[6])
+for _, worker in ipairs(call("ZRANGE", base .. "alive", "-inf", horizon, "BYSCORE")) do
+  call("ZREM", base .. "alive", worker)
+  call("HDEL", base .. "workers", worker)
+end
+local ends = call("HKEYS", base .. "ends")
+if #ends > 120 then
+  for _, second in ipairs(ends) do
+    if tonumber(second) < now - 61 then call("HDEL", base .. "ends", second) end
+  end
+end
+return deliver(touched)
