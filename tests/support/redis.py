@@ -39,6 +39,8 @@ class RedisServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = port or free_port()
         self.config = {**STRICT, **(config or {})}
+        self.extra_env: dict[str, str] = {}
+        """Added to its environment."""
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -67,7 +69,9 @@ class RedisServer:
             **self.config,
         }
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-        self.process = subprocess.Popen([redis_binary(), *arguments], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [redis_binary(), *arguments], stdout=subprocess.DEVNULL, env={**os.environ, **self.extra_env}
+        )
         wait_for(self.answers, f"redis-server on port {self.port}")
 
     def answers(self) -> bool:
@@ -133,6 +137,14 @@ class RedisCluster:
                 if info["cluster_state"] != "ok" or info["cluster_known_nodes"] != "3":
                     return False
         return True
+
+    def restart(self) -> None:
+        """kill -9 of all nodes, and up again from what they have written."""
+        for node in self.nodes:
+            node.kill9()
+        for node in self.nodes:
+            node.start()
+        wait_for(self.agrees, "the cluster")
 
     def stop(self) -> None:
         for node in self.nodes:

@@ -74,6 +74,8 @@ class Process:
         self.port = free_port()
         self.settings: dict[str, object] = {"log_format": "json", **(settings or {})}
         self.args = list(args)
+        self.extra_env: dict[str, str] = {}
+        """Added to its environment, and to that of its engines."""
         self.log_path = folder / "server.log"
         self.error_path = folder / "server.err"
         self.process: subprocess.Popen[bytes] | None = None
@@ -141,7 +143,7 @@ class Process:
             text = value if isinstance(value, str) else json.dumps(value)
             environment[f"PENSTOCK_{name.upper()}"] = text
         environment["PYTHONUNBUFFERED"] = "1"
-        return environment
+        return {**environment, **self.extra_env}
 
     def spawn(self) -> None:
         """Start the process and wait for nothing."""
