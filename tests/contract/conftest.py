@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
-from tests.support.redis import RedisServer
+from tests.support.redis import RedisCluster, RedisServer
 
 pytest.register_assert_rewrite("penstock.testing.broker")
 
@@ -84,7 +85,9 @@ def redis_harness(url: str, restart: Callable[[], None], **options: Any) -> Brok
     from penstock.testing.clock import ManualClock
 
     class RedisHarness(BrokerHarness):
-        """A prefix of its own in a real server. A crash kills the server with -9 and starts it again."""
+        """A prefix of its own in a real server; *restart* kills that with -9 and starts it again."""
+
+        total_order = options.get("shards", 1) == 1
 
         def __init__(self) -> None:
             self.clock = ManualClock()
@@ -117,9 +120,12 @@ def redis_harness(url: str, restart: Callable[[], None], **options: Any) -> Brok
                 await self._open.pop().close()
 
         async def stored_bytes(self) -> int | None:
-            with contextlib.closing(redis.Redis.from_url(url)) as client:
-                keys = list(client.scan_iter(f"{{{self._prefix}:*", count=1000))
-                return sum(client.memory_usage(key) or 0 for key in keys)
+            total = 0
+            for node in url.split(","):
+                with contextlib.closing(redis.Redis.from_url(node)) as client:
+                    keys = client.scan_iter(f"{{{self._prefix}:*", count=1000)
+                    total += sum(client.memory_usage(key) or 0 for key in keys)
+            return total
 
     return RedisHarness()
 
@@ -138,3 +144,19 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 @pytest.fixture
 def make_redis_harness(redis_server: RedisServer) -> Callable[[], BrokerHarness]:
     return lambda: redis_harness(redis_server.url, redis_server.restart)
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def make_cluster_harness(redis_cluster: RedisCluster) -> Callable[..., BrokerHarness]:
+    """A cluster takes two seconds to be one again: in the normal run a crash is one of the brokers alone."""
+    long = os.environ.get("PENSTOCK_HYPOTHESIS_PROFILE") == "long"
+    restart = redis_cluster.restart if long else lambda: None
+    return lambda **options: redis_harness(redis_cluster.url, restart, **options)

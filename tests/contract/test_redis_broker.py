@@ -1,5 +1,8 @@
+"""The Redis broker keeps every promise of the contract: on one server, in a cluster, and split into shards."""
+
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -11,3 +14,19 @@ class TestRedisBroker(BrokerContract):
     @pytest.fixture
     def make_harness(self, make_redis_harness: Callable[[], BrokerHarness]) -> Callable[[], BrokerHarness]:
         return make_redis_harness
+
+
+class TestRedisCluster(BrokerContract):
+    @pytest.fixture
+    def make_harness(self, make_cluster_harness: Callable[[], BrokerHarness]) -> Callable[[], BrokerHarness]:
+        return make_cluster_harness
+
+    @pytest.mark.skipif(os.environ.get("PENSTOCK_HYPOTHESIS_PROFILE") != "long", reason="half a minute: long runs only")
+    def test_the_broker_does_what_the_model_does(self, make_harness: Callable[[], BrokerHarness]) -> None:
+        super().test_the_broker_does_what_the_model_does(make_harness)
+
+
+class TestShardedRedisCluster(BrokerContract):
+    @pytest.fixture
+    def make_harness(self, make_cluster_harness: Callable[..., BrokerHarness]) -> Callable[[], BrokerHarness]:
+        return lambda: make_cluster_harness(shards=3)

@@ -158,6 +158,8 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
     max_queued: int = 10_000
     max_queued_per_tenant: int = 1_000
     max_running_per_tenant: int = 0
+    max_bytes_per_tenant: int = 0
+    """Bytes of requests and logs that one tenant may have stored."""
     weights: dict[str, float] = {}
     """Fair share per tenant (default 1.0)."""
     input_cost: float = 1.0

@@ -109,7 +109,7 @@ class Shard:
     # ------------------------------------------------------------------------------------ life
 
     async def open(self) -> None:
-        """Connect. Raises `BrokerUnavailable`, or `InvalidRequest` for a server that keeps less than the tier promises."""
+        """Connect. Raises `BrokerUnavailable`, `InvalidRequest` for a server that keeps less than the tier asks."""
         try:
             connection = await self._address.connect()
             try:
