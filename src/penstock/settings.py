@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import TomlConfigSettingsSource
 
@@ -26,6 +28,9 @@ OTHER_VARIABLES = frozenset({"config", "cache", "url"})
 
 #: The model in the box.
 BUNDLED = "millrace"
+
+#: The broker that needs no other server.
+EMBEDDED = "embedded"
 
 
 class ModelSettings(BaseModel):
@@ -55,6 +60,20 @@ class Settings(BaseSettings):
         default_factory=lambda: Path(platformdirs.user_data_dir("penstock", appauthor=False)),
         description="Jobs, queue and logs of the embedded broker.",
     )
+    metrics_host: str = Field("127.0.0.1", description="Address where a worker answers /metrics and /healthz.")
+    metrics_port: int = Field(9100, ge=0, le=65535, description="Port of a worker's metrics; 0 picks a free one.")
+
+    # The broker: what gateways and workers share.
+    broker: str = Field(
+        EMBEDDED, description="Where jobs, queue and logs are kept: embedded (in data_dir), or Redis by its URL."
+    )
+    durability: Literal["strict", "fast", "replicated"] = Field(
+        "strict", description="What a crash of Redis may cost. The server must be set up for it."
+    )
+    broker_prefix: str = Field("penstock", pattern=r"^[\w.:-]{1,64}$", description="Beginning of every key in Redis.")
+    shards: int = Field(1, ge=1, le=1024, description="Parts that the queue is cut into, for a Redis Cluster.")
+    replicas: int = Field(1, ge=1, description="Replicas that must have a write (durability replicated).")
+    broker_timeout: float = Field(5.0, gt=0, description="Seconds a request waits for Redis before it gets a 503.")
 
     # What it serves.
     models: list[ModelSettings] = Field(
@@ -68,6 +87,9 @@ class Settings(BaseSettings):
     # The queue.
     max_queued: int = Field(10_000, ge=0, description="Jobs that may wait in all; 0: no limit.")
     max_queued_per_tenant: int = Field(1_000, ge=0, description="Jobs that may wait per tenant; 0: no limit.")
+    max_bytes_per_tenant: int = Field(
+        1 << 30, ge=0, description="Bytes of requests and logs that one tenant may have in Redis; 0: no limit."
+    )
     max_running_per_tenant: int = Field(0, ge=0, description="Jobs that may run at once per tenant; 0: no limit.")
     tenant_weights: dict[str, float] = Field({}, description="Fair share per tenant (default 1.0).")
     lease_ttl: float = Field(5.0, gt=0, description="Seconds a worker may be silent before its jobs go to another.")
@@ -99,6 +121,34 @@ class Settings(BaseSettings):
         None, description="Also write llm_requests.log, errors.log and app.log here (rotating)."
     )
 
+    @field_validator("broker")
+    @classmethod
+    def _broker_can_be_used(cls, value: str) -> str:
+        """Told without the value: it may hold a password."""
+        if value == EMBEDDED:
+            return value
+        urls = value.split(",")
+        for url in urls:
+            scheme, separator, _ = url.partition("://")
+            if not separator or scheme not in ("redis", "rediss", "unix"):
+                raise ValueError(
+                    "a broker is 'embedded', or a URL that begins with redis://, rediss:// (TLS) or unix://, or "
+                    "several of them, separated by commas, for a cluster (a comma in a password is written %2C)"
+                )
+            try:
+                parts = urlsplit(url)
+                usable = bool(parts.path if scheme == "unix" else parts.hostname and (parts.port or 1))
+            except ValueError:
+                usable = False
+            if not usable or (scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path)):
+                raise ValueError(
+                    "the URL is not of the form redis://[user:password@]host[:port][/database] (special characters in "
+                    "a password are written as %XX)"
+                )
+        if len(urls) > 1 and any(url.startswith("unix:") for url in urls):
+            raise ValueError("several URLs are the nodes of a cluster, which has no unix:// sockets")
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -113,6 +163,16 @@ class Settings(BaseSettings):
     @property
     def loopback(self) -> bool:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    @property
+    def embedded(self) -> bool:
+        return self.broker == EMBEDDED
+
+
+def without_passwords(urls: str) -> str:
+    """*urls* for people and logs."""
+    hidden = re.sub(r"(?<=://)([^:@,/]*:)?[^,]*@", lambda found: f"{found[1] or ''}***@", urls)
+    return re.sub(r"(?<=[?&]password=)[^&,]*", "***", hidden)
 
 
 def load_settings(flags: dict[str, Any] | None = None) -> Settings:
@@ -131,7 +191,10 @@ def load_settings(flags: dict[str, Any] | None = None) -> Settings:
                 raise _unknown(f"key {name!r} in {path}", name, known)
         return Settings(**given)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
         raise InvalidRequest("These settings don't work:\n  " + "\n  ".join(lines)) from error
     except ValueError as error:  # a broken file, or a variable that should be JSON
         raise InvalidRequest(f"The settings cannot be read: {error}") from error

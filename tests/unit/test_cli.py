@@ -17,7 +17,8 @@ from penstock.cli import app
 from penstock.cli.bench import Sample, summary
 from penstock.cli.chat import Chat
 from penstock.cli.common import choose_model, duration, write
-from penstock.cli.serve import PANELS, STRUCTURES, Startup, add_options, choose_models
+from penstock.cli.flags import PANELS, STRUCTURES, add_options, choose_models
+from penstock.cli.startup import Startup
 from penstock.client import End, JobView, ModelView, Token
 from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelNotFound, PenstockError
 from penstock.core.job import Status
@@ -88,7 +89,7 @@ def test_the_server_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_no_url_is_one_line() -> None:
     result = run(app, ["models", "--url", "ftp://x"])
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
 
 
 # ---------------------------------------------------------------------------------------------- serve, config
@@ -98,7 +99,7 @@ def test_every_setting_has_a_flag_or_is_a_structure() -> None:
     flags = [name for names in PANELS.values() for name in names]
     assert len(flags) == len(set(flags))
     assert {*flags} | STRUCTURES == {*Settings.model_fields}
-    text = run(app, ["serve", "--help"]).stdout
+    text = run(app, ["config", "--help"]).stdout
     for name in flags:
         assert f"--{name.replace('_', '-')}" in text
 
@@ -188,7 +189,7 @@ def test_wrong_models_are_usage_errors(arguments: list[str], message: str) -> No
 
 def test_two_models_of_one_name_are_refused() -> None:
     result = run(app, ["serve", "--model", "a", "--model", "a=b"])
-    assert (result.exit_code, "Two models are called 'a'" in result.stderr) == (1, True)
+    assert (result.exit_code, "Two models are called 'a'" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_two_models_of_one_name_are_refused() -> None:
 )
 def test_settings_that_do_not_work_are_one_clear_message(arguments: list[str], message: str) -> None:
     result = run(app, ["serve", "--engine", "synthetic", "--log-level", "error", *arguments])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
 

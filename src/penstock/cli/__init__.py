@@ -8,17 +8,18 @@ import typer
 from typer.core import TyperGroup
 
 from penstock import __version__
-from penstock.cli import bench, chat, jobs, serve
+from penstock.cli import bench, chat, flags, jobs, serve
 from penstock.cli.common import say
 from penstock.client import Unreachable
-from penstock.core.errors import PenstockError
+from penstock.core.errors import InvalidRequest, PenstockError
 
 __all__ = ["app", "main"]
 
 
 class _Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer's own Context type is private
-        """A failure that we understand is one message and exit code 1, never a traceback.
+        """A failure that we understand is one message and exit code 1, never a traceback; 2 where only other settings
+        or arguments can help.
 
         Ctrl-C (130), a broken pipe (1) and wrong usage (2) are typer's, which does the same for them.
         """
@@ -26,7 +27,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except PenstockError as error:
             _tell(error)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
 
 
 def _tell(error: PenstockError) -> None:
@@ -61,11 +62,13 @@ def _root(
 
 
 app.command(name="serve")(serve.serve)
+app.command(name="gateway")(serve.gateway)
+app.command(name="worker")(serve.worker)
 app.command(name="chat")(chat.chat)
 app.add_typer(jobs.app, name="jobs")
 app.command(name="models")(jobs.models)
 app.command(name="bench")(bench.bench)
-app.command(name="config")(serve.config)
+app.command(name="config")(flags.config)
 
 
 @app.command(name="version")

@@ -31,6 +31,8 @@ log = structlog.get_logger("penstock.gateway")
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The gateway's numbers. Times in seconds, sizes in bytes."""
 
+    broker: str = ""
+    """What kind of broker is behind it, for ``/health``."""
     models: tuple[str, ...] = ()
     """Models that are configured to be served, whether or not a worker has them up yet; the first is the default."""
     max_body: int = 1 << 20
@@ -150,11 +152,24 @@ class Readers:
                 self._timers[job] = asyncio.create_task(self._cancel_later(tenant, job))
 
     async def _cancel_later(self, tenant: str, job: str) -> None:
-        await asyncio.sleep(self._grace)
+        """A reader that has come back through another gateway counts as long as it stays there."""
+        pause = self._grace
+        while True:
+            await asyncio.sleep(pause)
+            pause = max(1.0, self._grace)
+            try:
+                found = await self._broker.get(tenant, job)
+                if found.readers > 0 and not found.status.terminal:
+                    continue
+                if not found.status.terminal:
+                    await self._broker.cancel(tenant, job)
+                    log.info("job_abandoned", job_id=job, tenant=tenant)
+            except BrokerUnavailable:
+                continue
+            except PenstockError:
+                pass  # gone already
+            break
         self._timers.pop(job, None)
-        with contextlib.suppress(PenstockError):
-            await self._broker.cancel(tenant, job)
-            log.info("job_abandoned", job_id=job, tenant=tenant)
 
     def close(self) -> None:
         """The gateway goes: jobs run on, their clients come back to the next one."""

@@ -1,12 +1,14 @@
-"""One record per finished job, for metrics and the request log: a wrapper around the broker's port."""
+"""One record per finished job, for metrics and the request log, and what readers got: a wrapper around the broker."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from typing import cast
 
 import msgspec
 
-from penstock.core.events import Event
+from penstock.core.events import Event, Tokens
 from penstock.core.job import Job, Status
 from penstock.core.ports import (
     Append,
@@ -50,11 +52,16 @@ class _Progress(msgspec.Struct):
 
 
 class ObservedBroker:
-    """A `Broker` that calls *on_end* with the record of every job that this process saw to its end."""
+    """A `Broker` that calls *on_end* with the record of every job that this process saw to its end.
+
+    Mostly the process that ran it: a gateway sees only the end of what it cancels in the queue. ``tokens_read`` counts
+    what readers got.
+    """
 
     def __init__(
         self, broker: Broker, on_end: Sequence[Callable[[JobRecord], None]], clock: Clock | None = None
     ) -> None:
+        self.tokens_read = 0
         self._broker = broker
         self._on_end = on_end
         self._clock = clock or SystemClock()
@@ -139,13 +146,18 @@ class ObservedBroker:
         for observer in self._on_end:
             observer(record)
 
+    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
+        events = cast("AsyncGenerator[Event]", self._broker.tail(tenant, job, after))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if isinstance(event, Tokens):
+                    self.tokens_read += len(event.ids)
+                yield event
+
     # ------------------------------------------------------------------------------------ passed through
 
     async def submit(self, job: Job) -> Job:
         return await self._broker.submit(job)
-
-    def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
-        return self._broker.tail(tenant, job, after)
 
     def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
         return self._broker.arrivals(tenant, user)

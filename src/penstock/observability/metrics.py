@@ -20,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from penstock.core.job import Status
 from penstock.core.ports import Engine, Lease, ModelInfo, Output, QueueStats
 from penstock.observability.jobs import JobRecord
 
@@ -32,55 +33,58 @@ WINDOW = 2048
 
 
 class Metrics:
-    """One process's metrics. ``render`` is what ``/metrics`` answers."""
+    """One process's metrics. ``render`` is what ``/metrics`` answers.
 
-    def __init__(self) -> None:
+    A process exports what it does: a *gateway*'s series, a *worker*'s, or both.
+    """
+
+    def __init__(self, *, gateway: bool = True, worker: bool = True) -> None:
         self.registry = CollectorRegistry()
-        registry = self.registry
-        self.requests = Counter("llm_gateway_request_count", "HTTP requests", ["status"], registry=registry)
-        self.inflight = Gauge("llm_gateway_inflight_requests", "HTTP requests under way", registry=registry)
-        self.errors = Counter(
-            "llm_gateway_errors", "Errors answered, and jobs that failed", ["code"], registry=registry
-        )
+        front = self.registry if gateway else None
+        back = self.registry if worker else None
+        self.requests = Counter("llm_gateway_request_count", "HTTP requests", ["status"], registry=front)
+        self.inflight = Gauge("llm_gateway_inflight_requests", "HTTP requests under way", registry=front)
+        self.errors = Counter("llm_gateway_errors", "Errors answered, and jobs that failed", ["code"], registry=front)
         self.latency = Histogram(
-            "llm_gateway_request_latency_seconds", "HTTP request duration", buckets=_LATENCY, registry=registry
+            "llm_gateway_request_latency_seconds", "HTTP request duration", buckets=_LATENCY, registry=front
         )
-        self.gateway_tokens = Counter("llm_gateway_tokens_generated", "Tokens generated", registry=registry)
-        self.gateway_batch = Gauge("llm_gateway_batch_size", "Jobs in the latest engine step", registry=registry)
-        self.worker_batch = Gauge("llm_worker_batch_size", "Jobs in the latest engine step", registry=registry)
-        self.worker_tokens = Counter("llm_worker_tokens_generated", "Tokens generated", registry=registry)
-        self.worker_errors = Counter("llm_worker_errors", "Jobs that ended with an error", registry=registry)
+        self.worker_batch = Gauge("llm_worker_batch_size", "Jobs in the latest engine step", registry=back)
+        self.worker_tokens = Counter("llm_worker_tokens_generated", "Tokens generated", registry=back)
+        self.worker_errors = Counter("llm_worker_errors", "Jobs that ended with an error", registry=back)
         self.duration = Histogram(
             "gen_ai_server_request_duration_seconds",
             "From submit to the end of a job",
             ["gen_ai_request_model"],
             buckets=_LATENCY,
-            registry=registry,
+            registry=back,
         )
         self.first_token = Histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "From submit to the first token",
             ["gen_ai_request_model"],
             buckets=_LATENCY,
-            registry=registry,
+            registry=back,
         )
         self.per_token = Histogram(
             "gen_ai_server_time_per_output_token_seconds",
             "Between tokens after the first",
             ["gen_ai_request_model"],
             buckets=_TOKEN,
-            registry=registry,
+            registry=back,
         )
         self.queue_wait = Histogram(
-            "llm_queue_wait_seconds", "From submit to the first claim", buckets=_LATENCY, registry=registry
+            "llm_queue_wait_seconds", "From submit to the first claim", buckets=_LATENCY, registry=back
         )
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        registry.register(_Percentiles(self._recent))
-        registry.register(_Process())
+        self.registry.register(_Process())
+        if gateway:
+            self.registry.register(_Percentiles(self._recent))
 
-    def watch(self, stats: Callable[[], QueueStats | None], connections: Callable[[], int]) -> None:
-        """Also report the queue as *stats* last saw it, and how many streams are open."""
-        self.registry.register(_Queue(stats, connections))
+    def watch(
+        self, stats: Callable[[], QueueStats | None], connections: Callable[[], int], tokens: Callable[[], int]
+    ) -> None:
+        """Also report the queue as *stats* last saw it, how many streams are open, and the tokens that readers got."""
+        self.registry.register(_Gateway(stats, connections, tokens))
 
     def render(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
@@ -158,11 +162,8 @@ class _MeteredEngine:
 
     async def step(self) -> list[Output]:
         outputs = await self._engine.step()
-        tokens = sum(len(output.ids) for output in outputs)
         self._metrics.worker_batch.set(len(outputs))
-        self._metrics.gateway_batch.set(len(outputs))
-        self._metrics.worker_tokens.inc(tokens)
-        self._metrics.gateway_tokens.inc(tokens)
+        self._metrics.worker_tokens.inc(sum(len(output.ids) for output in outputs))
         return outputs
 
     async def close(self) -> None:
@@ -199,14 +200,18 @@ class _Process(Collector):
         ]
 
 
-class _Queue(Collector):
-    def __init__(self, stats: Callable[[], QueueStats | None], connections: Callable[[], int]) -> None:
+class _Gateway(Collector):
+    def __init__(
+        self, stats: Callable[[], QueueStats | None], connections: Callable[[], int], tokens: Callable[[], int]
+    ) -> None:
         self._stats = stats
         self._connections = connections
+        self._tokens = tokens
 
     def collect(self) -> list[Metric]:
         depth = GaugeMetricFamily("llm_queue_depth", "Jobs waiting", labels=["model", "priority"])
         jobs = GaugeMetricFamily("llm_jobs", "Jobs kept, by status", labels=["status"])
+        batch = GaugeMetricFamily("llm_gateway_batch_size", "Jobs that run now, on all workers")
         lost = CounterMetricFamily("llm_leases_lost", "Leases that ran out")
         stats = self._stats()
         if stats is not None:
@@ -214,6 +219,8 @@ class _Queue(Collector):
                 depth.add_metric([model, priority.name.lower()], count)
             for status, count in stats.jobs.items():
                 jobs.add_metric([status.value], count)
+            batch.add_metric([], stats.jobs.get(Status.RUNNING, 0))
             lost.add_metric([], stats.leases_lost)
         connections = GaugeMetricFamily("llm_sse_connections", "Open event streams", value=self._connections())
-        return [depth, jobs, lost, connections]
+        tokens = CounterMetricFamily("llm_gateway_tokens_generated", "Tokens that readers got", value=self._tokens())
+        return [depth, jobs, batch, lost, connections, tokens]

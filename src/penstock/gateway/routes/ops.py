@@ -35,9 +35,10 @@ async def health(call: Call) -> ASGIApp:
     catalogue = call.gateway.catalogue
     await catalogue.refresh()
     stats = catalogue.stats
-    view: dict[str, Any] = {"status": "ok" if catalogue.reachable else "degraded", "broker": {"connected": False}}
+    broker: dict[str, Any] = {"kind": call.gateway.config.broker, "connected": catalogue.reachable}
+    view: dict[str, Any] = {"status": "ok" if catalogue.reachable else "degraded", "broker": broker}
     if stats is not None and catalogue.reachable:
-        view["broker"] = {"connected": True, "durability": stats.durability}
+        broker["durability"] = stats.durability
         view["queue"] = {
             "queued": stats.queued,
             "jobs": stats.jobs,

@@ -1,0 +1,225 @@
+"""Flags into settings: which command has which, and ``penstock config``, which prints what comes of them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from penstock.cli.common import Json, print_json, stdout, table
+from penstock.core.errors import InvalidRequest
+from penstock.settings import BUNDLED, ModelSettings, Settings, explain, load_settings, without_passwords
+
+#: Which settings have a flag, by panel of the help page. The others are structures: environment or file.
+PANELS: dict[str, tuple[str, ...]] = {
+    "Address": ("host", "port", "insecure_public", "allowed_hosts"),
+    "Data": ("data_dir",),
+    "Broker": ("broker", "durability", "broker_prefix", "shards", "replicas", "broker_timeout"),
+    "Metrics": ("metrics_host", "metrics_port"),
+    "Logs": ("log_level", "log_format", "log_dir"),
+    "Admission": ("max_queued", "max_queued_per_tenant", "max_bytes_per_tenant"),
+    "Queue": ("max_running_per_tenant", "lease_ttl", "result_ttl", "max_attempts"),
+    "HTTP": ("max_body", "default_max_tokens", "heartbeat", "send_deadline", "disconnect_grace"),
+    "Engines": ("hang_timeout", "load_timeout"),
+    "Shutdown": ("drain_timeout",),
+}
+
+STRUCTURES = frozenset({"models", "tenant_weights"})
+
+#: The panels of each command.
+EVERYWHERE = {"Broker", "Logs", "Queue", "Shutdown"}
+GATEWAY = EVERYWHERE | {"Address", "Admission", "HTTP"}
+WORKER = EVERYWHERE | {"Metrics", "Engines"}
+SERVE = GATEWAY | {"Data", "Engines"}
+
+
+def _parameters(panels: Collection[str]) -> list[inspect.Parameter]:
+    """A command-line option for every setting that can have one, made from the settings themselves."""
+    parameters = []
+    for panel, names in PANELS.items():
+        for name in names if panel in panels else ():
+            field = Settings.model_fields[name]
+            default = field.get_default(call_default_factory=True)
+            shown = "" if default in (None, [], False) else f" Default: {default}."
+            option = typer.Option(help=f"{field.description}{shown}", rich_help_panel=panel)
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[field.annotation | None, option],  # type: ignore[operator]
+                )
+            )
+    return parameters
+
+
+def with_settings(panels: Collection[str] = PANELS.keys()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace the ``**flags`` of a command with one option per setting of *panels*."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters = [*own, *_parameters(panels)]
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            command(**values)
+
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+        return wrapper
+
+    return decorate
+
+
+Engines = Annotated[
+    list[str] | None,
+    typer.Option("--engine", metavar="ENGINE", help="One for all models, or one per model, in order."),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="NAME[=PATH]",
+        help=f"A model to serve (repeatable; the first is the default). Without any: {BUNDLED}, the model in the box.",
+    ),
+]
+GatewayModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="A model to take jobs for before a worker has it up (repeatable; the first is the default). "
+        "Without any: what the workers serve.",
+    ),
+]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="[NAME.]KEY=VALUE", help="An option of the engines, or of NAME's alone (repeatable)."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings file, instead of ./penstock.toml.")
+]
+
+
+def settle(
+    engines: Sequence[str] | None,
+    models: Sequence[str] | None,
+    options: Sequence[str] | None,
+    file: Path | None,
+    flags: dict[str, Any],
+) -> tuple[Settings, dict[str, Any]]:
+    """The settings in force, and the flags among them. Raises `InvalidRequest`, `typer.BadParameter`."""
+    if file is not None:
+        os.environ["PENSTOCK_CONFIG"] = str(file)
+    given = {name: value for name, value in flags.items() if value is not None}
+    if models or engines:
+        given["models"] = choose_models(engines or (), models or ())
+    settings = load_settings(given)
+    if options:
+        given["models"] = add_options(settings.models, options)
+        settings = load_settings(given)
+    names = [each.name for each in settings.models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"Two models are called {twice!r}: give one of them another name, --model NAME=PATH.")
+    return settings, given
+
+
+def choose_models(engines: Sequence[str], models: Sequence[str]) -> list[dict[str, Any]]:
+    """``--engine`` and ``--model`` as entries of the ``models`` setting."""
+    from penstock.engines.child import ENGINES
+
+    for engine in engines:
+        if engine not in ENGINES:
+            near = difflib.get_close_matches(engine, ENGINES, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise typer.BadParameter(f"There is no engine {engine!r}.{hint} Engines: {', '.join(ENGINES)}.")
+    if not models:
+        if list(engines) == ["synthetic"]:
+            models = ["synthetic"]
+        elif set(engines) == {"openvino"}:
+            models = [BUNDLED]
+        else:
+            raise typer.BadParameter("Say which models the engines run: --model NAME[=PATH].")
+    if len(engines) > 1 and len(engines) != len(models):
+        raise typer.BadParameter(
+            f"{len(engines)} engines for {len(models)} models: give one engine for all of them, or one for each."
+        )
+    paired = list(engines) if len(engines) == len(models) else [*engines] * len(models)
+    chosen = []
+    for i, text in enumerate(models):
+        name, equals, path = text.partition("=")
+        if not name or (equals and not path):
+            raise typer.BadParameter(f"--model {text!r} is not of the form NAME or NAME=PATH.")
+        entry: dict[str, Any] = {"name": name, "path": path or None}
+        chosen.append({**entry, "engine": paired[i]} if paired else entry)
+    return chosen
+
+
+def add_options(models: Sequence[ModelSettings], options: Sequence[str]) -> list[dict[str, Any]]:
+    """``--option [NAME.]KEY=VALUE`` added to the entries of the ``models`` setting."""
+    chosen = [model.model_dump() for model in models]
+    for text in options:
+        key, equals, value = text.partition("=")
+        # Names may have dots ("qwen2.5"), keys don't; the longest name that fits is meant.
+        name, _, key = key.rpartition(".")
+        targets = [each for each in chosen if not name or each["name"] == name]
+        if not equals or not key:
+            raise typer.BadParameter(f"--option {text!r} is not of the form KEY=VALUE or NAME.KEY=VALUE.")
+        if not targets:
+            served = ", ".join(each["name"] for each in chosen)
+            raise typer.BadParameter(f"--option {text!r}: there is no model {name!r} among {served}.")
+        for each in targets:
+            each["options"][key] = value
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------- penstock config
+
+
+@with_settings()
+def config(
+    *,
+    engine: Engines = None,
+    model: Models = None,
+    option: EngineOptions = None,
+    config: ConfigFile = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Print the settings in force and where each value comes from: flag, environment, file or default."""
+    settings, given = settle(engine, model, option, config, flags)
+    plain = {**settings.model_dump(mode="json"), "broker": without_passwords(settings.broker)}
+    rows = [(name, plain[name], source) for name, _, source in explain(settings, given)]
+    if json:
+        print_json({name: {"value": value, "source": source} for name, value, source in rows})
+        return
+    shown = table("SETTING", "VALUE", "SOURCE")
+    for name, value, source in rows:
+        shown.add_row(name, Text(_plain(name, value)), Text(source, style="dim" if source == "default" else "green"))
+    stdout().print(shown)
+
+
+def _plain(name: str, value: Any) -> str:
+    if name == "models":
+        return "\n".join(describe(ModelSettings(**each)) for each in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={each}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def describe(model: ModelSettings) -> str:
+    options = "".join(f" {key}={value}" for key, value in model.options.items())
+    return f"{model.name}{f'={model.path}' if model.path else ''} ({model.engine}{options})"

@@ -1,0 +1,109 @@
+"""What a person sees while a gateway or a worker starts."""
+
+from __future__ import annotations
+
+import shlex
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from penstock import __version__
+from penstock.cli.common import URL, say, stderr
+from penstock.cli.flags import describe
+from penstock.settings import Settings, without_passwords
+
+
+class Startup:
+    """Tells on stderr what happens until every model is ready: bars on a terminal, plain lines elsewhere."""
+
+    def __init__(self, settings: Settings, *, gateway: bool = True, workers: bool = True) -> None:
+        self._settings = settings
+        self._gateway = gateway
+        self._models = settings.models if workers else []
+        self._url = ""
+        self._loading = {model.name for model in self._models}
+        self._said: dict[str, str] = {}
+        self._bars: dict[str, TaskID] = {}
+        console = stderr()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Startup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def waiting(self, why: str, pause: float) -> None:
+        say(f"{why} Trying again in {pause:.1f} s.", "yellow")
+
+    def listening(self, url: str) -> None:
+        self._url = url
+        say(f"penstock {__version__}{self._role(url)}{self._broker()}", "bold")
+        for model in self._models:
+            self._bars[model.name] = self._progress.add_task(f"{model.name}: starting the engine", total=None)
+            if self._progress.disable:
+                say(f"loading {describe(model)}")
+        if self._models:
+            self._progress.start()
+        else:
+            self._tell_stop()
+
+    def _role(self, url: str) -> str:
+        if not self._gateway:
+            return f" worker, metrics on {url}/metrics"
+        return f" listens on {url}" if self._models else f" gateway listens on {url}"
+
+    def _broker(self) -> str:
+        if self._settings.embedded:
+            return ""
+        return f", broker {without_passwords(self._settings.broker)} ({self._settings.durability})"
+
+    def _tell_stop(self) -> None:
+        say("  stop     Ctrl-C")
+
+    def progress(self, model: str, what: str, fraction: float | None) -> None:
+        if model not in self._loading:
+            return  # an engine that is started again: the log tells
+        self._progress.update(
+            self._bars[model],
+            description=f"{model}: {what}",
+            total=None if fraction is None else 1.0,
+            completed=fraction or 0.0,
+        )
+        if self._progress.disable and self._said.get(model) != what:
+            self._said[model] = what
+            say(f"{model}: {what}")
+
+    def ready(self, model: str) -> None:
+        if model not in self._loading:
+            return
+        self._loading.remove(model)
+        self._progress.remove_task(self._bars.pop(model))
+        if self._loading:
+            say(f"{model} is ready", "green")
+            return
+        self._progress.stop()
+        say(f"ready: {', '.join(each.name for each in self._models)}", "bold green")
+        if self._gateway:
+            self._tell_use()
+        self._tell_stop()
+
+    def _tell_use(self) -> None:
+        body = '{"prompt": "Once upon a time", "stream": true}'
+        chat = "penstock chat" if self._url == URL else f"penstock chat --url {self._url}"
+        say(f"  try it   curl -N {self._url}/v1/generate -d {shlex.quote(body)}")
+        say(f"  talk     {chat}")
+        if self._settings.embedded:
+            say(f"  data in  {self._settings.data_dir}")
