@@ -161,6 +161,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     crashes: int = 0
     suspects: int = 0
     """How many jobs may run beside each other while this one is suspected of killing engines (0: not a suspect)."""
+    readers: int = 0
+    """Other processes that follow its log right now, where the store can have any."""
 
     @property
     def usage(self) -> Usage:

@@ -180,7 +180,7 @@ class RedisBroker:
                 job, status=Status.QUEUED, created_at=float(created_at), queue_position=position
             )
         if kind == b"old":
-            return _job(rest[0], rest[1])
+            return self._job(rest[0], rest[1])
         if kind == b"mismatch":
             raise IdempotencyMismatch(
                 "This idempotency key was used with a different request body. Use a new key for a new request."
@@ -431,11 +431,16 @@ class RedisBroker:
     async def get(self, tenant: str, job: str) -> Job:
         return self._found(await self._shard(job).run("get", tenant, job))
 
-    @staticmethod
-    def _found(answer: Sequence[Any]) -> Job:
+    def _found(self, answer: Sequence[Any]) -> Job:
         if answer[0] != b"job":
             raise missing(answer[0])
-        return _job(answer[1], answer[2])
+        return self._job(answer[1], answer[2])
+
+    def _job(self, record: Sequence[Any], position: int) -> Job:
+        """A job as this process shows it: its own readers are not the store's to count."""
+        job, readers = _job(record, position)
+        others = [reader for reader in readers.split(",") if reader and reader != self._inbox_id]
+        return msgspec.structs.replace(job, readers=len(others)) if others else job
 
     async def list(self, query: Query) -> Page:
         await self._settled()
@@ -444,7 +449,7 @@ class RedisBroker:
         found = sorted((row for page in pages for row in page), key=lambda row: -int(row[2]))
         jobs = found[: query.limit]
         return Page(
-            [_job(record, position) for record, position, _ in jobs],
+            [self._job(record, position) for record, position, _ in jobs],
             encode_cursor(int(jobs[-1][2])) if len(found) > query.limit else None,
         )
 
@@ -504,8 +509,8 @@ def _pairs(flat: list[bytes]) -> zip[tuple[bytes, bytes]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
-def _job(record: list[Any], position: int = 0) -> Job:
-    """A job from its hash and its request (see lua/lib.lua for the fields)."""
+def _job(record: Sequence[Any], position: int = 0) -> tuple[Job, str]:
+    """A job from its hash and its request (see lua/lib.lua for the fields), and who follows it."""
     row = dict(_pairs(record[0]))
     if not record[1]:
         raise ExpiredResult("This job ended, and its result has expired.")
@@ -515,7 +520,7 @@ def _job(record: list[Any], position: int = 0) -> Job:
     def time(name: bytes) -> float | None:
         return float(row[name]) if name in row else None
 
-    return Job(
+    job = Job(
         id=row[b"id"].decode(),
         tenant=row[b"t"].decode(),
         request=details.request,
@@ -542,6 +547,7 @@ def _job(record: list[Any], position: int = 0) -> Job:
         crashes=int(row.get(b"cr", 0)),
         suspects=int(row.get(b"su", 0)),
     )
+    return job, row.get(b"rs", b"").decode()
 
 
 def _lease(attempt: int, record: list[Any], log: list[bytes]) -> Lease:
@@ -554,4 +560,4 @@ def _lease(attempt: int, record: list[Any], log: list[bytes]) -> Lease:
         ids += run.ids
         choices += run.choices or [0] * len(run.ids)
         multiple = multiple or run.choices is not None
-    return Lease(_job(record), attempt, ids, choices if multiple else None)
+    return Lease(_job(record)[0], attempt, ids, choices if multiple else None)
