@@ -1,40 +1,44 @@
 """A storm and its judge: many streams, faults at seeded moments, and every stream checked by the oracle.
 
-Faults: ``kill`` (kill -9 of the server, then a restart), ``engine`` (kill -9 of the engine process), ``hang``
-(SIGSTOP of the engine process; the watchdog must find it). Readers drop their connection at random and whenever the
-server takes it away, and come back with their last event id. Nothing here measures time: a fault comes after a seeded
-number of tokens have been seen, so the same seed hurts at about the same places on any machine.
+Faults are the target's own (see `target.py` and `fleet.py`), and ``clients``: every connection is dropped at once,
+and all come back together. Readers also drop their connection at random and whenever it is taken away, and come back to
+any of the target's addresses with their last event id. Faults come after a seeded number of tokens, not after a time,
+so that the same seed hurts at about the same places on any machine. Time is measured (`Recovery`), and judges nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
 
 from penstock.testing.oracle import Token, flatten, problems, view_problems
+from tests.chaos.target import Strike, Target
 from tests.support.http import send
-from tests.support.server import Server
-from tests.support.sse import Event, open_stream
-
-FAULTS = ("kill", "engine", "hang")
+from tests.support.sse import Event, Stream, open_stream
 
 #: Seconds without any progress after which a storm is given up (a stuck job is a finding, not a reason to wait).
 PATIENCE = 90.0
 
+#: Seconds without a token after which a paced stream counts as silent.
+SILENCE = 0.3
+
+BROKEN = (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError)
+"""How a connection to a dying server may end (the last: half a chunk's length)."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a storm does. ``faults`` happen in this order, spread over the expected tokens."""
+    """What a storm does. ``faults`` happen in this order."""
 
     seed: int
     streams: int = 50
@@ -42,6 +46,15 @@ class Plan:
     faults: Sequence[str] = ("kill", "kill")
     drops: float = 0.3
     """Connections that a reader drops by itself, per stream and on average."""
+    twins: float = 0.0
+    """The part of the streams that two readers follow at the same time."""
+    cancels: float = 0.0
+    """The part of the streams that are cancelled on the way."""
+    every: int = 0
+    """Tokens (of all streams together) between two faults, on average; new streams take the place of those that end,
+    until the last fault is over. 0: the faults are spread over the streams there are at the beginning."""
+    overlap: int = 1
+    """Faults that may go on at once. With 1, each waits until the streams flow again, and recovery is measured."""
     prompt: str = "hello"
 
 
@@ -51,9 +64,15 @@ class Reader:
 
     key: str
     body: dict[str, Any]
+    cancel_after: int | None = None
     job: str = ""
+    submitted: asyncio.Event = field(default_factory=asyncio.Event)
     events: list[Event] = field(default_factory=list)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """When each event came, and of which attempt it is."""
     connections: int = 0
+    stream: Stream | None = None
+    cancelled: bool = False
 
     @property
     def last_id(self) -> str | None:
@@ -64,12 +83,22 @@ class Reader:
         return bool(self.events) and self.events[-1].event in ("done", "error")
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """One stream that one fault hit: seconds from the fault (or from the repair, see `Strike.since`) to the next token,
+    and how long its reader saw nothing."""
+
+    fault: str
+    seconds: float
+    pause: float
+
+
 @dataclass
 class Outcome:
     """What came of it."""
 
     seed: int
-    streams: int
+    streams: int = 0
     tokens: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     reconnects: int = 0
@@ -77,89 +106,136 @@ class Outcome:
     interrupted: int = 0
     """Streams that went on under a later attempt: those that a fault really hit."""
     statuses: Counter[str] = field(default_factory=Counter)
+    recoveries: list[Recovery] = field(default_factory=list)
+    strikes: list[Strike] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "faults": dict(self.faults), "statuses": dict(self.statuses)}
+        return {
+            **vars(self),
+            "faults": dict(self.faults),
+            "statuses": dict(self.statuses),
+            "recoveries": [asdict(each) for each in self.recoveries],
+            "strikes": [asdict(each) for each in self.strikes],
+        }
 
 
 class Storm:
-    def __init__(self, server: Server, plan: Plan, *, on_progress: Callable[[int, int], None] | None = None) -> None:
-        self.server = server
+    def __init__(self, target: Target, plan: Plan, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+        self.target = target
         self.plan = plan
         self.dice = random.Random(plan.seed)
-        self.outcome = Outcome(plan.seed, plan.streams)
+        self.outcome = Outcome(plan.seed)
+        self.readers: list[Reader] = []
         self._on_progress = on_progress or (lambda done, total: None)
         self._seen = 0
-        self._up = asyncio.Event()
-        self._up.set()
         self._progress = asyncio.Event()
         self._over = False
+        self._struck = not plan.faults
+        self._began = 0.0
 
     async def run(self, bodies: Sequence[dict[str, Any]] | None = None) -> Outcome:
-        """Run the storm. *bodies*: one request per reader (default: the plan's)."""
-        began = time.monotonic()
+        """Run the storm. *bodies*: one request per stream (default: the plan's)."""
+        self._began = time.monotonic()
         plan = self.plan
-        if bodies is None:
-            bodies = [
-                {"prompt": plan.prompt, "max_tokens": max(1, plan.tokens + self.dice.randint(-20, 20))}
-                for _ in range(plan.streams)
-            ]
-        self.readers = [Reader(f"storm-{plan.seed}-{n}-{os.urandom(4).hex()}", body) for n, body in enumerate(bodies)]
-        total = sum(body["max_tokens"] for body in bodies)
-        # Fault times as numbers of tokens seen by all readers together, in the middle of the storm.
-        moments = sorted(self.dice.randint(total // 20, total * 7 // 10) for _ in plan.faults)
-        seeds = [self.dice.randrange(2**32) for _ in self.readers]
-        watch = asyncio.create_task(self._watch(total))
+        first = list(bodies) if bodies is not None else [self._body(self.dice) for _ in range(plan.streams)]
+        faults = list(
+            zip(self._moments(first), plan.faults, [self.dice.randrange(2**32) for _ in plan.faults], strict=True)
+        )
+        seeds = [self.dice.randrange(2**32) for _ in first]
+        watch = asyncio.create_task(self._watch())
         try:
-            async with asyncio.timeout(PATIENCE) as self._patience, asyncio.TaskGroup() as tasks:
-                following = [
-                    tasks.create_task(self._follow(reader, random.Random(seed), plan.drops))
-                    for reader, seed in zip(self.readers, seeds, strict=True)
+            async with asyncio.timeout(PATIENCE) as self._patience, asyncio.TaskGroup() as self._tasks:
+                streaming = [
+                    self._tasks.create_task(self._keep_streaming(body, random.Random(seed)))
+                    for body, seed in zip(first, seeds, strict=True)
                 ]
-                tasks.create_task(self._strike(list(zip(moments, plan.faults, strict=True))))
-                await asyncio.wait(following)
+                self._tasks.create_task(self._strike_all(faults))
+                await asyncio.wait(streaming)
                 self._over = True
                 self._progress.set()
         except TimeoutError:
-            missing = [reader.job for reader in self.readers if not reader.ended]
+            missing = [reader.job or reader.key for reader in self.readers if not reader.ended]
             if not self.outcome.problems:
                 self.outcome.problems.append(f"no progress for {PATIENCE:.0f} s; not ended: {missing}")
         finally:
             watch.cancel()
-        self.outcome.seconds = time.monotonic() - began
+        self.outcome.seconds = time.monotonic() - self._began
         if not self.outcome.problems:
             await self._judge()
         return self.outcome
 
+    def _body(self, dice: random.Random) -> dict[str, Any]:
+        return {"prompt": self.plan.prompt, "max_tokens": max(1, self.plan.tokens + dice.randint(-20, 20))}
+
+    def _moments(self, bodies: Sequence[dict[str, Any]]) -> list[int]:
+        """Fault times as numbers of tokens seen by all readers together."""
+        plan = self.plan
+        if plan.every:
+            return list(
+                itertools.accumulate(self.dice.randint(plan.every // 2, plan.every * 3 // 2) for _ in plan.faults)
+            )
+        total = sum(body["max_tokens"] for body in bodies)
+        return sorted(self.dice.randint(total // 20, total * 7 // 10) for _ in plan.faults)
+
     # ------------------------------------------------------------------------------------ clients
 
-    async def _follow(self, reader: Reader, dice: random.Random, drops: float) -> None:
-        while not reader.ended:
-            await self._up.wait()
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
-                if not reader.job:
-                    await self._submit(reader)
-                await self._read(reader, dice, drops)
-                continue
-            await asyncio.sleep(dice.uniform(0.01, 0.1))
+    async def _keep_streaming(self, body: dict[str, Any], dice: random.Random) -> None:
+        """One stream; and with `Plan.every` another one after it, until the faults are over."""
+        while True:
+            await self._stream(body, dice)
+            if not self.plan.every or self._struck:
+                return
+            body = self._body(dice)
 
-    async def _submit(self, reader: Reader) -> None:
+    async def _stream(self, body: dict[str, Any], dice: random.Random) -> None:
+        """One job and its one or two readers."""
+        plan = self.plan
+        key = f"storm-{plan.seed}-{len(self.readers)}-{os.urandom(4).hex()}"
+        cancel_after = dice.randint(1, plan.tokens) if dice.random() < plan.cancels else None
+        reader = Reader(key, body, cancel_after)
+        readers = [reader]
+        self.readers.append(reader)
+        self.outcome.streams += 1
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(reader, random.Random(dice.random())))
+            if dice.random() < plan.twins:
+                twin = Reader(key, body)
+                readers.append(twin)
+                self.readers.append(twin)
+                tasks.create_task(self._follow(twin, random.Random(dice.random()), reader))
+
+    async def _follow(self, reader: Reader, dice: random.Random, twin: Reader | None = None) -> None:
+        if twin is not None:
+            await twin.submitted.wait()
+            reader.job, reader.cancelled = twin.job, twin.cancel_after is not None
+        while not reader.ended:
+            with contextlib.suppress(*BROKEN):
+                if not reader.job:
+                    await self._submit(reader, dice)
+                if reader.job:
+                    await self._read(reader, dice)
+            if not reader.ended:
+                await asyncio.sleep(dice.uniform(0.01, 0.1))
+
+    async def _submit(self, reader: Reader, dice: random.Random) -> None:
         """Submit until it is acknowledged: the key makes sending it twice harmless."""
         headers = {"idempotency-key": reader.key}
-        async with await send(f"{self.server.url}/v1/jobs", "POST", json_body=reader.body, headers=headers) as answer:
+        url = f"{dice.choice(self.target.urls)}/v1/jobs"
+        async with await send(url, "POST", json_body=reader.body, headers=headers) as answer:
             if answer.status == 202:
                 reader.job = (await answer.json())["id"]
+                reader.submitted.set()
             elif answer.status not in (429, 503):
                 raise AssertionError(f"submit: {answer.status} {await answer.body()!r}")
 
-    async def _read(self, reader: Reader, dice: random.Random, drops: float) -> None:
+    async def _read(self, reader: Reader, dice: random.Random) -> None:
         """One connection, until it ends or the reader has had enough of it."""
-        if not reader.job:
-            return
+        drops = self.plan.drops
         left = dice.randint(1, int(self.plan.tokens / drops) + 1) if drops else 2**31
-        url = f"{self.server.url}/v1/jobs/{reader.job}/events"
+        url = f"{dice.choice(self.target.urls)}/v1/jobs/{reader.job}/events"
         async with await open_stream(url, after=reader.last_id) as stream:
             if stream.status != 200:
                 body = await stream.answer.body()
@@ -167,109 +243,145 @@ class Storm:
                     return
                 raise AssertionError(f"{reader.job} after {reader.last_id}: {stream.status} {body!r}")
             reader.connections += 1
-            while left > 0:
+            reader.stream = stream
+            while left > 0 and not reader.ended:
                 event = await stream.next(PATIENCE)
                 if event is None:
                     return
-                reader.events.append(event)
+                self._note(reader, event)
                 left -= 1
-                self._seen += 1
-                self._progress.set()
-                self._patience.reschedule(asyncio.get_running_loop().time() + PATIENCE)
-                if reader.ended:
-                    return
+
+    def _note(self, reader: Reader, event: Event) -> None:
+        reader.events.append(event)
+        attempt = event.data.get("attempt") or (reader.arrivals[-1][1] if reader.arrivals else 0)
+        reader.arrivals.append((time.monotonic(), attempt))
+        self._seen += 1
+        self._progress.set()
+        self._patience.reschedule(asyncio.get_running_loop().time() + PATIENCE)
+        if reader.cancel_after == len(reader.events) and not reader.ended:
+            reader.cancelled = True
+            self._tasks.create_task(self._cancel(reader))
+
+    async def _cancel(self, reader: Reader) -> None:
+        """Cancel until it is acknowledged."""
+        while True:
+            with contextlib.suppress(*BROKEN):
+                url = f"{self.dice.choice(self.target.urls)}/v1/jobs/{reader.job}/cancel"
+                async with await send(url, "POST") as answer:
+                    if answer.status == 200:
+                        return
+                    if answer.status not in (429, 503):
+                        raise AssertionError(f"cancel: {answer.status} {await answer.body()!r}")
+            await asyncio.sleep(0.05)
 
     # ------------------------------------------------------------------------------------ faults
 
-    async def _strike(self, moments: list[tuple[int, str]]) -> None:
-        for moment, fault in moments:
-            while self._seen < moment and not self._over:
-                self._progress.clear()
-                await self._progress.wait()
-            await asyncio.sleep(self.dice.uniform(0, 0.02))  # anywhere within a step
-            if self._over:
-                return
-            await self._do(fault)
-            self.outcome.faults[fault] += 1
+    async def _strike_all(self, faults: Sequence[tuple[int, str, int]]) -> None:
+        free = asyncio.Semaphore(self.plan.overlap)
+        async with asyncio.TaskGroup() as tasks:
+            for moment, fault, seed in faults:
+                while self._seen < moment and not self._over:
+                    self._progress.clear()
+                    await self._progress.wait()
+                await free.acquire()
+                await asyncio.sleep(self.dice.uniform(0, 0.02))  # anywhere within a step
+                if self._over:
+                    break
+                strike = tasks.create_task(self._strike(fault, random.Random(seed)))
+                strike.add_done_callback(lambda done: free.release())
+        self._struck = True
 
-    async def _do(self, fault: str) -> None:
-        if fault == "kill":
-            self._up.clear()
-            await asyncio.to_thread(self.server.kill9)
-            await asyncio.to_thread(self.server.restart)
-            self._up.set()
-            return
-        engine = await asyncio.to_thread(self.server.engine_pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(engine, signal.SIGKILL if fault == "engine" else signal.SIGSTOP)
-        # The next fault must meet a new engine, not the one that is just dying.
-        await asyncio.to_thread(self._await_new_engine, engine)
+    async def _strike(self, fault: str, dice: random.Random) -> None:
+        flowing = [(reader, len(reader.arrivals)) for reader in self.readers if reader.arrivals and not reader.ended]
+        if fault == "clients":
+            strike = Strike(fault, "all", time.monotonic(), time.monotonic())
+            for reader in self.readers:
+                if reader.stream is not None:
+                    reader.stream.answer.close()
+        else:
+            strike = await self.target.strike(fault, dice)
+        self.outcome.faults[fault] += 1
+        self.outcome.strikes.append(strike)
+        if self.plan.overlap == 1 and self.plan.every:
+            await self._calm(strike, [reader for reader, _ in flowing])
+            self.outcome.recoveries += self._recoveries(strike, flowing)
 
-    def _await_new_engine(self, old: int) -> None:
-        until = time.monotonic() + PATIENCE
-        process = self.server.process
-        while [pid for pid in self.server.engine_pids() if pid != old] == []:
-            if process is None or process.poll() is not None:
-                return  # `_watch` tells
-            if time.monotonic() > until:
-                self.outcome.problems.append("no new engine was started")
-                return
-            time.sleep(0.02)
+    async def _calm(self, strike: Strike, flowing: Sequence[Reader]) -> None:
+        """Wait until every stream that flowed before the fault flows again."""
+
+        def flows(reader: Reader) -> bool:
+            last, _ = reader.arrivals[-1]
+            return reader.ended or (last > strike.since + SILENCE and last > time.monotonic() - SILENCE)
+
+        while not all(map(flows, flowing)):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+    @staticmethod
+    def _recoveries(strike: Strike, flowing: Sequence[tuple[Reader, int]]) -> list[Recovery]:
+        found = []
+        for reader, before in flowing:
+            seen = reader.arrivals[before - 1 :]
+            gaps = [(later[0], earlier[0]) for earlier, later in itertools.pairwise(seen) if later[0] > strike.at]
+            if not gaps:
+                continue
+            end, begin = max(gaps, key=lambda gap: gap[0] - gap[1])
+            if end - begin >= SILENCE or seen[-1][1] > seen[0][1]:
+                found.append(Recovery(strike.fault, max(0.0, end - strike.since), end - begin))
+        return found
 
     # ------------------------------------------------------------------------------------ the judge
 
-    async def _watch(self, total: int) -> None:
+    async def _watch(self) -> None:
         while True:
-            self._on_progress(self._seen, total + len(self.readers))
-            process = self.server.process
-            if self._up.is_set() and process is not None and process.poll() is not None:
-                self.outcome.problems.append(f"the server exited with {process.returncode} by itself")
+            self._on_progress(self._seen, len(self.outcome.strikes))
+            if fallen := self.target.fallen():
+                self.outcome.problems += fallen
                 self._patience.reschedule(0)
                 return
             await asyncio.sleep(0.1)
 
     async def _judge(self) -> None:
-        """Every stream on its own, against the log as it stands now, and against the job."""
+        """Every stream on its own, against its twin and the log as it stands now, and against the job."""
         outcome = self.outcome
-        jobs = [reader.job for reader in self.readers]
-        if len(set(jobs)) != len(jobs):
-            outcome.problems.append("two readers share a job")
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=60, trust_env=False) as http:
-            for reader in self.readers:
-                if not reader.ended:
-                    continue
-                async with await open_stream(f"{self.server.url}/v1/jobs/{reader.job}/events") as stream:
+        by_job: dict[str, list[Reader]] = {}
+        for reader in self.readers:
+            by_job.setdefault(reader.job, []).append(reader)
+        if len(by_job) != outcome.streams:
+            outcome.problems.append(f"{outcome.streams} submits made {len(by_job)} jobs")
+        url = self.target.urls[0]
+        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
+            for job, readers in by_job.items():
+                async with await open_stream(f"{url}/v1/jobs/{job}/events") as stream:
                     log = await stream.rest()
-                view = (await http.get(f"/v1/jobs/{reader.job}")).json()
-                found = [
-                    *problems(reader.events, job=reader.job),
-                    *problems(log, job=reader.job),
-                    *view_problems([reader.events, log]),
-                    *self._text_problems(reader, view),
-                ]
-                outcome.problems += [f"{reader.job}: {problem}" for problem in found]
-                tokens = [item for item in flatten(reader.events) if isinstance(item, Token)]
-                attempts = {token.attempt for token in tokens}
-                outcome.tokens += len(tokens)
-                outcome.reconnects += max(0, reader.connections - 1)
+                view = (await http.get(f"/v1/jobs/{job}")).json()
+                found = [*problems(log, job=job), *view_problems([log, *(reader.events for reader in readers)])]
+                for reader in readers:
+                    found += [*problems(reader.events, job=job), *_text_problems(reader, view)]
+                    outcome.reconnects += max(0, reader.connections - 1)
+                outcome.problems += [f"{job}: {problem}" for problem in found]
+                attempts = Counter(item.attempt for item in flatten(log) if isinstance(item, Token))
+                outcome.tokens += attempts.total()
                 outcome.attempts = max(outcome.attempts, view["attempt"])
                 outcome.interrupted += len(attempts) > 1
                 outcome.statuses[view["status"]] += 1
+        outcome.problems += await self.target.leftovers()
 
-    def _text_problems(self, reader: Reader, view: dict[str, Any]) -> list[str]:
-        """The synthetic engine writes position and attempt into each token: what is delivered must say where it is."""
-        found = []
-        for token in flatten(reader.events):
-            if isinstance(token, Token) and token.text != f"{token.position}@{token.attempt} ":
-                found.append(f"position {token.position} of attempt {token.attempt} has the text {token.text!r}")
-        if view["status"] == "completed":
-            text = "".join(token.text for token in flatten(reader.events) if isinstance(token, Token))
-            if view["result"]["text"] != text:
-                found.append("the result is not what was streamed")
-            if view["usage"]["completion_tokens"] != reader.body["max_tokens"]:
-                found.append(f"{view['usage']['completion_tokens']} tokens instead of {reader.body['max_tokens']}")
-        else:
-            found.append(f"it ended {view['status']}: {view['error']}")
-        if view["status"] != reader.events[-1].data["status"]:
-            found.append(f"the stream ended {reader.events[-1].data['status']}, the job says {view['status']}")
-        return found
+
+def _text_problems(reader: Reader, view: dict[str, Any]) -> list[str]:
+    """The synthetic engine writes position and attempt into each token: what is delivered must say where it is."""
+    found = []
+    tokens = [token for token in flatten(reader.events) if isinstance(token, Token)]
+    for token in tokens:
+        if token.text != f"{token.position}@{token.attempt} ":
+            found.append(f"position {token.position} of attempt {token.attempt} has the text {token.text!r}")
+    if view["status"] == "completed" or (view["status"] == "cancelled" and reader.cancelled):
+        if view["result"]["text"] != "".join(token.text for token in tokens):
+            found.append("the result is not what was streamed")
+        expected = reader.body["max_tokens"] if view["status"] == "completed" else len(tokens)
+        if view["usage"]["completion_tokens"] != expected:
+            found.append(f"{view['usage']['completion_tokens']} tokens instead of {expected}")
+    else:
+        found.append(f"it ended {view['status']}: {view['error']}")
+    if view["status"] != reader.events[-1].data["status"]:
+        found.append(f"the stream ended {reader.events[-1].data['status']}, the job says {view['status']}")
+    return found

@@ -12,6 +12,7 @@ import pytest
 
 from penstock.testing.oracle import check_log
 from tests.chaos.harness import Outcome, Plan, Storm
+from tests.chaos.target import Embedded
 from tests.support.api import check_error, ended, poll, running, submit, until
 from tests.support.server import PATIENCE, Server
 from tests.support.sse import Stream, open_stream
@@ -31,7 +32,7 @@ def check(outcome: Outcome, *, interrupted: int) -> None:
 class TestStorms:
     async def test_kill_9_of_the_server(self, make_server: Callable[..., Server], seed: int) -> None:
         plan = Plan(seed, streams=50, tokens=120, faults=["kill"] * 3)
-        outcome = await Storm(make_server(rate=100), plan).run()
+        outcome = await Storm(Embedded(make_server(rate=100)), plan).run()
         check(outcome, interrupted=25)
         assert outcome.faults["kill"] >= 1
         assert outcome.reconnects >= 50
@@ -41,7 +42,7 @@ class TestStorms:
         plan = Plan(seed, streams=50, tokens=120, faults=["engine"] * 3, drops=0)
         server = make_server(rate=100)
         pid = server.pid
-        outcome = await Storm(server, plan).run()
+        outcome = await Storm(Embedded(server), plan).run()
         check(outcome, interrupted=25)
         assert outcome.reconnects == 0
         assert server.pid == pid
@@ -50,18 +51,18 @@ class TestStorms:
         self, make_server: Callable[..., Server], seed: int
     ) -> None:
         plan = Plan(seed, streams=30, tokens=100, faults=["hang"])
-        outcome = await Storm(make_server(rate=100, settings={"hang_timeout": 2}), plan).run()
+        outcome = await Storm(Embedded(make_server(rate=100, settings={"hang_timeout": 2})), plan).run()
         check(outcome, interrupted=10)
 
     async def test_everything_at_once(self, make_server: Callable[..., Server], seed: int) -> None:
         plan = Plan(seed, streams=40, tokens=150, faults=["engine", "kill", "hang", "kill", "engine"], drops=2)
-        outcome = await Storm(make_server(rate=150, settings={"hang_timeout": 2}), plan).run()
+        outcome = await Storm(Embedded(make_server(rate=150, settings={"hang_timeout": 2})), plan).run()
         check(outcome, interrupted=20)
 
     async def test_a_full_engine_with_a_queue_behind_it(self, make_server: Callable[..., Server], seed: int) -> None:
         """Queued jobs survive as running ones do, and the order of the queue stays."""
         plan = Plan(seed, streams=40, tokens=40, faults=["kill", "engine", "kill"])
-        outcome = await Storm(make_server(rate=200, options={"slots": 8}), plan).run()
+        outcome = await Storm(Embedded(make_server(rate=200, options={"slots": 8})), plan).run()
         check(outcome, interrupted=4)
 
 

@@ -18,20 +18,19 @@ import pytest
 SOURCE = Path(__file__).with_name("clock_step.c")
 
 
-class SteppedClock:
-    """The wall clock of every process that is started with `environment`."""
+def can_step() -> bool:
+    """Is there a C compiler?"""
+    return _compiler() is not None
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+
+class SteppedClock:
+    """The wall clock of every process that is started with `environment`. Its files are in *folder*."""
+
+    def __init__(self, folder: Path, name: str) -> None:
         library = folder / "clock_step.so"
-        compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-        if compiler is None:
-            message = "stepping a clock takes a C compiler (on Debian: apt install gcc libc6-dev)"
-            if os.environ.get("CI"):
-                pytest.fail(message)
-            pytest.skip(message)
-        subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-Wall", "-o", library, SOURCE], check=True)
-        path = folder / "clock_step"
+        if not library.exists():
+            _compile(library)
+        path = folder / f"{name}.clock"
         path.write_bytes(bytes(8))
         self.environment = {"LD_PRELOAD": str(library), "CLOCK_STEP_FILE": str(path)}
         with path.open("r+b") as file:
@@ -47,3 +46,18 @@ class SteppedClock:
 
     def close(self) -> None:
         self._step.close()
+
+
+def _compiler() -> str | None:
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def _compile(library: Path) -> None:
+    compiler = _compiler()
+    if compiler is None:
+        message = "stepping a clock takes a C compiler (on Debian: apt install gcc libc6-dev)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-Wall", "-o", library, SOURCE], check=True)
