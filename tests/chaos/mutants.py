@@ -37,6 +37,11 @@ class Mutant:
     tests: tuple[str, ...]
 
 
+REDIS = "penstock/brokers/redis/"
+LUA = REDIS + "lua/"
+REDIS_CONTRACT = "tests/contract/test_redis_broker.py"
+HOLDS = 'job and job.s == "running" and tonumber(job.a) == attempt and job.t == tenant'
+
 FENCED = "if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:"
 
 PUBLISHED = "published.append((self._live[lease.job], tokens))"
@@ -175,6 +180,82 @@ MUTANTS = [
             ),
         ),
         ("tests/unit/gateway",),
+    ),
+    Mutant(
+        "redis: fence removed",
+        ((LUA + "lib.lua", HOLDS, HOLDS.replace(" and tonumber(job.a) == attempt", "")),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (Append or Lease or older_attempt or zombie)"),
+    ),
+    Mutant(
+        "redis: position dedupe removed",
+        (
+            (LUA + "append.lua", "if count > 0 and last > head then", "if count > 0 then"),
+            (
+                LUA + "append.lua",
+                "local head, last = tonumber(job.h), position + count - 1",
+                "local head, last = tonumber(job.h), tonumber(job.h) + count",
+            ),
+        ),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (append or overlapping or rewritten or repeated)"),
+    ),
+    Mutant(
+        "redis: lease check removed",
+        ((LUA + "lib.lua", HOLDS, HOLDS.replace('job.s == "running" and ', "")),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (lost_lease or released_lease or after_the_end)"),
+    ),
+    Mutant(
+        "redis: a gap is accepted",
+        ((LUA + "append.lua", "elseif position > tonumber(job.h) + 1 then", "elseif false then"),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and beyond_the_head"),
+    ),
+    Mutant(
+        "redis: tenant check dropped on reading",
+        (
+            (LUA + "read.lua", "if own[1] ~= ARGV[3] then", "if not own[1] then"),
+            (LUA + "get.lua", "if not job or job.t ~= ARGV[3] then", "if not job then"),
+        ),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (foreign or tenant)"),
+    ),
+    Mutant(
+        "redis: tenant check dropped on writing",
+        ((LUA + "lib.lua", HOLDS, HOLDS.replace(" and job.t == tenant", "")),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (foreign or tenant)"),
+    ),
+    Mutant(
+        "redis: a lost lease without a new attempt",
+        ((LUA + "claim.lua", "tonumber(job.a) + 1", "math.max(1, tonumber(job.a))"),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (attempt or zombie or lease)"),
+    ),
+    Mutant(
+        "redis: acknowledged before it is written",
+        (
+            (
+                REDIS + "broker.py",
+                'words = await shard.run("append", _pack(rows), _EXPIRED, *blobs)',
+                'shard.post("append", _pack(rows), _EXPIRED, *blobs)\n        words = [b"ok"] * len(rows)',
+            ),
+        ),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (durable or Append or older_attempt)"),
+    ),
+    Mutant(
+        "redis: idempotency ignored",
+        ((LUA + "submit.lua", "  if print then", "  if false then"),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (key or duplicate)"),
+    ),
+    Mutant(
+        "redis: fairness ignored",
+        ((LUA + "lib.lua", "if cost ~= 0 then call", "if false then call"),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (backlogged or weights or flood or one_claim_shares)"),
+    ),
+    Mutant(
+        "redis: an arriving tenant is not lifted",
+        ((LUA + "lib.lua", "      if floor > value then", "      if false then"),),
+        (REDIS_CONTRACT, "-k", "TestRedisBroker and (credit or newcomer)"),
+    ),
+    Mutant(
+        "redis: nobody is woken",
+        ((LUA + "lib.lua", 'local first = call("ZPOPMIN", idle)', "local first = {}"),),
+        ("tests/integration/test_redis_broker.py",),
     ),
 ]  # fmt: skip
 

@@ -89,7 +89,7 @@ class Catalogue:
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys([*self._configured, *self._known]))
+        return list(dict.fromkeys([*self._configured, *sorted(self._known)]))  # every gateway says the same
 
     @property
     def default(self) -> str:

@@ -272,8 +272,9 @@ class Link(_Mender):
             raise self.unavailable() from None
 
     def unavailable(self) -> BrokerUnavailable:
-        why = f": {self.failure}" if self.failure is not None and str(self.failure) else ""
-        return BrokerUnavailable(f"Redis at {self._address.urls} does not answer{why}.", retry_after=2.0)
+        why = str(self.failure or "").rstrip(".")
+        message = f"Redis at {self._address.urls} does not answer{': ' if why else ''}{why}."
+        return BrokerUnavailable(message, retry_after=2.0)
 
     async def _work(self, connection: AbstractConnection) -> None:
         await self._greet(connection)
