@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from benchmarks import report
 from benchmarks.load import Plan, Result, Server, run_load
+from benchmarks.processes import TargetError
 from benchmarks.stats import Spread
-from benchmarks.targets import Running, TargetError, default_variables, load_targets
+from benchmarks.targets import Running, default_variables, load_targets
 from benchmarks.workload import Workload
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
@@ -288,9 +289,7 @@ def slow_reader(
             arm: f"{spreads['never'].median / spreads[arm].median - 1:+.1%}" if spreads[arm].median else "–"
             for arm in ("none", "reads")
         }
-        cells = [
-            f"{report.number(s.median)} ({report.number(s.low)}–{report.number(s.high)})" for s in spreads.values()
-        ]
+        cells = [report.spread(each) for each in spreads.values()]
         rows.append([name, *cells, change["none"], change["reads"]])
     headers = ["the others'", "no extra client", "extra reads", "extra never reads", "never vs none", "never vs reads"]
     markdown = f"# A client that never reads\n\nMedian (lowest–highest) of {rounds} rounds in turn.\n\n" + report.table(

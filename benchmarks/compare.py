@@ -8,6 +8,7 @@ measured; a server with a hang watchdog will not like that.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.load import Plan, Result, run_load
+from benchmarks.processes import TargetError
 from benchmarks.stats import Spread
-from benchmarks.targets import HERE, Running, Target, TargetError, default_variables, fill, load_targets
+from benchmarks.targets import HERE, Running, Target, default_variables, fill, load_targets
 from benchmarks.workload import Workload
 
 FIGURES: dict[str, Callable[[Result], float]] = {
@@ -39,6 +41,7 @@ FIGURES: dict[str, Callable[[Result], float]] = {
     "others' CPU, cores": lambda r: r.foreign_cores,
     "errors": lambda r: float(sum(r.errors.values()) + r.short_replies),
 }
+_OF_PROCESS = "CPU µs a token: "
 _PLOTTED = ("tokens/s", "TTFT p50 ms", "inter-token p99 ms")
 
 
@@ -88,11 +91,17 @@ class Comparison:
         self.cells.setdefault(target, {}).setdefault(result.label, []).append(result)
 
     def spread(self, target: str, label: str, figure: str) -> Spread:
-        return Spread.of(FIGURES[figure](result) for result in self.cells.get(target, {}).get(label, []))
+        return Spread.of(_figure(result, figure) for result in self.cells.get(target, {}).get(label, []))
 
     def ratio(self, target: str, label: str, figure: str) -> float:
         base = self.spread(self.scenario.baseline, label, figure).median
         return self.spread(target, label, figure).median / base if base else float("nan")
+
+    def figures(self) -> list[str]:
+        """The figures of all targets, and what each kind of process of theirs costs."""
+        results = [result for cells in self.cells.values() for each in cells.values() for result in each]
+        names = dict.fromkeys(use.name for result in results for use in result.processes if use.name != "harness")
+        return [*FIGURES, *(_OF_PROCESS + name for name in names)]
 
     def labels(self) -> list[str]:
         return list(dict.fromkeys(label for cells in self.cells.values() for label in cells))
@@ -113,9 +122,9 @@ class Comparison:
             compared = [name for name in names if scenario.baseline in names and name != scenario.baseline]
             headers = ["", *names, *(f"{name} ÷ {scenario.baseline}" for name in compared)]
             rows = []
-            for figure in FIGURES:
+            for figure in self.figures():
                 spreads = [self.spread(name, label, figure) for name in names]
-                cells = [f"{report.number(s.median)} ({report.number(s.low)}–{report.number(s.high)})" for s in spreads]
+                cells = [report.spread(each) for each in spreads]
                 rows.append([figure, *cells, *(report.number(self.ratio(name, label, figure)) for name in compared)])
             parts.append(report.table(headers, rows) + "\n")
         doubts = [
@@ -130,7 +139,9 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         summary = {
-            name: {label: {figure: vars(self.spread(name, label, figure)) for figure in FIGURES} for label in cells}
+            name: {
+                label: {figure: vars(self.spread(name, label, figure)) for figure in self.figures()} for label in cells
+            }
             for name, cells in self.cells.items()
         }
         return {
@@ -159,6 +170,12 @@ class Comparison:
 
     def _shaped(self) -> bool:
         return not isinstance(self.scenario.requests, int)
+
+
+def _figure(result: Result, name: str) -> float:
+    if name.startswith(_OF_PROCESS):
+        return result.cpu_s_per_million_tokens.get(name.removeprefix(_OF_PROCESS), math.nan)
+    return FIGURES[name](result)
 
 
 def run_comparison(

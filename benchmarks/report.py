@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import Result
-from benchmarks.stats import Times
+from benchmarks.stats import Spread, Times
 
 _PACKAGES = ("penstock", "openvino-genai", "transformers", "torch", "uvloop", "uvicorn", "starlette")
 
@@ -65,6 +65,13 @@ def number(value: float) -> str:
 
 def times(value: Times) -> str:
     return " / ".join(number(each) for each in (value.p50, value.p95, value.p99))
+
+
+def spread(value: Spread) -> str:
+    """Median (lowest–highest)."""
+    if math.isnan(value.median):
+        return "–"
+    return f"{number(value.median)} ({number(value.low)}–{number(value.high)})"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

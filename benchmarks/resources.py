@@ -97,6 +97,9 @@ def _rss(process: psutil.Process) -> int:
 def _name(process: psutil.Process) -> str:
     """A short name for a process that says more than `python`."""
     line: list[str] = _quietly(process.cmdline, [])
+    if "penstock.engines.child" in line:
+        return "engine"
+    line = line[:1] and [*line[0].split()[:1], *line[1:]]  # a server that writes its address into its title
     words = [Path(word).name for word in line[:1]] + [word for word in line[1:] if not word.startswith("/")]
     if len(line) > 1 and line[1].startswith("/"):
         words = [Path(line[1]).name, *words[1:]]

@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,13 +24,10 @@ from typing import Any
 import psutil
 
 from benchmarks.load import Server
+from benchmarks.processes import RedisServer, TargetError, free_port
 
 HERE = Path(__file__).parent
 CATALOGUE = HERE / "scenarios" / "targets.toml"
-
-
-class TargetError(Exception):
-    """A target could not be started, with the end of what it printed."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,10 @@ class Target:
     """Further fields of each request; null is written as the string "null" and removes a field."""
     env: dict[str, str] = field(default_factory=dict)
     warmup: int = 8
+    redis: str = ""
+    """Durability of a redis-server that is started with it, `strict` or `fast`; {redis} is its URL."""
+    beside: list[list[str]] = field(default_factory=list)
+    """Commands of further processes of the same server: its workers."""
 
 
 def load_targets(path: Path = CATALOGUE) -> dict[str, Target]:
@@ -91,28 +91,36 @@ class Running:
     def __init__(self, target: Target, variables: dict[str, str]) -> None:
         self.target = target
         self._scratch = tempfile.mkdtemp(prefix="penstock-bench-")
-        self.port = _free_port()
-        self._variables = variables | {"port": str(self.port), "data_dir": f"{self._scratch}/data"}
         self._log = Path(self._scratch) / "log"
-        command = fill(target.command, self._variables)
-        with self._log.open("wb") as log:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.redis: RedisServer | None = None
+        self.port = free_port()
+        self._variables = variables | {"port": str(self.port), "data_dir": f"{self._scratch}/data"}
+        try:
+            if target.redis:
+                self.redis = RedisServer(target.redis)
+                self._variables["redis"] = self.redis.url
+            for command in (target.command, *target.beside):
+                self._start(fill(command, self._variables))
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, command: list[str]) -> None:
+        with self._log.open("ab") as log:
             try:
-                self.process = subprocess.Popen(
+                process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # its own process group, so that stopping it stops its children
-                    env=os.environ | fill(target.env, self._variables),
+                    env=os.environ | fill(self.target.env, self._variables),
                 )
             except OSError as error:
-                shutil.rmtree(self._scratch, ignore_errors=True)
-                raise TargetError(f"{target.name}: cannot start {command[0]}: {error.strerror}") from None
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
+                raise TargetError(f"{self.target.name}: cannot start {command[0]}: {error.strerror}") from None
+        self._processes.append(process)
 
     def __enter__(self) -> Running:
         return self
@@ -126,8 +134,13 @@ class Running:
             url=f"http://127.0.0.1:{self.port}",
             model=fill(self.target.model, self._variables),
             body=fill(self.target.body, self._variables),
-            pids=(self.process.pid,),
+            pids=self.pids,
         )
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of its processes, the redis-server included."""
+        return (*(process.pid for process in self._processes), *([self.redis.pid] if self.redis else []))
 
     def pause(self) -> None:
         """SIGSTOP the whole tree, so that it eats no CPU while another target is measured."""
@@ -137,31 +150,43 @@ class Running:
         self._signal(signal.SIGCONT)
 
     def stop(self, patience: float = 15.0) -> None:
-        """SIGTERM to the process group, SIGKILL to what is left of it after `patience` seconds."""
-        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        """SIGTERM to the process groups, SIGKILL to what is left of them after `patience` seconds."""
+        children = [
+            child
+            for process in self._processes
+            if process.poll() is None
+            for child in psutil.Process(process.pid).children(recursive=True)
+        ]
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(patience)
+        deadline = time.monotonic() + patience
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
         _, alive = psutil.wait_procs(children, timeout=2)
-        if self.process.poll() is None or alive:
-            self._signal(signal.SIGKILL)
-            for child in alive:
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
-            self.process.wait()
+        for child in alive:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if self.redis is not None:
+            self.redis.stop()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     def _wait_until_ready(self) -> None:
         url = f"http://127.0.0.1:{self.port}{self.target.ready}"
         deadline = time.monotonic() + self.target.ready_timeout
         while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise TargetError(f"{self.target.name} exited with {self.process.returncode}:\n{self._tail()}")
+            for process in self._processes:
+                if process.poll() is not None:
+                    raise TargetError(f"{self.target.name} exited with {process.returncode}:\n{self._tail()}")
             try:
                 with urllib.request.urlopen(url, timeout=2) as answer:
                     if answer.status == 200:
@@ -175,9 +200,3 @@ class Running:
 
     def _tail(self) -> str:
         return self._log.read_text(errors="replace")[-1500:]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
