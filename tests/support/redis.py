@@ -54,7 +54,7 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         """A plain client, for looking at it from outside."""
-        return redis.Redis(port=self.port, socket_timeout=10)
+        return redis.Redis(port=self.port, password=self.config.get("requirepass"), socket_timeout=10)
 
     def start(self) -> None:
         """Start it (again: with what its append-only file holds) and wait until it answers."""
