@@ -146,6 +146,8 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     """Jobs that ended per second, over the last minute."""
     leases_lost: int = 0
     durability: str = ""
+    now: float = 0.0
+    """The store's clock, by which jobs are dated."""
 
     @property
     def queued(self) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import NamedTuple
 
 import msgspec
 
-from penstock.core.errors import InvalidRequest, NotFound
+from penstock.core.errors import BrokerUnavailable, InvalidRequest, LogRewound, NotFound
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Status
 from penstock.core.ports import Broker, Query
@@ -29,9 +30,16 @@ MAX_TOLD = 32
 #: Seconds by which this clock and the broker's may differ.
 SKEW = 1.0
 
-#: Writes a run of tokens as blocks, given the ``id`` line's value for each position.
-RenderTokens = Callable[[str, Tokens, Callable[[int], str]], bytes]
-RenderEnd = Callable[[str, Ended, str], bytes]
+#: Seconds between attempts while the broker is away.
+PAUSE = 1.0
+
+
+class Rendering(NamedTuple):
+    """How events are written: a run of tokens (given the ``id`` of each position), a job's end, a log that rewound."""
+
+    tokens: Callable[[str, Tokens, Callable[[int], str]], bytes]
+    end: Callable[[str, Ended, str], bytes]
+    rewound: Callable[[str, LogRewound, str], bytes]
 
 
 class Cursor(msgspec.Struct, array_like=True):
@@ -64,17 +72,17 @@ class Cursor(msgspec.Struct, array_like=True):
 
 
 async def feed(
-    broker: Broker, tenant: str, user: str, cursor: Cursor | None, tokens: RenderTokens, end: RenderEnd
+    broker: Broker, now: Callable[[], float], tenant: str, user: str, cursor: Cursor | None, rendering: Rendering
 ) -> AsyncIterator[bytes]:
-    """Event blocks of the user's jobs.
+    """Event blocks of the user's jobs. *now* is the broker's clock.
 
     Without a cursor: every unfinished job from its beginning, and every job to come.
     """
-    following = _Feed(broker, tenant, user, cursor)
+    following = _Feed(broker, now, tenant, user, cursor)
     try:
         while True:
             events = await following.batch()
-            yield b"".join(following.render(events, tokens, end))
+            yield b"".join(following.render(events, rendering))
     finally:
         await following.close()
 
@@ -82,8 +90,11 @@ async def feed(
 class _Feed:
     """Its tasks are not a TaskGroup: a generator may be closed where it yields, and a group takes that for a crash."""
 
-    def __init__(self, broker: Broker, tenant: str, user: str, cursor: Cursor | None) -> None:
-        now = time.time()
+    def __init__(
+        self, broker: Broker, clock: Callable[[], float], tenant: str, user: str, cursor: Cursor | None
+    ) -> None:
+        now = clock()
+        self._now = clock
         self._broker = broker
         self._tenant = tenant
         self._user = user
@@ -93,7 +104,7 @@ class _Feed:
         self._read = {_name(key): position for key, position in cursor.read.items()} if cursor is not None else {}
         self._told = {_name(key): now for key in cursor.told} if cursor is not None else {}
         self._created: dict[str, float] = {}
-        self._ready: deque[tuple[str, Event]] = deque()
+        self._ready: deque[tuple[str, Event | LogRewound]] = deque()
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._look = asyncio.Event()
@@ -126,21 +137,23 @@ class _Feed:
 
     async def _hear(self) -> None:
         async for job in self._arrivals:
-            self._follow(job, time.time() - SKEW)
+            self._follow(job, self._now() - SKEW)
 
     async def _repair(self) -> None:
         """Find what no hint told of: what is there at the start, and later jobs whose hint was lost."""
         while True:
-            await self._discover()
+            pause = REPAIR
             self._look.clear()
             try:
-                async with asyncio.timeout(REPAIR):
+                await self._discover()
+            except BrokerUnavailable:
+                pause = PAUSE
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
                     await self._look.wait()
-            except TimeoutError:
-                pass
 
     async def _discover(self) -> None:
-        told_until = time.time() - SKEW
+        told_until = self._now() - SKEW
         if self._fresh:
             # Whatever is unfinished now matters, however old; what ended before now does not.
             async for job in self._list(status=(Status.QUEUED, Status.RUNNING)):
@@ -176,19 +189,32 @@ class _Feed:
             self._followers[job] = self._spawn(self._read_log(job))
 
     async def _read_log(self, job: str) -> None:
-        try:
-            async for event in self._broker.tail(self._tenant, job, self._read.get(job, 0)):
-                while len(self._ready) >= BUFFER:
-                    self._room.clear()
-                    await self._room.wait()
-                self._ready.append((job, event))
-                self._wake.set()
-        except NotFound:  # its retention ended while the reader was away
-            self._forget(job)
+        after = self._read.get(job, 0)
+        while True:
+            try:
+                async for event in self._broker.tail(self._tenant, job, after):
+                    await self._put(job, event)
+                    after = event.last if isinstance(event, Tokens) else event.position
+                return
+            except NotFound:  # its retention ended while the reader was away
+                self._forget(job)
+                return
+            except LogRewound as error:  # the store lost what was told: tell that, and then all of it again
+                await self._put(job, error)
+                after = 0
+            except BrokerUnavailable:
+                await asyncio.sleep(PAUSE)
+
+    async def _put(self, job: str, event: Event | LogRewound) -> None:
+        while len(self._ready) >= BUFFER:
+            self._room.clear()
+            await self._room.wait()
+        self._ready.append((job, event))
+        self._wake.set()
 
     # ------------------------------------------------------------------------------------ telling
 
-    async def batch(self) -> list[tuple[str, Event]]:
+    async def batch(self) -> list[tuple[str, Event | LogRewound]]:
         while not self._ready:
             if self._failure is not None:
                 raise self._failure
@@ -199,18 +225,21 @@ class _Feed:
         self._room.set()
         return events
 
-    def render(self, events: list[tuple[str, Event]], tokens: RenderTokens, end: RenderEnd) -> Iterator[bytes]:
+    def render(self, events: list[tuple[str, Event | LogRewound]], rendering: Rendering) -> Iterator[bytes]:
         for job, event in events:
-            if isinstance(event, Ended):
+            if isinstance(event, LogRewound):
+                self._read.pop(job, None)
+                yield rendering.rewound(job, event, self._cursor("").encode())
+            elif isinstance(event, Ended):
                 self._forget(job)
-                self._told[job] = time.time()
+                self._told[job] = self._now()
                 if len(self._told) > MAX_TOLD:
                     self._look.set()
-                yield end(job, event, self._cursor("").encode())
+                yield rendering.end(job, event, self._cursor("").encode())
             else:
                 self._read[job] = event.last
                 prefix = self._cursor(job).encode() + "."
-                yield tokens(job, event, lambda position, prefix=prefix: f"{prefix}{position}")  # type: ignore[misc]
+                yield rendering.tokens(job, event, lambda position, prefix=prefix: f"{prefix}{position}")  # type: ignore[misc]
 
     def _forget(self, job: str) -> None:
         self._followers.pop(job, None)

@@ -71,6 +71,7 @@ class Catalogue:
         self._known: dict[str, ModelInfo] = {}
         self.stats: QueueStats | None = None
         self.reachable = False
+        self._looked_at = 0.0
 
     async def run(self) -> None:
         while True:
@@ -84,6 +85,7 @@ class Catalogue:
             self.reachable = False
             return
         self.reachable = True
+        self._looked_at = time.monotonic()
         for worker in self.stats.workers:
             self._known.update((model.name, model) for model in worker.models)
 
@@ -96,6 +98,12 @@ class Catalogue:
         if not self.names:
             raise NoWorker("No model is served yet: no worker has registered.", retry_after=2.0)
         return self.names[0]
+
+    def now(self) -> float:
+        """Seconds since the epoch by the store's clock, which may not be this machine's."""
+        if self.stats is None:
+            return time.time()
+        return self.stats.now + time.monotonic() - self._looked_at
 
     def info(self, model: str) -> ModelInfo | None:
         return self._known.get(model)

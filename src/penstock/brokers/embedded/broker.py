@@ -684,6 +684,7 @@ class EmbeddedBroker:
             drain_rate=self._drain_rate(),
             leases_lost=self._leases_lost,
             durability=self.durability,
+            now=self._clock.now(),
         )
 
     def _drain_rate(self) -> float:

@@ -27,6 +27,7 @@ from penstock.brokers.redis.link import Address
 from penstock.brokers.redis.server import Durability, Tier, fields
 from penstock.brokers.redis.shard import Shard, lost, missing
 from penstock.core.errors import (
+    BrokerUnavailable,
     ExpiredResult,
     IdempotencyMismatch,
     InsufficientStorage,
@@ -51,6 +52,8 @@ from penstock.core.ports import (
 
 #: Seconds that a claim waits for a wake-up before it looks again by itself.
 CLAIM_POLL = 1.0
+#: Seconds before a stream asks again a Redis that refused.
+PAUSE = 0.1
 #: How often, at least, a worker that claims from many shards says on the first one that it is alive.
 REGISTER_INTERVAL = 1.0
 #: Jobs that one sweep changes of each kind, and that one script looks at for a list.
@@ -367,7 +370,7 @@ class RedisBroker:
         shard = self._shard(job)
         followed = shard.follow(tenant, job, after)
         try:
-            events, is_open, floor, more = await shard.read(tenant, job, after, follow=True)
+            events, is_open, floor, more = await self._patiently(shard, tenant, job, after, follow=True)
             if 0 <= floor < after:
                 # What lies beyond was written anew since Redis lost its end; a position cannot say which of the two
                 # its reader has seen.
@@ -388,13 +391,25 @@ class RedisBroker:
                             await asyncio.sleep(0)  # a long replay must not hold up everybody else
                     if not more or (events and isinstance(events[-1], Ended)):
                         break
-                    events, _, _, more = await shard.read(tenant, job, after)
+                    events, _, _, more = await self._patiently(shard, tenant, job, after)
                 if not is_open or (events and isinstance(events[-1], Ended)):
                     return
             async for event in followed.follow(after):
                 yield event
         finally:
             shard.leave(job, followed)
+
+    @staticmethod
+    async def _patiently(
+        shard: Shard, tenant: str, job: str, after: int, *, follow: bool = False
+    ) -> tuple[Sequence[Event], bool, int, bool]:
+        """A stream outlives a Redis that is away: it reads on when that is back."""
+        while True:
+            try:
+                return await shard.read(tenant, job, after, follow=follow)
+            except BrokerUnavailable:
+                await asyncio.sleep(PAUSE)
+                await shard.link.up.wait()
 
     def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
         feed: asyncio.Queue[str] = asyncio.Queue()
@@ -491,6 +506,7 @@ class RedisBroker:
             drain_rate=ended / 60,
             leases_lost=lost_leases,
             durability=self._tier.description,
+            now=max(float(now) for *_, now in answers),
         )
 
     async def _look_at_memory(self) -> None:

@@ -76,6 +76,11 @@ async def _inspect_durability(connection: AbstractConnection, tier: Tier, info: 
                 "about a second of what was acknowledged. Set: CONFIG SET appendfsync always. Or choose "
                 "--durability fast."
             )
+        if await _setting(connection, "no-appendfsync-on-rewrite") != "no":
+            raise InvalidRequest(
+                "Durability 'strict' needs no-appendfsync-on-rewrite no: this Redis does not sync while it rewrites "
+                "its file. Set: CONFIG SET no-appendfsync-on-rewrite no. Or choose --durability fast."
+            )
     elif (connected := int(info.get("connected_slaves", 0))) < tier.replicas:
         raise InvalidRequest(
             f"Durability 'replicated' needs {tier.replicas} replicas, and this Redis has {connected}. "

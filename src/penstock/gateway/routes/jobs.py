@@ -14,7 +14,7 @@ from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
 from penstock.core.events import Ended, Event, Tokens, fold
 from penstock.core.job import Job, ModelName, Request, Status, TopLogprobs
 from penstock.core.ports import Query
-from penstock.gateway.feed import Cursor, feed
+from penstock.gateway.feed import Cursor, Rendering, feed
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenIds, submission
 from penstock.gateway.sse import EventStream, ascii_json, frame, json_string
@@ -151,7 +151,8 @@ async def user_events(call: Call) -> ASGIApp:
         raise InvalidRequest("Say whose jobs: ?user_id=…", param="user_id")
     text = call.headers.get("last-event-id") or call.query.get("after")
     cursor = Cursor.parse(text) if text else None
-    blocks = feed(call.gateway.broker, call.tenant, user, cursor, feed_frames, complete_frame)
+    writing = Rendering(feed_frames, complete_frame, rewound_frame)
+    blocks = feed(call.gateway.broker, call.gateway.catalogue.now, call.tenant, user, cursor, writing)
     return EventStream(call.gateway.streams, blocks)
 
 
@@ -161,9 +162,12 @@ async def user_events(call: Call) -> ASGIApp:
 async def render(job: Job, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
     """A job's events as ``token``…, then ``done`` or ``error``; the first block carries ``retry:``."""
     retry = b"retry: 1000\n"
-    async for event in events:
-        yield retry + (token_frames(job.id, event) if isinstance(event, Tokens) else end_frame(job.id, event))
-        retry = b""
+    try:
+        async for event in events:
+            yield retry + (token_frames(job.id, event) if isinstance(event, Tokens) else end_frame(job.id, event))
+            retry = b""
+    except LogRewound as error:  # the store lost what this reader was given
+        yield retry + _error_frame(job.id, job.status, error)
 
 
 def token_frames(job: str, run: Tokens) -> bytes:
@@ -210,6 +214,10 @@ def feed_frames(job: str, run: Tokens, cursor: Callable[[int], str]) -> bytes:
         f'id: {cursor(position)}{head}{json_string(text)},"token_id":{token},"position":{position}{extra}}}\n\n'
         for position, token, text, extra in _numbered(run)
     ).encode()
+
+
+def rewound_frame(job: str, error: PenstockError, cursor: str) -> bytes:
+    return frame("error", {"job_id": job, "error": error.info}, cursor)
 
 
 def complete_frame(job: str, ended: Ended, cursor: str) -> bytes:

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 from starlette.types import ASGIApp
 
-from penstock.core.errors import InvalidRequest, ModelNotFound, Unsupported
+from penstock.core.errors import InvalidRequest, LogRewound, ModelNotFound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
 from penstock.gateway.http import Call, json_reply
@@ -183,16 +183,19 @@ class Dialect:
     async def render(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
         retry = "retry: 1000\n"
         first = True
-        async for event in events:
-            if isinstance(event, Ended):
-                yield (retry + self._end(event, first)).encode()
-                return
-            blocks = self._opening() if first and event.position == 1 else ""
-            blocks += self._run(event)
-            first = False
-            if blocks:
-                yield (retry + blocks).encode()
-                retry = ""
+        try:
+            async for event in events:
+                if isinstance(event, Ended):
+                    yield (retry + self._end(event, first)).encode()
+                    return
+                blocks = self._opening() if first and event.position == 1 else ""
+                blocks += self._run(event)
+                first = False
+                if blocks:
+                    yield (retry + blocks).encode()
+                    retry = ""
+        except LogRewound as error:  # the store lost what this reader was given
+            yield f"{retry}data: {ascii_json({'error': error.info})}\n\n".encode()
 
     def _run(self, run: Tokens) -> str:
         if run.choices is None and run.logprobs is None:
