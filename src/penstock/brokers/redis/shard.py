@@ -103,6 +103,7 @@ class Shard:
         self.inbox = Inbox(address, on_message=self._hear, on_up=self._resync, on_down=self._doubt)
         self._followed: dict[str, FollowedLog] = {}
         self._left: set[str] = set()
+        self._doubts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._repairing: asyncio.Task[None] | None = None
 
@@ -199,6 +200,7 @@ class Shard:
 
     def _doubt(self) -> None:
         """A connection broke, perhaps because Redis did: nothing new is believed until the logs are compared."""
+        self._doubts += 1
         for followed in self._followed.values():
             followed.doubted = True
 
@@ -228,6 +230,7 @@ class Shard:
             self._left |= left
 
     async def _look_at(self, ids: list[str], left: set[str]) -> None:
+        doubts = self._doubts
         before = {job: self._followed[job].head for job in ids if job in self._followed}
         answers = await self.run("follow", self.inbox_id, _pack(list(before)), _pack(list(left)))
         for job, (head, *rest) in zip(before, answers, strict=True):
@@ -240,7 +243,10 @@ class Shard:
             status, epoch, floor = rest
             if self._is_rewound(followed, before[job], head, epoch, int(floor)):
                 followed.fail(lost(before[job], head))
-            elif head > followed.head or status not in (b"queued", b"running") or followed.missed:
+                continue
+            if doubts == self._doubts:
+                followed.doubted = False
+            if head > followed.head or status not in (b"queued", b"running") or followed.missed:
                 self.catch_up(job, followed)
 
     @staticmethod
@@ -265,8 +271,9 @@ class Shard:
             more = True
             while more or followed.missed:
                 followed.missed = False
+                doubts = self._doubts
                 events, _, _, more = await self.read(followed.tenant, job, followed.head)
-                if followed.doubted:
+                if doubts != self._doubts:
                     followed.missed = True
                     return
                 for event in events:
