@@ -51,7 +51,18 @@ def test_version(arguments: list[str]) -> None:
 
 def test_help_names_every_command_and_completion() -> None:
     text = run(app, ["--help"]).stdout
-    for word in ("serve", "chat", "jobs", "models", "bench", "config", "version", "--install-completion"):
+    for word in (
+        "serve",
+        "gateway",
+        "worker",
+        "chat",
+        "jobs",
+        "models",
+        "bench",
+        "config",
+        "version",
+        "--install-completion",
+    ):
         assert word in text
 
 
@@ -102,6 +113,36 @@ def test_every_setting_has_a_flag_or_is_a_structure() -> None:
     text = run(app, ["config", "--help"]).stdout
     for name in flags:
         assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "has", "lacks"),
+    [
+        ("serve", ["--port", "--data-dir", "--broker", "--engine", "--model"], ["--metrics-port"]),
+        ("gateway", ["--port", "--broker", "--model", "--max-queued"], ["--data-dir", "--engine", "--load-timeout"]),
+        ("worker", ["--metrics-port", "--broker", "--engine", "--model"], ["--port ", "--data-dir", "--heartbeat"]),
+    ],
+)
+def test_a_command_shows_the_flags_that_matter_to_it(command: str, has: list[str], lacks: list[str]) -> None:
+    text = run(app, [command, "--help"]).stdout
+    for flag in has:
+        assert flag in text
+    for flag in lacks:
+        assert flag not in text
+
+
+@pytest.mark.parametrize("command", ["gateway", "worker"])
+def test_gateways_and_workers_need_a_broker_that_can_be_shared(command: str) -> None:
+    result = run(app, [command])
+    assert result.exit_code == 2
+    assert "--broker redis://" in result.stderr
+    assert "penstock serve" in result.stderr
+
+
+def test_config_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_BROKER", "redis://me:s3cret@10.0.0.5:6379/0")
+    assert settled()["broker"] == {"value": "redis://me:***@10.0.0.5:6379/0", "source": "PENSTOCK_BROKER"}
+    assert "s3cret" not in run(app, ["config"]).output
 
 
 def settled(*arguments: str) -> dict[str, Any]:
@@ -230,6 +271,47 @@ def test_startup_tells_each_step_once_and_leaves_a_restarted_engine_to_the_log(
     ]
     assert told.err.count("ready: a, b") == 1
     assert "penstock chat\n" in told.err
+
+
+@pytest.mark.parametrize(
+    ("parts", "lines"),
+    [
+        (
+            {"gateway": True, "workers": True},
+            [" listens on http://h:1, broker redis://:***@r (fast)", "loading a (synthetic)", "ready: a"],
+        ),
+        (
+            {"gateway": True, "workers": False},
+            [" gateway listens on http://h:1, broker redis://:***@r (fast)", "  stop     Ctrl-C"],
+        ),
+        (
+            {"gateway": False, "workers": True},
+            [
+                " worker, metrics on http://h:1/metrics, broker redis://:***@r (fast)",
+                "loading a (synthetic)",
+                "ready: a",
+                "  stop     Ctrl-C",
+            ],
+        ),
+    ],
+)
+def test_startup_tells_what_the_process_is_and_where_its_broker(
+    parts: dict[str, bool], lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [ModelSettings(name="a", engine="synthetic")]
+    settings = Settings(models=models, broker="redis://:s3cret@r", durability="fast")
+    with Startup(settings, **parts) as startup:
+        startup.waiting("Redis is away.", 1.25)
+        startup.listening("http://h:1")
+        if parts["workers"]:
+            startup.ready("a")
+    told = capsys.readouterr().err
+    assert "s3cret" not in told
+    first, *rest = told.splitlines()
+    assert first == "Redis is away. Trying again in 1.2 s."
+    assert [rest[0].removeprefix(f"penstock {__version__}"), *rest[1 : len(lines)]] == lines
+    assert ("curl" in told) == (parts["gateway"] and parts["workers"])
+    assert "data in" not in told
 
 
 # ---------------------------------------------------------------------------------------------- chat

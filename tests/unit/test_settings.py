@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from penstock.core.errors import InvalidRequest
-from penstock.settings import BUNDLED, Settings, explain, load_settings
+from penstock.settings import BUNDLED, Settings, explain, load_settings, without_passwords
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +125,67 @@ def test_a_variable_that_should_be_json_is_said_to_be_unreadable(monkeypatch: py
 )
 def test_loopback(host: str, loopback: bool) -> None:
     assert load_settings({"host": host}).loopback is loopback
+
+
+@pytest.mark.parametrize(
+    "broker",
+    [
+        "embedded",
+        "redis://localhost",
+        "redis://user:p%40ss@10.0.0.5:6379/2",
+        "rediss://:secret@redis.example.org:6380?ssl_ca_certs=/etc/ca.pem",
+        "redis://[::1]:6379/0",
+        "unix:///run/redis.sock?db=1&password=secret",
+        "redis://a:1,redis://b:2",
+    ],
+)
+def test_a_broker_is_embedded_or_a_redis(broker: str) -> None:
+    settings = load_settings({"broker": broker})
+    assert (settings.broker, settings.embedded) == (broker, broker == "embedded")
+
+
+@pytest.mark.parametrize(
+    ("broker", "hint"),
+    [
+        ("", "begins with redis://"),
+        ("http://localhost", "begins with redis://"),
+        ("localhost:6379", "begins with redis://"),
+        ("redis://:s3cr,et@localhost", "special characters"),
+        ("redis://", "not of the form"),
+        ("redis://localhost/jobs", "not of the form"),
+        ("redis://localhost:99999", "not of the form"),
+        ("redis://:s3cr/et@localhost", "special characters"),
+        ("redis://:s3cret@localhost:port", "not of the form"),
+        ("unix://", "not of the form"),
+        ("redis://a,unix:///run/redis.sock", "cluster"),
+        ("redis://a,b", "separated by commas"),
+    ],
+)
+def test_another_broker_is_refused_with_a_hint_and_without_its_password(broker: str, hint: str) -> None:
+    with pytest.raises(InvalidRequest, match="broker: ") as caught:
+        load_settings({"broker": broker})
+    assert hint in caught.value.message
+    assert "s3cr" not in caught.value.message
+    assert "Value error" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("urls", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://:pw@h:1", "redis://:***@h:1"),
+        ("redis://user:pw@h", "redis://user:***@h"),
+        ("redis://:p@w@h", "redis://:***@h"),
+        ("redis://pw@h", "redis://***@h"),
+        ("unix:///s?password=pw&db=1", "unix:///s?password=***&db=1"),
+        ("rediss://:pw@h,rediss://:pw@i:2", "rediss://:***@h,rediss://:***@i:2"),
+    ],
+)
+def test_passwords_are_not_for_people(urls: str, shown: str) -> None:
+    assert without_passwords(urls) == shown
+
+
+@pytest.mark.parametrize("prefix", ["", "a{b}", "a b", "x" * 65])
+def test_a_prefix_that_redis_would_take_for_a_slot_is_refused(prefix: str) -> None:
+    with pytest.raises(InvalidRequest, match="broker_prefix"):
+        load_settings({"broker_prefix": prefix})
