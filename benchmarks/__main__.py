@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks import report
-from benchmarks.load import Plan, Result, Server, run_load
+from benchmarks.load import Plan, Result, Server, loop_factory, run_load
 from benchmarks.processes import TargetError
 from benchmarks.stats import Spread
 from benchmarks.targets import Running, default_variables, load_targets
@@ -300,6 +301,32 @@ def slow_reader(
         "rounds": {arm: [report.result_json(result) for result in results[arm]] for arm in ARMS},
     }
     _finish(markdown, report.write(out or RESULTS / "slow-reader", document, markdown))
+
+
+@app.command()
+def broker(
+    parts: Annotated[list[str] | None, typer.Option("--part", help="queue, append or workers (repeatable).")] = None,
+    stores: Annotated[list[str] | None, typer.Option("--store", help="embedded, redis or redis-fast.")] = None,
+    blocks: Annotated[int, typer.Option(help="Turns of each store; 64 calls of each kind in one.")] = 20,
+    out: Out = None,
+) -> None:
+    """The brokers alone: submit, claim and append against real stores, in turn."""
+    from benchmarks.scenarios import broker as scenario
+
+    with _progress() as bar, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        task = bar.add_task("broker", total=None)
+        try:
+            results = runner.run(
+                scenario.measure(parts or scenario.PARTS, stores or scenario.STORES, blocks, lambda: bar.advance(task))
+            )
+        except TargetError as error:
+            _give_up(error)
+    markdown = scenario.markdown(results)
+    document = {
+        "environment": report.environment(),
+        "results": {part: [asdict(each) for each in rows] for part, rows in results.items()},
+    }
+    _finish(markdown, report.write(out or RESULTS / "broker", document, markdown))
 
 
 @app.command(name="targets")

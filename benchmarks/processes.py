@@ -10,7 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 from redis import Redis, RedisError
 
 #: What each durability tier asks of a server.
@@ -75,14 +74,11 @@ class RedisServer:
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def cpu_s(self) -> float:
-        """CPU seconds so far, the kernel's on its behalf (writing the log, sockets) included."""
-        times = psutil.Process(self.pid).cpu_times()
-        return float(times.user + times.system)
-
-    def script_us(self) -> float:
-        """Microseconds spent inside scripts so far."""
-        return float(self.client.info("commandstats").get("cmdstat_evalsha", {}).get("usec", 0))
+    def spent(self) -> tuple[float, float]:
+        """Seconds so far: its CPU time (writing the log and sockets included), and of this what scripts took."""
+        cpu = self.client.info("cpu")
+        scripts = self.client.info("commandstats").get("cmdstat_evalsha", {})
+        return cpu["used_cpu_user"] + cpu["used_cpu_sys"], scripts.get("usec", 0) / 1e6
 
     def _wait(self) -> None:
         deadline = time.monotonic() + 10
