@@ -1,10 +1,12 @@
-"""The long run: storm after storm, until the time is over.
+"""The long run: storm after storm, until the time is over or enough faults have happened.
 
-    python -m tests.chaos --minutes 10 --seed 1 --report chaos
+    python -m tests.chaos --minutes 10                         one server, the embedded broker
+    python -m tests.chaos --redis --faults 300 --seed 1 --report chaos
+    python -m tests.chaos --cluster --minutes 5
 
 Each storm has its own seed (printed; ``--seed`` repeats the whole run, ``--only SEED`` one storm), draws how many
 streams, how fast, and which faults come in which order, and is judged by the oracle. Writes REPORT.json and REPORT.md
-and exits with 1 if any promise was broken.
+and exits with 1 if any promise was broken. A storm that broke one leaves its logs.
 """
 
 from __future__ import annotations
@@ -13,92 +15,125 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.chaos.harness import FAULTS, Outcome, Plan, Storm
+from tests.chaos import report
+from tests.chaos.fleet import CLUSTER_FAULTS, FAULTS, Fleet
+from tests.chaos.harness import Outcome, Plan, Storm
+from tests.chaos.target import Embedded
 from tests.support.server import Server
 
+Show = Callable[[int, int], None]
 
-def draw(seed: int) -> tuple[Plan, float, int]:
-    """A plan from a seed: (plan, rate, slots)."""
+
+async def embedded(seed: int, folder: Path, kinds: Sequence[str], show: Show) -> Outcome:
     dice = random.Random(seed)
-    faults = [dice.choice(FAULTS) for _ in range(dice.randint(1, 6))]
     plan = Plan(
-        seed, streams=dice.choice([10, 50, 100]), tokens=dice.choice([50, 150, 400]), faults=faults,
+        seed,
+        faults=[dice.choice(kinds) for _ in range(dice.randint(1, 6))],
+        streams=dice.choice([10, 50, 100]),
+        tokens=dice.choice([50, 150, 400]),
         drops=dice.choice([0, 0.3, 3]),
-    )  # fmt: skip
-    return plan, dice.choice([100, 150, 200]), dice.choice([8, 64, 256])
+        twins=0.1,
+    )
+    options = {"slots": dice.choice([8, 64, 256])}
+    server = Server(folder, rate=dice.choice([100, 150, 200]), options=options, settings={"hang_timeout": 2})
+    try:
+        await asyncio.to_thread(server.start)
+        return await Storm(Embedded(server), plan, on_progress=show).run()
+    finally:
+        await asyncio.to_thread(server.stop)
 
 
-async def storm(seed: int, progress: Progress) -> Outcome:
-    plan, rate, slots = draw(seed)
-    what = f"seed {seed}: {plan.streams} streams, {' '.join(plan.faults)}"
-    task = progress.add_task(what, total=None)
-
-    def show(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total)
-
-    with tempfile.TemporaryDirectory(prefix="penstock-chaos-") as folder:
-        server = Server(Path(folder), rate=rate, options={"slots": slots}, settings={"hang_timeout": 2})
-        try:
-            await asyncio.to_thread(server.start)
-            outcome = await Storm(server, plan, on_progress=show).run()
-        finally:
-            server.stop()
-        if outcome.problems:
-            progress.console.print(
-                f"[red]seed {seed}: {len(outcome.problems)} problems[/red]", *outcome.problems[:5], sep="\n  "
-            )
-            progress.console.print(server.tail())
-    progress.remove_task(task)
+async def fleet(seed: int, folder: Path, kinds: Sequence[str], show: Show, *, nodes: int = 1) -> Outcome:
+    """Each kind of fault once, in any order; in one storm of three, three go on at once (and nothing is measured)."""
+    dice = random.Random(seed)
+    plan = Plan(
+        seed,
+        faults=dice.sample(kinds, len(kinds)),
+        streams=dice.choice([16, 24, 32]),
+        tokens=dice.choice([100, 300, 600]),
+        drops=dice.choice([0.1, 0.3, 3]),
+        twins=0.25,
+        cancels=0.1,
+        every=1500,
+        overlap=dice.choice([1, 1, 3]),
+    )
+    clocks = any(kind.endswith("-clock") for kind in kinds)
+    target = Fleet(
+        folder, nodes=nodes, rate=100, slots=dice.choice([12, 64]), lease_ttl=dice.choice([2, 3]), clocks=clocks
+    )
+    async with target:
+        outcome = await Storm(target, plan, on_progress=show).run()
+        outcome.notes = {"writes refused by the fence": target.zombies(), "starts without Redis": target.respawns}
+        outcome.missed = target.missed
     return outcome
 
 
-def markdown(outcomes: list[Outcome]) -> str:
-    lines = [
-        "| seed | streams | tokens | faults | streams hit | reconnects | highest attempt | seconds | problems |",
-        "|---:|---:|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for each in outcomes:
-        faults = ", ".join(f"{count} × {name}" for name, count in sorted(each.faults.items())) or "none"
-        lines.append(
-            f"| {each.seed} | {each.streams} | {each.tokens} | {faults} | {each.interrupted} | {each.reconnects} | "
-            f"{each.attempts} | {each.seconds:.1f} | {len(each.problems)} |"
-        )
-    total = sum(each.tokens for each in outcomes)
-    strikes = sum(sum(each.faults.values()) for each in outcomes)
-    wrong = sum(len(each.problems) for each in outcomes)
-    lines += ["", f"{len(outcomes)} storms, {strikes} faults, {total} tokens: {wrong} problems."]
-    return "\n".join(lines) + "\n"
-
-
 async def run(arguments: argparse.Namespace, console: Console) -> list[Outcome]:
+    if arguments.redis or arguments.cluster:
+        known = CLUSTER_FAULTS if arguments.cluster else FAULTS
+    else:
+        known = Embedded.FAULTS
+    kinds = arguments.kinds.split(",") if arguments.kinds else known
+    if unknown := set(kinds) - set(known):
+        raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    minutes = arguments.minutes or (None if arguments.faults else 5.0)
     dice = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
-    until = time.monotonic() + 60 * arguments.minutes
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} events"))
+    began = time.monotonic()
+
+    def done() -> float:
+        """The part of the run that is over."""
+        passed = (time.monotonic() - began) / 60 / minutes if minutes else 0.0
+        struck = sum(len(outcome.strikes) for outcome in outcomes) / arguments.faults if arguments.faults else 0.0
+        return min(1.0, max(passed, struck))
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        overall = progress.add_task(f"chaos, seed {arguments.seed}", total=60 * arguments.minutes)
+        overall = progress.add_task(f"chaos, seed {arguments.seed}", total=1.0, what="")
         while True:
             seed = arguments.only if arguments.only is not None else dice.randrange(10**9)
-            outcomes.append(await storm(seed, progress))
-            left = until - time.monotonic()
-            progress.update(overall, completed=60 * arguments.minutes - max(0, left))
-            if left <= 0 or arguments.only is not None:
+            task = progress.add_task(f"storm {seed}", total=len(kinds), what="")
+
+            def show(events: int, strikes: int, task: object = task) -> None:
+                progress.update(task, completed=strikes, what=f"{strikes} faults, {events} events")  # type: ignore[arg-type]
+
+            folder = Path(tempfile.mkdtemp(prefix="penstock-chaos-"))
+            if arguments.redis or arguments.cluster:
+                outcome = await fleet(seed, folder, kinds, show, nodes=3 if arguments.cluster else 1)
+            else:
+                outcome = await embedded(seed, folder, kinds, show)
+            outcomes.append(outcome)
+            progress.remove_task(task)
+            if outcome.problems:
+                console.print(f"[red]storm {seed}: {len(outcome.problems)} problems[/red], logs in {folder}")
+                console.print(*outcome.problems[:5], sep="\n  ", markup=False)
+            else:
+                shutil.rmtree(folder)
+            progress.update(overall, completed=done(), what=f"{sum(len(each.strikes) for each in outcomes)} faults")
+            if done() >= 1 or arguments.only is not None:
                 return outcomes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.chaos", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long to go on (default 5)")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--redis", action="store_true", help="two gateways and three workers over Redis")
+    target.add_argument("--cluster", action="store_true", help="the same over a Redis Cluster of three nodes")
+    parser.add_argument("--minutes", type=float, help="how long to go on (default 5, unless --faults is given)")
+    parser.add_argument("--faults", type=int, help="go on until that many faults have happened")
+    parser.add_argument("--kinds", help="only these faults (with commas)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of the whole run")
     parser.add_argument("--only", type=int, help="repeat the one storm with this seed")
     parser.add_argument("--report", type=Path, help="write REPORT.json and REPORT.md (a path without its suffix)")
@@ -106,13 +141,14 @@ def main() -> int:
     console = Console(stderr=True)
     console.print(f"seed {arguments.seed}")
     outcomes = asyncio.run(run(arguments, console))
-    report = markdown(outcomes)
-    print(report)
+    command = " ".join(["python -m tests.chaos", *(word for word in sys.argv[1:])])
+    text = report.markdown(command, arguments.seed, outcomes)
+    print(text)
     if arguments.report is not None:
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        result = {"seed": arguments.seed, "storms": [outcome.as_dict() for outcome in outcomes]}
+        result = report.as_dict(command, arguments.seed, outcomes)
         arguments.report.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        arguments.report.with_suffix(".md").write_text(report)
+        arguments.report.with_suffix(".md").write_text(text)
     return 1 if any(outcome.problems for outcome in outcomes) else 0
 
 

@@ -7,7 +7,8 @@ Faults (`FAULTS`), each on a victim drawn from the seed; what is killed is start
   its engine goes on: the zombie writer; an engine until the watchdog finds it
 - ``gateway-drain``, ``worker-drain``: SIGTERM, exit code 0
 - ``gateway-NET``, ``worker-NET``: its connections to Redis; NET as `tests.support.proxy` has them: ``drop``,
-  ``refuse``, ``delay``, ``stall``, ``blackhole``, ``lost-reply`` (of a script drawn from those that it calls)
+  ``refuse``, ``delay``, ``stall``, ``blackhole``, ``lost-reply`` (of a script drawn from those that it calls),
+  ``flaky`` (for seconds, one reply after the other is lost, whatever it is)
 - ``engine-kill-lost-reply``: an engine dies, and the reply to the release of its leases is lost
 - ``redis-clock``, ``gateway-clock``, ``worker-clock``: the wall clock jumps to an hour before or after the true time,
   or back to it
@@ -46,7 +47,7 @@ PROCESSES = (
 NETWORK = tuple(
     f"{who}-{what}"
     for who in ("gateway", "worker")
-    for what in ("drop", "refuse", "delay", "stall", "blackhole", "lost-reply")
+    for what in ("drop", "refuse", "delay", "stall", "blackhole", "lost-reply", "flaky")
 )
 CLOCKS = ("redis-clock", "gateway-clock", "worker-clock")
 FAULTS = (*PROCESSES, *NETWORK, "engine-kill-lost-reply", *(CLOCKS if can_step() else ()), "clients")
@@ -302,6 +303,11 @@ class Fleet:
         elif what == "blackhole":
             proxy.blackhole()
             await asyncio.sleep(dice.uniform(0.5, 3 * self.lease_ttl))
+        elif what == "flaky":
+            until = time.monotonic() + dice.uniform(1, 4)
+            while time.monotonic() < until:
+                proxy.lose_reply(lambda words: words[0] == b"EVALSHA")
+                await asyncio.sleep(dice.uniform(0.02, 0.5))
         else:
             kind = dice.choice(sorted(REPLIES[who]))
             async with self._losing(proxy, f"{who}-lost-reply of {kind}", *REPLIES[who][kind]):

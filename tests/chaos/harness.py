@@ -98,9 +98,14 @@ class Outcome:
     """What came of it."""
 
     seed: int
+    overlap: int = 1
+    measured: bool = False
+    """Are there `recoveries`?"""
     streams: int = 0
     tokens: int = 0
     faults: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+    """Faults that found nothing to hit."""
     reconnects: int = 0
     attempts: int = 0
     interrupted: int = 0
@@ -109,13 +114,15 @@ class Outcome:
     recoveries: list[Recovery] = field(default_factory=list)
     strikes: list[Strike] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    """What else the target counted."""
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return {
             **vars(self),
             "faults": dict(self.faults),
+            "missed": dict(self.missed),
             "statuses": dict(self.statuses),
             "recoveries": [asdict(each) for each in self.recoveries],
             "strikes": [asdict(each) for each in self.strikes],
@@ -127,7 +134,7 @@ class Storm:
         self.target = target
         self.plan = plan
         self.dice = random.Random(plan.seed)
-        self.outcome = Outcome(plan.seed)
+        self.outcome = Outcome(plan.seed, plan.overlap, bool(plan.every) and plan.overlap == 1)
         self.readers: list[Reader] = []
         self._on_progress = on_progress or (lambda done, total: None)
         self._seen = 0
@@ -302,7 +309,7 @@ class Storm:
             strike = await self.target.strike(fault, dice)
         self.outcome.faults[fault] += 1
         self.outcome.strikes.append(strike)
-        if self.plan.overlap == 1 and self.plan.every:
+        if self.outcome.measured:
             await self._calm(strike, [reader for reader, _ in flowing])
             self.outcome.recoveries += self._recoveries(strike, flowing)
 
