@@ -329,6 +329,31 @@ def broker(
     _finish(markdown, report.write(out or RESULTS / "broker", document, markdown))
 
 
+@app.command()
+def fairness(
+    seconds: Annotated[float, typer.Option(help="How long service is compared.")] = 20.0,
+    settings: Settings = None,
+    out: Out = None,
+) -> None:
+    """Four tenants, one of which floods the queue: how far apart service grows. Exits with 1 beyond the bound."""
+    from benchmarks.scenarios import fairness as scenario
+
+    runs = {}
+    with _progress() as bar:
+        task = bar.add_task("fairness", total=len(scenario.WEIGHTS))
+        for name, weights in scenario.WEIGHTS.items():
+            try:
+                runs[name] = scenario.measure(_variables("S", settings), weights, seconds)
+            except TargetError as error:
+                _give_up(error)
+            bar.advance(task)
+    markdown = scenario.markdown(runs)
+    document = {"environment": report.environment(), "runs": {name: asdict(run) for name, run in runs.items()}}
+    _finish(markdown, report.write(out or RESULTS / "fairness", document, markdown))
+    if not all(run.holds for run in runs.values()):
+        raise typer.Exit(1)
+
+
 @app.command(name="targets")
 def list_targets() -> None:
     """What can be measured, and the scenarios that compare it."""

@@ -67,6 +67,7 @@ def default_variables() -> dict[str, str]:
         "models": str(HERE / "models"),
         "shape": "S",
         "rate": "200",
+        "weights": "{}",
     }
 
 

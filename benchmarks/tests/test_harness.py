@@ -8,6 +8,7 @@ import pytest
 from benchmarks.ceiling import _canned
 from benchmarks.client import ChunkedDecoder, EventSplitter, Exchange, ProtocolError
 from benchmarks.dialects import DIALECTS, Chat, Completions, Dialect, Generate, parse_events
+from benchmarks.scenarios.fairness import TENANTS, WEIGHTS, Fairness, half_bound, largest_difference
 from benchmarks.stats import Spread, Times, percentile
 from benchmarks.workload import Workload
 
@@ -106,6 +107,21 @@ def test_sse_is_parsed_as_browsers_do() -> None:
         {"event": "token", "id": "1", "data": "a\nb"},
         {"event": "message", "id": "", "data": "c"},
     ]
+
+
+def test_the_largest_difference_is_over_all_spans() -> None:
+    """It opens by 3 after the first sample, and closes by 5 after that: 5 in the span between the two."""
+    assert largest_difference([0, 4, 4, 4], [0, 1, 1, 6]) == 5
+    assert largest_difference([7, 8], [0, 1]) == 0
+
+
+def test_a_queue_in_order_of_arrival_is_beyond_the_bound() -> None:
+    half = half_bound(TENANTS, slots=32)
+    idle = {tenant.name: [0.0, 0.0] for tenant in TENANTS[1:]}
+    run = Fairness(WEIGHTS["equal"], 1.0, {TENANTS[0].name: [0.0, 2 * half + 1]} | idle, [])
+    assert not run.holds
+    assert Fairness(WEIGHTS["equal"], 1.0, {TENANTS[0].name: [0.0, 2 * half]} | idle, [(0.1, 0)]).holds
+    assert not Fairness(WEIGHTS["equal"], 1.0, {TENANTS[0].name: [0.0, 1.0]} | idle, [(0.1, 1)]).holds
 
 
 def _count(dialect: Dialect, stream: bytes) -> int:
