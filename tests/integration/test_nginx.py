@@ -24,8 +24,8 @@ from tests.support.sse import Stream, open_stream
 
 MAX_BODY = 1 << 20
 
-#: Tokens whose stream is larger than what the sockets between a gateway and a reader hold.
-BEYOND_ALL_BUFFERS = 150_000
+#: Tokens whose stream is larger than what the sockets between nginx and a reader that takes nothing hold.
+BEYOND_THE_SOCKETS = 80_000
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +147,23 @@ class TestStreams:
             job = stream.headers["x-penstock-job"]
         await until(proxied, job, lambda view: view["status"] == "cancelled")
 
-    async def test_a_reader_that_takes_nothing_is_the_gateways_to_judge(
+    async def test_what_a_slow_reader_leaves_is_not_swallowed(
         self, make_server: Callable[..., Server], make_nginx: Callable[..., Nginx]
     ) -> None:
-        """nginx does not swallow the stream for it: the gateway notices, drops it, and it can resume."""
+        """nginx would take all of it from the gateway, onto its disk: now the gateway feels its readers. It may drop
+        this one, which comes back for the rest."""
         server = make_server(rate=0, settings={"send_deadline": 1})
         nginx = make_nginx(server.port, http=HOSTILE)
         async with client(nginx.url) as http:
-            job = await submit(http, max_tokens=BEYOND_ALL_BUFFERS)
+            job = await submit(http, max_tokens=BEYOND_THE_SOCKETS)
             await ended(http, job)
             url = f"{nginx.url}/v1/jobs/{job}/events"
             async with await open_stream(url, limit=1 << 16) as stream:
-                await asyncio.to_thread(
-                    wait_for, lambda: "llm_sse_connections 0.0" in server.get("/metrics").text, "it"
-                )
+                idle = "llm_sse_connections 0.0"
+                await asyncio.to_thread(wait_for, lambda: idle in server.get("/metrics").text, "the gateway's part")
+                assert "temporary file" not in nginx.errors()
                 events = await stream.rest()
-                assert stream.torn
-            while events[-1].event == "token":  # on a busy machine we may be too slow again
+            while events[-1].event == "token":
                 async with await open_stream(url, after=events[-1].id) as stream:
                     events += await stream.rest()
             check_log(events, job=job)
@@ -285,7 +285,7 @@ class TestTwoGateways:
                 events = await stream.take(10)
                 fleet.carrier().kill9()
                 events += await stream.rest()
-                assert stream.torn
+                assert stream.torn, (len(events), len(stream.raw), stream.raw[-80:])
             async with await open_stream(url, after=events[-1].id) as stream:
                 events += await stream.rest()
             check_log(events, job=job)
