@@ -110,13 +110,22 @@ class RedisCluster:
 
     def __init__(self, folder: Path, config: Mapping[str, str] | None = None) -> None:
         settings = {"cluster-enabled": "yes", "cluster-node-timeout": "2000", **(config or {})}
-        self.nodes = [RedisServer(folder / str(number), settings) for number in range(3)]
+        self.nodes = [
+            RedisServer(folder / str(number), {**settings, "cluster-port": str(free_port())}) for number in range(3)
+        ]
 
     @property
     def url(self) -> str:
         return ",".join(node.url for node in self.nodes)
 
     def start(self) -> None:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
         for node in self.nodes:
             node.start()
         first, *others = self.nodes
@@ -127,7 +136,7 @@ class RedisCluster:
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
         with contextlib.closing(first.client()) as client:
             for node in others:
-                client.execute_command("CLUSTER MEET", "127.0.0.1", node.port)
+                client.execute_command("CLUSTER MEET", "127.0.0.1", node.port, node.config["cluster-port"])
         wait_for(self.agrees, "the cluster")
 
     def agrees(self) -> bool:

@@ -51,6 +51,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 0
     state: str = "ready"
     """ready | starting | restarting | draining."""
+    takes_suspects: bool = True
+    """May it be given suspects of an engine's death now? Where it may not, a broker with other workers leaves them."""
     seen_at: float = 0.0
 
 
@@ -182,6 +184,8 @@ class Broker(Protocol):
 
     async def submit(self, job: Job) -> Job:
         """Store *job* durably and queue it; the stored job, with its queue position.
+
+        A store in parts may give a job with an idempotency key another id: the one that is answered counts.
 
         Idempotent by (tenant, idempotency key): the same key and fingerprint give back the first job. Raises
         `IdempotencyMismatch` for another fingerprint, `Overloaded` when the queue or the tenant's share is full.

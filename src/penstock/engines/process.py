@@ -222,9 +222,10 @@ class EngineProcess(asyncio.Protocol):
         interval = self._hang_timeout / 4
         while True:
             self._send(Ping())
+            asleep = time.monotonic()
             await asyncio.sleep(interval)
-            if self._paused:
-                self._heard_at = time.monotonic()  # it may be us who don't listen
+            if self._paused or time.monotonic() - asleep > 2 * interval:
+                self._heard_at = time.monotonic()  # it may be us who don't listen, or who were stopped
             if time.monotonic() - self._heard_at > self._hang_timeout and self.pid is not None:
                 seconds = f"{self._hang_timeout:.0f}"
                 self._die(

@@ -387,8 +387,10 @@ class SubmitContract(_Contract):
             deadline_at=d.harness.clock.now() + 100,
         )
         returned = await d.broker.submit(given)
-        got = await d.get(given)
-        assert returned.id == got.id == given.id
+        got = await d.get(returned)
+        assert returned.id == got.id
+        if d.harness.total_order:  # elsewhere a key may decide in which part a job lives, and so its id
+            assert got.id == given.id
         names = "tenant request user priority idempotency_key fingerprint request_id metadata on_disconnect created_at"
         for name in [*names.split(), "deadline_at"]:
             assert getattr(got, name) == getattr(given, name), name
@@ -495,6 +497,7 @@ class SubmitContract(_Contract):
         d = await Driver.open(harness, max_queued=0, max_queued_per_tenant=0)
         await d.submit_many(5)
 
+    @total_order
     async def test_a_refused_submit_leaves_nothing(self, harness: BrokerHarness) -> None:
         d = await Driver.open(harness, max_queued=1)
         first = await d.submit()
@@ -2257,6 +2260,7 @@ class QueryContract(_Contract):
         await d.finish(lease, 1)
         assert await d.jobs() == [await d.get(lease)]
 
+    @total_order
     async def test_list_filters(self, d: Driver) -> None:
         ann = await d.submit(user="ann")
         bob = await d.submit(user="bob", name="big")
@@ -2295,7 +2299,9 @@ class QueryContract(_Contract):
                 break
             await d.submit()
         assert len(seen) == len(set(seen))
-        assert sorted(seen) == sorted(jobs)
+        assert set(seen) >= set(jobs)
+        if d.harness.total_order:
+            assert sorted(seen) == sorted(jobs)
         if ticking:
             assert seen == jobs[::-1]
 

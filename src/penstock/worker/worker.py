@@ -16,6 +16,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import msgspec
 import structlog
 
 from penstock.core.errors import BrokerUnavailable, EngineDied, ModelLoadError
@@ -27,6 +28,8 @@ log = structlog.get_logger("penstock.worker")
 #: continues where it died) — unless it was there at this many deaths.
 TRIAL_TOKENS = 16
 TRIAL_CRASHES = 3
+#: How often a worker that is never idle takes suspects all the same, in seconds.
+ROOM_INTERVAL = 10.0
 
 
 class _Active:
@@ -72,6 +75,7 @@ class Worker:
         self._claim: asyncio.Future[list[Lease]] | None = None
         self._next_key = 0
         self._state = "starting"
+        self._room_at = 0.0
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         """Set whenever a slot became free, the engine came up, or the worker is to stop."""
@@ -145,7 +149,8 @@ class Worker:
                 await self._changed.wait()
                 continue
             models = [model.name for model in self._engine.models]
-            self._claim = asyncio.ensure_future(self._broker.claim(self.info, models, free, self._claim_wait))
+            info = msgspec.structs.replace(self.info, takes_suspects=self._takes_suspects())
+            self._claim = asyncio.ensure_future(self._broker.claim(info, models, free, self._claim_wait))
             try:
                 await asyncio.wait([self._claim])
             finally:
@@ -175,6 +180,15 @@ class Worker:
             self._next_key += 1
             self._active[self._next_key] = _Active(lease)
             self._engine.add(self._next_key, lease)
+
+    def _takes_suspects(self) -> bool:
+        """Here they would wait until everybody else has ended: better a worker that has nothing to do, as the one whose
+        engine died. Where none is, one that is never idle makes room for them now and then."""
+        now = asyncio.get_running_loop().time()
+        if any(not active.trial for active in self._active.values()) and now < self._room_at:
+            return False
+        self._room_at = now + ROOM_INTERVAL
+        return True
 
     def _may_join(self, lease: Lease) -> bool:
         trials = [active for active in self._active.values() if active.trial]

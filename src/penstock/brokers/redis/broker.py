@@ -52,6 +52,8 @@ from penstock.core.ports import (
 
 #: Seconds that a claim waits for a wake-up before it looks again by itself.
 CLAIM_POLL = 1.0
+#: Seconds that calls under way get when the broker is closed.
+CLOSE_TIMEOUT = 1.0
 #: Seconds before a stream asks again a Redis that refused.
 PAUSE = 0.1
 #: How often, at least, a worker that claims from many shards says on the first one that it is alive.
@@ -137,6 +139,10 @@ class RedisBroker:
             raise
 
     async def close(self) -> None:
+        """Disconnect, once claims that nobody waits for any more have been given back."""
+        for _ in range(2):  # a claim, then its release
+            if self._tasks:
+                await asyncio.wait(list(self._tasks), timeout=CLOSE_TIMEOUT)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -148,11 +154,6 @@ class RedisBroker:
     # ------------------------------------------------------------------------------------ submit
 
     async def submit(self, job: Job) -> Job:
-        if self._full:
-            raise InsufficientStorage(
-                "Redis is nearly full, so no new jobs are taken. Wait for results to expire, or raise its maxmemory.",
-                retry_after=10.0,
-            )
         await self._settled()
         if job.idempotency_key is not None and len(self._shards) > 1:
             job = self._placed_by_key(job)
@@ -176,6 +177,7 @@ class RedisBroker:
             -(-policy.max_queued // shards),
             -(-policy.max_queued_per_tenant // shards),
             -(-policy.max_bytes_per_tenant // shards),
+            int(self._full),
         )
         if kind == b"new":
             created_at, position = rest
@@ -197,8 +199,13 @@ class RedisBroker:
             job = msgspec.structs.replace(job, id=new_job_id())
         return job
 
-    def _overloaded(self, kind: bytes, count: int, ended: int) -> Overloaded:
+    def _overloaded(self, kind: bytes, count: int, ended: int) -> Overloaded | InsufficientStorage:
         """*ended*: jobs that ended within the last minute, for an honest guess at when there is room."""
+        if kind == b"memory":
+            return InsufficientStorage(
+                "Redis is nearly full, so no new jobs are taken. Wait for results to expire, or raise its maxmemory.",
+                retry_after=10.0,
+            )
         retry_after = min(60.0, max(1.0, (count // 10 or 1) * 60 / ended)) if ended else 5.0
         if kind == b"bytes":
             return Overloaded(
@@ -215,7 +222,9 @@ class RedisBroker:
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
         loop = asyncio.get_running_loop()
-        names, registration = list(models), _pack(worker)
+        registration = _pack(worker)
+        # Suspects first: they were there before, and they wait in lanes of their own.
+        names = [*(f"{name}/suspects" for name in models if worker.takes_suspects), *models]
         if limit <= 0 or not names:
             await self._shards[0].run("claim", *self._claim_arguments(worker.id, registration, [], 0, "", 0.0))
             return []
@@ -252,13 +261,19 @@ class RedisBroker:
         now = asyncio.get_running_loop().time()
         for i in range(len(self._shards)):
             shard = self._shards[(first + i) % len(self._shards)]
+            if not shard.link.up.is_set() and any(other.link.up.is_set() for other in self._shards):
+                continue  # its jobs wait until it is back; the others' don't
             registers = shard.number == 0
             if registers:
                 self._registered[worker] = now
             arguments = self._claim_arguments(
                 worker if registers else "", registration, models, limit - len(leases), "" if leases else claimant, wait
             )
-            leases += [_lease(*each) for each in await shard.run("claim", *arguments)]
+            try:
+                leases += [_lease(*each) for each in await shard.run("claim", *arguments)]
+            except BrokerUnavailable:
+                if not leases:
+                    raise
             if len(leases) >= limit:
                 break
         if self._registered.get(worker, 0.0) < now - REGISTER_INTERVAL:

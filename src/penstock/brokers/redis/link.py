@@ -8,6 +8,7 @@ is sent again (the scripts are idempotent), and in the tier ``replicated`` a bat
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 from collections import deque
@@ -153,9 +154,10 @@ def _packed(command: Command) -> bytes:
 
 
 class _Call:
-    __slots__ = ("future", "packed", "reply", "sent_at")
+    __slots__ = ("future", "number", "packed", "reply", "sent_at")
 
-    def __init__(self, packed: bytes, future: asyncio.Future[Any]) -> None:
+    def __init__(self, number: int, packed: bytes, future: asyncio.Future[Any]) -> None:
+        self.number = number
         self.packed = packed
         self.future = future
         self.sent_at = 0.0
@@ -204,9 +206,10 @@ class _Mender:
             try:
                 connection = await self._address.connect()
                 await self._work(connection)
-            except* BROKEN as group:
+            except* (*BROKEN, InvalidRequest) as group:
                 self._broken(_first(group))
-            except* InvalidRequest as group:
+            except* Exception as group:  # a fault of ours must not end the connection for good
+                log.exception("redis_failed", connection=type(self).__name__.lower())
                 self._broken(_first(group))
             finally:
                 self.up.clear()
@@ -248,6 +251,7 @@ class Link(_Mender):
         self._replicas = 0
         self._queue: deque[_Call] = deque()
         self._flight: deque[_Call | _Wait] = deque()
+        self._numbers = itertools.count()
         self._wake = asyncio.Event()
 
     def wait_for_replicas(self, count: int, command: Command) -> None:
@@ -258,7 +262,7 @@ class Link(_Mender):
     def send(self, command: Command) -> asyncio.Future[Any]:
         """Queue *command*; its reply. Whoever waits for it may go away: the call is completed all the same."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Call(_packed(command), future))
+        self._queue.append(_Call(next(self._numbers), _packed(command), future))
         self._wake.set()
         return future
 
@@ -269,7 +273,23 @@ class Link(_Mender):
             async with asyncio.timeout(self._timeout):
                 return await future
         except TimeoutError:
+            self._forget()
             raise self.unavailable() from None
+
+    def _forget(self) -> None:
+        """Let go of what was not sent and nobody waits for any more: an outage may be long."""
+        if self._queue and self._queue[0].future.done():
+            self._queue = deque(call for call in self._queue if not call.future.done())
+
+    def _unanswered(self) -> list[_Call]:
+        """What was sent, in that order; a call waits for its reply, or for the replicas behind it."""
+        calls = {call for entry in self._flight for call in (entry.calls if isinstance(entry, _Wait) else [entry])}
+        return sorted(calls, key=lambda call: call.number)
+
+    async def close(self) -> None:
+        await super().close()
+        for call in [*self._unanswered(), *self._queue]:
+            call.answer(BrokerUnavailable("The connection to Redis was closed."))
 
     def unavailable(self) -> BrokerUnavailable:
         why = str(self.failure or "").rstrip(".")
@@ -279,9 +299,8 @@ class Link(_Mender):
     async def _work(self, connection: AbstractConnection) -> None:
         await self._greet(connection)
         # What was sent and not answered goes again, before anything newer.
-        again = [call for entry in self._flight for call in (entry.calls if isinstance(entry, _Wait) else [entry])]
+        self._queue.extendleft(call for call in reversed(self._unanswered()) if not call.future.done())
         self._flight.clear()
-        self._queue.extendleft(call for call in reversed(again) if not call.future.done())
         self._wake.set()
         self.up.set()
         async with asyncio.TaskGroup() as tasks:
@@ -441,6 +460,8 @@ class Inbox(_Mender):
                 if not waiting and not self.up.is_set():
                     self.up.set()
                     self._on_up()
+            elif kind == b"sunsubscribe" and rest[0] in self._channels:
+                raise ConnectionError("another node serves these channels now")
 
     async def _ping(self) -> None:
         loop = asyncio.get_running_loop()

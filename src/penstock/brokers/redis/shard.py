@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
+import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, NoPermissionError
 
@@ -26,6 +27,8 @@ from penstock.core.errors import (
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.ports import Clock, QueuePolicy
 
+log = structlog.get_logger("penstock.redis")
+
 #: Seconds between two looks at the logs that are followed, for news that was lost on its way.
 REPAIR_INTERVAL = 1.0
 #: Runs that one read of a log answers with, ids that one look at heads asks for.
@@ -38,14 +41,15 @@ _ended = msgspec.msgpack.Decoder(Ended)
 
 
 class FollowedLog(LiveLog):
-    """A log that readers of this process follow. *epoch*: the store's when ours was last known to be its beginning."""
+    """A log that readers of this process follow. *epoch*: the store's when ours was last known to be its beginning (-1:
+    never yet)."""
 
     __slots__ = ("catching_up", "doubted", "epoch", "missed", "readers")
 
     def __init__(self, tenant: str, base: int) -> None:
         super().__init__(tenant, base)
         self.readers = 0
-        self.epoch = b"0"
+        self.epoch = -1
         self.missed = False
         self.doubted = False
         self.catching_up: asyncio.Task[None] | None = None
@@ -217,7 +221,10 @@ class Shard:
         """Messages are hints: look at all followed logs now and then, and read what a lost message would have told."""
         while True:
             await asyncio.sleep(REPAIR_INTERVAL)
-            await self._look()
+            try:
+                await self._look()
+            except Exception:  # whatever it was, the next look may see more
+                log.exception("redis_look_failed")
 
     async def _look(self) -> None:
         left, self._left = self._left, set()
@@ -232,7 +239,7 @@ class Shard:
     async def _look_at(self, ids: list[str], left: set[str]) -> None:
         doubts = self._doubts
         before = {job: self._followed[job].head for job in ids if job in self._followed}
-        answers = await self.run("follow", self.inbox_id, _pack(list(before)), _pack(list(left)))
+        epoch, answers = await self.run("follow", self.inbox_id, _pack(list(before)), _pack(list(left)))
         for job, (head, *rest) in zip(before, answers, strict=True):
             followed = self._followed.get(job)
             if followed is None or followed.ended:
@@ -240,25 +247,15 @@ class Shard:
             if head < 0:
                 followed.fail(ExpiredResult("This job ended, and its result has expired."))
                 continue
-            status, epoch, floor = rest
-            if self._is_rewound(followed, before[job], head, epoch, int(floor)):
+            status, claimed_in, floor = rest
+            if _is_rewound(followed, before[job], head, int(claimed_in), int(floor)):
                 followed.fail(lost(before[job], head))
                 continue
+            followed.epoch = int(epoch)
             if doubts == self._doubts:
                 followed.doubted = False
             if head > followed.head or status not in (b"queued", b"running") or followed.missed:
                 self.catch_up(job, followed)
-
-    @staticmethod
-    def _is_rewound(followed: FollowedLog, ours: int, head: int, epoch: bytes, floor: int) -> bool:
-        """Has the store lost what we have already given out? *ours* is our head when the store was asked."""
-        if ours > head:
-            return True
-        if epoch == followed.epoch:
-            return False
-        # The job was claimed anew since a crash that may have lost its last tokens: what is beyond *floor* is not ours.
-        followed.epoch = epoch
-        return 0 <= floor < ours
 
     def catch_up(self, job: str, followed: FollowedLog) -> None:
         """Read what is missing, once; nothing while it is in doubt whether our beginning is still the store's."""
@@ -300,6 +297,9 @@ class Shard:
         if kind != b"log":
             raise missing(kind)
         _, status, epoch, floor, runs = rest
+        followed = self._followed.get(job)
+        if follow and followed is not None and followed.epoch < 0:
+            followed.epoch = int(epoch)
         events: list[Event] = []
         position = after
         for field, blob in runs:
@@ -307,15 +307,12 @@ class Shard:
             if isinstance(event, Tokens):
                 event, position = event.after(position), event.last
             events.append(event)
-        followed = self._followed.get(job)
-        if follow and followed is not None and followed.readers == 1:
-            followed.epoch = epoch
         return events, status in (b"queued", b"running"), int(floor), len(runs) == PAGE
 
     def follow(self, tenant: str, job: str, after: int) -> FollowedLog:
         """The log as this process follows it, with one more reader."""
         followed = self._followed.get(job)
-        if followed is None:
+        if followed is None or followed.failure is not None:
             followed = self._followed[job] = FollowedLog(tenant, after)
             self._left.discard(job)
         followed.readers += 1
@@ -333,6 +330,15 @@ def missing(kind: bytes) -> NotFound:
     if kind == b"expired":
         return ExpiredResult("This job ended, and its result has expired.")
     return NotFound("No such job.")
+
+
+def _is_rewound(followed: FollowedLog, ours: int, head: int, claimed_in: int, floor: int) -> bool:
+    """Has the store lost what we have already given out? *ours* is our head when the store was asked.
+
+    If the job was claimed anew since a crash of the store that may have lost its last tokens, what is beyond *floor* is
+    not what we have.
+    """
+    return ours > head or (claimed_in > followed.epoch >= 0 and 0 <= floor < ours)
 
 
 def lost(ours: int, head: int) -> LogRewound:

@@ -1,4 +1,5 @@
--- Lease up to *limit* jobs. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 models, 7 limit,
+-- Lease up to *limit* jobs. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 what it takes
+-- (models, and MODEL/suspects where it may run them), 7 limit,
 -- 8 claimant ("inbox/n"; "" when it does not wait), 9 seconds it waits, 10 the error of an expired job.
 -- Answers the leases, {attempt, record, log} each. Sent twice (same request), it answers the same leases.
 local now, lease_now = tick()
@@ -28,7 +29,7 @@ if before then
 end
 
 -- The tenant served least among those in a class: (tenant, counter, when it was last picked). Scores are lower bounds of
--- the counters, which only grow: raise the ones at the top until the first is true. Ties go to the longest unserved.
+-- the counters: raise the ones at the top until the first is true. Ties go to the longest unserved.
 local function top(priority, model)
   local lanes = lanes_key(priority, model)
   while true do
@@ -43,7 +44,7 @@ local function top(priority, model)
         call("ZADD", lanes, "XX", value, tenant)
       elseif MAX_RUNNING > 0 and running >= MAX_RUNNING then
         call("ZREM", lanes, tenant)
-        call("SADD", base .. "parked:" .. tenant, class(priority, model))
+        call("HSET", base .. "tenant:" .. tenant, "pk", 1)
       elseif not best or served < best_served then
         best, best_served = tenant, served
       end
@@ -62,7 +63,7 @@ local function next_job()
       end
     end
     if best then
-      return load(call("ZRANGE", lane_key({ p = priority, m = best_model, t = best }), 0, 0)[1])
+      return load(call("ZRANGE", lane_key(priority, best_model, best), 0, 0)[1])
     end
   end
 end

@@ -1,5 +1,5 @@
 -- How the jobs stand that a process follows, and that it goes on following them. ARGV: 3 inbox, 4 ids, 5 ids it no longer
--- follows. Answers {head, status, epoch, floor} for each id, or {-1} for one that is gone.
+-- follows. Answers the epoch, and {head, status, epoch of its last claim, floor} for each id, or {-1} for one that is gone.
 local inbox = ARGV[3]
 for _, id in ipairs(cmsgpack.unpack(ARGV[5])) do
   local readers = call("HGET", base .. "job:" .. id, "rs")
@@ -18,4 +18,4 @@ for i, id in ipairs(cmsgpack.unpack(ARGV[4])) do
     heads[i] = { tonumber(own[1]), own[2], own[3] or "0", own[4] or "-1" }
   end
 end
-return { heads, {} }
+return { { call("HGET", base .. "meta", "epoch") or "0", heads }, {} }

@@ -12,11 +12,13 @@
 -- log:ID         stream  one entry a run, id = last position: t tokens | e the end
 -- gone:ID        string  tenant: the job's retention is over
 -- key:N:TENANT:K string  id of the job that was submitted under this idempotency key
--- tenant:T       hash  c virtual token counter, s when it was last picked, n queued, r running, by bytes
--- lane:P:N:M:T   zset  ids that a tenant has ready in a class, by order of service
--- lanes:P:M      zset  tenants with a lane in this class, by counter (a lower bound: counters only grow, see top)
+-- tenant:T       hash  c virtual token counter, s when it was last picked, n queued, r running, by bytes,
+--                      pk 1 when lanes were taken out of lanes:P:M because the tenant runs all it may
+-- lane:P:N:M:T   zset  ids that a tenant has ready in a class, by order of service. Suspects of an engine's death wait in
+--                      lanes of their own (M is then MODEL/suspects): not every worker may take them
+-- lanes:P:M      zset  tenants with a lane in this class that may run more, by counter (a lower bound, see top)
 -- waiting        zset  tenants with queued jobs, by counter (a lower bound)
--- parked:T       set   lanes that were taken out because the tenant runs all it may
+-- classes:T      set   P:M of the tenant's lanes
 -- leases, deadlines, delayed, ended   zset  ids by what the sweep looks for
 -- list:T, user:N:T:U                  zset  ids by seq
 -- depth, ready   hash  queued jobs, and those that may be claimed, by class
@@ -116,7 +118,15 @@ end
 
 local function class(priority, model) return priority .. ":" .. model end
 
-local function lane_key(job) return base .. "lane:" .. job.p .. ":" .. #job.m .. ":" .. job.m .. ":" .. job.t end
+-- What a job waits for: its model, or a worker that may take suspects.
+local function waits_for(job)
+  if tonumber(job.su or 0) > 0 then return job.m .. "/suspects" end
+  return job.m
+end
+
+local function lane_key(priority, model, tenant)
+  return base .. "lane:" .. priority .. ":" .. #model .. ":" .. model .. ":" .. tenant
+end
 
 local function lanes_key(priority, model) return base .. "lanes:" .. class(priority, model) end
 
@@ -146,10 +156,12 @@ local function ring(model, lease_now)
 end
 
 local function enter_lane(job, lease_now)
-  call("ZADD", lane_key(job), job.hd == "1" and job.q + AHEAD or job.q, job.id)
-  call("ZADD", lanes_key(job.p, job.m), counter(job.t), job.t)
-  add("ready", class(job.p, job.m), 1)
-  ring(job.m, lease_now)
+  local model = waits_for(job)
+  call("ZADD", lane_key(job.p, model, job.t), job.hd == "1" and job.q + AHEAD or job.q, job.id)
+  call("ZADD", lanes_key(job.p, model), counter(job.t), job.t)
+  call("SADD", base .. "classes:" .. job.t, class(job.p, model))
+  add("ready", class(job.p, model), 1)
+  ring(model, lease_now)
 end
 
 -- The smallest counter among tenants with queued jobs, or nil. Their scores are lower bounds: raise those at the top.
@@ -198,13 +210,14 @@ end
 
 local function leave_queue(job)
   if job.rd == "1" then
-    local lane = lane_key(job)
+    local model = waits_for(job)
+    local lane = lane_key(job.p, model, job.t)
     call("ZREM", lane, job.id)
     if call("EXISTS", lane) == 0 then
-      call("ZREM", lanes_key(job.p, job.m), job.t)
-      call("SREM", base .. "parked:" .. job.t, class(job.p, job.m))
+      call("ZREM", lanes_key(job.p, model), job.t)
+      call("SREM", base .. "classes:" .. job.t, class(job.p, model))
     end
-    add("ready", class(job.p, job.m), -1)
+    add("ready", class(job.p, model), -1)
   else
     call("ZREM", base .. "delayed", job.id)
   end
@@ -223,24 +236,31 @@ local function leave_running(job, lease_now)
   call("HINCRBY", base .. "tenant:" .. job.t, "r", -1)
   add("counts", "running", -1)
   rest(job.t)
-  if MAX_RUNNING > 0 then
-    local parked = base .. "parked:" .. job.t
-    for _, each in ipairs(call("SMEMBERS", parked)) do
+  if call("HDEL", base .. "tenant:" .. job.t, "pk") == 1 then
+    for _, each in ipairs(call("SMEMBERS", base .. "classes:" .. job.t)) do
       call("ZADD", base .. "lanes:" .. each, counter(job.t), job.t)
       ring(string.match(each, "^%d+:(.*)$"), lease_now)
     end
-    call("DEL", parked)
   end
 end
 
+-- Add to a tenant's counter. Where it falls (a prompt was shorter than estimated) the scores, lower bounds of it, follow.
 local function charge(tenant, cost)
-  if cost ~= 0 then call("HINCRBYFLOAT", base .. "tenant:" .. tenant, "c", string.format("%.17g", cost)) end
+  if cost == 0 then return end
+  local value = call("HINCRBYFLOAT", base .. "tenant:" .. tenant, "c", string.format("%.17g", cost))
+  if cost < 0 then
+    call("ZADD", base .. "waiting", "XX", "LT", value, tenant)
+    for _, each in ipairs(call("SMEMBERS", base .. "classes:" .. tenant)) do
+      call("ZADD", base .. "lanes:" .. each, "XX", "LT", value, tenant)
+    end
+  end
 end
 
 -- ------------------------------------------------------------------------------------------------- jobs
 
 local JOB = {
-  "t", "u", "m", "p", "w", "es", "dl", "q", "s", "a", "h", "rd", "hd", "pt", "ik", "rs", "re", "cr", "da", "lo", "ep", "by",
+  "t", "u", "m", "p", "w", "es", "dl", "q", "s", "a", "h", "rd", "hd", "pt", "ik", "rs", "re", "cr", "da", "su", "lo", "ep",
+  "by",
 }
 
 -- What the transitions look at of a job, or nil. Missing fields are false.
@@ -260,24 +280,36 @@ end
 -- 1 for the next job. An estimate, as every fair queue's: other tenants take turns with this one. Counts the classes
 -- above, the tenant's own jobs ahead, and of every other tenant at most as many plus one.
 local function queue_position(job)
-  local own = call("ZRANK", lane_key(job), job.id)
+  local model = waits_for(job)
+  local own = call("ZRANK", lane_key(job.p, model, job.t), job.id)
   if not own then return 0 end
   local ahead = 0
   for priority = 0, tonumber(job.p) - 1 do
-    ahead = ahead + tonumber(call("HGET", base .. "ready", class(priority, job.m)) or 0)
+    ahead = ahead + tonumber(call("HGET", base .. "ready", class(priority, model)) or 0)
   end
-  local lanes = lanes_key(job.p, job.m)
+  local lanes = lanes_key(job.p, model)
   local others = call("ZCARD", lanes) - 1
   if others > 64 then -- too many to ask each
-    local all = tonumber(call("HGET", base .. "ready", class(job.p, job.m)) or 0)
+    local all = tonumber(call("HGET", base .. "ready", class(job.p, model)) or 0)
     return 1 + own + ahead + math.min(others * (own + 1), all - own - 1)
   end
   for _, tenant in ipairs(call("ZRANGE", lanes, 0, -1)) do
     if tenant ~= job.t then
-      ahead = ahead + math.min(own + 1, call("ZCARD", lane_key({ p = job.p, m = job.m, t = tenant })))
+      ahead = ahead + math.min(own + 1, call("ZCARD", lane_key(job.p, model, tenant)))
     end
   end
   return 1 + own + ahead
+end
+
+-- How many jobs have ended within the last minute.
+local function recent_ends(now)
+  local count, second = 0, math.floor(now)
+  local ends = call("HGETALL", base .. "ends")
+  for i = 1, #ends, 2 do
+    local age = second - tonumber(ends[i])
+    if age >= 0 and age <= 60 then count = count + tonumber(ends[i + 1]) end
+  end
+  return count
 end
 
 -- Close a log: exactly one terminal event, at the position after the last token.

@@ -1,8 +1,8 @@
 -- A part of a log, and from now on its news. ARGV: 3 tenant, 4 id, 5 after, 6 how many runs at most, 7 inbox of the process
--- that follows it ("" for none). Answers {"log", head, status, epoch, floor, runs} | {"rewound", head} | {"expired"} |
+-- that follows it ("" for none). Answers {"log", head, status, epoch now, floor, runs} | {"rewound", head} | {"expired"} |
 -- {"unknown"}; a run is {field, blob}.
 local id, after = ARGV[4], tonumber(ARGV[5])
-local own = call("HMGET", base .. "job:" .. id, "t", "h", "s", "ep", "fl", "rs")
+local own = call("HMGET", base .. "job:" .. id, "t", "h", "s", "rs", "fl")
 if own[1] ~= ARGV[3] then
   return { { call("GET", base .. "gone:" .. id) == ARGV[3] and "expired" or "unknown" }, {} }
 end
@@ -11,7 +11,7 @@ local last = open and head or head + 1
 if after > last then return { { "rewound", head }, {} } end
 local inbox = ARGV[7]
 if inbox ~= "" and open then
-  local others = without(own[6], inbox)
+  local others = without(own[4], inbox)
   call("HSET", base .. "job:" .. id, "rs", others == "" and inbox or others .. "," .. inbox)
 end
 local runs = {}
@@ -20,4 +20,4 @@ if after < last then
     runs[i] = entry[2]
   end
 end
-return { { "log", head, own[3], own[4] or "0", own[5] or "-1", runs }, {} }
+return { { "log", head, own[3], call("HGET", base .. "meta", "epoch") or "0", own[5] or "-1", runs }, {} }

@@ -16,6 +16,7 @@ for _, release in ipairs(cmsgpack.unpack(ARGV[3])) do
       else
         local suspects = math.max(1, math.floor(crashed_beside / 2))
         call("HSET", key, "cr", crashes + 1, "da", alone, "su", suspects)
+        job.su = suspects
       end
     end
     if retry and not failure then

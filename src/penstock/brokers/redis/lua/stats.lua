@@ -6,12 +6,7 @@ for i, id in ipairs(call("ZRANGE", base .. "alive", lease_now - tonumber(ARGV[3]
   local silent = lease_now - tonumber(call("ZSCORE", base .. "alive", id))
   workers[i] = { call("HGET", base .. "workers", id) or "", string.format("%.17g", silent) }
 end
-local rate, second = 0, math.floor(now)
-local ends = call("HGETALL", base .. "ends")
-for i = 1, #ends, 2 do
-  if tonumber(ends[i]) >= second - 60 then rate = rate + tonumber(ends[i + 1]) end
-end
 return { {
-  call("HGETALL", base .. "counts"), call("HGETALL", base .. "depth"), workers, rate,
+  call("HGETALL", base .. "counts"), call("HGETALL", base .. "depth"), workers, recent_ends(now),
   tonumber(call("HGET", base .. "meta", "lost") or 0), string.format("%.17g", now),
 }, {} }

@@ -1,7 +1,7 @@
 -- Store a job and queue it. ARGV: 3 id, 4 tenant, 5 user, 6 model, 7 priority, 8 estimated prompt tokens, 9 deadline ("" for
 -- none), 10 the caller's clock, 11 idempotency key, 12 fingerprint, 13 weight, 14 request, 15 max queued, 16 max queued per
--- tenant, 17 max bytes per tenant. Answers {"new", created at, position} | {"old", record, position} | {"mismatch"} |
--- {"full" | "tenant" | "bytes", how many, ends in the last minute}. Sent twice (same id), it answers "old".
+-- tenant, 17 max bytes per tenant, 18 is Redis nearly full (1/0). Answers {"new", created at, position} | {"old", record, position} | {"mismatch"} |
+-- {"memory" | "full" | "tenant" | "bytes", how many, ends in the last minute}. Sent twice (same id), it answers "old".
 local now, lease_now = tick()
 local id, tenant, model = ARGV[3], ARGV[4], ARGV[6]
 
@@ -20,15 +20,9 @@ if key then
   end
 end
 
-local function refuse(why, count)
-  local rate, second = 0, math.floor(now)
-  local ends = call("HGETALL", base .. "ends")
-  for i = 1, #ends, 2 do
-    if tonumber(ends[i]) >= second - 60 then rate = rate + tonumber(ends[i + 1]) end
-  end
-  return { { why, count, rate }, {} }
-end
+local function refuse(why, count) return { { why, count, recent_ends(now) }, {} } end
 
+if ARGV[18] == "1" then return refuse("memory", 0) end
 local limits = { tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17]) }
 local queued = tonumber(call("HGET", base .. "counts", "queued") or 0)
 if limits[1] > 0 and queued >= limits[1] then return refuse("full", queued) end

@@ -70,10 +70,9 @@ for _, worker in ipairs(call("ZRANGE", base .. "alive", "-inf", horizon, "BYSCOR
   call("ZREM", base .. "alive", worker)
   call("HDEL", base .. "workers", worker)
 end
-local ends = call("HKEYS", base .. "ends")
-if #ends > 120 then
-  for _, second in ipairs(ends) do
-    if tonumber(second) < now - 61 then call("HDEL", base .. "ends", second) end
+if call("HLEN", base .. "ends") > 120 then
+  for _, second in ipairs(call("HKEYS", base .. "ends")) do
+    if math.abs(tonumber(second) - now) > 61 then call("HDEL", base .. "ends", second) end
   end
 end
 return deliver(touched)
