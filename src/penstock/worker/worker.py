@@ -144,7 +144,7 @@ class Worker:
     async def _claim_loop(self) -> None:
         while not self._stopping.is_set():
             free = self._free_slots()
-            if free <= 0 or self._pending or self._state != "ready":
+            if free <= 0 or self._pending or self._trials() or self._state != "ready":
                 self._changed.clear()
                 await self._changed.wait()
                 continue
@@ -163,7 +163,11 @@ class Worker:
                 log.warning("claim_failed", error=error.message)
                 await asyncio.sleep(random.uniform(0.1, 1.0))
                 continue
-            self._pending.extend(leases)
+            suspects = [lease for lease in leases if lease.job.suspects]
+            if suspects and len(suspects) < len(leases):
+                # They want the engine for themselves: whoever came with them is better off elsewhere, or later.
+                await self._release([Release(lease.key) for lease in leases if not lease.job.suspects])
+            self._pending.extend(suspects or leases)
             await self._admit()
 
     def _free_slots(self) -> int:
@@ -185,18 +189,27 @@ class Worker:
         """Here they would wait until everybody else has ended: better a worker that has nothing to do, as the one whose
         engine died. Where none is, one that is never idle makes room for them now and then."""
         now = asyncio.get_running_loop().time()
-        if any(not active.trial for active in self._active.values()) and now < self._room_at:
+        if self._has_bystanders() and now < self._room_at:
             return False
         self._room_at = now + ROOM_INTERVAL
         return True
 
+    def _trials(self) -> list[_Active]:
+        return [active for active in self._active.values() if active.trial]
+
     def _may_join(self, lease: Lease) -> bool:
-        trials = [active for active in self._active.values() if active.trial]
+        trials = self._trials()
         if lease.job.suspects == 0:
             return not trials
-        bystanders = len(self._active) > len(trials)
-        smallest = min([lease.job.suspects, *(active.lease.job.suspects for active in trials)])
-        return not bystanders and len(trials) < smallest
+        group = [lease, *(active.lease for active in trials)]
+        smallest = min(each.job.suspects for each in group)
+        if smallest == 1 and any(each.job.crashes > 1 for each in group):
+            return not self._active  # really alone, or its death would prove nothing
+        return not self._has_bystanders() and len(trials) < smallest
+
+    def _has_bystanders(self) -> bool:
+        """Does a job run here that was in no engine's death? Suspects that were cleared may run beside others."""
+        return any(active.lease.job.suspects == 0 for active in self._active.values())
 
     # ------------------------------------------------------------------------------------ generate → append
 
@@ -305,14 +318,19 @@ class Worker:
             await self._broker.claim(self.info, [], 0, 0)
 
     async def _bury_engine(self, error: EngineDied) -> None:
-        """Give every job back as a suspect, and start a new engine, with growing pauses while that fails."""
+        """Give every job back as a suspect (of those on trial and those cleared: the ones on trial), and start a new
+        engine, with growing pauses while that fails."""
+        blamed = {active.lease.job.id for active in self._trials() or self._active.values()}
+        beside = len(blamed) if len(blamed) == len(self._active) else max(2, len(blamed))  # cleared is not absolved
         leases = [active.lease for active in self._active.values()]
         log.error("engine_died", error=error.message, jobs=len(leases))
         self._active.clear()
         self._state = "restarting" if not self._stopping.is_set() else "draining"
         if self._claim is not None:
             self._claim.cancel()
-        await self._release([Release(lease.key, crashed_beside=len(leases)) for lease in leases])
+        await self._release(
+            [Release(lease.key, crashed_beside=beside if lease.job.id in blamed else None) for lease in leases]
+        )
         self._changed.set()
         await self._register()
         delay = self._restart_backoff

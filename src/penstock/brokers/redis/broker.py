@@ -114,14 +114,14 @@ class RedisBroker:
                 tier=self._tier,
                 clock=clock,
                 timeout=timeout,
-                on_ring=lambda claimant, model, number=number: self._rung(number, claimant, model),  # type: ignore[misc]
+                on_ring=lambda worker, model, number=number: self._rung(number, worker, model),  # type: ignore[misc]
                 on_arrival=self._arrived,
             )
             for number in range(shards)
         ]
         self._rotation = itertools.count()
-        self._claimants: dict[int, asyncio.Event] = {}
-        self._numbers = itertools.count(1)
+        self._worker_numbers: dict[str, int] = {}
+        self._waiting: dict[int, list[asyncio.Event]] = defaultdict(list)
         self._registered: dict[str, float] = {}
         self._arrivals: dict[bytes, list[asyncio.Queue[str]]] = defaultdict(list)
         self._subscribing: set[asyncio.Future[None]] = set()
@@ -226,18 +226,18 @@ class RedisBroker:
         # Suspects first: they were there before, and they wait in lanes of their own.
         names = [*(f"{name}/suspects" for name in models if worker.takes_suspects), *models]
         if limit <= 0 or not names:
-            await self._shards[0].run("claim", *self._claim_arguments(worker.id, registration, [], 0, "", 0.0))
+            await self._shards[0].run("claim", *self._claim_arguments(worker.id, registration, [], 0, "", ""))
             return []
         until = loop.time() + wait
-        claimant, bell = next(self._numbers), asyncio.Event()
-        self._claimants[claimant] = bell
+        number, bell = self._worker_numbers.setdefault(worker.id, len(self._worker_numbers)), asyncio.Event()
+        self._waiting[number].append(bell)
         try:
             while True:
                 left = min(CLAIM_POLL, until - loop.time())
-                waiting = f"{self._inbox_id}/{claimant}" if left > 0 else ""
+                load = max(0, worker.slots - limit) if left > 0 else ""
                 bell.clear()
                 leases = await self._uncancelled(
-                    self._take(worker.id, registration, names, limit, waiting, max(left, 0.0) + 0.5)
+                    self._take(worker.id, registration, names, limit, f"{self._inbox_id}/{number}", load)
                 )
                 if leases or left <= 0:
                     return leases
@@ -245,15 +245,15 @@ class RedisBroker:
                     async with asyncio.timeout(left):
                         await bell.wait()
         finally:
-            del self._claimants[claimant]
+            self._waiting[number].remove(bell)
 
     def _claim_arguments(
-        self, worker: str, registration: bytes, models: list[str], limit: int, claimant: str, wait: float
+        self, worker: str, registration: bytes, models: list[str], limit: int, claimant: str, load: int | str
     ) -> list[bytes | str | int | float]:
-        return [secrets.token_hex(8), worker, registration, _pack(models), limit, claimant, wait, _EXPIRED]
+        return [secrets.token_hex(8), worker, registration, _pack(models), limit, claimant, load, _EXPIRED]
 
     async def _take(
-        self, worker: str, registration: bytes, models: list[str], limit: int, claimant: str, wait: float
+        self, worker: str, registration: bytes, models: list[str], limit: int, claimant: str, load: int | str
     ) -> list[Lease]:
         """Claim from one shard after the other, each time beginning with the next, until *limit* jobs are leased."""
         leases: list[Lease] = []
@@ -267,7 +267,7 @@ class RedisBroker:
             if registers:
                 self._registered[worker] = now
             arguments = self._claim_arguments(
-                worker if registers else "", registration, models, limit - len(leases), "" if leases else claimant, wait
+                worker if registers else "", registration, models, limit - len(leases), claimant, "" if leases else load
             )
             try:
                 leases += [_lease(*each) for each in await shard.run("claim", *arguments)]
@@ -278,7 +278,7 @@ class RedisBroker:
                 break
         if self._registered.get(worker, 0.0) < now - REGISTER_INTERVAL:
             self._registered[worker] = now
-            self._shards[0].post("claim", *self._claim_arguments(worker, registration, [], 0, "", 0.0))
+            self._shards[0].post("claim", *self._claim_arguments(worker, registration, [], 0, "", ""))
         return leases
 
     async def _uncancelled(self, claim: Any) -> list[Lease]:
@@ -299,11 +299,10 @@ class RedisBroker:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _rung(self, shard: int, claimant: int, model: str) -> None:
-        bell = self._claimants.get(claimant)
-        if bell is None:
+    def _rung(self, shard: int, worker: int, model: str) -> None:
+        if not self._waiting[worker]:
             self._shards[shard].post("ring", model)  # it no longer waits: the next one
-        else:
+        for bell in self._waiting[worker]:
             bell.set()
 
     # ------------------------------------------------------------------------------------ append

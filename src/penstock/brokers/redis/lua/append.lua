@@ -26,7 +26,7 @@ for i, append in ipairs(appends) do
     verdicts[i] = why(job, tenant, attempt, position, count)
   elseif job.dl and tonumber(job.dl) <= now then
     verdicts[i] = "expired"
-    end_running(job, "expired", nil, ARGV[4], now, lease_now)
+    end_running(job, "expired", nil, ARGV[4], now)
   elseif position > tonumber(job.h) + 1 then
     verdicts[i] = "lost" -- a gap: this worker's view of the log is wrong
   else
@@ -57,7 +57,7 @@ for i, append in ipairs(appends) do
       sum[1] = sum[1] + cost / weight
     end
     if append[8] then
-      end_running(job, append[8], ARGV[append[9]], append[10] and ARGV[append[10]] or nil, now, lease_now)
+      end_running(job, append[8], ARGV[append[9]], append[10] and ARGV[append[10]] or nil, now)
     end
   end
 end

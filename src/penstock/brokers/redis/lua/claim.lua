@@ -1,6 +1,6 @@
 -- Lease up to *limit* jobs. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 what it takes
 -- (models, and MODEL/suspects where it may run them), 7 limit,
--- 8 claimant ("inbox/n"; "" when it does not wait), 9 seconds it waits, 10 the error of an expired job.
+-- 8 claimant (inbox/n), 9 how many jobs it runs ("" when it does not wait), 10 the error of an expired job.
 -- Answers the leases, {attempt, record, log} each. Sent twice (same request), it answers the same leases.
 local now, lease_now = tick()
 local request, limit, claimant = ARGV[3], tonumber(ARGV[7]), ARGV[8]
@@ -68,6 +68,21 @@ local function next_job()
   end
 end
 
+for _, model in ipairs(models) do call("ZREM", base .. "idle:" .. model, claimant) end
+
+-- Others that wait get their share of what there is.
+local function share()
+  local idle, ready = 0, 0
+  for _, model in ipairs(models) do
+    idle = math.max(idle, call("ZCARD", base .. "idle:" .. model))
+    for priority = 0, 2 do
+      ready = ready + tonumber(call("HGET", base .. "ready", class(priority, model)) or 0)
+    end
+  end
+  return math.max(1, math.ceil(ready / (idle + 1)))
+end
+
+if limit > 1 then limit = math.min(limit, share()) end
 local epoch = call("HGET", meta, "epoch") or "0"
 local leases, given = {}, {}
 while #leases < limit do
@@ -99,9 +114,9 @@ end
 
 if #leases > 0 then
   call("SET", base .. "reply:" .. request, pack(given), "EX", 30)
-elseif claimant ~= "" then
+elseif ARGV[9] ~= "" then
   for _, model in ipairs(models) do
-    call("ZADD", base .. "idle:" .. model, lease_now + tonumber(ARGV[9]), claimant)
+    call("ZADD", base .. "idle:" .. model, ARGV[9], claimant)
     call("EXPIRE", base .. "idle:" .. model, 60)
   end
 end

@@ -24,7 +24,7 @@
 -- depth, ready   hash  queued jobs, and those that may be claimed, by class
 -- counts, ends   hash  jobs by status; ends by second
 -- workers, alive hash, zset   what workers said of themselves, and when (lease clock)
--- idle:M         zset  claimants that wait, by the lease clock's time at which they stop
+-- idle:M         zset  claimants that wait, or did lately, by how many jobs they run
 -- reply:R        string  what claim R was given, for when its reply is lost
 
 local call = redis.call
@@ -142,26 +142,24 @@ local function add(hash, field, by)
   if call("HINCRBY", base .. hash, field, by) == 0 then call("HDEL", base .. hash, field) end
 end
 
--- Wake one claimant that waits for the model. One that has died is not told; one that no longer waits passes it on.
-local function ring(model, lease_now)
+-- Wake the claimant with the least to do. One that has died does not hear it; one that no longer waits passes it on.
+local function ring(model)
   local idle = base .. "idle:" .. model
   while true do
     local first = call("ZPOPMIN", idle)
     if not first[1] then return end
-    if tonumber(first[2]) >= lease_now then
-      local inbox, claimant = string.match(first[1], "^(.-)/(.*)$")
-      if call("SPUBLISH", base .. "inbox:" .. inbox, "r" .. claimant .. "/" .. model) > 0 then return end
-    end
+    local inbox, claimant = string.match(first[1], "^(.-)/(.*)$")
+    if call("SPUBLISH", base .. "inbox:" .. inbox, "r" .. claimant .. "/" .. model) > 0 then return end
   end
 end
 
-local function enter_lane(job, lease_now)
+local function enter_lane(job)
   local model = waits_for(job)
   call("ZADD", lane_key(job.p, model, job.t), job.hd == "1" and job.q + AHEAD or job.q, job.id)
   call("ZADD", lanes_key(job.p, model), counter(job.t), job.t)
   call("SADD", base .. "classes:" .. job.t, class(job.p, model))
   add("ready", class(job.p, model), 1)
-  ring(model, lease_now)
+  ring(model)
 end
 
 -- The smallest counter among tenants with queued jobs, or nil. Their scores are lower bounds: raise those at the top.
@@ -176,7 +174,7 @@ local function smallest_waiting()
 end
 
 -- Count a job in. A tenant that arrives with nothing waiting is lifted (VTC, algorithm 2, lines 6-13).
-local function enter_queue(job, arriving, ready, lease_now)
+local function enter_queue(job, arriving, ready)
   local key = base .. "tenant:" .. job.t
   local own = call("HMGET", key, "c", "n")
   local value, queued = tonumber(own[1] or 0), tonumber(own[2] or 0)
@@ -198,7 +196,7 @@ local function enter_queue(job, arriving, ready, lease_now)
   call("HINCRBY", key, "n", 1)
   add("depth", class(job.p, job.m), 1)
   add("counts", "queued", 1)
-  if ready then enter_lane(job, lease_now) end
+  if ready then enter_lane(job) end
 end
 
 -- Forget an idle tenant in a day.
@@ -231,7 +229,7 @@ local function leave_queue(job)
 end
 
 -- Count a job out of the running ones; lanes of a tenant that ran all it may come back.
-local function leave_running(job, lease_now)
+local function leave_running(job)
   call("ZREM", base .. "leases", job.id)
   call("HINCRBY", base .. "tenant:" .. job.t, "r", -1)
   add("counts", "running", -1)
@@ -239,7 +237,7 @@ local function leave_running(job, lease_now)
   if call("HDEL", base .. "tenant:" .. job.t, "pk") == 1 then
     for _, each in ipairs(call("SMEMBERS", base .. "classes:" .. job.t)) do
       call("ZADD", base .. "lanes:" .. each, counter(job.t), job.t)
-      ring(string.match(each, "^%d+:(.*)$"), lease_now)
+      ring(string.match(each, "^%d+:(.*)$"))
     end
   end
 end
@@ -331,9 +329,9 @@ local function close_log(job, status, reasons, error, now)
   tell(job.id, job.rs, nil, ended)
 end
 
-local function end_running(job, status, reasons, error, now, lease_now)
+local function end_running(job, status, reasons, error, now)
   close_log(job, status, reasons, error, now)
-  leave_running(job, lease_now)
+  leave_running(job)
 end
 
 local function end_queued(job, status, error, now)
@@ -346,9 +344,9 @@ local function requeue(job, delay, lease_now)
   local ready = delay <= 0
   job.hd, job.rd = "1", ready and "1" or "0"
   call("HSET", base .. "job:" .. job.id, "s", "queued", "hd", "1", "rd", job.rd)
-  leave_running(job, lease_now)
+  leave_running(job)
   if not ready then call("ZADD", base .. "delayed", lease_now + delay, job.id) end
-  enter_queue(job, false, ready, lease_now)
+  enter_queue(job, false, ready)
 end
 
 -- Does this process hold the lease that it names?

@@ -27,7 +27,7 @@ for _, release in ipairs(cmsgpack.unpack(ARGV[3])) do
       end
     end
     if failure then
-      end_running(job, "failed", nil, failure, now, lease_now)
+      end_running(job, "failed", nil, failure, now)
     else
       requeue(job, release[6], lease_now)
     end

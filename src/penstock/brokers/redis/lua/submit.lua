@@ -2,7 +2,7 @@
 -- none), 10 the caller's clock, 11 idempotency key, 12 fingerprint, 13 weight, 14 request, 15 max queued, 16 max queued per
 -- tenant, 17 max bytes per tenant, 18 is Redis nearly full (1/0). Answers {"new", created at, position} | {"old", record, position} | {"mismatch"} |
 -- {"memory" | "full" | "tenant" | "bytes", how many, ends in the last minute}. Sent twice (same id), it answers "old".
-local now, lease_now = tick()
+local now = tick()
 local id, tenant, model = ARGV[3], ARGV[4], ARGV[6]
 
 local function known(job_id)
@@ -54,7 +54,7 @@ if key then
 end
 for _, list in ipairs(list_keys(job)) do call("ZADD", list, seq, id) end
 call("HINCRBY", base .. "tenant:" .. tenant, "by", bytes)
-enter_queue(job, true, true, lease_now)
+enter_queue(job, true, true)
 if job.u ~= "" then
   call("SPUBLISH", base .. "arrivals:" .. #tenant .. ":" .. tenant .. ":" .. job.u, id)
 end

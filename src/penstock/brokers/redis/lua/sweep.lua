@@ -12,7 +12,7 @@ for _, id in ipairs(due("deadlines", now)) do
     call("ZREM", base .. "deadlines", id)
   else
     if job.s == "running" then
-      end_running(job, "expired", nil, ARGV[4], now, lease_now)
+      end_running(job, "expired", nil, ARGV[4], now)
     else
       end_queued(job, "expired", ARGV[4], now)
     end
@@ -27,7 +27,7 @@ for _, id in ipairs(due("leases", lease_now)) do
   else
     local losses = tonumber(job.lo or 0) + 1
     if losses > MAX_LOSSES then
-      end_running(job, "failed", nil, ARGV[5], now, lease_now)
+      end_running(job, "failed", nil, ARGV[5], now)
     else
       call("HSET", base .. "job:" .. id, "lo", losses)
       call("HINCRBY", base .. "meta", "lost", 1)
@@ -42,7 +42,7 @@ for _, id in ipairs(due("delayed", lease_now)) do
   local job = load(id)
   if job and job.s == "queued" and job.rd == "0" then
     call("HSET", base .. "job:" .. id, "rd", 1)
-    enter_lane(job, lease_now)
+    enter_lane(job)
     touched = touched + 1
   end
 end
