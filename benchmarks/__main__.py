@@ -420,6 +420,12 @@ def _give_up(error: Exception) -> None:
     raise typer.Exit(2)
 
 
+def _terminate(*_: object) -> None:
+    """So that started servers are stopped. `timeout` sends the signal twice: the second must not break that off."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that started servers are stopped
+    signal.signal(signal.SIGTERM, _terminate)
     app()
