@@ -20,6 +20,8 @@ from penstock.observability.jobs import JobRecord
 _FILE_BYTES = 50_000_000
 _FILES = 5
 
+_jobs = structlog.get_logger("penstock.job")
+
 
 def configure(level: str, format: str, directory: Path | None) -> None:
     """Route structlog and the standard library's logging (uvicorn, libraries) to the same handlers."""
@@ -78,7 +80,7 @@ def configure(level: str, format: str, directory: Path | None) -> None:
 
 def log_job(record: JobRecord) -> None:
     """One line on the ordinary log per finished job."""
-    structlog.get_logger("penstock.job").info(
+    _jobs.info(
         "job_ended",
         job_id=record.job,
         tenant=record.tenant,

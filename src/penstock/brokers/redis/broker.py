@@ -308,13 +308,15 @@ class RedisBroker:
     # ------------------------------------------------------------------------------------ append
 
     async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
+        if len(self._shards) == 1 and appends:
+            return await self._append(self._shards[0], appends)
         by_shard: dict[int, list[Append]] = defaultdict(list)
         for append in appends:
             by_shard[self._shard(append.lease.job).number].append(append)
         parts = await asyncio.gather(*(self._append(self._shards[n], part) for n, part in by_shard.items()))
         return {job: verdict for part in parts for job, verdict in part.items()}
 
-    async def _append(self, shard: Shard, appends: list[Append]) -> dict[str, Verdict]:
+    async def _append(self, shard: Shard, appends: Sequence[Append]) -> dict[str, Verdict]:
         blobs: list[bytes] = []
 
         def argument(value: object) -> int:

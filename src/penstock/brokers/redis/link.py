@@ -58,7 +58,8 @@ _ELSEWHERE = (
     NoScriptError,
 )  # fmt: skip
 
-BROKEN = (RedisError, OSError, asyncio.IncompleteReadError, TimeoutError)
+#: What a broken connection raises (RuntimeError: uvloop, when it writes to one that was reset a moment ago).
+BROKEN = (RedisError, OSError, asyncio.IncompleteReadError, TimeoutError, RuntimeError)
 
 Word = bytes | str | int | float
 Command = Sequence[Word]

@@ -20,7 +20,7 @@ end
 for i, append in ipairs(appends) do
   local id, tenant, attempt, position, count = append[1], append[2], append[3], append[4], append[5]
   local key = base .. "job:" .. id
-  local own = call("HMGET", key, "t", "s", "a", "h", "dl", "pt", "es", "w", "by", "rs", "fa")
+  local own = call("HMGET", key, "t", "s", "a", "h", "dl", "pt", "es", "w", "by", "rs", "lu")
   local job = own[1] and { id = id, t = own[1], s = own[2], a = own[3], h = own[4], dl = own[5], pt = own[6], rs = own[10] }
   if not holds(job, tenant, attempt) then
     verdicts[i] = why(job, tenant, attempt, position, count)
@@ -31,7 +31,10 @@ for i, append in ipairs(appends) do
     verdicts[i] = "lost" -- a gap: this worker's view of the log is wrong
   else
     verdicts[i] = "ok"
-    call("ZADD", base .. "leases", lease_until, id)
+    if lease_until - tonumber(own[11]) >= RENEWAL then
+      call("ZADD", base .. "leases", lease_until, id)
+      call("HSET", key, "lu", lease_until)
+    end
     local weight, cost = tonumber(own[8]), 0
     if append[6] and not job.pt then
       job.pt = append[6]
@@ -43,7 +46,7 @@ for i, append in ipairs(appends) do
       local run = ARGV[append[7]]
       call("XADD", base .. "log:" .. id, last .. "-0", "t", run)
       call("HSET", key, "h", last, "by", tonumber(own[9]) + #run + 32)
-      if not own[11] then call("HSET", key, "fa", now) end
+      if head == 0 then call("HSET", key, "fa", now) end
       job.h = last
       tell(id, job.rs, run)
       cost = cost + OUTPUT_COST * (last - head)

@@ -12,10 +12,12 @@ if ARGV[4] ~= "" then
   call("ZADD", base .. "alive", lease_now, ARGV[4])
 end
 
-local function lease(id, attempt)
+local function lease(job, attempt)
   local log = {}
-  for i, entry in ipairs(call("XRANGE", base .. "log:" .. id, "-", "+")) do log[i] = entry[2][2] end
-  return { attempt, record(id), log }
+  if job.h ~= "0" then
+    for i, entry in ipairs(call("XRANGE", base .. "log:" .. job.id, "-", "+")) do log[i] = entry[2][2] end
+  end
+  return { attempt, record(job.id), log }
 end
 
 local before = call("GET", base .. "reply:" .. request)
@@ -23,7 +25,7 @@ if before then
   local leases = {}
   for _, given in ipairs(cmsgpack.unpack(before)) do
     local job = load(given[1])
-    if job and job.s == "running" and tonumber(job.a) == given[2] then leases[#leases + 1] = lease(given[1], given[2]) end
+    if job and job.s == "running" and tonumber(job.a) == given[2] then leases[#leases + 1] = lease(job, given[2]) end
   end
   return { leases, {} }
 end
@@ -37,7 +39,7 @@ local function top(priority, model)
     if not first[1] then return nil end
     local score = tonumber(first[2])
     local best, best_served
-    for _, tenant in ipairs(call("ZRANGE", lanes, first[2], first[2], "BYSCORE", "LIMIT", 0, 16)) do
+    for _, tenant in ipairs(call("ZRANGE", lanes, first[2], first[2], "BYSCORE", "LIMIT", 0, 4)) do
       local own = call("HMGET", base .. "tenant:" .. tenant, "c", "s", "r")
       local value, served, running = tonumber(own[1] or 0), tonumber(own[2] or 0), tonumber(own[3] or 0)
       if value > score then
@@ -91,23 +93,22 @@ while #leases < limit do
   if job.dl and tonumber(job.dl) <= now then
     end_queued(job, "expired", ARGV[10], now)
   else
-    leave_queue(job)
     local key, tenant = base .. "job:" .. job.id, base .. "tenant:" .. job.t
+    call("HINCRBY", tenant, "r", 1) -- first, so that the tenant is never idle in between
+    leave_queue(job)
     local attempt = tonumber(job.a) + 1
     if job.ep ~= epoch then
       attempt = attempt + EPOCH_STEP
       call("HSET", key, "fl", job.h)
     end
-    call("HSET", key, "s", "running", "a", attempt, "ep", epoch)
-    call("HSETNX", key, "sa", now)
+    call("HSET", key, "s", "running", "a", attempt, "ep", epoch, "lu", lease_now + LEASE_TTL)
+    if job.a == "0" then call("HSET", key, "sa", now) end
     call("ZADD", base .. "leases", lease_now + LEASE_TTL, job.id)
     -- Input is charged once; what later attempts redo is not the tenant's doing.
     if job.a == "0" then charge(job.t, INPUT_COST * tonumber(job.es) / tonumber(job.w)) end
     call("HSET", tenant, "s", call("HINCRBY", meta, "served", 1))
-    call("HINCRBY", tenant, "r", 1)
-    call("PERSIST", tenant)
     add("counts", "running", 1)
-    leases[#leases + 1] = lease(job.id, attempt)
+    leases[#leases + 1] = lease(job, attempt)
     given[#given + 1] = { job.id, attempt }
   end
 end

@@ -6,7 +6,7 @@
 -- job:ID         hash  t tenant, u user, m model, p priority, w weight, es estimated prompt tokens, ik idempotency key,
 --                      fp fingerprint, dl deadline, q seq, s status, a attempt, h head (last position), rd 1 when it may
 --                      be claimed, hd 1 when it goes before the others, re retries, cr crashes, da deaths alone,
---                      su suspects, lo leases lost, pt prompt tokens, ca/sa/fa/ea created, started, first token, ended at,
+--                      su suspects, lo leases lost, pt prompt tokens, ca/sa/fa/ea created, started, first token, ended at, lu lease until,
 --                      ep epoch of its submit or last claim, fl head when it was claimed in a new epoch, rs readers, by bytes, en the end
 -- req:ID         string  msgpack of the request and what no script looks at
 -- log:ID         stream  one entry a run, id = last position: t tokens | e the end
@@ -41,6 +41,8 @@ local NIL = "\192"
 local AHEAD = -2 ^ 52
 -- The lease clock advances by at most this many seconds at a time, so that an outage of Redis expires no live lease.
 local LEASE_STEP = 0.25
+-- A lease is renewed when so much of it is gone: not at each of a hundred appends a second.
+local RENEWAL = LEASE_TTL / 10
 -- An idle tenant's counter is forgotten after a day: coming back it is lifted anyway.
 local TENANT_TTL = math.max(86400, math.ceil(2 * RESULT_TTL))
 -- What is big of a job goes by itself, later than any sweep would drop it.

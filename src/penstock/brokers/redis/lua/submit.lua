@@ -39,19 +39,21 @@ call("HSET", meta, "seq", seq)
 
 local bytes = #ARGV[14] + 1024
 local job = { id = id, t = tenant, u = ARGV[5], m = model, p = ARGV[7], q = seq, hd = "0", rd = "1" }
-call("HSET", base .. "job:" .. id, "id", id, "t", tenant, "u", job.u, "m", model, "p", job.p, "w", ARGV[13], "es", ARGV[8], "fp", ARGV[12],
-  "q", seq, "s", "queued", "a", 0, "h", 0, "rd", 1, "hd", 0, "ca", now, "by", bytes,
-  "ep", call("HGET", meta, "epoch") or 0)
-call("SET", base .. "req:" .. id, ARGV[14])
+local fields = {
+  "id", id, "t", tenant, "u", job.u, "m", model, "p", job.p, "w", ARGV[13], "es", ARGV[8], "fp", ARGV[12], "q", seq,
+  "s", "queued", "a", 0, "h", 0, "rd", 1, "hd", 0, "ca", now, "by", bytes, "ep", call("HGET", meta, "epoch") or 0,
+}
 if ARGV[9] ~= "" then
   local deadline = tonumber(ARGV[9]) + (now - tonumber(ARGV[10]))
-  call("HSET", base .. "job:" .. id, "dl", deadline)
+  fields[#fields + 1], fields[#fields + 2] = "dl", deadline
   call("ZADD", base .. "deadlines", deadline, id)
 end
 if key then
-  call("HSET", base .. "job:" .. id, "ik", ARGV[11])
+  fields[#fields + 1], fields[#fields + 2] = "ik", ARGV[11]
   call("SET", key, id)
 end
+call("HSET", base .. "job:" .. id, unpack(fields))
+call("SET", base .. "req:" .. id, ARGV[14])
 for _, list in ipairs(list_keys(job)) do call("ZADD", list, seq, id) end
 call("HINCRBY", base .. "tenant:" .. tenant, "by", bytes)
 enter_queue(job, true, true)
