@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,13 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge, UnsupportedEncoding
+from penstock.core.errors import (
+    BrokerUnavailable,
+    InvalidRequest,
+    PenstockError,
+    RequestTooLarge,
+    UnsupportedEncoding,
+)
 
 if TYPE_CHECKING:
     from penstock.gateway.service import Gateway
@@ -129,6 +136,14 @@ class Endpoint:
         except PenstockError as error:
             scope["penstock.error"] = error.code
             response = error_reply(error)
+        except asyncio.CancelledError:
+            # The HTTP server's, when a drain has lasted long enough: this handler still waits for a broker that is away.
+            if not self._gateway.streams.closing or (task := asyncio.current_task()) is None:
+                raise
+            task.uncancel()
+            unavailable = BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
+            scope["penstock.error"] = unavailable.code
+            response = error_reply(unavailable)
         except Exception:
             # A bug is a 500 in the one error shape and a traceback in the log, never a torn connection.
             log.exception("request_failed", path=scope["path"], request_id=scope.get("penstock.request_id"))

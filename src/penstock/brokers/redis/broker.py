@@ -224,7 +224,7 @@ class RedisBroker:
         loop = asyncio.get_running_loop()
         registration = _pack(worker)
         # Suspects first: they were there before, and they wait in lanes of their own.
-        names = [*(f"{name}/suspects" for name in models if worker.takes_suspects), *models]
+        names = [*(f"{name}\0suspects" for name in models if worker.takes_suspects), *models]
         if limit <= 0 or not names:
             await self._shards[0].run("claim", *self._claim_arguments(worker.id, registration, [], 0, "", ""))
             return []

@@ -190,19 +190,23 @@ class _Mender:
         self._address = address
         self._delay = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
         self.up = asyncio.Event()
         self.failure: BaseException | None = None
+        self.failed = asyncio.Event()
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name=f"redis: {type(self).__name__.lower()}")
 
     async def close(self) -> None:
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        while True:
+        # Asked, not only waited for: a task group that fails just when it is cancelled raises only its failure.
+        while not self._closing:
             connection = None
             try:
                 connection = await self._address.connect()
@@ -216,14 +220,16 @@ class _Mender:
                 self.up.clear()
                 if connection is not None:
                     await connection.disconnect(nowait=True)
-            # Exponential backoff with full jitter; the first attempt comes soon: most breaks are short.
-            self._delay = min(MAX_BACKOFF, self._delay * 2 or 0.05)
-            await asyncio.sleep(random.uniform(0, self._delay))
+            if not self._closing:
+                # Exponential backoff with full jitter; the first attempt comes soon: most breaks are short.
+                self._delay = min(MAX_BACKOFF, self._delay * 2 or 0.05)
+                await asyncio.sleep(random.uniform(0, self._delay))
 
     def _broken(self, error: BaseException) -> None:
         if self.up.is_set() or self.failure is None:
             log.warning("redis_lost", connection=type(self).__name__.lower(), error=str(error) or type(error).__name__)
         self.failure = error
+        self.failed.set()
 
     def _healthy(self) -> None:
         self._delay = 0.0

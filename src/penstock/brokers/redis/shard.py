@@ -132,11 +132,14 @@ class Shard:
         self._repairing = asyncio.create_task(self._repair(), name="redis: repair")
         try:
             async with asyncio.timeout(self._timeout):
-                await self.link.up.wait()
+                while not self.link.up.is_set():
+                    await _first_of(self.link.up, self.link.failed)
+                    if isinstance(self.link.failure, InvalidRequest):
+                        raise self.link.failure
+                    self.link.failed.clear()
                 await self.inbox.up.wait()
         except TimeoutError:
-            failure = self.link.failure
-            raise failure if isinstance(failure, InvalidRequest) else self.link.unavailable() from None
+            raise self.link.unavailable() from None
 
     async def close(self) -> None:
         tasks = [task for task in (self._repairing, *self._tasks) if task is not None]
@@ -251,8 +254,8 @@ class Shard:
             if _is_rewound(followed, before[job], head, int(claimed_in), int(floor)):
                 followed.fail(lost(before[job], head))
                 continue
-            followed.epoch = int(epoch)
             if doubts == self._doubts:
+                followed.epoch = int(epoch)
                 followed.doubted = False
             if head > followed.head or status not in (b"queued", b"running") or followed.missed:
                 self.catch_up(job, followed)
@@ -324,6 +327,15 @@ class Shard:
             del self._followed[job]
             if not followed.ended:
                 self._left.add(job)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 def missing(kind: bytes) -> NotFound:

@@ -1,5 +1,5 @@
 -- Lease up to *limit* jobs. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 what it takes
--- (models, and MODEL/suspects where it may run them), 7 limit,
+-- (models, and MODEL\0suspects where it may run them), 7 limit,
 -- 8 claimant (inbox/n), 9 how many jobs it runs ("" when it does not wait), 10 the error of an expired job.
 -- Answers the leases, {attempt, record, log} each. Sent twice (same request), it answers the same leases.
 local now, lease_now = tick()
@@ -39,7 +39,7 @@ local function top(priority, model)
     if not first[1] then return nil end
     local score = tonumber(first[2])
     local best, best_served
-    for _, tenant in ipairs(call("ZRANGE", lanes, first[2], first[2], "BYSCORE", "LIMIT", 0, 4)) do
+    for _, tenant in ipairs(call("ZRANGE", lanes, first[2], first[2], "BYSCORE", "LIMIT", 0, 16)) do
       local own = call("HMGET", base .. "tenant:" .. tenant, "c", "s", "r")
       local value, served, running = tonumber(own[1] or 0), tonumber(own[2] or 0), tonumber(own[3] or 0)
       if value > score then

@@ -15,7 +15,7 @@
 -- tenant:T       hash  c virtual token counter, s when it was last picked, n queued, r running, by bytes,
 --                      pk 1 when lanes were taken out of lanes:P:M because the tenant runs all it may
 -- lane:P:N:M:T   zset  ids that a tenant has ready in a class, by order of service. Suspects of an engine's death wait in
---                      lanes of their own (M is then MODEL/suspects): not every worker may take them
+--                      lanes of their own (M is then MODEL\0suspects): not every worker may take them
 -- lanes:P:M      zset  tenants with a lane in this class that may run more, by counter (a lower bound, see top)
 -- waiting        zset  tenants with queued jobs, by counter (a lower bound)
 -- classes:T      set   P:M of the tenant's lanes
@@ -122,7 +122,7 @@ local function class(priority, model) return priority .. ":" .. model end
 
 -- What a job waits for: its model, or a worker that may take suspects.
 local function waits_for(job)
-  if tonumber(job.su or 0) > 0 then return job.m .. "/suspects" end
+  if tonumber(job.su or 0) > 0 then return job.m .. "\0suspects" end
   return job.m
 end
 
