@@ -83,7 +83,7 @@ def problems(store: Store, *, max_running: int = 0) -> list[str]:
 
 def _waits_for(job: dict[bytes, bytes]) -> bytes:
     """Suspects of an engine's death have lanes of their own."""
-    return job[b"m"] + (b"/suspects" if int(job.get(b"su", 0)) else b"")
+    return job[b"m"] + (b"\0suspects" if int(job.get(b"su", 0)) else b"")
 
 
 class _Judge:

@@ -137,7 +137,7 @@ class Endpoint:
             scope["penstock.error"] = error.code
             response = error_reply(error)
         except asyncio.CancelledError:
-            # The HTTP server's, when a drain has lasted long enough: this handler still waits for a broker that is away.
+            # The HTTP server's, when a drain has lasted long enough: this one still waits for a broker that is away.
             if not self._gateway.streams.closing or (task := asyncio.current_task()) is None:
                 raise
             task.uncancel()
