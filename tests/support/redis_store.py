@@ -19,7 +19,7 @@ from penstock.core.events import Ended, Tokens
 Store = dict[bytes, Any]
 
 #: What says when something was asked, not what was done.
-BOOKKEEPING = (b"clock", b"reply:", b"idle:", b"alive", b"workers")
+BOOKKEEPING = (b"clock", b"reply:", b"idle:", b"called:", b"alive", b"workers")
 #: The only keys that a queue without jobs may keep for ever.
 CONSTANT = frozenset({b"clock", b"meta", b"ends", b"alive", b"workers"})
 
@@ -235,7 +235,7 @@ class _Judge:
     def names(self) -> None:
         known = re.compile(
             rb"(clock|meta|waiting|leases|deadlines|delayed|ended|depth|ready|counts|ends|workers|alive|"
-            rb"(job|req|log|gone|key|tenant|lane|lanes|classes|list|user|idle|reply):.*)",
+            rb"(job|req|log|gone|key|tenant|lane|lanes|classes|list|user|idle|called|reply):.*)",
             re.DOTALL,
         )
         self.found += [f"what is {key!r}?" for key in self.store if not known.fullmatch(key)]

@@ -6,6 +6,8 @@ local now, lease_now = tick()
 local request, limit, claimant = ARGV[3], tonumber(ARGV[7]), ARGV[8]
 local models = cmsgpack.unpack(ARGV[6])
 local meta = base .. "meta"
+-- Seconds within which a claimant that was woken is expected.
+local CALLED = 0.25
 
 if ARGV[4] ~= "" then
   call("HSET", base .. "workers", ARGV[4], ARGV[5])
@@ -70,18 +72,22 @@ local function next_job()
   end
 end
 
-for _, model in ipairs(models) do call("ZREM", base .. "idle:" .. model, claimant) end
+for _, model in ipairs(models) do
+  call("ZREM", base .. "idle:" .. model, claimant)
+  call("ZREM", base .. "called:" .. model, claimant)
+end
 
--- Others that wait get their share of what there is.
+-- Others that wait, or were woken just now, get their share of what there is.
 local function share()
-  local idle, ready = 0, 0
+  local others, ready = 0, 0
   for _, model in ipairs(models) do
-    idle = math.max(idle, call("ZCARD", base .. "idle:" .. model))
+    local called = call("ZCOUNT", base .. "called:" .. model, lease_now - CALLED, "+inf")
+    others = math.max(others, called + call("ZCARD", base .. "idle:" .. model))
     for priority = 0, 2 do
       ready = ready + tonumber(call("HGET", base .. "ready", class(priority, model)) or 0)
     end
   end
-  return math.max(1, math.ceil(ready / (idle + 1)))
+  return math.max(1, math.ceil(ready / (others + 1)))
 end
 
 if limit > 1 then limit = math.min(limit, share()) end

@@ -25,6 +25,7 @@
 -- counts, ends   hash  jobs by status; ends by second
 -- workers, alive hash, zset   what workers said of themselves, and when (lease clock)
 -- idle:M         zset  claimants that wait, or did lately, by how many jobs they run
+-- called:M       zset  claimants that were woken and have not claimed yet, by when (lease clock)
 -- reply:R        string  what claim R was given, for when its reply is lost
 
 local call = redis.call
@@ -50,6 +51,8 @@ local SAFETY_TTL = math.ceil(2 * RESULT_TTL) + 3600
 -- Attempts that a new epoch skips: more than what was lost with the old one can hold.
 local EPOCH_STEP = 1000
 
+local clock_now = 0 -- the lease clock, once `tick` has looked at it
+
 -- (wall clock, lease clock) in seconds. The wall clock takes no small step back; a big one is taken for the truth.
 local function tick()
   local wall
@@ -63,11 +66,12 @@ local function tick()
   local raw, lease = tonumber(seen[1] or wall), tonumber(seen[2] or 0)
   local passed = wall - raw
   if passed < 0 and passed > -1 then
+    clock_now = lease
     return raw, lease
   end
-  lease = lease + math.max(0, math.min(passed, LEASE_STEP))
-  call("HSET", base .. "clock", "raw", wall, "lease", lease)
-  return wall, lease
+  clock_now = lease + math.max(0, math.min(passed, LEASE_STEP))
+  call("HSET", base .. "clock", "raw", wall, "lease", clock_now)
+  return wall, clock_now
 end
 
 -- ------------------------------------------------------------------------------------------------- telling readers
@@ -151,7 +155,11 @@ local function ring(model)
     local first = call("ZPOPMIN", idle)
     if not first[1] then return end
     local inbox, claimant = string.match(first[1], "^(.-)/(.*)$")
-    if call("SPUBLISH", base .. "inbox:" .. inbox, "r" .. claimant .. "/" .. model) > 0 then return end
+    if call("SPUBLISH", base .. "inbox:" .. inbox, "r" .. claimant .. "/" .. model) > 0 then
+      call("ZADD", base .. "called:" .. model, clock_now, first[1])
+      call("EXPIRE", base .. "called:" .. model, 60)
+      return
+    end
   end
 end
 
