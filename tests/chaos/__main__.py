@@ -16,9 +16,11 @@ import asyncio
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -86,6 +88,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Outcome]:
     kinds = arguments.kinds.split(",") if arguments.kinds else known
     if unknown := set(kinds) - set(known):
         raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
     minutes = arguments.minutes or (None if arguments.faults else 5.0)
     dice = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
@@ -108,10 +111,13 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Outcome]:
                 progress.update(task, completed=strikes, what=f"{strikes} faults, {events} events")  # type: ignore[arg-type]
 
             folder = Path(tempfile.mkdtemp(prefix="penstock-chaos-"))
-            if arguments.redis or arguments.cluster:
-                outcome = await fleet(seed, folder, kinds, show, nodes=3 if arguments.cluster else 1)
-            else:
-                outcome = await embedded(seed, folder, kinds, show)
+            try:
+                if arguments.redis or arguments.cluster:
+                    outcome = await fleet(seed, folder, kinds, show, nodes=3 if arguments.cluster else 1)
+                else:
+                    outcome = await embedded(seed, folder, kinds, show)
+            except Exception:
+                outcome = Outcome(seed, problems=[traceback.format_exc()])
             outcomes.append(outcome)
             progress.remove_task(task)
             if outcome.problems:

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx
 
@@ -57,10 +57,8 @@ CLUSTER_FAULTS = (*PROCESSES, "clients")
 #: Keys that may be left when every job has ended (their results are kept).
 AT_REST = frozenset(
     {"clock", "meta", "job", "req", "log", "key", "tenant", "list", "user", "counts", "ended", "ends", "workers",
-     "alive", "idle", "reply", "gone"}
+     "alive", "idle", "called", "reply", "gone"}
 )  # fmt: skip
-
-T = TypeVar("T", GatewayProcess, WorkerProcess)
 
 
 class Member:
@@ -99,23 +97,19 @@ class Fleet:
         self.redis_lives = [asyncio.Lock() for _ in self.nodes]
         self.redis_clock: SteppedClock | None = None
         shared = {
-            "lease_ttl": lease_ttl, "drain_timeout": 0.3, "hang_timeout": 2, "result_ttl": 86400,
-            "shards": 1 if nodes == 1 else nodes, **(settings or {}),
+            "lease_ttl": lease_ttl, "drain_timeout": 0.3, "hang_timeout": 2, "load_timeout": 10,
+            "result_ttl": 86400, "shards": 1 if nodes == 1 else nodes, **(settings or {}),
         }  # fmt: skip
-        self.gateways = [
-            self._member(f"gateway {n}", lambda url, n=n: GatewayProcess(folder / f"gateway{n}", url, settings=shared))
-            for n in range(gateways)
-        ]
         working = {**shared, **(worker_settings or {})}
-        self.workers = [
-            self._member(
-                f"worker {n}",
-                lambda url, n=n: WorkerProcess(
-                    folder / f"worker{n}", url, rate=rate, options={"slots": slots}, settings=working
-                ),
-            )
-            for n in range(workers)
-        ]
+
+        def gateway(name: str, url: str) -> Process:
+            return GatewayProcess(folder / name, url, settings=shared)
+
+        def worker(name: str, url: str) -> Process:
+            return WorkerProcess(folder / name, url, rate=rate, options={"slots": slots}, settings=working)
+
+        self.gateways = [self._member(f"gateway{n}", gateway) for n in range(gateways)]
+        self.workers = [self._member(f"worker{n}", worker) for n in range(workers)]
         if clocks:
             self._add_clocks(folder / "clocks")
         self.respawns = 0
@@ -125,17 +119,17 @@ class Fleet:
         self._problems: list[str] = []
         self._threads = ThreadPoolExecutor(16, "fleet")
 
-    def _member(self, name: str, make: Callable[[str], Process]) -> Member:
+    def _member(self, name: str, make: Callable[[str, str], Process]) -> Member:
         if self.cluster is not None:
-            return Member(name, make(self.cluster.url), None)
+            return Member(name, make(name, self.cluster.url), None)
         proxy = Proxy(self.nodes[0].port)
-        return Member(name, make(proxy.url), proxy)
+        return Member(name, make(name, proxy.url), proxy)
 
     def _add_clocks(self, folder: Path) -> None:
         self.redis_clock = SteppedClock(folder, "redis")
         self.nodes[0].extra_env = self.redis_clock.environment
         for member in self.members:
-            member.clock = SteppedClock(folder, member.name.replace(" ", ""))
+            member.clock = SteppedClock(folder, member.name)
             member.process.extra_env = member.clock.environment
 
     @property
@@ -157,36 +151,31 @@ class Fleet:
             async with asyncio.TaskGroup() as tasks:
                 for member in self.members:
                     tasks.create_task(self._in_thread(member.process.start))
-            await self._until(self._is_served, "every gateway to see a worker")
+            await self._wait_served()
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        # What was cancelled while it waited for a thread may start something yet.
+        await asyncio.to_thread(self._threads.shutdown)
         for member in self.members:
-            await self._in_thread(member.process.stop)
+            await asyncio.to_thread(member.process.stop)
             if member.proxy is not None:
                 await member.proxy.close()
         for node in self.nodes:
-            await self._in_thread(node.stop)
-        self._threads.shutdown()
+            await asyncio.to_thread(node.stop)
 
     async def _in_thread(self, do: Callable[[], Any]) -> Any:
         """Starting and ending processes blocks. (Threads of our own: the loop's are too few for a fleet.)"""
         return await asyncio.get_running_loop().run_in_executor(self._threads, do)
 
-    async def _until(self, look: Callable[[], Awaitable[Any]], what: str, timeout: float = PATIENCE) -> Any:
-        until = time.monotonic() + timeout
-        while not (seen := await look()):
-            if time.monotonic() > until:
-                raise TimeoutError(f"{what}: not within {timeout:.0f} s")
-            await asyncio.sleep(0.05)
-        return seen
-
-    async def _is_served(self) -> bool:
-        async with httpx.AsyncClient(timeout=PATIENCE, trust_env=False) as http:
-            return all([(await http.get(f"{url}/readyz")).status_code == 200 for url in self.urls])
+    async def _wait_served(self) -> None:
+        """Until every gateway knows of a worker."""
+        async with asyncio.timeout(PATIENCE):
+            while any(reply.status_code != 200 for reply in await self._get("/readyz")):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
 
     async def _revive(self, member: Member) -> None:
         """Start it until it stays, as a supervisor would: it may give up while Redis is away."""
@@ -348,17 +337,12 @@ class Fleet:
             *self._tracebacks(),
         ]
 
-    async def _wait_for_none(self, look: Callable[[], Awaitable[Any]], what: str) -> list[str]:
-        async def none() -> bool:
-            nonlocal seen
-            seen = await look()
-            return not seen
-
-        seen: Any = None
-        try:
-            await self._until(none, what, 20)
-        except TimeoutError:
-            return [f"{what}: {seen}"]
+    async def _wait_for_none(self, look: Callable[[], Awaitable[Sequence[Any]]], what: str) -> list[str]:
+        until = time.monotonic() + 20
+        while seen := await look():
+            if time.monotonic() > until:
+                return [f"{what}: {seen}"]
+            await asyncio.sleep(0.05)
         return []
 
     async def _get(self, path: str) -> list[httpx.Response]:
@@ -396,6 +380,10 @@ class Fleet:
             if (at := text.find("Traceback")) >= 0:
                 found.append(f"{member.name} printed a traceback: …{text[max(0, at - 200) : at + 3000]}")
         return found
+
+    async def leases_lost(self) -> int:
+        """How many leases ran out."""
+        return int((await self._get("/health"))[0].json()["queue"]["leases_lost"])
 
     def zombies(self) -> int:
         """Jobs that a worker dropped because another attempt had taken them: writes that the fence refused."""

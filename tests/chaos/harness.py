@@ -27,7 +27,7 @@ from tests.support.http import send
 from tests.support.sse import Event, Stream, open_stream
 
 #: Seconds without any progress after which a storm is given up (a stuck job is a finding, not a reason to wait).
-PATIENCE = 90.0
+PATIENCE = 60.0
 
 #: Seconds without a token after which a paced stream counts as silent.
 SILENCE = 0.3
@@ -171,6 +171,7 @@ class Storm:
             watch.cancel()
         self.outcome.seconds = time.monotonic() - self._began
         if not self.outcome.problems:
+            self.outcome.problems += await self.target.leftovers()
             await self._judge()
         return self.outcome
 
@@ -320,7 +321,12 @@ class Storm:
             last, _ = reader.arrivals[-1]
             return reader.ended or (last > strike.since + SILENCE and last > time.monotonic() - SILENCE)
 
-        while not all(map(flows, flowing)):  # noqa: ASYNC110
+        until = time.monotonic() + PATIENCE
+        while still := [reader.job for reader in flowing if not flows(reader)]:
+            if time.monotonic() > until:
+                self.outcome.problems.append(f"{len(still)} streams stand still since {strike}: {still[:5]}")
+                self._patience.reschedule(0)
+                return
             await asyncio.sleep(0.02)
 
     @staticmethod
@@ -358,9 +364,13 @@ class Storm:
         url = self.target.urls[0]
         async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
             for job, readers in by_job.items():
+                reply = await http.get(f"/v1/jobs/{job}")
+                if reply.status_code != 200:
+                    outcome.problems.append(f"{job}: {reply.status_code} {reply.text}")
+                    continue
+                view = reply.json()
                 async with await open_stream(f"{url}/v1/jobs/{job}/events") as stream:
                     log = await stream.rest()
-                view = (await http.get(f"/v1/jobs/{job}")).json()
                 found = [*problems(log, job=job), *view_problems([log, *(reader.events for reader in readers)])]
                 for reader in readers:
                     found += [*problems(reader.events, job=job), *_text_problems(reader, view)]
@@ -371,7 +381,6 @@ class Storm:
                 outcome.attempts = max(outcome.attempts, view["attempt"])
                 outcome.interrupted += len(attempts) > 1
                 outcome.statuses[view["status"]] += 1
-        outcome.problems += await self.target.leftovers()
 
 
 def _text_problems(reader: Reader, view: dict[str, Any]) -> list[str]:

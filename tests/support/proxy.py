@@ -33,7 +33,8 @@ class Proxy:
         self.latency = 0.0
         self.flowing = asyncio.Event()
         self.flowing.set()
-        self.swallowing = False
+        self.passing = asyncio.Event()
+        self.passing.set()
         self._lose: tuple[Callable[[Words], bool], Callable[[bytes], bool], asyncio.Future[Words]] | None = None
 
     @property
@@ -50,6 +51,7 @@ class Proxy:
 
     async def close(self) -> None:
         await self.refuse()
+        self.passing.set()
         self.flowing.set()
         self.drop()
         await asyncio.gather(*(connection.gone.wait() for connection in list(self._connections)))
@@ -91,7 +93,7 @@ class Proxy:
 
     def blackhole(self) -> None:
         """Whatever is sent vanishes, both ways; connections stay open. (`heal` cuts those that lost something.)"""
-        self.swallowing = True
+        self.passing.clear()
 
     def lose_reply(
         self, request: Callable[[Words], bool], reply: Callable[[bytes], bool] = lambda reply: True
@@ -105,8 +107,8 @@ class Proxy:
     async def heal(self) -> None:
         self.latency = 0.0
         self._lose = None
-        if self.swallowing:
-            self.swallowing = False
+        if not self.passing.is_set():
+            self.passing.set()
             for connection in list(self._connections):
                 if connection.mutilated:
                     connection.cut()
@@ -150,6 +152,7 @@ class _Connection:
         """One for each request on its way: its words, if its reply may have to be lost."""
         self._counting = True
         self.mutilated = False
+        self._cut = False
         self.gone = asyncio.Event()
 
     async def run(self) -> None:
@@ -159,6 +162,8 @@ class _Connection:
             except OSError:
                 return
             self._transports.append(writer.transport)
+            if self._cut:
+                return
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._pump(self._client[0], writer, self._note_requests))
                 tasks.create_task(self._pump(reader, self._client[1], self._without_lost))
@@ -167,6 +172,7 @@ class _Connection:
             self.gone.set()
 
     def cut(self) -> None:
+        self._cut = True
         for transport in self._transports:
             transport.abort()
 
@@ -193,15 +199,18 @@ class _Connection:
                 await self._proxy.flowing.wait()
                 if (early := at - loop.time()) > 0:
                     await asyncio.sleep(early)
-                if self._proxy.swallowing:
+                if not self._proxy.passing.is_set():
                     self.mutilated = True
-                    continue
+                    if data:
+                        continue
+                    await self._proxy.passing.wait()  # nobody hears of a hang-up either
                 passed = look(data) if data else None
                 if passed is None:  # the end of it, or the reply that is lost
                     break
-                with contextlib.suppress(OSError):
-                    writer.write(passed)
-                    await writer.drain()
+                if not writer.is_closing():
+                    with contextlib.suppress(OSError):
+                        writer.write(passed)
+                        await writer.drain()
             # What was passed on last is still delivered; then both sides hang up.
             writer.close()
             with contextlib.suppress(OSError):
