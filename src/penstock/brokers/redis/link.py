@@ -127,6 +127,8 @@ async def _open(arguments: dict[str, Any]) -> AbstractConnection:
     connection: AbstractConnection = kind(
         **{
             "socket_connect_timeout": CONNECT_TIMEOUT,
+            # We watch it ourselves. redis-py would write under wait_for, which may lose a cancellation (Python 3.11).
+            "socket_timeout": None,
             "socket_keepalive": True,
             "protocol": 2,
             "retry": Retry(NoBackoff(), 0),
@@ -136,6 +138,8 @@ async def _open(arguments: dict[str, Any]) -> AbstractConnection:
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT):
             await connection.connect()  # type: ignore[no-untyped-call]
+            if not connection.is_connected:
+                raise ConnectionError("connecting was broken off")  # redis-py takes a cancellation for an answer
     except BaseException:
         await connection.disconnect(nowait=True)
         raise
@@ -200,9 +204,9 @@ class _Mender:
 
     async def close(self) -> None:
         self._closing = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # again, should one be swallowed on its way
+            await asyncio.wait([self._task], timeout=0.1)
 
     async def _run(self) -> None:
         # Asked, not only waited for: a task group that fails just when it is cancelled raises only its failure.
