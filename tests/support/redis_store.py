@@ -33,8 +33,8 @@ _ended = msgspec.msgpack.Decoder(Ended)
 def dump(client: redis.Redis, base: str, without: Collection[bytes] = ()) -> Store:
     """Every key of a shard (named without its prefix) and its value; but not those that begin with *without*."""
     prefix = base.encode()
-    names = [key for key in client.scan_iter(match=base.replace("[", "\\[") + "*", count=10_000)]
-    names = sorted({key for key in names if not key[len(prefix) :].startswith(tuple(without))})
+    found = client.scan_iter(match=base + "*", count=10_000)
+    names = sorted({key for key in found if not key[len(prefix) :].startswith(tuple(without))})
     pipe = client.pipeline(transaction=False)
     for name in names:
         pipe.type(name)

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 import redis
+from tests.support.redis import RedisServer
+from tests.support.redis_store import BOOKKEEPING, CONSTANT, Store, differences, dump, problems
 
 from penstock.brokers.redis import RedisBroker
 from penstock.brokers.redis.scripts import SHA, SOURCES
@@ -18,8 +20,6 @@ from penstock.core.errors import ErrorInfo, ExpiredResult, NotFound, Overloaded
 from penstock.core.job import Job, Priority, Request, Status, new_job_id
 from penstock.core.ports import Append, Finish, Lease, QueuePolicy, Release, WorkerInfo
 from penstock.testing.clock import ManualClock
-from tests.support.redis import RedisServer
-from tests.support.redis_store import BOOKKEEPING, CONSTANT, Store, differences, dump, problems
 
 WORKER = WorkerInfo(id="w", takes_suspects=True)
 FAULT = ErrorInfo("No.", "server_error", None, "engine_error")
@@ -302,12 +302,14 @@ class TestSentAgain:
         broker = await store.broker(**policy)
         twice = Twice(store, broker)
         walk = Walk(store, [broker], seed)
-        for _ in range(400):
+        for _ in range(250):
             await walk.step()
             assert twice.found == []
         assert store.problems(max_running) == []
         shard = broker._shards[0]
-        open_ = [chosen.id for chosen in walk.jobs if store.client.hget(f"{store.base}job:{chosen.id}", "s") == b"queued"]
+        open_ = [
+            chosen.id for chosen in walk.jobs if store.client.hget(f"{store.base}job:{chosen.id}", "s") == b"queued"
+        ]
         await shard.run("read", walk.jobs[-1].tenant, walk.jobs[-1].id, 0, 10, "inbox")
         await shard.run("follow", "inbox", msgpack(open_), msgpack([]))
         await shard.run("follow", "inbox", msgpack(open_[1:]), msgpack(open_[:1]))
@@ -317,7 +319,7 @@ class TestSentAgain:
 
     @pytest.mark.parametrize("seed", [21, 22, 23])
     async def test_long_after_others_went_on(self, store: Shelf, seed: int) -> None:
-        """Between a command and its repetition anything may have happened: it still does nothing but renew its lease."""
+        """Whatever happened between a command and its repetition: that does nothing but renew its own lease."""
         policy = {"result_ttl": 1e6, "max_losses": 3, "max_attempts": 2}
         broker = await store.broker(**policy)
         twice = Twice(store, broker)
@@ -356,9 +358,9 @@ class TestSentAgain:
         assert (again.job.id, again.attempt) == (lost.job.id, 2)
         await other.append([tokens(kept, 1, 2), tokens(ended, 1, finish=Finish(("stop",)))])
         (leases, _) = await twice._call(command)
-        assert [(attempt, dict(zip(record[0][::2], record[0][1::2], strict=True))[b"id"]) for attempt, record, _ in leases] == [
-            (1, kept.job.id.encode())
-        ]
+        assert [
+            (attempt, dict(zip(record[0][::2], record[0][1::2], strict=True))[b"id"]) for attempt, record, _ in leases
+        ] == [(1, kept.job.id.encode())]
         assert store.problems() == []
 
     async def test_a_late_end_does_not_come_back_to_life(self, store: Shelf) -> None:
@@ -393,9 +395,7 @@ class TestFairness:
         for _ in range(20):
             leases = await broker.claim(WORKER, ["m"], 2, 0)
             served += [lease.job.tenant for lease in leases]
-            await broker.append(
-                [tokens(lease, 1, prompt_tokens=10, finish=Finish(("stop",))) for lease in leases]
-            )
+            await broker.append([tokens(lease, 1, prompt_tokens=10, finish=Finish(("stop",))) for lease in leases])
         assert served.count("long") == 3, served
 
     async def test_a_correction_reaches_lanes_of_other_models(self, store: Shelf) -> None:
