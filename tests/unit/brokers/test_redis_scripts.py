@@ -187,8 +187,8 @@ class Walk:
     async def read(self) -> None:
         if self.jobs:
             chosen = self.random.choice(self.jobs)
-            with contextlib.suppress(NotFound):
-                await self.broker.get(chosen.tenant, chosen.id)
+            inbox = self.random.choice(["", "one", "two"])
+            await self.broker._shards[0].run("read", chosen.tenant, chosen.id, 0, 10, inbox)
 
 
 class TestTheStore:
@@ -315,7 +315,7 @@ class TestSentAgain:
         await shard.run("follow", "inbox", msgpack(open_[1:]), msgpack(open_[:1]))
         await shard.link.call(shard._command("enter", "another server", 1, "fast", 1))
         assert twice.found == []
-        assert set(SHA) - set(twice.sent) <= {"list", "stats"}
+        assert set(SHA) - set(twice.sent) <= {"get", "list", "stats"}  # which only read
 
     @pytest.mark.parametrize("seed", [21, 22, 23])
     async def test_long_after_others_went_on(self, store: Shelf, seed: int) -> None:
@@ -411,6 +411,15 @@ class TestFairness:
         [second] = await broker.claim(WORKER, ["1:m"], 1, 0)
         assert second.job.tenant == "long"
 
+    async def test_input_is_charged_once_whatever_attempts_it_takes(self, store: Shelf) -> None:
+        broker = await store.broker()
+        await broker.submit(job(size=300))
+        for _ in range(4):
+            [lease] = await broker.claim(WORKER, ["m"], 1, 0)
+            await broker.append([tokens(lease, 1, prompt_tokens=200)])
+            await broker.release([Release(lease.key)])
+        assert float(store.dump()[b"tenant:acme"][b"c"]) == 200 + 2
+
     async def test_ties_go_round(self, store: Shelf) -> None:
         """Among equals nobody is asked twice before everybody was asked once, however many there are."""
         broker = await store.broker(input_cost=0.0)
@@ -421,6 +430,25 @@ class TestFairness:
         served = [lease.job.tenant for lease in await broker.claim(WORKER, ["m"], 24, 0)]
         assert sorted(served[:12]) == names
         assert served[12:] == served[:12]
+
+
+class TestLosses:
+    async def test_a_job_that_loses_lease_after_lease_is_quarantined(self, store: Shelf) -> None:
+        broker = await store.broker(max_losses=2, lease_ttl=0.5)
+        doomed = await broker.submit(job())
+        for attempt in (1, 2, 3):
+            [lease] = await broker.claim(WORKER, ["m"], 1, 0)
+            assert lease.attempt == attempt
+            for _ in range(3):
+                store.clock.advance(0.25)
+                await broker.tick()
+            await broker.sweep()
+        ended = await broker.get("acme", doomed.id)
+        assert ended.status is Status.FAILED
+        assert ended.error is not None
+        assert ended.error.code == "poisoned"
+        assert (await broker.stats()).leases_lost == 2
+        assert store.problems() == []
 
 
 class TestCaps:
