@@ -891,9 +891,9 @@ class TestNews:
                 [lease] = await waiting
                 assert lease.job.id == queued.id
             # A wake-up for a claimant that has gone is passed on to the next.
-            gone = asyncio.create_task(claim(worker, 1, 2 * PATIENCE))
-            await asyncio.sleep(0.1)
-            waiting = asyncio.create_task(claim(gateway, 1, 2 * PATIENCE))
+            gone, waiting = [
+                asyncio.create_task(worker.claim(WorkerInfo(id=name), ["m"], 1, 2 * PATIENCE)) for name in ("a", "b")
+            ]
             await asyncio.sleep(0.1)
             gone.cancel()
             await asyncio.wait([gone])
