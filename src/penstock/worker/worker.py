@@ -267,12 +267,12 @@ class Worker:
             await self._admit()
 
     def _drop(self, verdicts: dict[str, Verdict], key_of: dict[str, int], ended: Sequence[str] = ()) -> None:
-        for job in ended:
-            self._active.pop(key_of[job], None)
         for job, verdict in verdicts.items():
             if verdict is not Verdict.OK and self._active.pop(key_of[job], None) is not None:
                 log.info("job_dropped", job_id=job, verdict=verdict.value)
                 self._engine.abort(key_of[job])
+        for job in ended:
+            self._active.pop(key_of[job], None)
         self._changed.set()
 
     async def _append(self, appends: Sequence[Append]) -> dict[str, Verdict]:

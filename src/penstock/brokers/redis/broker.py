@@ -257,6 +257,7 @@ class RedisBroker:
     ) -> list[Lease]:
         """Claim from one shard after the other, each time beginning with the next, until *limit* jobs are leased."""
         leases: list[Lease] = []
+        answered, failure = False, None
         first = next(self._rotation)
         now = asyncio.get_running_loop().time()
         for i in range(len(self._shards)):
@@ -271,11 +272,13 @@ class RedisBroker:
             )
             try:
                 leases += [_lease(*each) for each in await shard.run("claim", *arguments)]
-            except BrokerUnavailable:
-                if not leases:
-                    raise
+                answered = True
+            except BrokerUnavailable as error:
+                failure = error
             if len(leases) >= limit:
                 break
+        if failure is not None and not answered:
+            raise failure
         if self._registered.get(worker, 0.0) < now - REGISTER_INTERVAL:
             self._registered[worker] = now
             self._shards[0].post("claim", *self._claim_arguments(worker, registration, [], 0, "", ""))
