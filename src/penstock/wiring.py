@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from penstock.brokers.embedded import EmbeddedBroker
-from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError
+from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy
 from penstock.engines.process import EngineProcess, EngineSpec
 from penstock.gateway.app import create_app
@@ -66,7 +66,7 @@ async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: b
                     watcher.listening(address.url)
                     await _work(front, crew, server, address, broker, terminate)
         except* PenstockError as group:
-            raise _first(group) from None
+            raise first_of(group) from None
 
 
 async def _work(
@@ -113,15 +113,6 @@ async def _sweep(broker: Broker) -> None:
         except PenstockError as error:
             log.warning("sweep_failed", error=error.message)
         await asyncio.sleep(SWEEP_INTERVAL)
-
-
-def _first(group: BaseExceptionGroup[PenstockError]) -> PenstockError:
-    """What stopped a task group: the rest of it is tasks that were cancelled because of it."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, PenstockError)
-    return error
 
 
 # ---------------------------------------------------------------------------------------------- the parts

@@ -170,6 +170,14 @@ class EngineTimeout(EngineError):
     retryable = True
 
 
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What stopped a task group: the rest of it is tasks that were cancelled because of it."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def _tree(root: type[PenstockError]) -> list[type[PenstockError]]:
     return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
 

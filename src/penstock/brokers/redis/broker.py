@@ -8,8 +8,8 @@ import itertools
 import secrets
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Collection, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -69,6 +69,9 @@ _details = msgspec.msgpack.Decoder(Details)
 _ended = msgspec.msgpack.Decoder(Ended)
 _tokens = msgspec.msgpack.Decoder(Tokens)
 _worker = msgspec.msgpack.Decoder(WorkerInfo)
+
+T = TypeVar("T")
+Leased = TypeVar("Leased", Append, Release)
 
 #: A method below is called `list`, as its port is.
 Rows = list[Any]
@@ -150,6 +153,12 @@ class RedisBroker:
 
     def _shard(self, job: str) -> Shard:
         return self._shards[zlib.crc32(job.encode()) % len(self._shards)]
+
+    def _by_shard(self, leased: Sequence[Leased]) -> Iterable[tuple[Shard, Sequence[Leased]]]:
+        parts: dict[Shard, list[Leased]] = defaultdict(list)
+        for each in leased:
+            parts[self._shard(each.lease.job)].append(each)
+        return parts.items()
 
     # ------------------------------------------------------------------------------------ submit
 
@@ -284,11 +293,9 @@ class RedisBroker:
             self._shards[0].post("claim", *self._claim_arguments(worker, registration, [], 0, "", ""))
         return leases
 
-    async def _uncancelled(self, claim: Any) -> list[Lease]:
+    async def _uncancelled(self, claim: Coroutine[Any, Any, list[Lease]]) -> list[Lease]:
         """The leases of *claim*; if the caller is cancelled meanwhile, they are given back when they come."""
-        task = asyncio.ensure_future(claim)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task = self._spawn(claim)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -298,9 +305,13 @@ class RedisBroker:
     def _give_back(self, claim: asyncio.Future[list[Lease]]) -> None:
         if not claim.cancelled() and claim.exception() is None and claim.result():
             releases = [Release(lease.key) for lease in claim.result()]
-            task = asyncio.ensure_future(self.release(releases))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self.release(releases))
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _rung(self, shard: int, worker: int, model: str) -> None:
         if not self._waiting[worker]:
@@ -313,10 +324,7 @@ class RedisBroker:
     async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
         if len(self._shards) == 1 and appends:
             return await self._append(self._shards[0], appends)
-        by_shard: dict[int, list[Append]] = defaultdict(list)
-        for append in appends:
-            by_shard[self._shard(append.lease.job).number].append(append)
-        parts = await asyncio.gather(*(self._append(self._shards[n], part) for n, part in by_shard.items()))
+        parts = await asyncio.gather(*(self._append(shard, part) for shard, part in self._by_shard(appends)))
         return {job: verdict for part in parts for job, verdict in part.items()}
 
     async def _append(self, shard: Shard, appends: Sequence[Append]) -> dict[str, Verdict]:
@@ -351,12 +359,9 @@ class RedisBroker:
     # ------------------------------------------------------------------------------------ release, cancel, sweep
 
     async def release(self, releases: Sequence[Release]) -> None:
-        by_shard: dict[int, list[Release]] = defaultdict(list)
-        for release in releases:
-            by_shard[self._shard(release.lease.job).number].append(release)
-        await asyncio.gather(*(self._release(self._shards[n], part) for n, part in by_shard.items()))
+        await asyncio.gather(*(self._release(shard, part) for shard, part in self._by_shard(releases)))
 
-    async def _release(self, shard: Shard, releases: list[Release]) -> None:
+    async def _release(self, shard: Shard, releases: Sequence[Release]) -> None:
         rows, errors = [], []
         for release in releases:
             lease = release.lease

@@ -38,7 +38,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from penstock.core.errors import BrokerUnavailable, InsufficientStorage, InvalidRequest
+from penstock.core.errors import BrokerUnavailable, InsufficientStorage, InvalidRequest, first_of
 
 log = structlog.get_logger("penstock.redis")
 
@@ -216,10 +216,10 @@ class _Mender:
                 connection = await self._address.connect()
                 await self._work(connection)
             except* (*BROKEN, InvalidRequest) as group:
-                self._broken(_first(group))
+                self._broken(first_of(group))
             except* Exception as group:  # a fault of ours must not end the connection for good
                 log.exception("redis_failed", connection=type(self).__name__.lower())
-                self._broken(_first(group))
+                self._broken(first_of(group))
             finally:
                 self.up.clear()
                 if connection is not None:
@@ -481,10 +481,3 @@ class Inbox(_Mender):
             if self._heard_at < loop.time() - REPLY_TIMEOUT:
                 raise TimeoutError(f"nothing heard for {REPLY_TIMEOUT:.0f} s")
             self._say(b"PING")
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

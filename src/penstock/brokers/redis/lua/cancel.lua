@@ -2,7 +2,7 @@
 local now = tick()
 local job = load(ARGV[4])
 if not job or job.t ~= ARGV[3] then
-  return { { call("GET", base .. "gone:" .. ARGV[4]) == ARGV[3] and "expired" or "unknown" }, {} }
+  return absent(ARGV[4], ARGV[3])
 end
 if job.s == "running" then
   end_running(job, "cancelled", nil, ARGV[5], now)

@@ -108,10 +108,12 @@ while #leases < limit do
       call("HSET", key, "fl", job.h)
     end
     call("HSET", key, "s", "running", "a", attempt, "ep", epoch, "lu", lease_now + LEASE_TTL)
-    if job.a == "0" then call("HSET", key, "sa", now) end
     call("ZADD", base .. "leases", lease_now + LEASE_TTL, job.id)
-    -- Input is charged once; what later attempts redo is not the tenant's doing.
-    if job.a == "0" then charge(job.t, INPUT_COST * tonumber(job.es) / tonumber(job.w)) end
+    if job.a == "0" then
+      call("HSET", key, "sa", now)
+      -- Input is charged once; what later attempts redo is not the tenant's doing.
+      charge(job.t, INPUT_COST * tonumber(job.es) / tonumber(job.w))
+    end
     call("HSET", tenant, "s", call("HINCRBY", meta, "served", 1))
     add("counts", "running", 1)
     leases[#leases + 1] = lease(job, attempt)

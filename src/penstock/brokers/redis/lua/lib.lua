@@ -142,6 +142,9 @@ local function list_keys(job)
   return keys
 end
 
+-- Under which the id stands of the job that was submitted with an idempotency key.
+local function idempotency_key(tenant, key) return base .. "key:" .. #tenant .. ":" .. tenant .. ":" .. key end
+
 local function counter(tenant) return tonumber(call("HGET", base .. "tenant:" .. tenant, "c") or 0) end
 
 local function add(hash, field, by)
@@ -280,7 +283,12 @@ local function load(id)
   return job
 end
 
--- A job with its own fields, its request, and its place in the queue: what `get` shows.
+-- The answer of a script about a job that is not there, or not this tenant's.
+local function absent(id, tenant)
+  return { { call("GET", base .. "gone:" .. id) == tenant and "expired" or "unknown" }, {} }
+end
+
+-- A job's own fields and its request.
 local function record(id)
   return { call("HGETALL", base .. "job:" .. id), call("GET", base .. "req:" .. id) or "" }
 end

@@ -4,7 +4,7 @@
 local id, after = ARGV[4], tonumber(ARGV[5])
 local own = call("HMGET", base .. "job:" .. id, "t", "h", "s", "rs", "fl")
 if own[1] ~= ARGV[3] then
-  return { { call("GET", base .. "gone:" .. id) == ARGV[3] and "expired" or "unknown" }, {} }
+  return absent(id, ARGV[3])
 end
 local head, open = tonumber(own[2]), own[3] == "queued" or own[3] == "running"
 local last = open and head or head + 1

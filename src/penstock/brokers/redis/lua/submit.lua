@@ -9,7 +9,7 @@ local function known(job_id)
   return { "old", record(job_id), queue_position(load(job_id)) }
 end
 
-local key = ARGV[11] ~= "" and base .. "key:" .. #tenant .. ":" .. tenant .. ":" .. ARGV[11]
+local key = ARGV[11] ~= "" and idempotency_key(tenant, ARGV[11])
 if call("EXISTS", base .. "job:" .. id) == 1 then return { known(id), {} } end
 if key then
   local first = call("GET", key)

@@ -54,7 +54,7 @@ for _, id in ipairs(due("ended", now - RESULT_TTL)) do
     call("SET", base .. "gone:" .. id, job.t, "EX", ARGV[7])
     for _, list in ipairs(list_keys(job)) do call("ZREM", list, id) end
     if job.ik then
-      local key = base .. "key:" .. #job.t .. ":" .. job.t .. ":" .. job.ik
+      local key = idempotency_key(job.t, job.ik)
       if call("GET", key) == id then call("DEL", key) end
     end
     add("counts", job.s, -1)
