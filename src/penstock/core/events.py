@@ -108,11 +108,21 @@ def fold(events: Iterable[Event], n: int = 1) -> Completion:
     return result
 
 
-def split_choices(ids: Sequence[int], choices: Sequence[int] | None, n: int) -> list[list[int]]:
-    """A logged prefix as one id list per choice: what an engine continues from."""
-    if choices is None:
-        return [list(ids), *([] for _ in range(n - 1))]
-    result: list[list[int]] = [[] for _ in range(n)]
-    for token, choice in zip(ids, choices, strict=True):
-        result[choice].append(token)
+class Prefix(msgspec.Struct, array_like=True):
+    """What an earlier attempt logged of one choice: what an engine continues from."""
+
+    ids: list[int] = []
+    texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def split_choices(ids: Sequence[int], texts: Sequence[str], choices: Sequence[int] | None, n: int) -> list[Prefix]:
+    """A logged prefix as one `Prefix` per choice."""
+    result = [Prefix([], []) for _ in range(n)]
+    for token, text, choice in zip(ids, texts, choices or [0] * len(ids), strict=True):
+        result[choice].ids.append(token)
+        result[choice].texts.append(text)
     return result

@@ -70,9 +70,36 @@ class Priority(enum.IntEnum):
     BATCH = 2
 
 
-class Message(msgspec.Struct, frozen=True):
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that the model asked for; ``arguments`` is JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation. ``tool_calls`` are an assistant's; ``tool_call_id`` says which a tool answers."""
+
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call. ``parameters`` is the JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the text of the reply has to be: any JSON object, or JSON that obeys ``schema``."""
+
+    type: Literal["json_object", "json_schema"]
+    schema: dict[str, Any] = {}
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -98,7 +125,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What to generate. Exactly one of ``prompt``, ``prompt_ids``, ``messages`` is set; ``n`` choices share it."""
+    """What to generate. Exactly one of ``prompt``, ``prompt_ids``, ``messages`` is set; ``n`` choices share it.
+
+    ``continue_final``: the last message is the beginning of the reply, not a turn before it. ``tool_choice``: the
+    model may call tools (auto), must not (none) or must (required; ``tool_name`` alone where that is set).
+    """
 
     model: str
     prompt: str | None = None
@@ -106,6 +137,11 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     messages: tuple[Message, ...] | None = None
     sampling: Sampling = Sampling()
     n: int = 1
+    response_format: ResponseFormat | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    tool_name: str | None = None
+    continue_final: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompt", "prompt_ids", "messages") if getattr(self, name) is not None]

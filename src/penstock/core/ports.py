@@ -59,12 +59,13 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Lease(msgspec.Struct, frozen=True):
     """A worker's right to append to a job's log, until it is fenced by the next attempt.
 
-    ``ids``/``choices`` are the log so far: the prefix that this attempt continues.
+    ``ids``/``texts``/``choices`` are the log so far: the prefix that this attempt continues.
     """
 
     job: Job
     attempt: int
     ids: list[int] = []
+    texts: list[str] = []
     choices: list[int] | None = None
 
     @property

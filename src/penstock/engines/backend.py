@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo, Output
 
@@ -17,9 +18,12 @@ class Backend(Protocol):
     info: ModelInfo
     slots: int
     """How many sequences may run at once (a request with n choices takes n)."""
+    wakeup: int | None
+    """A file descriptor that is readable when `step` has something, for engines that run by themselves
+    (`penstock.engines.mailbox`); None where `step` itself computes."""
 
-    def add(self, key: int, request: Request, prefixes: list[list[int]], attempt: int) -> None:
-        """Begin a request under *key*; ``prefixes[c]`` are the token ids that choice *c* already has (continue them).
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
+        """Begin a request under *key*; ``prefixes[c]`` is what choice *c* already has (continue it).
 
         ``attempt`` is the lease's number, for engines that show or use it.
         Raises a `PenstockError` (context length, unsupported field) when it must be refused. A continuation counts
@@ -38,8 +42,8 @@ class Backend(Protocol):
         """Is there anything to step?"""
         ...
 
-    def delay(self) -> float:
-        """Seconds until `step` has something to do; 0 for an engine that computes."""
+    def delay(self) -> float | None:
+        """Seconds until `step` has something to do; 0 for an engine that computes, None for one that wakes us."""
         ...
 
     def step(self) -> list[Output]:

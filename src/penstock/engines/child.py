@@ -38,6 +38,10 @@ from penstock.engines.outbox import Outbox
 #: Which module loads which engine. Imported only in the child: no engine's library enters the server's process.
 ENGINES = {
     "openvino": "penstock.engines.openvino",
+    "llama": "penstock.engines.llama",
+    "transformers": "penstock.engines.transformers",
+    "vllm": "penstock.engines.vllm",
+    "upstream": "penstock.engines.upstream",
     "synthetic": "penstock.engines.synthetic",
 }
 
@@ -56,10 +60,12 @@ class Channel:
     def send(self, message: ToParent) -> None:
         self._socket.sendall(encode(message))
 
-    def receive(self, wait: float | None) -> list[ToChild]:
-        """Commands that have arrived; waits up to *wait* seconds (None: for ever) for the first. Exits at the end."""
-        if wait != 0 and not select.select([self._socket], [], [], wait)[0]:
-            return []
+    def receive(self, wait: float | None, wakeup: int | None = None) -> list[ToChild]:
+        """Commands that have arrived; waits up to *wait* seconds (None: for ever) for the first, or until *wakeup* is
+        readable. Exits at the end."""
+        if wait != 0:
+            sources: list[socket.socket | int] = [self._socket] if wakeup is None else [self._socket, wakeup]
+            select.select(sources, [], [], wait)
         try:
             data = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -72,26 +78,33 @@ class Channel:
 def serve(channel: Channel, backend: Backend) -> None:
     """Commands in, outputs out; for ever."""
     outbox = Outbox()
+    running: set[int] = set()
     while True:
         wait = backend.delay() if backend.busy else None
-        if wait != 0 and (held := outbox.flush()):
+        if outbox.holds and backend.wakeup is not None and (due := outbox.due()) > 0:
+            wait = due  # an engine that runs by itself may have more until then
+        elif wait != 0 and (held := outbox.flush()):
             channel.send(Outputs(held))
         refused: list[Output] = []
-        for command in channel.receive(wait):
+        for command in channel.receive(wait, backend.wakeup):
             match command:
                 case Add(key, request, prefixes, attempt):
                     try:
                         backend.add(key, request, prefixes, attempt)
+                        running.add(key)
                     except PenstockError as error:
                         refused.append(Output(key, finish=Finish(error=error.info)))
                 case Abort(key):
                     backend.abort(key)
+                    running.discard(key)
                     outbox.drop(key)
                 case Ping():
                     channel.send(Pong())
-        outputs = refused + backend.step() if backend.busy else refused
-        if due := outbox.take(outputs):
-            channel.send(Outputs(due))
+        # What an aborted sequence left in a mailbox has to be taken out too, or it would wake us for ever.
+        outputs = refused + backend.step() if backend.busy or backend.wakeup is not None else refused
+        running.difference_update(output.key for output in outputs if output.finish is not None)
+        if now := outbox.take(outputs, max(len(running), len(outputs))):
+            channel.send(Outputs(now))
 
 
 def load(channel: Channel) -> Backend | None:

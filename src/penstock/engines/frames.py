@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.errors import ErrorInfo
+from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo, Output
 
@@ -29,7 +30,7 @@ class Load(msgspec.Struct, array_like=True, tag=True):
 class Add(msgspec.Struct, array_like=True, tag=True):
     key: int
     request: Request
-    prefixes: list[list[int]]
+    prefixes: list[Prefix]
     attempt: int
 
 

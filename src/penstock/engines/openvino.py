@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 
 from penstock.core.errors import InvalidRequest, ModelLoadError
-from penstock.core.events import Logprob, TopLogprob
+from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines._ov import ov, paged_attention_transformation
@@ -244,6 +244,8 @@ class OpenVINOBackend:
     A step is three calls: who computes what (`_schedule`), the network (`_compute`), and what comes of it (`_deliver`).
     """
 
+    wakeup = None
+
     def __init__(self, name: str, text: TextModel, network: Network, options: Options) -> None:
         text.vocab_size = min(text.vocab_size, network.vocab)
         self.slots = options.slots
@@ -276,7 +278,7 @@ class OpenVINOBackend:
 
     # ---------------------------------------------------------------------------- Backend
 
-    def add(self, key: int, request: Request, prefixes: list[list[int]], attempt: int) -> None:
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text, sampling = self._text, request.sampling
         prompt = text.encode_request(request)
         for token in sampling.logit_bias:
@@ -289,7 +291,7 @@ class OpenVINOBackend:
         job = _Job(key, len(prompt))
         for choice, prefix in enumerate(prefixes):
             detokenizer = text.detokenizer(continuing=request.messages is None)
-            reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix)
+            reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids)
             job.sequences.append(_Sequence(job, choice, request, prompt, reply))
         job.open = sum(sequence.reply.finish is None for sequence in job.sequences)
         self._jobs[key] = job
@@ -311,7 +313,7 @@ class OpenVINOBackend:
     def busy(self) -> bool:
         return bool(self._jobs)
 
-    def delay(self) -> float:
+    def delay(self) -> float | None:
         return 0.0
 
     def step(self) -> list[Output]:

@@ -23,9 +23,11 @@ class Outbox:
     def __init__(self) -> None:
         self._held: dict[int, Output] = {}
         self._flushed_at = 0.0
+        self._tick = 0.0
 
-    def take(self, outputs: Sequence[Output]) -> list[Output]:
-        """Add a step's *outputs*; what has to go now: everything when the tick has come, else what is urgent."""
+    def take(self, outputs: Sequence[Output], running: int) -> list[Output]:
+        """Add a step's *outputs*; what has to go now: everything when the tick of *running* sequences has come, else
+        what is urgent."""
         held = self._held
         urgent = []
         for output in outputs:
@@ -36,9 +38,18 @@ class Outbox:
                 urgent.append(output)
             else:
                 held[output.key] = output
-        if time.monotonic() - self._flushed_at >= min(MAX_TICK, TICK_PER_SEQUENCE * len(outputs)):
+        self._tick = min(MAX_TICK, TICK_PER_SEQUENCE * running)
+        if self.due() <= 0:
             urgent += self.flush()
         return urgent
+
+    def due(self) -> float:
+        """Seconds until the tick."""
+        return self._flushed_at + self._tick - time.monotonic()
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
 
     def flush(self) -> list[Output]:
         """Everything that is held."""

@@ -134,7 +134,8 @@ class EngineProcess(asyncio.Protocol):
 
     def add(self, key: int, lease: Lease) -> None:
         request = lease.job.request
-        self._send(Add(key, request, split_choices(lease.ids, lease.choices, request.n), lease.attempt))
+        prefixes = split_choices(lease.ids, lease.texts, lease.choices, request.n)
+        self._send(Add(key, request, prefixes, lease.attempt))
 
     def abort(self, key: int) -> None:
         self._unread.pop(key, None)

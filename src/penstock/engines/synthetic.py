@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 
 from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelLoadError
+from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
@@ -23,10 +24,10 @@ CONTEXT = 1_000_000
 class _Sequence:
     __slots__ = ("attempt", "choices", "due", "emitted", "failing", "prompt_tokens", "request")
 
-    def __init__(self, request: Request, prefixes: list[list[int]], attempt: int, prompt_tokens: int) -> None:
+    def __init__(self, request: Request, prefixes: list[Prefix], attempt: int, prompt_tokens: int) -> None:
         self.request = request
         self.attempt = attempt
-        self.emitted = [len(prefix) for prefix in prefixes]
+        self.emitted = [len(prefix.ids) for prefix in prefixes]
         self.choices = len(prefixes)
         self.prompt_tokens: int | None = prompt_tokens
         self.due = 0.0
@@ -34,6 +35,8 @@ class _Sequence:
 
 
 class SyntheticBackend:
+    wakeup = None
+
     def __init__(self, name: str, options: Mapping[str, str]) -> None:
         unknown = sorted(set(options) - {"rate", "slots", "crash", "hang", "fail"})
         if unknown:
@@ -55,7 +58,7 @@ class SyntheticBackend:
             unsupported=("logit_bias", "logprobs", "seed", "stop"),
         )
 
-    def add(self, key: int, request: Request, prefixes: list[list[int]], attempt: int) -> None:
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text = request.prompt or " ".join(message.content for message in request.messages or ())
         prompt_tokens = len(request.prompt_ids) if request.prompt_ids is not None else len(text.split())
         if prompt_tokens >= CONTEXT:
@@ -78,7 +81,7 @@ class SyntheticBackend:
     def busy(self) -> bool:
         return bool(self._sequences)
 
-    def delay(self) -> float:
+    def delay(self) -> float | None:
         if not self.rate:
             return 0.0
         return max(0.0, min(sequence.due for sequence in self._sequences.values()) - time.monotonic())

@@ -663,12 +663,14 @@ class ClaimContract(_Contract):
 
     async def test_the_lease_carries_the_log_so_far(self, d: Driver) -> None:
         lease = await d.start()
-        assert (list(lease.ids), lease.choices) == ([], None)
+        assert (list(lease.ids), list(lease.texts), lease.choices) == ([], [], None)
         await d.write(lease, 10, 11)
         await d.write(lease, 12)
+        written = [text for event in await d.head(lease, 3) for text in getattr(event, "texts", ())]
         await d.lose_leases()
         lease = await d.next()
         assert lease.ids == [10, 11, 12]
+        assert lease.texts == written
         await d.write(lease, 13)
         await d.release(lease)
         assert (await d.next()).ids == [10, 11, 12, 13]

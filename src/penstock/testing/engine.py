@@ -38,6 +38,7 @@ def lease(
     messages: tuple[Message, ...] | None = None,
     prompt_ids: tuple[int, ...] | None = None,
     prefix: Iterable[int] = (),
+    texts: Iterable[str] | None = None,
     choices: list[int] | None = None,
     attempt: int = 1,
     **sampling: Any,
@@ -52,7 +53,9 @@ def lease(
         sampling=Sampling(**values),
         n=n,
     )
-    return Lease(Job(id="job", tenant="t", request=request), attempt, list(prefix), choices)
+    ids = list(prefix)
+    logged = [""] * len(ids) if texts is None else list(texts)
+    return Lease(Job(id="job", tenant="t", request=request), attempt, ids, logged, choices)
 
 
 class Result:
@@ -66,6 +69,10 @@ class Result:
     @property
     def ids(self) -> list[int]:
         return [token for output in self.outputs for token in output.ids]
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for output in self.outputs for text in output.texts]
 
     @property
     def choices(self) -> list[int]:
@@ -292,19 +299,19 @@ class EngineContract:
         for prompt in PROMPTS[:4]:
             (whole,) = await run(engine, lease(engine, prompt, **settings))
             for cut in (1, 7, 29):
-                (rest,) = await run(engine, lease(engine, prompt, prefix=whole.ids[:cut], **settings))
+                logged: dict[str, Any] = {"prefix": whole.ids[:cut], "texts": whole.texts[:cut]}
+                (rest,) = await run(engine, lease(engine, prompt, **logged, **settings))
                 assert whole.ids[:cut] + rest.ids == whole.ids
-                texts = [text for output in whole.outputs for text in output.texts]
-                assert [text for output in rest.outputs for text in output.texts] == texts[cut:]
+                assert rest.texts == whole.texts[cut:]
                 assert rest.finish == whole.finish
 
     async def test_a_resume_of_several_choices(self, engine: Engine) -> None:
         needs_determinism(engine)
         needs(engine, "n")
         (whole,) = await run(engine, lease(engine, n=2, temperature=0.9, seed=3, top_k=5))
-        prefix, choices = whole.ids[:13], whole.choices[:13]
+        prefix, texts, choices = whole.ids[:13], whole.texts[:13], whole.choices[:13]
         (rest,) = await run(
-            engine, lease(engine, n=2, temperature=0.9, seed=3, top_k=5, prefix=prefix, choices=choices)
+            engine, lease(engine, n=2, temperature=0.9, seed=3, top_k=5, prefix=prefix, texts=texts, choices=choices)
         )
         joined = list(zip(prefix + rest.ids, choices + rest.choices, strict=True))
         for choice in range(2):
@@ -313,9 +320,19 @@ class EngineContract:
 
     async def test_a_resume_after_the_last_token_only_ends(self, engine: Engine) -> None:
         (whole,) = await run(engine, lease(engine, max_tokens=6))
-        (rest,) = await run(engine, lease(engine, max_tokens=6, prefix=whole.ids))
+        (rest,) = await run(engine, lease(engine, max_tokens=6, prefix=whole.ids, texts=whole.texts))
         assert rest.ids == []
         assert rest.finish == whole.finish
+
+    async def test_a_resume_gives_the_rest_and_nothing_twice(self, engine: Engine) -> None:
+        """What every engine promises, deterministic or not: max_tokens counts from the reply's start."""
+        (whole,) = await run(engine, lease(engine, max_tokens=12))
+        for cut in (1, 5, 11):
+            (rest,) = await run(
+                engine, lease(engine, max_tokens=12, prefix=whole.ids[:cut], texts=whole.texts[:cut], attempt=2)
+            )
+            assert len(rest.ids) == 12 - cut
+            assert rest.finish == Finish(("length",))
 
     async def test_a_seed_repeats_and_another_differs(self, engine: Engine) -> None:
         needs_determinism(engine)

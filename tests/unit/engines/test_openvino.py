@@ -11,6 +11,7 @@ import pytest
 import tiny_models as tiny
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
+from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, Sampling
 from penstock.core.ports import Output
 from penstock.engines.openvino import OpenVINOBackend, load
@@ -59,7 +60,8 @@ class Run:
 
     def add(self, key: int, request: Request, prefixes: list[list[int]] | None = None) -> None:
         self.outputs[key] = []
-        self.backend.add(key, request, prefixes or [[] for _ in range(request.n)], 1)
+        prefixes = prefixes or [[] for _ in range(request.n)]
+        self.backend.add(key, request, [Prefix(ids, [""] * len(ids)) for ids in prefixes], 1)
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
@@ -253,7 +255,7 @@ def test_what_is_refused_leaves_nothing_behind(
     backend: OpenVINOBackend, asked: Request, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        backend.add(1, asked, [[]], 1)
+        backend.add(1, asked, [Prefix()], 1)
     assert not backend.busy
 
 

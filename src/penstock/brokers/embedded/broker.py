@@ -374,7 +374,7 @@ class EmbeddedBroker:
                 (cost, tenant),
             )
             self._count(tx, Status.QUEUED, Status.RUNNING)
-            head, ids, choices = _logged_ids(conn, seq) if attempt > 1 else (0, [], None)
+            head, log = _logged(conn, seq) if attempt > 1 else (0, ([], [], None))
             self._running[job_id] = _Running(
                 seq, tenant, attempt, head, now + policy.lease_ttl, deadline_at, prompt_tokens, estimate
             )
@@ -382,7 +382,7 @@ class EmbeddedBroker:
             job = msgspec.structs.replace(
                 _job(row, head, None, None), status=Status.RUNNING, attempt=attempt, started_at=row[15] or now
             )
-            leases.append(Lease(job, attempt, ids, choices))
+            leases.append(Lease(job, attempt, *log))
         return leases
 
     # ------------------------------------------------------------------------------------ append
@@ -793,17 +793,19 @@ def _queue_position(conn: sqlite3.Connection, tenant: str, model: str, priority:
     return 1 + int(own) + ahead
 
 
-def _logged_ids(conn: sqlite3.Connection, seq: int) -> tuple[int, list[int], list[int] | None]:
-    """The log so far as (head, ids, choices): what a later attempt continues from."""
+def _logged(conn: sqlite3.Connection, seq: int) -> tuple[int, tuple[list[int], list[str], list[int] | None]]:
+    """The log so far as (head, (ids, texts, choices)): what a later attempt continues from."""
     ids: list[int] = []
+    texts: list[str] = []
     choices: list[int] = []
     multiple = False
     for (blob,) in conn.execute("SELECT tokens FROM log WHERE job = ? ORDER BY pos", (seq,)):
         tokens = _tokens.decode(blob)
         ids += tokens.ids
+        texts += tokens.texts
         choices += tokens.choices or [0] * len(tokens.ids)
         multiple = multiple or tokens.choices is not None
-    return len(ids), ids, choices if multiple else None
+    return len(ids), (ids, texts, choices if multiple else None)
 
 
 def _read_log(tenant: str, job: str, after: int, conn: sqlite3.Connection) -> list[Event]:

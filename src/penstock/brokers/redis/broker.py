@@ -593,11 +593,13 @@ def _job(record: Sequence[Any], position: int = 0) -> tuple[Job, str]:
 def _lease(attempt: int, record: list[Any], log: list[bytes]) -> Lease:
     """A lease with the log so far: overlapping runs count once, as for every reader."""
     ids: list[int] = []
+    texts: list[str] = []
     choices: list[int] = []
     multiple = False
     for blob in log:
         run = _tokens.decode(blob).after(len(ids))
         ids += run.ids
+        texts += run.texts
         choices += run.choices or [0] * len(run.ids)
         multiple = multiple or run.choices is not None
-    return Lease(_job(record)[0], attempt, ids, choices if multiple else None)
+    return Lease(_job(record)[0], attempt, ids, texts, choices if multiple else None)

@@ -1,0 +1,142 @@
+"""For engines that run by themselves, in threads or in an event loop of their own: outputs are put into a mailbox, and
+the process's main loop, which waits for commands, is woken by a file descriptor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from penstock.core.errors import EngineError, PenstockError
+from penstock.core.events import Prefix
+from penstock.core.job import Request
+from penstock.core.ports import Finish, ModelInfo, Output
+
+
+class Mailbox:
+    """Outputs on their way from any thread to `Backend.step`. ``fd`` is readable while there are any."""
+
+    def __init__(self) -> None:
+        self._items: deque[Output | BaseException] = deque()
+        self.fd, self._bell = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._bell, False)
+
+    def put(self, *outputs: Output) -> None:
+        self._items.extend(outputs)
+        self._ring()
+
+    def fail(self, error: BaseException) -> None:
+        """The engine is broken: `take` raises *error*, and the process ends."""
+        self._items.append(error)
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is full: whoever reads it will be woken anyway
+            os.write(self._bell, b".")
+
+    def take(self) -> list[Output]:
+        """Everything that came, one `Output` a key, in order."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 1 << 16)
+        found: dict[int, Output] = {}
+        while self._items:
+            item = self._items.popleft()
+            if isinstance(item, BaseException):
+                raise item
+            if (earlier := found.get(item.key)) is not None:
+                earlier.extend(item)
+            else:
+                found[item.key] = item
+        return list(found.values())
+
+
+class AsyncBackend:
+    """A `Backend` over an event loop in a thread of its own: one task a request.
+
+    A subclass says `generate` (and ``info`` and ``slots``); it may `check` a request before it is accepted.
+    """
+
+    info: ModelInfo
+    slots: int
+
+    def __init__(self) -> None:
+        self._mailbox = Mailbox()
+        self.wakeup = self._mailbox.fd
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._open: set[int] = set()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self._run_loop, name="engine", daemon=True).start()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Do *work* in the loop and wait for its result (for loading)."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    # ------------------------------------------------------------------------------------ for subclasses
+
+    def check(self, request: Request) -> None:
+        """Raise a `PenstockError` for a request that must be refused."""
+
+    def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
+        """Outputs of one request; the first with ``prompt_tokens``, the last with ``finish``.
+
+        A `PenstockError` ends the request (`EngineError.retryable` ones are tried again), any other exception the
+        process. ``aclose`` must stop the generation.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------ Backend
+
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
+        self.check(request)
+        self._open.add(key)
+        self.loop.call_soon_threadsafe(self._begin, key, request, prefixes)
+
+    def abort(self, key: int) -> None:
+        self._open.discard(key)
+        self.loop.call_soon_threadsafe(self._stop, key)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._open)
+
+    def delay(self) -> float | None:
+        return None
+
+    def step(self) -> list[Output]:
+        outputs = [output for output in self._mailbox.take() if output.key in self._open]
+        self._open.difference_update(output.key for output in outputs if output.finish is not None)
+        return outputs
+
+    # ------------------------------------------------------------------------------------ in the loop
+
+    def _begin(self, key: int, request: Request, prefixes: list[Prefix]) -> None:
+        task = self.loop.create_task(self._generate(key, request, prefixes))
+        self._tasks[key] = task
+        task.add_done_callback(lambda task: self._tasks.pop(key, None))
+
+    def _stop(self, key: int) -> None:
+        if (task := self._tasks.get(key)) is not None:
+            task.cancel()
+
+    async def _generate(self, key: int, request: Request, prefixes: list[Prefix]) -> None:
+        try:
+            async with contextlib.aclosing(self.generate(key, request, prefixes)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    self._mailbox.put(output)
+        except PenstockError as error:
+            retryable = isinstance(error, EngineError) and error.retryable
+            self._mailbox.put(Output(key, finish=Finish(error=error.info), retryable=retryable))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._mailbox.fail(error)
