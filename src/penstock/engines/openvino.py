@@ -14,11 +14,10 @@ and an 8-bit cache on recent CPUs): faster, and none of that holds.
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from penstock.engines._ov import ov, paged_attention_transformation
 from penstock.engines.backend import Progress
 from penstock.engines.kvcache import ROOT, BlockPool
 from penstock.engines.models import resolve
+from penstock.engines.options import one_of, parse
 from penstock.engines.sampling import Floats, Ints, Sampler, stream_key
 from penstock.engines.text import Reply, TextModel
 
@@ -65,44 +65,10 @@ class Options:
     prefix_caching: bool = True
     threads: int = 0
 
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Options:
-        """Raises `ModelLoadError` for an unknown name (with the nearest known one) or a bad value."""
-        types = {field.name: type(field.default) for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for name, value in given.items():
-            if name not in types:
-                near = difflib.get_close_matches(name, types, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(types)}."
-                raise ModelLoadError(f"The openvino engine has no option {name!r}: {hint}")
-            values[name] = _option(name, value, types[name])
-        options = cls(**values)
-        if options.precision not in ("auto", "f32", "fast"):
-            raise ModelLoadError(f"Option precision is f32, fast or auto, not {options.precision!r}.")
-        if options.slots < 1 or options.threads < 0 or options.cache_gb < 0:
+    def __post_init__(self) -> None:
+        one_of("precision", self.precision, "f32", "fast", "auto")
+        if self.slots < 1 or self.threads < 0 or self.cache_gb < 0:
             raise ModelLoadError("Option slots must be at least 1; threads and cache_gb must not be negative.")
-        return options
-
-
-def _option(name: str, value: Any, kind: type) -> Any:
-    if kind is bool:
-        known = {
-            "true": True,
-            "on": True,
-            "yes": True,
-            "1": True,
-            "false": False,
-            "off": False,
-            "no": False,
-            "0": False,
-        }
-        if str(value).lower() not in known:
-            raise ModelLoadError(f"Option {name} is on or off, not {value!r}.")
-        return known[str(value).lower()]
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ModelLoadError(f"Option {name} is a number, not {value!r}.") from None
 
 
 # ------------------------------------------------------------------------------------------ the network
@@ -542,7 +508,7 @@ class OpenVINOBackend:
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> OpenVINOBackend:
     """See `penstock.engines.backend.Loader`."""
-    parsed = Options.parse(options)
+    parsed = parse(Options, options, "openvino")
     files = resolve(name, path, progress)
     text = TextModel.load(files.text)
     progress("compiling the model", None)
