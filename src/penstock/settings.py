@@ -34,7 +34,8 @@ EMBEDDED = "embedded"
 
 
 class ModelSettings(BaseModel):
-    """One served model: ``[[models]]`` in the file, ``--model NAME[=PATH]`` with ``--engine`` and ``--option``."""
+    """One served model: ``[[models]]`` in the file, ``--model NAME[=PATH]`` with ``--engine`` and ``--option``,
+    ``--on-demand`` and ``--standby``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,6 +43,8 @@ class ModelSettings(BaseModel):
     engine: str = "openvino"
     path: str | None = None
     options: dict[str, str] = {}
+    load: Literal["start", "demand"] = "start"
+    standby: int = Field(0, ge=0, le=16)
 
 
 class Settings(BaseSettings):
@@ -83,6 +86,18 @@ class Settings(BaseSettings):
         30.0, gt=0, description="Seconds of silence after which an engine process is killed and restarted."
     )
     load_timeout: float = Field(900.0, gt=0, description="Seconds that loading a model may take.")
+    memory_budget: str = Field(
+        "0", description="Memory for all engine processes, as 8GB or 8GiB: idle models make room; 0: no limit."
+    )
+    idle_unload: float = Field(
+        0.0, ge=0, description="Seconds without a job after which a model on demand is unloaded; 0: never."
+    )
+    swap_after: float = Field(
+        30.0, ge=0, description="Seconds that jobs wait for memory before a busy model makes room for theirs."
+    )
+    warm_processes: int = Field(
+        0, ge=0, le=16, description="Processes per engine that wait for a model, so that loading one is faster."
+    )
 
     # The queue.
     max_queued: int = Field(10_000, ge=0, description="Jobs that may wait in all; 0: no limit.")
@@ -149,6 +164,12 @@ class Settings(BaseSettings):
             raise ValueError("several URLs are the nodes of a cluster, which has no unix:// sockets")
         return value
 
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _budget_is_a_size(cls, value: Any) -> str:
+        parse_size(str(value))
+        return str(value)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -162,11 +183,35 @@ class Settings(BaseSettings):
 
     @property
     def loopback(self) -> bool:
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return _is_loopback(self.host)
+
+    @property
+    def metrics_loopback(self) -> bool:
+        return _is_loopback(self.metrics_host)
 
     @property
     def embedded(self) -> bool:
         return self.broker == EMBEDDED
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{unit}": base ** (power + 1)
+    for power, letter in enumerate("kmgt")
+    for unit, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like 500MB, 8GB (10^9) or 8GiB (2^30). Raises `ValueError`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in _UNITS or (not found[2] and 0 < float(found[1]) < 1e6):
+        raise ValueError(f"{text!r} is no size: write 500MB, 8GB (10^9 bytes), 8GiB (2^30), or 0 for no limit")
+    size: int = round(float(found[1]) * _UNITS[found[2]])
+    return size
 
 
 def without_passwords(urls: str) -> str:

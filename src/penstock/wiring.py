@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -15,15 +16,18 @@ from starlette.types import ASGIApp
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy
+from penstock.engines.backend import Progress
 from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.gateway.app import create_app
+from penstock.engines.standby import Standby, WarmPool
+from penstock.gateway.app import WORKER_ROUTES, create_app
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.observability.jobs import JobRecord, ObservedBroker
 from penstock.observability.logs import log_job, request_log
 from penstock.observability.metrics import Metrics
 from penstock.observability.ops import worker_app
 from penstock.server import Address, http_server, termination
-from penstock.settings import ModelSettings, Settings
+from penstock.settings import ModelSettings, Settings, parse_size
+from penstock.worker.manager import Model, ModelManager
 from penstock.worker.worker import Worker
 
 log = structlog.get_logger("penstock")
@@ -47,6 +51,9 @@ class Watcher(Protocol):
 
     def ready(self, model: str) -> None: ...
 
+    def deferred(self, model: str) -> None:
+        """*model* does not fit beside the others: it is loaded when a job comes for it."""
+
 
 async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: bool) -> None:
     """A gateway, workers with their engines, or both, over the broker of *settings*; until SIGTERM or SIGINT."""
@@ -57,40 +64,42 @@ async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: b
                     return  # the signal came first
                 metrics = Metrics(gateway=gateway, worker=workers)
                 broker = ObservedBroker(store, _observers(settings, metrics))
-                front = Gateway(broker, gateway_config(settings)) if gateway else None
-                models = settings.models if workers else []
-                crew = [build_worker(model, settings, broker, metrics, watcher) for model in models]
-                server = http_server(build_app(front, crew, broker, metrics), drain_timeout=settings.drain_timeout)
-                async with front.running() if front else contextlib.nullcontext():
+                warm = WarmPool(settings.warm_processes)
+                crew = build_manager(settings, broker, metrics, warm, watcher) if workers else None
+                front = Gateway(broker, gateway_config(settings, gateway), models=crew)
+                app = build_app(front, crew, broker, metrics, gateway=gateway)
+                server = http_server(app, drain_timeout=settings.drain_timeout)
+                async with contextlib.aclosing(warm), front.running(catalogue=gateway):
                     address.open()
                     watcher.listening(address.url)
-                    await _work(front, crew, server, address, broker, terminate)
+                    await _work(front, crew, server, address, broker, terminate, gateway=gateway)
         except* PenstockError as group:
             raise first_of(group) from None
 
 
 async def _work(
-    front: Gateway | None,
-    crew: Sequence[Worker],
+    front: Gateway,
+    crew: ModelManager | None,
     server: uvicorn.Server,
     address: Address,
     broker: Broker,
     terminate: asyncio.Event,
+    *,
+    gateway: bool,
 ) -> None:
     """Everything at work until a signal; then the drain: streams end, jobs finish or are given back, HTTP closes."""
     async with asyncio.TaskGroup() as tasks:
         sweeping = tasks.create_task(_sweep(broker), name="sweep")
         http = tasks.create_task(server.serve(sockets=[address.socket]), name="http")
-        working = [tasks.create_task(worker.run(), name="worker") for worker in crew]
+        working = tasks.create_task(crew.run(), name="models") if crew else None
         await terminate.wait()
-        log.info("draining", streams=len(front.streams) if front else 0)
-        if front is not None:
-            front.drain()
-            server.should_exit = True
-        for worker in crew:
-            worker.stop()
-        await asyncio.gather(*working)
-        server.should_exit = True  # a worker alone tells how its drain goes to the end
+        log.info("draining", streams=len(front.streams))
+        front.drain()
+        server.should_exit = gateway  # a worker alone tells how its drain goes to the end
+        if crew is not None and working is not None:
+            crew.stop()
+            await working
+        server.should_exit = True
         await http
         sweeping.cancel()
 
@@ -131,8 +140,12 @@ def queue_policy(settings: Settings) -> QueuePolicy:
     )
 
 
-def gateway_config(settings: Settings) -> GatewayConfig:
-    loopback_names = ("localhost", "127.0.0.1", "::1", settings.host)
+def gateway_config(settings: Settings, gateway: bool = True) -> GatewayConfig:
+    """For the API, or for the part of it that a worker has on its metrics port."""
+    host, loopback = settings.host, settings.loopback
+    if not gateway:
+        host, loopback = settings.metrics_host, settings.metrics_loopback
+    loopback_names = ("localhost", "127.0.0.1", "::1", host)
     return GatewayConfig(
         broker="embedded" if settings.embedded else "redis",
         models=tuple(model.name for model in settings.models),
@@ -142,32 +155,73 @@ def gateway_config(settings: Settings) -> GatewayConfig:
         disconnect_grace=settings.disconnect_grace,
         drain_timeout=settings.drain_timeout,
         default_max_tokens=settings.default_max_tokens,
-        allowed_hosts=tuple(settings.allowed_hosts) or (loopback_names if settings.loopback else ("*",)),
+        allowed_hosts=tuple(settings.allowed_hosts) or (loopback_names if loopback else ("*",)),
+        manageable=loopback or settings.insecure_public,
     )
 
 
-def build_worker(
-    model: ModelSettings, settings: Settings, broker: Broker, metrics: Metrics, watcher: Watcher
-) -> Worker:
-    engine = EngineProcess(
-        EngineSpec(model.engine, model.name, model.path, model.options),
-        hang_timeout=settings.hang_timeout,
-        load_timeout=settings.load_timeout,
-        on_progress=lambda what, fraction: watcher.progress(model.name, what, fraction),
-    )
-    return Worker(
+def build_manager(
+    settings: Settings, broker: Broker, metrics: Metrics, warm: WarmPool, watcher: Watcher
+) -> ModelManager:
+    """The workers of all configured models, and who decides which are loaded."""
+
+    def make_worker(model: Model, up: Callable[[], None]) -> Worker:
+        def ready() -> None:
+            up()
+            watcher.ready(model.name)
+
+        return Worker(
+            broker,
+            model.engine,
+            lease_ttl=settings.lease_ttl,
+            drain_timeout=settings.drain_timeout,
+            on_ready=ready,
+            about=model.about,
+        )
+
+    def progress(name: str, what: str, fraction: float | None) -> None:
+        manager.progress(name, what, fraction)
+        watcher.progress(name, what, fraction)
+
+    models = []
+    for each in settings.models:
+        engine = build_engine(each, settings, warm, partial(progress, each.name))
+        models.append(Model(each.name, metrics.engine(engine), engine, on_demand=each.load == "demand"))
+        if each.load == "demand":
+            warm.fill(each.engine)
+    manager = ModelManager(
         broker,
-        metrics.engine(engine),
-        lease_ttl=settings.lease_ttl,
-        drain_timeout=settings.drain_timeout,
-        on_ready=lambda: watcher.ready(model.name),
+        models,
+        make_worker,
+        memory_budget=parse_size(settings.memory_budget),
+        overhead=warm.measure,
+        idle_unload=settings.idle_unload,
+        swap_after=settings.swap_after,
+        heartbeat=settings.lease_ttl / 4,
+        on_deferred=watcher.deferred,
     )
+    metrics.watch_models(manager.workers)
+    return manager
 
 
-def build_app(front: Gateway | None, crew: Sequence[Worker], broker: ObservedBroker, metrics: Metrics) -> ASGIApp:
+def build_engine(model: ModelSettings, settings: Settings, warm: WarmPool, on_progress: Progress) -> Standby:
+    spec = EngineSpec(model.engine, model.name, model.path, model.options)
+
+    def make() -> EngineProcess:
+        return EngineProcess(
+            spec, hang_timeout=settings.hang_timeout, load_timeout=settings.load_timeout, spawn=warm.take
+        )
+
+    return Standby(spec, make, wanted=model.standby, warm=warm, on_progress=on_progress)
+
+
+def build_app(
+    front: Gateway, crew: ModelManager | None, broker: ObservedBroker, metrics: Metrics, *, gateway: bool
+) -> ASGIApp:
     """The gateway's API; without one, what a worker says of itself."""
-    if front is None:
-        return worker_app(metrics.render, lambda: all(worker.info.state == "ready" for worker in crew))
+    if not gateway:
+        assert crew is not None
+        return worker_app(metrics.render, lambda: crew.ready, create_app(front, routes=WORKER_ROUTES))
     metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: broker.tokens_read)
     return create_app(front, metrics=metrics.render, middleware=[metrics.http])
 

@@ -261,7 +261,7 @@ class Server(Process):
         if not super().is_ready():
             return False
         models = self.get("/v1/models").json()["data"]
-        return all(entry.get("state", "ready") == "ready" for entry in models)
+        return all(entry["state"] in ("ready", "unloaded") for entry in models)  # unloaded: on demand
 
 
 def _gone(process: psutil.Process) -> bool:

@@ -145,6 +145,10 @@ def test_config_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "s3cret" not in run(app, ["config"]).output
 
 
+#: Of a model's entry, where nothing is said of them.
+DEFAULTS = {"load": "start", "standby": 0}
+
+
 def settled(*arguments: str) -> dict[str, Any]:
     result = run(app, ["config", "--json", *arguments])
     assert result.exit_code == 0, result.output
@@ -178,11 +182,43 @@ def test_models_engines_and_options_become_the_models_setting() -> None:
     rows = settled("--engine", "synthetic", "--model", "a", "--model", "b=some/folder", *options)
     assert rows["models"] == {
         "value": [
-            {"name": "a", "engine": "synthetic", "path": None, "options": {"rate": "5"}},
-            {"name": "b", "engine": "synthetic", "path": "some/folder", "options": {"rate": "5", "slots": "2"}},
+            {"name": "a", "engine": "synthetic", "path": None, "options": {"rate": "5"}, **DEFAULTS},
+            {
+                "name": "b",
+                "engine": "synthetic",
+                "path": "some/folder",
+                "options": {"rate": "5", "slots": "2"},
+                **DEFAULTS,
+            },
         ],
         "source": "flag",
     }
+
+
+def test_which_models_are_loaded_on_demand_or_have_spares() -> None:
+    models = ["--engine", "synthetic", "--model", "a", "--model", "b=1"]
+    loads = ["--on-demand", "b", "--standby", "1", "--standby", "b=2", "--memory-budget", "1.5GiB"]
+    rows = settled(*models, *loads)
+    assert [(each["load"], each["standby"]) for each in rows["models"]["value"]] == [("start", 1), ("demand", 2)]
+    assert rows["memory_budget"]["value"] == "1.5GiB"
+    rows = settled(*models, "--on-demand", "all")
+    assert [each["load"] for each in rows["models"]["value"]] == ["demand"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--on-demand", "x"], "no model 'x' among millrace"),
+        (["--standby", "x=1"], "no model 'x' among millrace"),
+        (["--standby", "many"], "not of the form N"),
+        (["--memory-budget", "lots"], "no size"),
+        (["--memory-budget", "8"], "no size"),
+    ],
+)
+def test_what_is_wrong_with_a_wish_about_models(arguments: list[str], words: str) -> None:
+    result = run(app, ["config", *arguments])
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
 
 
 def test_options_reach_models_of_the_file() -> None:
@@ -190,7 +226,13 @@ def test_options_reach_models_of_the_file() -> None:
         '[[models]]\nname = "a"\nengine = "synthetic"\noptions = { rate = "1", slots = "3" }'
     )
     [model] = settled("--option", "rate=5")["models"]["value"]
-    assert model == {"name": "a", "engine": "synthetic", "path": None, "options": {"rate": "5", "slots": "3"}}
+    assert model == {
+        "name": "a",
+        "engine": "synthetic",
+        "path": None,
+        "options": {"rate": "5", "slots": "3"},
+        **DEFAULTS,
+    }
 
 
 def test_engines_pair_up_with_models_in_order() -> None:

@@ -28,6 +28,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Queue": ("max_running_per_tenant", "lease_ttl", "result_ttl", "max_attempts"),
     "HTTP": ("max_body", "default_max_tokens", "heartbeat", "send_deadline", "disconnect_grace"),
     "Engines": ("hang_timeout", "load_timeout"),
+    "Models": ("memory_budget", "idle_unload", "swap_after", "warm_processes"),
     "Shutdown": ("drain_timeout",),
 }
 
@@ -36,8 +37,8 @@ STRUCTURES = frozenset({"models", "tenant_weights"})
 #: The panels of each command.
 EVERYWHERE = {"Broker", "Logs", "Queue", "Shutdown"}
 GATEWAY = EVERYWHERE | {"Address", "Admission", "HTTP"}
-WORKER = EVERYWHERE | {"Metrics", "Engines"}
-SERVE = GATEWAY | {"Data", "Engines"}
+WORKER = EVERYWHERE | {"Metrics", "Engines", "Models"}
+SERVE = GATEWAY | {"Data", "Engines", "Models"}
 
 
 def _parameters(panels: Collection[str]) -> list[inspect.Parameter]:
@@ -106,6 +107,22 @@ EngineOptions = Annotated[
         "--option", metavar="[NAME.]KEY=VALUE", help="An option of the engines, or of NAME's alone (repeatable)."
     ),
 ]
+OnDemand = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--on-demand",
+        metavar="NAME",
+        help="Load this model when the first job for it comes, not at the start (repeatable; all: every model).",
+    ),
+]
+Standby = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--standby",
+        metavar="[NAME=]N",
+        help="Keep N spare engine processes with the model loaded, of every model or of NAME's (repeatable).",
+    ),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Settings file, instead of ./penstock.toml.")
 ]
@@ -117,6 +134,8 @@ def settle(
     options: Sequence[str] | None,
     file: Path | None,
     flags: dict[str, Any],
+    on_demand: Sequence[str] | None = None,
+    standby: Sequence[str] | None = None,
 ) -> tuple[Settings, dict[str, Any]]:
     """The settings in force, and the flags among them. Raises `InvalidRequest`, `typer.BadParameter`."""
     if file is not None:
@@ -125,8 +144,9 @@ def settle(
     if models or engines:
         given["models"] = choose_models(engines or (), models or ())
     settings = load_settings(given)
-    if options:
-        given["models"] = add_options(settings.models, options)
+    if options or on_demand or standby:
+        chosen = add_options(settings.models, options or ())
+        given["models"] = add_standby(add_on_demand(chosen, on_demand or ()), standby or ())
         settings = load_settings(given)
     names = [each.name for each in settings.models]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -184,6 +204,34 @@ def add_options(models: Sequence[ModelSettings], options: Sequence[str]) -> list
     return chosen
 
 
+def add_on_demand(models: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """``--on-demand NAME`` (or ``all``) in entries of the ``models`` setting."""
+    for name in names:
+        for each in _called(models, name, f"--on-demand {name}", every="all"):
+            each["load"] = "demand"
+    return models
+
+
+def add_standby(models: list[dict[str, Any]], wishes: Sequence[str]) -> list[dict[str, Any]]:
+    """``--standby [NAME=]N`` in entries of the ``models`` setting."""
+    for text in wishes:
+        name, _, count = text.rpartition("=")
+        if not count.isdecimal():
+            raise typer.BadParameter(f"--standby {text!r} is not of the form N or NAME=N.")
+        for each in _called(models, name, f"--standby {text!r}", every=""):
+            each["standby"] = int(count)
+    return models
+
+
+def _called(models: list[dict[str, Any]], name: str, what: str, *, every: str) -> list[dict[str, Any]]:
+    """The entries that *name* means: a model's name, or *every*."""
+    found = [each for each in models if each["name"] == name]
+    if not found and name != every:
+        served = ", ".join(each["name"] for each in models)
+        raise typer.BadParameter(f"{what}: there is no model {name!r} among {served}.")
+    return found or models
+
+
 # ---------------------------------------------------------------------------------------------- penstock config
 
 
@@ -193,12 +241,14 @@ def config(
     engine: Engines = None,
     model: Models = None,
     option: EngineOptions = None,
+    on_demand: OnDemand = None,
+    standby: Standby = None,
     config: ConfigFile = None,
     json: Json = False,
     **flags: Any,
 ) -> None:
     """Print the settings in force and where each value comes from: flag, environment, file or default."""
-    settings, given = settle(engine, model, option, config, flags)
+    settings, given = settle(engine, model, option, config, flags, on_demand, standby)
     plain = {**settings.model_dump(mode="json"), "broker": without_passwords(settings.broker)}
     rows = [(name, plain[name], source) for name, _, source in explain(settings, given)]
     if json:
@@ -222,4 +272,6 @@ def _plain(name: str, value: Any) -> str:
 
 def describe(model: ModelSettings) -> str:
     options = "".join(f" {key}={value}" for key, value in model.options.items())
-    return f"{model.name}{f'={model.path}' if model.path else ''} ({model.engine}{options})"
+    standby = f", {model.standby} on standby" if model.standby else ""
+    load = ", on demand" if model.load == "demand" else ""
+    return f"{model.name}{f'={model.path}' if model.path else ''} ({model.engine}{options}{load}{standby})"

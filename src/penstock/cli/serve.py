@@ -16,6 +16,8 @@ from penstock.cli.flags import (
     Engines,
     GatewayModels,
     Models,
+    OnDemand,
+    Standby,
     settle,
     with_settings,
 )
@@ -30,6 +32,8 @@ def serve(
     engine: Engines = None,
     model: Models = None,
     option: EngineOptions = None,
+    on_demand: OnDemand = None,
+    standby: Standby = None,
     config: ConfigFile = None,
     **flags: Any,
 ) -> None:
@@ -37,7 +41,7 @@ def serve(
 
     Everything below can also be set as PENSTOCK_<NAME> or in penstock.toml; a flag wins over both.
     """
-    settings, _ = settle(engine, model, option, config, flags)
+    settings, _ = settle(engine, model, option, config, flags, on_demand, standby)
     _run(settings, gateway=True, workers=True)
 
 
@@ -60,6 +64,8 @@ def worker(
     engine: Engines = None,
     model: Models = None,
     option: EngineOptions = None,
+    on_demand: OnDemand = None,
+    standby: Standby = None,
     config: ConfigFile = None,
     **flags: Any,
 ) -> None:
@@ -67,7 +73,7 @@ def worker(
 
     Everything below can also be set as PENSTOCK_<NAME> or in penstock.toml; a flag wins over both.
     """
-    settings, _ = settle(engine, model, option, config, flags)
+    settings, _ = settle(engine, model, option, config, flags, on_demand, standby)
     _run(_shared(settings, "worker"), gateway=False, workers=True)
 
 

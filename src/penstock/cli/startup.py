@@ -21,7 +21,7 @@ class Startup:
         self._gateway = gateway
         self._models = settings.models if workers else []
         self._url = ""
-        self._loading = {model.name for model in self._models}
+        self._loading = {model.name for model in self._models if model.load == "start"}
         self._said: dict[str, str] = {}
         self._bars: dict[str, TaskID] = {}
         console = stderr()
@@ -52,11 +52,16 @@ class Startup:
         self._url = url
         say(f"penstock {__version__}{self._role(url)}{self._broker()}", "bold")
         for model in self._models:
+            if model.name not in self._loading:
+                say(f"has {describe(model)}")
+                continue
             self._bars[model.name] = self._progress.add_task(f"{model.name}: starting the engine", total=None)
             if self._progress.disable:
                 say(f"loading {describe(model)}")
-        if self._models:
+        if self._loading:
             self._progress.start()
+        elif self._models:
+            self._tell_ready()
         else:
             self._tell_stop()
 
@@ -86,15 +91,25 @@ class Startup:
             self._said[model] = what
             say(f"{model}: {what}")
 
+    def deferred(self, model: str) -> None:
+        say(f"{model}: no room beside the others (memory_budget); it is loaded on demand", "yellow")
+        self._done(model)
+
     def ready(self, model: str) -> None:
+        if model in self._loading and len(self._loading) > 1:
+            say(f"{model} is ready", "green")
+        self._done(model)
+
+    def _done(self, model: str) -> None:
         if model not in self._loading:
             return
         self._loading.remove(model)
         self._progress.remove_task(self._bars.pop(model))
-        if self._loading:
-            say(f"{model} is ready", "green")
-            return
-        self._progress.stop()
+        if not self._loading:
+            self._progress.stop()
+            self._tell_ready()
+
+    def _tell_ready(self) -> None:
         say(f"ready: {', '.join(each.name for each in self._models)}", "bold green")
         if self._gateway:
             self._tell_use()

@@ -45,12 +45,29 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Request fields this model's engine cannot honour; asking for one is a 400 ``unsupported``."""
 
 
+#: What a worker may be doing with its models, the most useful first.
+WORKER_STATES = ("ready", "loading", "restarting", "unloading", "draining", "unloaded", "failed")
+
+
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of itself: it runs one engine, usually with one model."""
+
     id: str
     models: tuple[ModelInfo, ...] = ()
+    """Also those that are not loaded (``context_length`` 0 where one never was)."""
     slots: int = 0
     state: str = "ready"
-    """ready | starting | restarting | draining."""
+    """One of `WORKER_STATES`."""
+    on_demand: bool = False
+    """It loads its models when jobs wait for them; jobs may be queued whatever its state, unless it failed."""
+    detail: str = ""
+    """For people: what it is doing, or what it waits for."""
+    error: ErrorInfo | None = None
+    """Why the latest load failed."""
+    memory: int = 0
+    """Bytes of main memory that its engine processes hold; 0: not measured."""
+    standby: int = 0
+    """Spare engine processes that have the model loaded."""
     takes_suspects: bool = True
     """May it be given suspects of an engine's death now? Where it may not, a broker with other workers leaves them."""
     seen_at: float = 0.0
@@ -298,3 +315,31 @@ class Engine(Protocol):
     async def step(self) -> list[Output]: ...
 
     async def close(self) -> None: ...
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+class LoadProgress(msgspec.Struct, frozen=True):
+    """How loading or unloading goes: the worker's state, what it does, and how much of it is done (0 … 1)."""
+
+    state: str
+    what: str = ""
+    fraction: float | None = None
+
+
+class ModelControl(Protocol):
+    """The models of this process's own workers, in the hands of their operator."""
+
+    def workers(self) -> list[WorkerInfo]: ...
+
+    def load(self, model: str) -> AsyncIterator[LoadProgress]:
+        """Load *model*, if need be at the cost of idle ones; ends when it is ready. Leaving early stops nothing.
+
+        Raises `ModelNotFound` and `ModelLoadError`.
+        """
+        ...
+
+    def unload(self, model: str) -> AsyncIterator[LoadProgress]:
+        """Unload *model* once its jobs have ended or are given back. Jobs load it again. Raises `ModelNotFound`."""
+        ...

@@ -1,4 +1,5 @@
-"""The engine process: ``python -m penstock.engines.child FD``. Loads one model, then takes commands and steps.
+"""The engine process: ``python -m penstock.engines.child FD ENGINE``. Imports the engine's library, loads one model
+when told which, then takes commands and steps.
 
 Single-threaded on purpose: native steps may hold the interpreter lock all through, so commands are read between
 steps. The process dies with its parent.
@@ -6,6 +7,7 @@ steps. The process dies with its parent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -107,6 +109,12 @@ def serve(channel: Channel, backend: Backend) -> None:
             channel.send(Outputs(now))
 
 
+def prepare(engine: str) -> None:
+    """What loading any model begins with, done before one is named."""
+    with contextlib.suppress(Exception):  # `load` meets it again, and tells
+        importlib.import_module(ENGINES[engine])
+
+
 def load(channel: Channel) -> Backend | None:
     messages: list[ToChild] = []
     while not messages:
@@ -149,6 +157,7 @@ def main() -> None:
     os.nice(NICENESS)
     os.dup2(2, 1)  # whatever a native library prints must not mix with the server's own output
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    prepare(sys.argv[2])
     backend = load(channel)
     if backend is None:
         sys.exit(1)

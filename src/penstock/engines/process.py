@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
@@ -44,11 +44,64 @@ class EngineSpec(msgspec.Struct, frozen=True):
     options: Mapping[str, str] = {}
 
 
+#: The only variable of ours that engines need: where converted models are kept. The others are settings of the server,
+#: and one may hold the broker's password.
+PASSED_ON = frozenset({"PENSTOCK_CACHE"})
+
+
+class Child:
+    """An engine process that has no model yet: it imports its engine's library, and waits to be told what to load."""
+
+    def __init__(self, engine: str, process: asyncio.subprocess.Process, sock: socket.socket) -> None:
+        self.engine = engine
+        self.process = process
+        self.socket = sock
+
+    @classmethod
+    async def spawn(cls, engine: str) -> Child:
+        ours, theirs = socket.socketpair()
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.upper().startswith("PENSTOCK_") or name in PASSED_ON
+        }
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "penstock.engines.child",
+                str(theirs.fileno()),
+                engine,
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                env={**environment, "PYTHONUNBUFFERED": "1"},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        return cls(engine, process, ours)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+    async def kill(self) -> None:
+        self.socket.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+
+
 class EngineProcess(asyncio.Protocol):
     """`penstock.core.ports.Engine` over a child process.
 
     A child that sends nothing for *hang_timeout* seconds (it answers pings between steps) is killed: a step of a real
-    engine is bounded, since prompts are prefilled in chunks. *load_timeout* bounds the loading of the model.
+    engine is bounded, since prompts are prefilled in chunks. *load_timeout* bounds the loading of the model. *spawn*
+    gives the child to load it in.
     """
 
     def __init__(
@@ -58,12 +111,14 @@ class EngineProcess(asyncio.Protocol):
         hang_timeout: float = 30.0,
         load_timeout: float = 900.0,
         on_progress: Callable[[str, float | None], None] = lambda what, fraction: None,
+        spawn: Callable[[str], Awaitable[Child]] = Child.spawn,
     ) -> None:
         self.spec = spec
+        self.on_progress = on_progress
+        self._spawn = spawn
         self._hang_timeout = hang_timeout
         self._load_timeout = load_timeout
-        self._on_progress = on_progress
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._transport: asyncio.Transport | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._info: ModelInfo | None = None
@@ -92,35 +147,23 @@ class EngineProcess(asyncio.Protocol):
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process and self._process.returncode is None else None
+        return self._child.process.pid if self._child and self._child.alive else None
+
+    @property
+    def alive(self) -> bool:
+        """Is it up, with its model loaded?"""
+        return self._watchdog is not None and self._death is None and self.pid is not None
 
     async def start(self) -> None:
         """Start the child and wait until its model is loaded. Raises `ModelLoadError`."""
         await self.close()
         self._reset()
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "penstock.engines.child",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._ready = loop.create_future()
-        ours.setblocking(False)
-        self._transport, _ = await loop.create_unix_connection(lambda: self, sock=ours)
-        self._send(Load(self.spec.engine, self.spec.model, self.spec.path, dict(self.spec.options)))
-        try:
+            self._child = await self._spawn(self.spec.engine)
+            self._ready = loop.create_future()
+            self._transport, _ = await loop.create_unix_connection(lambda: self, sock=self._child.socket)
+            self._send(Load(self.spec.engine, self.spec.model, self.spec.path, dict(self.spec.options)))
             async with asyncio.timeout(self._load_timeout):
                 ready = await self._ready
         except TimeoutError:
@@ -163,11 +206,9 @@ class EngineProcess(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-            self._process = None
+        if self._child is not None:
+            await self._child.kill()
+            self._child = None
 
     # ------------------------------------------------------------------------------------ asyncio.Protocol
 
@@ -178,7 +219,7 @@ class EngineProcess(asyncio.Protocol):
                 case Outputs(outputs):
                     self._collect(outputs)
                 case Loading(what, fraction):
-                    self._on_progress(what, fraction)
+                    self.on_progress(what, fraction)
                 case Ready() if self._ready is not None and not self._ready.done():
                     self._ready.set_result(message)
                 case Failed(error, trace):

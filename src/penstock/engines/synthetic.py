@@ -1,7 +1,8 @@
 """The synthetic engine: for load and fault tests, through the same process and batching path as the real ones.
 
 At position p (from 1) under attempt a it emits the text ``p@a `` — so a reader of a stream sees at once a gap, a
-repeat or a stale attempt. Options: ``rate`` tokens a second per sequence (0: as fast as it can), ``slots``, and three
+repeat or a stale attempt. Options: ``rate`` tokens a second per sequence (0: as fast as it can), ``slots``,
+``load_seconds`` that loading takes, ``memory_mb`` that it then holds, and three
 words that, found in a prompt, make the engine misbehave: ``crash`` (the process dies), ``hang`` (it stops answering),
 ``fail`` (that sequence ends with a retryable error).
 """
@@ -19,6 +20,7 @@ from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
 
 CONTEXT = 1_000_000
+OPTIONS = ("rate", "slots", "load_seconds", "memory_mb", "crash", "hang", "fail")
 
 
 class _Sequence:
@@ -37,17 +39,24 @@ class _Sequence:
 class SyntheticBackend:
     wakeup = None
 
-    def __init__(self, name: str, options: Mapping[str, str]) -> None:
-        unknown = sorted(set(options) - {"rate", "slots", "crash", "hang", "fail"})
+    def __init__(self, name: str, options: Mapping[str, str], progress: Progress) -> None:
+        unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise ModelLoadError(
-                f"The synthetic engine has no option {unknown[0]!r}: it has rate, slots, crash, hang, fail."
-            )
+            raise ModelLoadError(f"The synthetic engine has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}.")
         try:
             self.rate = float(options.get("rate", "0"))
             self.slots = int(options.get("slots", "256"))
+            load_seconds = float(options.get("load_seconds", "0"))
+            memory_mb = int(options.get("memory_mb", "0"))
         except ValueError as error:
-            raise ModelLoadError(f"The synthetic engine's rate and slots are numbers: {error}") from error
+            raise ModelLoadError(
+                f"The synthetic engine's rate, slots, load_seconds and memory_mb are numbers: {error}"
+            ) from error
+        begun = time.monotonic()
+        while (passed := time.monotonic() - begun) < load_seconds:
+            progress("sleeping", passed / load_seconds)
+            time.sleep(min(0.05, load_seconds - passed))
+        self._weights = b"\x01" * (memory_mb * 1_000_000)
         self._words = {word: options[word] for word in ("crash", "hang", "fail") if word in options}
         self._sequences: dict[int, _Sequence] = {}
         self.info = ModelInfo(
@@ -121,4 +130,4 @@ class SyntheticBackend:
 
 
 def load(name: str, path: str | None, options: Mapping[str, str], progress: Progress) -> SyntheticBackend:
-    return SyntheticBackend(name, options)
+    return SyntheticBackend(name, options, progress)

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, error_reply
-from penstock.gateway.routes import jobs, openai, ops
+from penstock.gateway.routes import jobs, models, openai, ops
 from penstock.gateway.service import Gateway
 
 Middleware = Callable[[ASGIApp], ASGIApp]
@@ -29,8 +29,10 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/generate", jobs.generate),
     ("POST", "/v1/chat/completions", openai.chat_completions),
     ("POST", "/v1/completions", openai.completions),
-    ("GET", "/v1/models", openai.list_models),
-    ("GET", "/v1/models/{model:path}", openai.show_model),
+    ("POST", "/v1/models/{model:path}/load", models.load_model),
+    ("POST", "/v1/models/{model:path}/unload", models.unload_model),
+    ("GET", "/v1/models", models.list_models),
+    ("GET", "/v1/models/{model:path}", models.show_model),
     ("GET", "/healthz", ops.healthz),
     ("GET", "/readyz", ops.readyz),
     ("GET", "/health", ops.health),
@@ -38,21 +40,30 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/docs", ops.docs),
 ]
 
+#: What a worker without a gateway answers about its models, on its metrics port.
+WORKER_ROUTES = [route for route in ROUTES if route[1].startswith("/v1/models")]
 
-def create_app(gateway: Gateway, *, metrics: Render | None = None, middleware: Sequence[Middleware] = ()) -> ASGIApp:
+
+def create_app(
+    gateway: Gateway,
+    *,
+    metrics: Render | None = None,
+    middleware: Sequence[Middleware] = (),
+    routes: Sequence[tuple[str, str, Handler]] = ROUTES,
+) -> ASGIApp:
     """The ASGI app. *metrics* renders ``/metrics``; *middleware* (outermost first) sees every request."""
-    table = [*ROUTES, ("GET", "/metrics", ops.metrics(metrics))] if metrics is not None else ROUTES
+    table = [*routes, ("GET", "/metrics", ops.metrics(metrics))] if metrics is not None else routes
     methods: dict[str, dict[str, Endpoint]] = {}
     for method, path, handler in table:
         methods.setdefault(path, {})[method] = Endpoint(gateway, handler)
-    routes = [Route(path, ByMethod(endpoints)) for path, endpoints in methods.items()]
+    paths = [Route(path, ByMethod(endpoints)) for path, endpoints in methods.items()]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: object) -> AsyncIterator[None]:
         async with gateway.running():
             yield
 
-    app: ASGIApp = Router(routes, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
+    app: ASGIApp = Router(paths, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
     app = HostCheck(app, gateway.config.allowed_hosts)
     app = RequestId(app)
     for layer in reversed(middleware):

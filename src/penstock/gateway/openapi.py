@@ -11,6 +11,7 @@ import msgspec
 from penstock import __version__
 from penstock.core.errors import ErrorInfo
 from penstock.gateway.routes.jobs import Generate, GenerateJob
+from penstock.gateway.routes.models import ManageModel
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
 
 
@@ -21,6 +22,9 @@ class ErrorBody(msgspec.Struct):
 
 
 _ID = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+
+
+_MODEL = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
 
 
 def _query(**names: str) -> list[dict[str, Any]]:
@@ -56,13 +60,9 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[s
     ("POST", "/v1/chat/completions"): ("OpenAI chat completions", ChatCompletion, 200, True, []),
     ("POST", "/v1/completions"): ("OpenAI completions", TextCompletion, 200, True, []),
     ("GET", "/v1/models"): ("The models served", None, 200, False, []),
-    ("GET", "/v1/models/{model:path}"): (
-        "One model",
-        None,
-        200,
-        False,
-        [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
-    ),
+    ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, _MODEL),
+    ("POST", "/v1/models/{model:path}/load"): ("Load a model of this process", ManageModel, 200, True, _MODEL),
+    ("POST", "/v1/models/{model:path}/unload"): ("Unload a model of this process", ManageModel, 200, True, _MODEL),
     ("GET", "/healthz"): ("Liveness", None, 200, False, []),
     ("GET", "/readyz"): ("Readiness", None, 200, False, []),
     ("GET", "/health"): ("Broker, workers, models, queue", None, 200, False, []),
@@ -90,7 +90,11 @@ def document() -> dict[str, Any]:
         if parameters:
             operation["parameters"] = parameters
         if body is not None:
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[body]}}}
+            required = body is not ManageModel
+            operation["requestBody"] = {
+                "required": required,
+                "content": {"application/json": {"schema": schema_of[body]}},
+            }
         paths.setdefault(path.replace(":path", ""), {})[method.lower()] = operation
     return {
         "openapi": "3.1.0",

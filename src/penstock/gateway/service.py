@@ -22,7 +22,16 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Completion, Ended, Event, fold
 from penstock.core.job import Job, OnDisconnect, Priority, Request, Sampling, new_job_id
-from penstock.core.ports import Broker, Clock, ModelInfo, QueueStats, SystemClock
+from penstock.core.ports import (
+    WORKER_STATES,
+    Broker,
+    Clock,
+    ModelControl,
+    ModelInfo,
+    QueueStats,
+    SystemClock,
+    WorkerInfo,
+)
 from penstock.gateway.sse import EventStream, Streams
 
 log = structlog.get_logger("penstock.gateway")
@@ -46,6 +55,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     default_max_tokens: int = 2048
     """What OpenAI routes generate at most when the request does not say (and the context allows it)."""
     allowed_hosts: tuple[str, ...] = ("*",)
+    manageable: bool = True
+    """May whoever reaches it load and unload models? There is no authentication."""
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,11 +74,15 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Catalogue:
-    """Which models exist, from the configuration and from what workers say, refreshed once a second."""
+    """Which models exist, from the configuration and from what workers say, refreshed once a second.
 
-    def __init__(self, broker: Broker, configured: tuple[str, ...]) -> None:
+    *own*: the workers of this very process, of which it always knows the latest.
+    """
+
+    def __init__(self, broker: Broker, configured: tuple[str, ...], own: Callable[[], list[WorkerInfo]] = list) -> None:
         self._broker = broker
         self._configured = configured
+        self._own = own
         self._known: dict[str, ModelInfo] = {}
         self.stats: QueueStats | None = None
         self.reachable = False
@@ -86,8 +101,21 @@ class Catalogue:
             return
         self.reachable = True
         self._looked_at = time.monotonic()
-        for worker in self.stats.workers:
-            self._known.update((model.name, model) for model in worker.models)
+        self._learn()
+
+    def _learn(self) -> None:
+        for worker in self.workers:
+            for model in worker.models:
+                if model.context_length or model.name not in self._known:
+                    self._known[model.name] = model
+
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        """Those that are alive, as far as is known."""
+        found = {worker.id: worker for worker in (self.stats.workers if self.stats is not None else ())}
+        now = self.now()
+        found |= {worker.id: msgspec.structs.replace(worker, seen_at=now) for worker in self._own()}
+        return list(found.values())
 
     @property
     def names(self) -> list[str]:
@@ -106,16 +134,25 @@ class Catalogue:
         return self.stats.now + time.monotonic() - self._looked_at
 
     def info(self, model: str) -> ModelInfo | None:
+        """What is known of *model*; ``context_length`` 0 while it never was loaded."""
+        self._learn()
         return self._known.get(model)
 
+    def workers_of(self, model: str) -> list[WorkerInfo]:
+        return [worker for worker in self.workers if any(info.name == model for info in worker.models)]
+
+    def state(self, model: str) -> str:
+        """The best state that it has on a live worker (`WORKER_STATES`); ``unavailable`` without any."""
+        states = {worker.state for worker in self.workers_of(model)}
+        return next((state for state in WORKER_STATES if state in states), "unavailable")
+
     def ready(self, model: str | None) -> bool:
-        """Does a live worker serve *model* (None: the default one)?"""
-        if self.stats is None or not self.names:
+        """Does a live worker serve *model* (None: the default one), or load it when a job comes?"""
+        if not self.names:
             return False
-        model = model or self.default
         return any(
-            worker.state == "ready" and any(info.name == model for info in worker.models)
-            for worker in self.stats.workers
+            worker.state == "ready" or (worker.on_demand and worker.state in ("unloaded", "loading", "unloading"))
+            for worker in self.workers_of(model or self.default)
         )
 
     def check(self, request: Request) -> None:
@@ -237,22 +274,31 @@ async def _next(events: AsyncIterator[Event]) -> Event:
 class Gateway:
     """The HTTP side's state: nothing that another gateway over the same broker would miss."""
 
-    def __init__(self, broker: Broker, config: GatewayConfig | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        config: GatewayConfig | None = None,
+        clock: Clock | None = None,
+        models: ModelControl | None = None,
+    ) -> None:
+        """*models*: those of workers in the same process, to be loaded and unloaded by their operator."""
         self.broker = broker
+        self.models = models
         self.config = config or GatewayConfig()
         self.clock = clock or SystemClock()
         self.streams = Streams(heartbeat=self.config.heartbeat, send_deadline=self.config.send_deadline)
-        self.catalogue = Catalogue(broker, self.config.models)
+        own = models.workers if models is not None else list
+        self.catalogue = Catalogue(broker, self.config.models, own)
         self.readers = Readers(broker, self.config.disconnect_grace)
         self.started_at = time.time()
         self._over = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        tasks = [
-            asyncio.create_task(self.catalogue.run(), name="gateway: catalogue"),
-            asyncio.create_task(self.streams.run(), name="gateway: heartbeat"),
-        ]
+    async def running(self, *, catalogue: bool = True) -> AsyncIterator[None]:
+        """Whoever shows its own models only needs no *catalogue* of the others'."""
+        tasks = [asyncio.create_task(self.streams.run(), name="gateway: heartbeat")]
+        if catalogue:
+            tasks.append(asyncio.create_task(self.catalogue.run(), name="gateway: catalogue"))
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.job import Status
-from penstock.core.ports import Engine, Lease, ModelInfo, Output, QueueStats
+from penstock.core.ports import WORKER_STATES, Engine, Lease, ModelInfo, Output, QueueStats, WorkerInfo
 from penstock.observability.jobs import JobRecord
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -85,6 +85,10 @@ class Metrics:
     ) -> None:
         """Also report the queue as *stats* last saw it, how many streams are open, and the tokens that readers got."""
         self.registry.register(_Gateway(stats, connections, tokens))
+
+    def watch_models(self, workers: Callable[[], list[WorkerInfo]]) -> None:
+        """Also report how the models of this process's *workers* stand."""
+        self.registry.register(_Models(workers))
 
     def render(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
@@ -198,6 +202,23 @@ class _Process(Collector):
             ),
             GaugeMetricFamily("llm_process_memory_bytes", "Resident memory", value=self._process.memory_info().rss),
         ]
+
+
+class _Models(Collector):
+    def __init__(self, workers: Callable[[], list[WorkerInfo]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> list[Metric]:
+        state = GaugeMetricFamily("llm_model_state", "1 for the state that the model is in", labels=["model", "state"])
+        memory = GaugeMetricFamily("llm_model_memory_bytes", "Memory of the model's processes", labels=["model"])
+        standby = GaugeMetricFamily("llm_model_standby", "Spare processes that are ready", labels=["model"])
+        for worker in self._workers():
+            for model in worker.models:
+                for each in WORKER_STATES:
+                    state.add_metric([model.name, each], each == worker.state)
+                memory.add_metric([model.name], worker.memory)
+                standby.add_metric([model.name], worker.standby)
+        return [state, memory, standby]
 
 
 class _Gateway(Collector):

@@ -10,8 +10,9 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 
-def worker_app(render: Callable[[], tuple[bytes, str]], is_ready: Callable[[], bool]) -> ASGIApp:
-    """``/metrics`` as *render* writes them, ``/healthz`` (the process answers), ``/readyz`` (its models are up)."""
+def worker_app(render: Callable[[], tuple[bytes, str]], is_ready: Callable[[], bool], models: ASGIApp) -> ASGIApp:
+    """``/metrics`` as *render* writes them, ``/healthz`` (the process answers), ``/readyz`` (its models are up, or
+    loaded when they are wanted); *models* answers everything else: what its operator may do with them."""
 
     async def metrics(request: Request) -> Response:
         body, media_type = render()
@@ -24,4 +25,5 @@ def worker_app(render: Callable[[], tuple[bytes, str]], is_ready: Callable[[], b
         ready = is_ready()
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
-    return Router([Route("/metrics", metrics), Route("/healthz", healthz), Route("/readyz", readyz)])
+    routes = [Route("/metrics", metrics), Route("/healthz", healthz), Route("/readyz", readyz)]
+    return Router(routes, default=models, redirect_slashes=False)

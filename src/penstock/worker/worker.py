@@ -61,8 +61,10 @@ class Worker:
         claim_wait: float = 1.0,
         restart_backoff: float = 0.2,
         on_ready: Callable[[], None] = lambda: None,
+        about: WorkerInfo | None = None,
     ) -> None:
-        self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.about = about or WorkerInfo(id=new_worker_id())
+        """What to say of it beyond what it knows itself."""
         self._broker = broker
         self._engine = engine
         self._lease_ttl = lease_ttl
@@ -74,7 +76,8 @@ class Worker:
         self._pending: deque[Lease] = deque()
         self._claim: asyncio.Future[list[Lease]] | None = None
         self._next_key = 0
-        self._state = "starting"
+        self._state = "loading"
+        self._leaving = "draining"
         self._room_at = 0.0
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -82,9 +85,18 @@ class Worker:
 
     @property
     def info(self) -> WorkerInfo:
-        return WorkerInfo(id=self.id, models=self._engine.models, slots=self._engine.slots, state=self._state)
+        return msgspec.structs.replace(
+            self.about, models=self._engine.models, slots=self._engine.slots, state=self._state
+        )
 
-    def stop(self) -> None:
+    @property
+    def busy(self) -> bool:
+        """Has it jobs?"""
+        return bool(self._active or self._pending)
+
+    def stop(self, state: str = "draining") -> None:
+        """Finish or give back what runs, as *state*, and end."""
+        self._leaving = state
         self._stopping.set()
         self._changed.set()
 
@@ -128,7 +140,7 @@ class Worker:
 
     async def _drain(self) -> None:
         """Let running jobs finish for a while, then hand the rest back: they go on elsewhere, or after a restart."""
-        self._state = "draining"
+        self._state = self._leaving
         try:
             async with asyncio.timeout(self._drain_timeout):
                 while self._active or self._pending:
@@ -325,7 +337,7 @@ class Worker:
         leases = [active.lease for active in self._active.values()]
         log.error("engine_died", error=error.message, jobs=len(leases))
         self._active.clear()
-        self._state = "restarting" if not self._stopping.is_set() else "draining"
+        self._state = "restarting" if not self._stopping.is_set() else self._leaving
         if self._claim is not None:
             self._claim.cancel()
         await self._release(
@@ -347,6 +359,10 @@ class Worker:
             self._state = "ready"
         await self._register()
         self._changed.set()
+
+
+def new_worker_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def _backoff(retries: int) -> float:

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, completions and models, over the same jobs. Judged by the official SDKs unchanged."""
+"""OpenAI's chat completions and completions, over the same jobs. Judged by the official SDKs unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 from starlette.types import ASGIApp
 
-from penstock.core.errors import InvalidRequest, LogRewound, ModelNotFound, Unsupported
+from penstock.core.errors import InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
 from penstock.gateway.http import Call, json_reply
@@ -125,36 +125,6 @@ async def _reply(call: Call, body: OpenAIBody, request: Request, dialect: type[D
         return await call.gateway.stream(call.gateway.follow(job, call.last_event_id or 0), writer.render)
     completion = await call.gateway.fold(job, call.gone)
     return json_reply(writer.reply(completion), headers={"x-penstock-job": job.id})
-
-
-async def list_models(call: Call) -> ASGIApp:
-    return json_reply({"object": "list", "data": [_model(call, name) for name in call.gateway.catalogue.names]})
-
-
-async def show_model(call: Call) -> ASGIApp:
-    name = call.path["model"]
-    if name not in call.gateway.catalogue.names:
-        raise ModelNotFound(f"The model {name!r} does not exist here.", param="model")
-    return json_reply(_model(call, name))
-
-
-def _model(call: Call, name: str) -> dict[str, Any]:
-    view: dict[str, Any] = {
-        "id": name,
-        "object": "model",
-        "created": int(call.gateway.started_at),
-        "owned_by": "penstock",
-        "state": "ready" if call.gateway.catalogue.ready(name) else "unavailable",
-    }
-    info = call.gateway.catalogue.info(name)
-    if info is not None:
-        view |= {
-            "engine": info.engine,
-            "context_length": info.context_length,
-            "precision": info.precision,
-            "deterministic": info.deterministic,
-        }
-    return view
 
 
 # ---------------------------------------------------------------------------------------------- dialects

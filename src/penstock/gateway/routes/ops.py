@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from starlette.responses import HTMLResponse, Response
@@ -17,7 +18,7 @@ async def healthz(call: Call) -> ASGIApp:
 
 
 async def readyz(call: Call) -> ASGIApp:
-    """Readiness: the broker is reachable and a live worker serves the default model."""
+    """Readiness: the broker is reachable and a live worker serves the default model, or loads it when a job comes."""
     catalogue = call.gateway.catalogue
     await catalogue.refresh()
     checks = {
@@ -52,11 +53,27 @@ async def health(call: Call) -> ASGIApp:
                 "slots": worker.slots,
                 "models": [model.name for model in worker.models],
                 "seen_at": worker.seen_at,
+                "on_demand": worker.on_demand,
+                "detail": worker.detail or None,
+                "error": worker.error,
+                "memory_bytes": worker.memory or None,
+                "standby": worker.standby,
             }
-            for worker in stats.workers
+            for worker in catalogue.workers
         ]
+    queued = Counter[str]()
+    for (name, _), count in stats.depth.items() if stats is not None else ():
+        queued[name] += count
     view["models"] = [
-        {"id": name, "ready": catalogue.ready(name), "info": catalogue.info(name)} for name in catalogue.names
+        {
+            "id": name,
+            "ready": catalogue.ready(name),
+            "state": catalogue.state(name),
+            "queued": queued[name],
+            "workers": {worker.id: worker.state for worker in catalogue.workers_of(name)},
+            "info": catalogue.info(name),
+        }
+        for name in catalogue.names
     ]
     return json_reply(view)
 
