@@ -345,7 +345,8 @@ def test_serve_tells_where_it_is_and_how_to_use_it(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (0, "")
-    assert [json.loads(line)["event"] for line in output.splitlines()] == ["job_ended", "draining"]
+    events = [json.loads(line)["event"] for line in output.splitlines()]
+    assert events == ["model_loading", "model_loaded", "job_ended", "draining"]
 
 
 def test_serve_on_a_terminal_shows_progress_and_readable_logs(

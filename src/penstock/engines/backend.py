@@ -15,6 +15,9 @@ from penstock.core.ports import ModelInfo, Output
 
 
 class Backend(Protocol):
+    """One that has a ``spare_time`` too, an iterator of small pieces of work that make later steps faster, is asked for
+    one of them at a time while there is nothing to do."""
+
     info: ModelInfo
     slots: int
     """How many sequences may run at once (a request with n choices takes n)."""

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
 
 from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
 from penstock.core.ports import Finish, Output
@@ -81,14 +82,20 @@ def serve(channel: Channel, backend: Backend) -> None:
     """Commands in, outputs out; for ever."""
     outbox = Outbox()
     running: set[int] = set()
+    spare_time: Iterator[None] | None = getattr(backend, "spare_time", None)
     while True:
         wait = backend.delay() if backend.busy else None
         if outbox.holds and backend.wakeup is not None and (due := outbox.due()) > 0:
             wait = due  # an engine that runs by itself may have more until then
         elif wait != 0 and (held := outbox.flush()):
             channel.send(Outputs(held))
+        if spare_time is not None and not backend.busy:
+            wait = 0.0
         refused: list[Output] = []
-        for command in channel.receive(wait, backend.wakeup):
+        commands = channel.receive(wait, backend.wakeup)
+        if spare_time is not None and not commands and not backend.busy and next(spare_time, True):
+            spare_time = None
+        for command in commands:
             match command:
                 case Add(key, request, prefixes, attempt):
                     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from penstock.core.errors import InvalidRequest, ModelLoadError
+from penstock.core.errors import ModelLoadError
 from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
@@ -43,7 +43,7 @@ STEP_TOKENS = 512
 SMALL = 2_000_000_000
 #: How much of the machine's memory the cache may take by default.
 CACHE_SHARE = 0.25
-#: Seconds spent at most, after loading, on compiling kernels for the batch sizes to come.
+#: Seconds of spare time, after loading, that go into compiling kernels for the batch sizes to come.
 WARM_UP = 1.0
 
 
@@ -241,18 +241,14 @@ class OpenVINOBackend:
         self._next = np.zeros(options.slots, np.int64)
         self._drawn = np.zeros(options.slots, np.int64)
         self._decoding_slots: Ints | None = None  # those of _decoding; None when it has changed
+        self.spare_time = self._warm_up(WARM_UP)
 
     # ---------------------------------------------------------------------------- Backend
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text, sampling = self._text, request.sampling
         prompt = text.encode_request(request)
-        for token in sampling.logit_bias:
-            if not 0 <= token < text.vocab_size:
-                raise InvalidRequest(
-                    f"logit_bias names token {token}; this model's ids are 0 … {text.vocab_size - 1}.",
-                    param="logit_bias",
-                )
+        text.check_bias(sampling)
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
         job = _Job(key, len(prompt))
         for choice, prefix in enumerate(prefixes):
@@ -483,27 +479,32 @@ class OpenVINOBackend:
         output.finish = Finish(tuple(sequence.reply.finish or "stop" for sequence in job.sequences))
         return output
 
-    def warm_up(self, seconds: float) -> None:
-        """Compile kernels for the batch sizes to come, the likeliest first, for about so long.
+    def _warm_up(self, seconds: float) -> Iterator[None]:
+        """Compile kernels for the batch sizes to come, the likeliest first, one at each step of the iterator, for about
+        *seconds* of work.
 
-        The runtime compiles one per number of tokens in a step, on first use; that would be a stall in a reply.
+        The runtime compiles one per number of tokens in a step, on first use; that would be a stall in a reply. But a
+        model that is wanted must not wait for it: so it is done while there is nothing else to do.
         """
-        deadline = time.monotonic() + seconds
-        sizes = [1, self.slots, *range(2, self.slots)]
-        for size in sizes:
-            if time.monotonic() > deadline:
-                break
+        spent = 0.0
+        for size in (1, self.slots, *range(2, self.slots)):
+            if spent > seconds or (block := self._pool.allocate()) is None:
+                return
+            begun = time.monotonic()
             zeros = np.zeros(size, np.int32)
             self._network.run(
                 input_ids=np.zeros(size, np.int64),
                 position_ids=np.zeros(size, np.int64),
                 past_lens=zeros,
                 subsequence_begins=np.arange(size + 1, dtype=np.int32),
-                block_indices=zeros,
+                block_indices=np.full(size, block, np.int32),
                 block_indices_begins=np.arange(size + 1, dtype=np.int32),
                 max_context_len=np.array(1, np.int32),
                 sampled_tokens_indices=np.arange(size),
             )
+            self._pool.release([block])
+            spent += time.monotonic() - begun
+            yield
 
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> OpenVINOBackend:
@@ -516,7 +517,4 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         network = Network(files.ir, parsed, text.context_length)
     except RuntimeError as error:
         raise ModelLoadError(f"OpenVINO cannot load {files.ir} on {parsed.device}: {error}") from error
-    backend = OpenVINOBackend(name, text, network, parsed)
-    progress("warming up", None)
-    backend.warm_up(WARM_UP)
-    return backend
+    return OpenVINOBackend(name, text, network, parsed)

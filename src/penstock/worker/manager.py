@@ -247,7 +247,7 @@ class ModelManager:
             self._load_failed(model, error)
         elif model.too_large is not None:
             self._fail(model, model.too_large)
-        else:
+        elif not self._stopping.is_set():
             log.info("model_unloaded", model=model.name)
         await self._announce(model)
         self._changed.set()
