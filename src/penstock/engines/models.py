@@ -77,13 +77,13 @@ def weights_folder(name: str, path: str | None, progress: Progress) -> Path:
         place = _download(wanted, progress)
     if not place.is_dir():
         raise ModelLoadError(
-            f"There is no model folder {wanted!r}. Give a folder with config.json and *.safetensors, or a name on the hub "
-            "(organisation/name): --model NAME=PATH."
+            f"There is no model folder {wanted!r}. Give a folder with config.json and *.safetensors, or a name on the "
+            "hub (organisation/name): --model NAME=PATH."
         )
     if not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
         raise ModelLoadError(
-            f"{place} needs config.json and *.safetensors. Other weight files (pickles: .bin, .pt) are not loaded, since "
-            "they can run code: convert them to safetensors."
+            f"{place} needs config.json and *.safetensors. Other weight files (pickles: .bin, .pt) are not loaded, "
+            "since they can run code: convert them to safetensors."
         )
     return place
 

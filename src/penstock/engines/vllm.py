@@ -282,6 +282,7 @@ class VLLMBackend:
                 if not job.open:
                     self._finished(job, output)
             elif sampled.finish is not None:
+                del self._running[sampled.id]
                 self._fail(job, output, sampled.finish)
         if stopped:
             self._core.abort(stopped)
@@ -367,8 +368,7 @@ class VLLMCore:
     def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
         given = self._params(**params, **self._fixed)
         if guide is not None:
-            # Where any white space is allowed, models write nothing else until max_tokens.
-            given.structured_outputs = self._guide(json=guide, disable_any_whitespace=True)
+            given.structured_outputs = self._guide(json=guide)
         try:
             inner = self._engine.add_request(id, self._tokens_input(prompt), given)
         except self._refusal as error:
@@ -399,7 +399,7 @@ def _advanced(compiling: Any, id: str, tokens: list[int]) -> Future[Any]:
     def advance(compiled: Future[Any]) -> None:
         try:
             grammar = compiled.result()
-            if not grammar.accept_tokens(id, tokens):
+            if not all(grammar.accept_tokens(id, [token]) for token in tokens):  # as they were drawn
                 raise ValueError("The logged beginning of the reply does not obey its JSON schema.")
             result.set_result(grammar)
         except Exception as error:
@@ -446,6 +446,8 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         "disable_log_stats": True,
         "seed": secrets.randbits(31),  # of requests without one; vLLM's default would repeat itself after every start
         "use_tqdm_on_load": False,
+        # Where a grammar allows any white space, models write nothing else until max_tokens.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
     }
     for field in ("gpu_memory_utilization", "quantization", "max_model_len", "max_num_batched_tokens"):
         if value := getattr(given, field):
