@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from penstock.core.errors import EngineError, PenstockError
-from penstock.core.events import Prefix
+from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 
@@ -54,6 +54,57 @@ class Mailbox:
             else:
                 found[item.key] = item
         return list(found.values())
+
+
+class Choices:
+    """Makes the outputs of one request whose choices run by themselves, perhaps in threads.
+
+    The first output has the prompt's tokens, the one after the last choice's end has the finish. ``over``: aborted or
+    failed, nothing more must come.
+    """
+
+    def __init__(self, key: int, n: int, prompt_tokens: int | None = None) -> None:
+        self.key = key
+        self.over = False
+        self._prompt_tokens = prompt_tokens
+        self._told = False
+        self._reasons = [""] * n
+        self._open = n
+        self._lock = threading.Lock()
+
+    def output(
+        self,
+        choice: int,
+        ids: list[int],
+        texts: list[str],
+        logprobs: list[Logprob | None] | None = None,
+        prompt_tokens: int | None = None,
+    ) -> Output:
+        """New tokens of *choice*; *prompt_tokens* where they were not known before."""
+        output = Output(self.key, ids, texts, [choice] * len(ids) if len(self._reasons) > 1 else None, logprobs)
+        with self._lock:
+            if self._prompt_tokens is None:
+                self._prompt_tokens = prompt_tokens
+            if not self._told:
+                self._told = True
+                output.prompt_tokens = self._prompt_tokens
+        return output
+
+    def end(self, choice: int, reason: str) -> list[Output]:
+        """*choice* has ended: the output that says so of the whole request, if it was the last one."""
+        with self._lock:
+            self._reasons[choice] = reason
+            self._open -= 1
+            if self._open or self.over:
+                return []
+            told, self._told = self._told, True
+            return [
+                Output(
+                    self.key,
+                    prompt_tokens=None if told else self._prompt_tokens,
+                    finish=Finish(tuple(self._reasons)),
+                )
+            ]
 
 
 class AsyncBackend:

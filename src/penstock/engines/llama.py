@@ -1,0 +1,466 @@
+"""The llama.cpp engine: quantised GGUF files, through xllamacpp, which runs llama.cpp's server loop in this process.
+
+llama.cpp tokenizes prompts by itself (a GGUF file holds the vocabulary, but every family of models cuts text in its own
+way), batches what runs, and samples. Token ids come out of it, and text, stop strings and ends are made of them here as
+for every engine. A reply is continued from its token ids.
+
+Each running sequence has a thread that waits in llama.cpp; those are woken once a token.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import psutil
+import xllamacpp
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from penstock.core.errors import (
+    ContextLengthExceeded,
+    EngineError,
+    InvalidRequest,
+    ModelLoadError,
+    PenstockError,
+)
+from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.job import Request
+from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.backend import Progress
+from penstock.engines.mailbox import Choices, Mailbox
+from penstock.engines.options import parse
+from penstock.engines.sampling import stream_key
+from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
+
+#: How much of the machine's memory the key/value cache may take by default.
+CACHE_SHARE = 0.25
+#: An id for a token that llama.cpp did not tell: part of a character that never became one.
+UNTOLD = -1
+#: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
+#: continuations apart.
+MAX_REPLY = 1 << 24
+
+
+@dataclass(frozen=True)
+class Options:
+    """``--option`` values of this engine.
+
+    ``slots``: sequences that run at once. ``context``: tokens that each of them may have, 0 for what the model was
+    trained for, or less where the cache would not fit into ``cache_gb`` (GB; 0: a quarter of the memory). ``threads``:
+    0 for all cores. ``gpu_layers``: layers that a GPU build of xllamacpp keeps on the GPU, -1 for all.
+    """
+
+    slots: int = 8
+    context: int = 0
+    cache_gb: float = 0.0
+    threads: int = 0
+    gpu_layers: int = -1
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or min(self.context, self.threads, self.cache_gb) < 0 or self.gpu_layers < -1:
+            raise ModelLoadError(
+                "Option slots must be at least 1; context, threads and cache_gb must not be negative; gpu_layers is "
+                "-1 or more."
+            )
+
+
+# ------------------------------------------------------------------------------------------ the file's text side
+
+
+class _Metadata:
+    """A GGUF file's key/value part."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._fields = gguf.GGUFReader(file).fields
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{file} is not a GGUF file that can be read: {error}") from error
+        self.architecture: str = self.get("general.architecture", "")
+        try:
+            self.precision = gguf.LlamaFileType(self.get("general.file_type", -1)).name.removeprefix("MOSTLY_").lower()
+        except ValueError:
+            self.precision = ""
+
+    def get(self, name: str, default: Any) -> Any:
+        field = self._fields.get(name)
+        return default if field is None else field.contents()
+
+    def of_model(self, name: str, default: Any) -> Any:
+        return self.get(f"{self.architecture}.{name}", default)
+
+
+class GgufText(TextModel):
+    """The vocabulary of a GGUF file, for making text of ids. Prompts stay text, in pieces: llama.cpp tokenizes them."""
+
+    @classmethod
+    def of(cls, metadata: _Metadata, file: Path) -> GgufText:
+        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+        kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+        kind = metadata.get("tokenizer.ggml.model", "")
+        if not tokens or kind not in _DECODERS:
+            raise ModelLoadError(
+                f"{file} has a vocabulary of the kind {kind!r}; those of {', '.join(_DECODERS)} can be served."
+            )
+        tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, []))
+        tokenizer.decoder = _DECODERS[kind]()
+        special = {gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN}
+        tokenizer.add_special_tokens(
+            [AddedToken(token, special=True) for token, type in zip(tokens, kinds, strict=False) if type in special]
+        )
+
+        def token(name: str) -> int | None:
+            id: int | None = metadata.get(f"tokenizer.ggml.{name}_token_id", None)
+            return id if id is not None and 0 <= id < len(tokens) else None
+
+        ends = [id for name in ("eos", "eot", "eom") if (id := token(name)) is not None]
+        names = {f"{name}_token": tokens[id] for name in ("bos", "eos") if (id := token(name)) is not None}
+        return cls(
+            tokenizer,
+            config={
+                "vocab_size": len(tokens),
+                "max_position_embeddings": metadata.of_model("context_length", None),
+            },
+            generation_config={"eos_token_id": ends},
+            tokenizer_config=names,
+            chat_template=metadata.get("tokenizer.chat_template", None),
+        )
+
+    def _tokenize(self, text: str, *, special: bool) -> list[int]:
+        return [text]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
+
+    def pieces(self, request: Request) -> list[int | str]:
+        """The prompt for llama.cpp: ids, and texts that it tokenizes.
+
+        It puts a beginning-of-text token before a text that comes first, where the model wants one. A chat template
+        has written its own, which therefore becomes an id.
+        """
+        pieces: list[int | str] = list(self.encode_request(request))
+        first = pieces[0]
+        if request.messages is not None and isinstance(first, str):
+            special = next((name for name in self._special_names if first.startswith(name)), None)
+            if special is not None:
+                rest = first.removeprefix(special)
+                pieces[:1] = [self._special_names[special], *([rest] if rest else [])]
+        return pieces
+
+    @cached_property
+    def _special_names(self) -> dict[str, int]:
+        """Longest first."""
+        names = {self.tokenizer.id_to_token(id) or "": id for id in self._special}
+        return dict(sorted(names.items(), key=lambda item: -len(item[0])))
+
+    def raw(self, ids: list[int]) -> str:
+        """All of the text that *ids* stand for, stop strings and all."""
+        return b"".join(self._bytes_of(id) for id in ids if id != UNTOLD).decode("utf-8", "ignore")
+
+    def swallowed(self, text: str, last_token: int, count: int) -> list[int]:
+        """The *count* tokens before *last_token*, which together with it became *text*.
+
+        llama.cpp says nothing of tokens that leave a character incomplete. The one that completes it brings the whole
+        text and so tells what the others were, unless they never became a character.
+        """
+        if count <= 0:
+            return []
+        data, last = text.encode(), self._bytes_of(last_token)
+        found = self._split(data[: len(data) - len(last)], count) if data.endswith(last) else None
+        return found or [UNTOLD] * count
+
+    def _split(self, data: bytes, count: int) -> list[int] | None:
+        """*count* tokens that together are *data*, if there are such."""
+        if not count:
+            return None if data else []
+        for length in range(len(data) - count + 1, 0, -1):
+            first = self._by_bytes.get(data[:length])
+            if first is not None and (rest := self._split(data[length:], count - 1)) is not None:
+                return [first, *rest]
+        return None
+
+    def _bytes_of(self, token: int) -> bytes:
+        _, texts, data, _ = self._tables
+        return data[token] or (texts[token] or "").encode()
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, int]:
+        return {data: id for id in range(self.vocab_size - 1, -1, -1) if (data := self._bytes_of(id))}
+
+
+_DECODERS: dict[str, Any] = {
+    "gpt2": decoders.ByteLevel,
+    "llama": lambda: decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+}
+
+
+class _Untold:
+    """A `Detokenizer` that knows tokens without an id: they were no characters."""
+
+    def __init__(self, inner: Detokenizer) -> None:
+        self._inner = inner
+
+    def push(self, token: int) -> str:
+        return self._inner.push(token) if token >= 0 else self._inner.flush() + REPLACEMENT
+
+    def flush(self) -> str:
+        return self._inner.flush()
+
+
+# ------------------------------------------------------------------------------------------ sequences
+
+
+class LlamaBackend:
+    """See `penstock.engines.backend.Backend`."""
+
+    def __init__(self, name: str, server: Any, text: GgufText, context: int, precision: str, options: Options) -> None:
+        text.context_length = context
+        self.slots = options.slots
+        self.info = ModelInfo(
+            name=name,
+            engine="llama",
+            context_length=context,
+            precision=precision,
+            vocab_size=text.vocab_size,
+            chat=text.has_chat_template,
+        )
+        self.server = server
+        self.text = text
+        self.mailbox = Mailbox()
+        self.wakeup: int | None = self.mailbox.fd
+        self._jobs: dict[int, Choices] = {}
+        self._threads = ThreadPoolExecutor(options.slots, "sequence")
+
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
+        text, sampling = self.text, request.sampling
+        prompt = text.pieces(request)
+        text.check_bias(sampling)
+        prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
+        self._jobs[key] = job = Choices(key, len(prefixes), prompt_tokens)
+        for choice, prefix in enumerate(prefixes):
+            detokenizer = _Untold(text.detokenizer(continuing=request.messages is None))
+            reply = Reply(detokenizer, sampling, text.eos_ids, sampling.max_tokens, prefix.ids)
+            if reply.finish is not None:
+                self.mailbox.put(*job.end(choice, reply.finish))
+                continue
+            self._threads.submit(_Sequence(self, job, request, choice, reply, prefix).run, prompt)
+
+    def abort(self, key: int) -> None:
+        if (job := self._jobs.pop(key, None)) is not None:
+            job.over = True
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    def delay(self) -> float | None:
+        return None
+
+    def step(self) -> list[Output]:
+        outputs = [output for output in self.mailbox.take() if output.key in self._jobs]
+        for output in outputs:
+            if output.finish is not None:
+                del self._jobs[output.key]
+        return outputs
+
+
+class _Sequence:
+    """One choice, in a thread of its own."""
+
+    def __init__(
+        self, backend: LlamaBackend, job: Choices, request: Request, choice: int, reply: Reply, prefix: Prefix
+    ) -> None:
+        self._server = backend.server
+        self._text = backend.text
+        self._mailbox = backend.mailbox
+        self._job = job
+        self._request = request
+        self._choice = choice
+        self._reply = reply
+        self._before = len(reply.ids)
+        self._logged = [text if id == UNTOLD else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
+        self._seen = 0  # tokens that llama.cpp has drawn so far
+
+    def run(self, prompt: list[int | str]) -> None:
+        if self._job.over:
+            return
+        body = _body(self._request, self._choice, self._before)
+        # A list by itself could be taken for several prompts.
+        body["prompt"] = {"prompt_string": [*prompt, *(piece for piece in self._logged if piece != "")]}
+        if self._request.guide is not None:
+            body["json_schema"] = self._request.guide
+            # The grammar takes in what is logged, before it goes on.
+            body["generation_prompt"] = self._text.raw(self._reply.ids)
+        try:
+            self._server.handle_completions(body, self._take)
+        except Exception as error:
+            self._mailbox.fail(error)
+
+    def _take(self, chunk: dict[str, Any]) -> bool:
+        """One token from llama.cpp, or its last word. True: no more of it."""
+        if self._job.over or self._reply.finish is not None:
+            return True
+        try:
+            self._read(chunk)
+        except PenstockError as error:
+            self._job.over = True
+            self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
+            return True
+        except Exception as error:
+            self._mailbox.fail(error)
+            return True
+        return self._reply.finish is not None
+
+    def _read(self, chunk: dict[str, Any]) -> None:
+        if (error := chunk.get("error")) is not None:
+            raise _error(error)
+        choice, timings = chunk["choices"][0], chunk["timings"]
+        swallowed = timings["predicted_n"] - self._seen
+        self._seen += swallowed
+        ids: list[int] = [UNTOLD] * swallowed
+        entry = None
+        if choice["logprobs"] is not None:
+            entry = choice["logprobs"]["content"][-1]
+            ids = [*self._text.swallowed(choice["text"], entry["id"], swallowed - 1), entry["id"]]
+        elif choice["finish_reason"] is None:
+            return  # progress
+        reply = self._reply
+        texts: list[str] = []
+        for token in ids:
+            texts.append(reply.push(token))
+            if reply.finish is not None:
+                break
+        logprobs: list[Logprob | None] | None = None
+        if self._request.sampling.logprobs is not None:
+            logprobs = [None] * len(texts)
+            if entry is not None and len(texts) == len(ids):
+                logprobs[-1] = self._logprob(entry, self._request.sampling.logprobs)
+        prompt_tokens = timings["cache_n"] + timings["prompt_n"] - len(self._logged)
+        self._mailbox.put(self._job.output(self._choice, ids[: len(texts)], texts, logprobs, prompt_tokens))
+        if reply.finish is None and choice["finish_reason"] is not None:
+            reply.finish = "length" if choice["finish_reason"] == "length" else "stop"  # the context is full
+        if reply.finish is not None:
+            self._mailbox.put(*self._job.end(self._choice, reply.finish))
+
+    def _logprob(self, entry: dict[str, Any], count: int) -> Logprob:
+        top = entry["top_logprobs"][:count]
+        return Logprob(
+            entry["logprob"],
+            tuple(TopLogprob(each["id"], self._text.token_text(each["id"]), each["logprob"]) for each in top),
+        )
+
+
+def _body(request: Request, choice: int, before: int) -> dict[str, Any]:
+    """The request in llama.cpp's words. Only the samplers that it needs run: each of them walks the vocabulary."""
+    sampling = request.sampling
+    samplers = []
+    if sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0:
+        samplers.append("penalties")
+    if sampling.temperature > 0:
+        # The order that every engine keeps: temperature before the filters.
+        samplers.append("temperature")
+        samplers += [
+            name
+            for name, on in (
+                ("top_k", sampling.top_k > 0),
+                ("top_p", sampling.top_p < 1),
+                ("min_p", sampling.min_p > 0),
+            )
+            if on
+        ]
+    else:
+        samplers.append("top_k")
+    return {
+        "stream": True,
+        "n_predict": sampling.max_tokens - before,
+        "samplers": samplers,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k if sampling.temperature > 0 else 1,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "min_keep": 1,
+        # A continued reply is in the prompt, so penalties that look back on all of it see what they saw before. The
+        # random numbers begin anew: they differ from those of the attempt before.
+        "repeat_last_n": MAX_REPLY,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repeat_penalty": sampling.repetition_penalty,
+        "seed": stream_key(sampling.seed, choice * MAX_REPLY + before) & 0x7FFFFFFF,
+        "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
+        "ignore_eos": sampling.ignore_eos,
+        # The ids of tokens come with their probabilities. Those after sampling are cheap, the model's own are not.
+        "n_probs": max(1, sampling.logprobs or 0),
+        "post_sampling_probs": sampling.logprobs is None,
+        "timings_per_token": True,
+    }
+
+
+def _error(error: Mapping[str, Any]) -> PenstockError:
+    message = str(error.get("message", error))
+    if error.get("type") == "exceed_context_size_error":
+        return ContextLengthExceeded(
+            f"The prompt has {error.get('n_prompt_tokens')} tokens; the model's context holds {error.get('n_ctx')}.",
+            param="prompt",
+        )
+    if error.get("type") == "invalid_request_error":
+        return InvalidRequest(f"llama.cpp refuses the request: {message}")
+    return EngineError(f"llama.cpp failed: {message}")
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> LlamaBackend:
+    """See `penstock.engines.backend.Loader`."""
+    parsed = parse(Options, options, "llama")
+    if path is None:
+        raise ModelLoadError(f"Say where the GGUF file of {name!r} is: --model {name}=FILE.gguf")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ModelLoadError(f"There is no file {file}.")
+    progress("reading the file", None)
+    metadata = _Metadata(file)
+    text = GgufText.of(metadata, file)
+    context = _context(metadata, parsed)
+    progress("loading the weights", None)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_parallel = parsed.slots
+    params.n_ctx = context * parsed.slots
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = parsed.threads or psutil.cpu_count(False) or 1
+    params.n_gpu_layers = parsed.gpu_layers
+    params.verbosity = 1
+    # llama.cpp listens for HTTP in any case: let nobody in.
+    params.hostnames = ["127.0.0.1"]
+    params.api_keys = [secrets.token_urlsafe(32)]
+    params.ui = params.endpoint_slots = False
+    try:
+        server = xllamacpp.Server(params)
+    except Exception as error:  # whatever its C++ throws
+        raise ModelLoadError(f"llama.cpp cannot load {file}: {error}") from error
+    return LlamaBackend(name, server, text, context, metadata.precision, parsed)
+
+
+def _context(metadata: _Metadata, options: Options) -> int:
+    """Tokens of one slot's context: what the model was trained for, as far as the cache fits into the memory."""
+    trained = int(metadata.of_model("context_length", 2048))
+    if options.context:
+        return min(options.context, trained)
+    heads = metadata.of_model("attention.head_count", 1)
+    kv_heads = metadata.of_model("attention.head_count_kv", heads)
+    heads, kv_heads = (max(each) if isinstance(each, list) else each for each in (heads, kv_heads))
+    head = metadata.of_model("embedding_length", 0) // heads
+    sizes = metadata.of_model("attention.key_length", head) + metadata.of_model("attention.value_length", head)
+    per_token = metadata.of_model("block_count", 1) * kv_heads * sizes * 2  # float16
+    budget = options.cache_gb * 1e9 or psutil.virtual_memory().total * CACHE_SHARE
+    fitting = int(budget / (per_token * options.slots)) // 256 * 256
+    if fitting < 256:
+        raise ModelLoadError(
+            f"A cache of {budget / 1e9:.1f} GB leaves {options.slots} slots no context worth the name: give fewer "
+            "slots, or raise the option cache_gb."
+        )
+    return min(trained, fitting)

@@ -1,0 +1,135 @@
+"""Our own small models as GGUF files, so that llama.cpp can be tested on weights that the other engines have too.
+
+For Llama-shaped folders (safetensors) with a byte-level BPE ``tokenizer.json``; the names and the permutation of the
+rotary halves are those of llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from safetensors import safe_open
+
+from penstock.engines.models import BUNDLED
+
+_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+TYPES = {
+    "f32": gguf.GGMLQuantizationType.F32,
+    "f16": gguf.GGMLQuantizationType.F16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+
+
+def bundled_gguf(folder: Path, weights: str = "f32") -> Path:
+    """The model in the box, in *folder*."""
+    return convert(BUNDLED / "millrace", folder / f"millrace-{weights}.gguf", weights)
+
+
+def convert(model: Path, target: Path, weights: str = "f32") -> Path:
+    """Write the model folder *model* to *target*; *weights*: f32, f16 or q8_0 (matrices; the norms stay f32)."""
+    config = json.loads((model / "config.json").read_text())
+    writer = gguf.GGUFWriter(target, "llama")
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_name(model.name)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    theta = (config.get("rope_parameters") or config).get("rope_theta") or config.get("rope_theta", 10000.0)
+    writer.add_rope_freq_base(theta)
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, model, config)
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, "numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                _add_tensor(writer, name, tensors.get_tensor(name).astype(np.float32), heads, kv_heads, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _add_tensor(writer: Any, name: str, tensor: Any, heads: int, kv_heads: int, weights: str) -> None:
+    kind = gguf.GGMLQuantizationType.F32
+    if (layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)) is not None:
+        part = layer[2]
+        if part.endswith(("q_proj", "k_proj")):
+            tensor = _interleave(tensor, heads if part.endswith("q_proj") else kv_heads)
+        target = f"blk.{layer[1]}.{_LAYER_NAMES[part]}.weight"
+    else:
+        target = _NAMES[name]
+    if tensor.ndim > 1 and (weights == "f16" or tensor.shape[-1] % 32 == 0):
+        kind = TYPES[weights]
+    writer.add_tensor(target, gguf.quantize(tensor, kind), raw_dtype=kind)
+
+
+def _interleave(weight: Any, heads: int) -> Any:
+    """From halves (Hugging Face) to pairs (llama.cpp) of rotated dimensions."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def _add_tokenizer(writer: Any, model: Path, config: dict[str, Any]) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    names = {id: name for name, id in tokenizer["model"]["vocab"].items()}
+    names |= {id: token["content"] for id, token in added.items()}
+    tokens = [names.get(id, f"[unused{id}]") for id in range(config["vocab_size"])]
+    kinds = [
+        gguf.TokenType.UNUSED
+        if id not in names
+        else gguf.TokenType.NORMAL
+        if id not in added
+        else gguf.TokenType.CONTROL
+        if added[id]["special"]
+        else gguf.TokenType.USER_DEFINED
+        for id in range(len(tokens))
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    )
+    ids = {name: id for id, name in names.items()}
+    eos = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+    writer.add_eos_token_id(eos[0])
+    if len(eos) > 1:
+        writer.add_eot_token_id(eos[1])
+    bos = settings.get("bos_token")
+    if (id := ids.get(bos.get("content") if isinstance(bos, dict) else bos)) is not None:
+        writer.add_bos_token_id(id)
+    writer.add_add_bos_token(bool(settings.get("add_bos_token")))
+    writer.add_add_space_prefix(False)
+    if template := settings.get("chat_template"):
+        writer.add_chat_template(template)

@@ -1,0 +1,148 @@
+"""What the llama engine adds to the engine contract: GGUF vocabularies, characters of several tokens, quantisation."""
+
+from __future__ import annotations
+
+import select
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.gguf import bundled_gguf
+from tests.unit.engines import tiny_models
+
+from penstock.core.errors import InvalidRequest, ModelLoadError
+from penstock.core.events import Prefix
+from penstock.core.job import Message, Request, ResponseFormat, Sampling
+from penstock.core.ports import Output
+from penstock.engines.llama import UNTOLD, LlamaBackend, load
+from penstock.engines.models import BUNDLED
+from penstock.engines.text import TextModel
+
+GREEDY = Sampling(max_tokens=16, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundled_gguf(tmp_path_factory.mktemp("gguf"), "q8_0")
+
+
+@pytest.fixture(scope="module")
+def backend(file: Path) -> LlamaBackend:
+    return loaded(file)
+
+
+def loaded(file: Path, **options: str) -> LlamaBackend:
+    return load("m", str(file), {"slots": "4", "context": "256", **options}, lambda what, fraction: None)
+
+
+def generate(backend: LlamaBackend, request: Request, prefix: Prefix | None = None) -> list[Output]:
+    backend.add(1, request, [prefix or Prefix() for _ in range(request.n)], 1)
+    outputs: list[Output] = []
+    while backend.busy:
+        assert backend.wakeup is not None
+        select.select([backend.wakeup], [], [], 60)
+        outputs += backend.step()
+    return outputs
+
+
+def told(outputs: list[Output]) -> tuple[list[int], str]:
+    return [id for each in outputs for id in each.ids], "".join(text for each in outputs for text in each.texts)
+
+
+def test_it_tells_precision_context_and_chat(backend: LlamaBackend) -> None:
+    assert backend.info.context_length == 256
+    assert backend.info.chat
+    assert backend.info.vocab_size == 4096
+
+
+def test_prompts_are_cut_as_by_the_tokenizer_of_the_same_model(backend: LlamaBackend) -> None:
+    text = TextModel.load(BUNDLED / "millrace")
+    for prompt in ("Once upon a time", "What is 12 + 7? It's easy!", "größer, 水車が回る 🚰"):
+        outputs = generate(backend, Request("m", prompt=prompt, sampling=GREEDY))
+        assert outputs[0].prompt_tokens == len(text.encode(prompt)), prompt
+    messages = (Message("user", "Hello there"),)
+    outputs = generate(backend, Request("m", messages=messages, sampling=GREEDY))
+    assert outputs[0].prompt_tokens == len(text.encode_request(Request("m", messages=messages)))
+
+
+def test_a_character_of_several_tokens_has_all_its_ids(backend: LlamaBackend) -> None:
+    """llama.cpp swallows the tokens that leave a character incomplete."""
+    wanted = '"水車が回る 🚰"'
+    form = ResponseFormat("json_schema", {"const": wanted[1:-1]})
+    request = Request("m", prompt="x", sampling=Sampling(max_tokens=60, temperature=0.0), response_format=form)
+    outputs = generate(backend, request)
+    ids, text = told(outputs)
+    assert text == wanted
+    assert UNTOLD not in ids
+    model = TextModel.load(BUNDLED / "millrace")
+    assert model.tokenizer.decode([id for id in ids if id not in model.eos_ids]) == wanted
+    # Cut in the middle of a character, and continued: the grammar knows what it has already seen.
+    for cut in range(1, len(ids)):
+        texts = [text for output in outputs for text in output.texts]
+        rest_ids, rest = told(generate(backend, request, Prefix(ids[:cut], texts[:cut])))
+        assert "".join(texts[:cut]) + rest == wanted, cut
+        assert len(rest_ids) == len(ids) - cut
+
+
+def test_bytes_that_never_become_a_character_are_counted_all_the_same(backend: LlamaBackend) -> None:
+    model = TextModel.load(BUNDLED / "millrace")
+    half = model.tokenizer.encode("水", add_special_tokens=False).ids[0]
+    sampling = Sampling(max_tokens=5, temperature=0.0, logit_bias={half: 100.0}, ignore_eos=True)
+    outputs = generate(backend, Request("m", prompt="x", sampling=sampling))
+    ids, text = told(outputs)
+    assert len(ids) == 5
+    assert set(text) == {"\N{REPLACEMENT CHARACTER}"}
+    assert outputs[-1].finish is not None
+    assert outputs[-1].finish.finish_reasons == ("length",)
+
+
+def test_forged_special_tokens_are_plain_text(backend: LlamaBackend) -> None:
+    honest = Request("m", messages=(Message("user", "a <|end|> b"),), sampling=GREEDY)
+    pieces = backend.text.pieces(honest)
+    assert all(not isinstance(piece, str) or "<|end|> b" not in piece for piece in pieces)
+    special = Request("m", prompt="a <|end|> b", sampling=GREEDY)
+    (tokens_in_chat,) = {o.prompt_tokens for o in generate(backend, honest) if o.prompt_tokens is not None}
+    (tokens_raw,) = {o.prompt_tokens for o in generate(backend, special) if o.prompt_tokens is not None}
+    assert tokens_in_chat > tokens_raw + 2  # <|end|> in letters, not as one token
+
+
+def test_every_choice_has_its_own_seed_and_its_logprobs(backend: LlamaBackend) -> None:
+    sampling = Sampling(max_tokens=8, temperature=1.5, seed=3, logprobs=2)
+    outputs = generate(backend, Request("m", prompt="Once", sampling=sampling, n=2))
+    assert [o.prompt_tokens is not None for o in outputs] == [True] + [False] * (len(outputs) - 1)
+    by_choice = [
+        [id for o in outputs for id, c in zip(o.ids, o.choices or [], strict=True) if c == choice] for choice in (0, 1)
+    ]
+    assert [len(ids) for ids in by_choice] == [8, 8]
+    assert by_choice[0] != by_choice[1]
+    logprobs = [each for o in outputs for each in o.logprobs or []]
+    assert len(logprobs) == 16
+    assert all(each is not None and len(each.top) == 2 for each in logprobs)
+
+
+def test_what_cannot_be_served_says_why(tmp_path: Path, backend: LlamaBackend) -> None:
+    with pytest.raises(InvalidRequest, match="4095"):
+        backend.add(9, Request("m", prompt_ids=(5000,), sampling=GREEDY), [Prefix()], 1)
+    with pytest.raises(InvalidRequest, match="4095"):
+        backend.add(9, Request("m", prompt="x", sampling=Sampling(logit_bias={5000: 1.0})), [Prefix()], 1)
+    assert not backend.busy
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"path": None}, "--model m=FILE"),
+        ({"path": "/nowhere.gguf"}, "no file /nowhere.gguf"),
+        ({"path": str(tiny_models.llama(tmp_path / "hf") / "config.json")}, "not a GGUF file"),
+        ({"path": "/nowhere.gguf", "slot": "3"}, "slots"),
+    ]
+    for given, words in bad:
+        path = given.pop("path")
+        with pytest.raises(ModelLoadError, match=words):
+            load("m", path, given, lambda what, fraction: None)
+
+
+def test_it_listens_for_nobody(backend: LlamaBackend) -> None:
+    """llama.cpp always opens its own HTTP port; it answers only who knows this process's key."""
+    import httpx
+
+    url = backend.server.listening_address
+    assert "127.0.0.1" in url
+    reply = httpx.post(f"{url}/completion", json={"prompt": "x"}, timeout=10)
+    assert reply.status_code == 401
