@@ -8,7 +8,7 @@ PORT ?= 8000
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-unit test-contract test-integration test-chaos check fmt lint bench benchmark loadtest mutants clean
+.PHONY: help setup run demo test test-unit test-contract test-integration test-chaos check fmt lint bench benchmark bench-peers peers models loadtest mutants clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -61,6 +61,15 @@ fmt: setup ## Format and fix
 
 bench benchmark: setup ## Penstock against its own engine in process (needs benchmarks/models: see benchmarks/README.md)
 	$(BIN)/python -m benchmarks compare vs_engine $(ARGS)
+
+bench-peers: setup ## Each engine's own server against Penstock on it, same weights, same load (after `make peers models`)
+	$(BIN)/python -m benchmarks peers $(ARGS)
+
+peers: ## Install those servers and engines in .venv-peers (gigabytes; PEERS="torch llama.cpp vllm litellm" picks some)
+	PYTHON="$(PYTHON)" benchmarks/peers.sh $(PEERS)
+
+models: ## Make benchmarks/models (after `make peers PEERS=torch`)
+	.venv-peers/torch/bin/python -m benchmarks.make_models
 
 loadtest: setup ## The serving layer alone: 600 requests, 60 at once, 64 tokens each
 	$(BIN)/python -m benchmarks compare synthetic $(ARGS)

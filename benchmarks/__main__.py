@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from benchmarks.processes import TargetError
 from benchmarks.stats import Spread
 from benchmarks.targets import Running, default_variables, load_targets
 from benchmarks.workload import Workload
+
+if TYPE_CHECKING:
+    from benchmarks.compare import Scenario
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 console = Console(stderr=True)
@@ -166,7 +169,9 @@ def ceiling(
 
 @app.command()
 def compare(
-    scenario: Annotated[str, typer.Argument(help="vs_engine, vs_transformers, synthetic, or a path to a .toml.")],
+    scenario: Annotated[
+        str, typer.Argument(help="vs_engine, vs_transformers, synthetic … (see `targets`), or a path to a .toml.")
+    ],
     rounds: Annotated[int, typer.Option(help="Turns of each target.")] = 5,
     shape: Annotated[str, typer.Option(help="S or M.")] = "S",
     concurrency: Annotated[list[int] | None, typer.Option("--concurrency", "-c", help="Only these cells.")] = None,
@@ -180,7 +185,7 @@ def compare(
     """Measure several targets in turn under the same load; medians, spread, ratios."""
     from dataclasses import replace
 
-    from benchmarks.compare import FIGURES, Scenario, run_comparison
+    from benchmarks.compare import Scenario
 
     chosen = Scenario.load(scenario)
     chosen = replace(
@@ -191,6 +196,47 @@ def compare(
         verify=verify,
         variables=_variables(shape, settings),
     )
+    _compare(chosen, rounds, keep, shape, out)
+
+
+@app.command()
+def peers(
+    rounds: Annotated[int, typer.Option(help="Turns of each target.")] = 3,
+    shape: Annotated[list[str] | None, typer.Option(help="S or M (repeatable); both by default.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option("--concurrency", "-c", help="Only these cells.")] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="Only these pairs (repeatable).")] = None,
+    scenario: str = "peers",
+    verify: Annotated[bool, typer.Option(help="Check every event of every reply.")] = False,
+    settings: Settings = None,
+    out: Out = None,
+) -> None:
+    """Each engine's own server against Penstock on that engine, in turn. Those that are not installed are left out."""
+    from dataclasses import replace
+
+    from benchmarks.compare import Scenario
+    from benchmarks.pairs import installed
+
+    whole = Scenario.load(scenario)
+    if unknown := set(pair or []) - set(whole.pairs):
+        raise typer.BadParameter(f"no such pair: {', '.join(unknown)} (known: {', '.join(whole.pairs)})")
+    for each in shape or ["S", "M"]:
+        chosen = replace(
+            whole,
+            concurrency=concurrency or whole.concurrency,
+            verify=verify,
+            variables=_variables(each, settings),
+        )
+        chosen, absent = installed(chosen, load_targets(), pair)
+        for why in absent:
+            console.print(f"[yellow]left out: {why}[/yellow]", highlight=False)
+        if not chosen.pairs:
+            _give_up(TargetError("No peer is left to compare with: `make peers` installs them (some gigabytes)."))
+        _compare(chosen, rounds, False, each, out and out.with_name(f"{out.name}-{each}"))
+
+
+def _compare(chosen: Scenario, rounds: int, keep: bool, shape: str, out: Path | None) -> None:
+    from benchmarks.compare import FIGURES, run_comparison
+
     with _progress() as bar:
         task = bar.add_task(chosen.name, total=rounds * len(chosen.targets) * len(chosen.concurrency))
 

@@ -2,7 +2,8 @@
 
 Each round starts a target afresh (own port, own empty data directory), warms it up, runs every cell, and stops it, so
 that nothing idle eats the CPU of what is measured. With `keep` servers stay up, stopped by SIGSTOP while another one is
-measured; a server with a hang watchdog will not like that.
+measured; a server with a hang watchdog will not like that. A target that says `keep` itself stays up without being
+stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import pairs, report
 from benchmarks.load import Plan, Result, run_load
 from benchmarks.processes import TargetError
 from benchmarks.stats import Spread
@@ -51,19 +52,26 @@ class Scenario:
 
     name: str
     about: str
-    targets: list[str]
     workload: dict[str, Any]
     concurrency: list[int]
+    targets: list[str] = field(default_factory=list)
+    """In the order of their turns. Pairs need not be listed: theirs come first."""
     requests: int | dict[str, dict[str, int]] = 0
     """A number for all cells, or by shape and concurrency."""
     baseline: str = ""
+    pairs: dict[str, list[str]] = field(default_factory=dict)
+    """Who is set against whom: a peer's target and ours, under the name of what they share."""
+    warmup: int = 0
+    """Requests before each cell, at least; the target's own number if 0."""
     verify: bool = False
     variables: dict[str, str] = field(default_factory=default_variables)
 
     @classmethod
     def load(cls, name: str) -> Scenario:
         path = Path(name) if name.endswith(".toml") else HERE / "scenarios" / f"{name}.toml"
-        return cls(name=path.stem, **tomllib.loads(path.read_text()))
+        read = tomllib.loads(path.read_text())
+        of_pairs = [target for pair in read.get("pairs", {}).values() for target in pair]
+        return cls(name=path.stem, **read | {"targets": list(dict.fromkeys([*of_pairs, *read.get("targets", [])]))})
 
     def requests_at(self, concurrency: int) -> int:
         if isinstance(self.requests, int):
@@ -86,6 +94,8 @@ class Comparison:
 
     scenario: Scenario
     cells: dict[str, dict[str, list[Result]]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Targets that did not start, and why."""
 
     def add(self, target: str, result: Result) -> None:
         self.cells.setdefault(target, {}).setdefault(result.label, []).append(result)
@@ -116,6 +126,8 @@ class Comparison:
         rounds = max((len(results) for cells in self.cells.values() for results in cells.values()), default=0)
         parts.append(f"# {scenario.about}{shape}\n")
         parts.append(f"Median (lowest–highest) of {rounds} rounds in turn; ratios are of medians.\n")
+        if scenario.pairs:
+            parts.append(pairs.markdown(self) + "\n")
         for label in self.labels():
             parts.append(f"## {label}\n")
             names = [name for name in self.cells if label in self.cells[name]]
@@ -133,6 +145,7 @@ class Comparison:
             for results in cells.values()
             for note in report.notes(results)
         ]
+        doubts += [f"- {name} was left out: {' '.join(why.split())}" for name, why in self.failed.items()]
         if doubts:
             parts += ["## Doubtful\n", *dict.fromkeys(doubts)]
         return "\n".join(parts)
@@ -185,7 +198,10 @@ def run_comparison(
     announce: Callable[[str], None] = lambda _: None,
     advance: Callable[[str, Result], None] = lambda *_: None,
 ) -> Comparison:
-    """Run all rounds. `announce` is told what happens, `advance` gets each cell's result."""
+    """Run all rounds. `announce` is told what happens, `advance` gets each cell's result.
+
+    Where pairs are compared, one that cannot be started is left out from then on; else that ends the comparison.
+    """
     catalogue = load_targets()
     unknown = [name for name in scenario.targets if name not in catalogue]
     if unknown:
@@ -196,16 +212,24 @@ def run_comparison(
         kept: dict[str, Running] = {}
         for turn in range(1, rounds + 1):
             for target in targets:
+                if target.name in comparison.failed:
+                    continue
                 announce(f"round {turn}/{rounds}: {target.name}")
                 if target.kind == "command":
                     results = _run_command(target, scenario)
-                elif keep:
-                    results = _load_kept(target, scenario, kept, stack)
+                elif keep or target.keep:
+                    results = _load_kept(target, scenario, kept, stack, pause=keep)
                 else:
                     results = _load_fresh(target, scenario)
-                for result in results:
-                    comparison.add(target.name, result)
-                    advance(target.name, result)
+                try:
+                    for result in results:
+                        comparison.add(target.name, result)
+                        advance(target.name, result)
+                except TargetError as error:
+                    if not scenario.pairs:
+                        raise
+                    comparison.failed[target.name] = str(error)
+                    announce(str(error))
     return comparison
 
 
@@ -214,7 +238,9 @@ def _load_fresh(target: Target, scenario: Scenario) -> Iterator[Result]:
         yield from _load(running, scenario)
 
 
-def _load_kept(target: Target, scenario: Scenario, kept: dict[str, Running], stack: ExitStack) -> Iterator[Result]:
+def _load_kept(
+    target: Target, scenario: Scenario, kept: dict[str, Running], stack: ExitStack, pause: bool
+) -> Iterator[Result]:
     if target.name in kept:
         kept[target.name].resume()
     else:
@@ -222,13 +248,14 @@ def _load_kept(target: Target, scenario: Scenario, kept: dict[str, Running], sta
     try:
         yield from _load(kept[target.name], scenario)
     finally:
-        kept[target.name].pause()
+        if pause:
+            kept[target.name].pause()
 
 
 def _load(running: Running, scenario: Scenario) -> Iterator[Result]:
     for position, concurrency in enumerate(scenario.concurrency):
         plan = Plan(concurrency, requests=scenario.requests_at(concurrency), verify=scenario.verify)
-        warmup = max(running.target.warmup, min(concurrency, 16))
+        warmup = max(scenario.warmup or running.target.warmup, min(concurrency, 16))
         yield run_load(running.server(), scenario.cell_workload(position), plan, warmup=warmup)
 
 

@@ -1,9 +1,11 @@
 """Make the benchmark models: Llama shapes S (4.2M parameters) and M (110M) with random weights, a BPE tokenizer and a
-chat template. Speed depends on the shape, not on what the weights say.
+chat template. Speed depends on the shape, not on what the weights say. For llama.cpp, the same weights as GGUF files
+beside the folders: S.gguf (f32) and S-q8_0.gguf.
 
-It needs torch and transformers, which Penstock does not: run it with a Python that has them.
+It needs torch, transformers and gguf, which Penstock does not: run it with a Python that has them and Penstock, in the
+repository's root.
 
-    python benchmarks/make_models.py [OUTPUT] [--shape S] [--shape M]
+    python -m benchmarks.make_models [OUTPUT] [--shape S] [--shape M] [--only gguf]
 """
 
 from __future__ import annotations
@@ -91,6 +93,16 @@ def make_tokenizer(vocab_size: int, folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def make_gguf(folder: Path) -> list[Path]:
+    """The folder's weights for llama.cpp: f32, and 8 bits in blocks of 32."""
+    from tests.support.gguf import convert
+
+    return [
+        convert(folder, folder.with_name(folder.name + suffix), weights)
+        for suffix, weights in ((".gguf", "f32"), ("-q8_0.gguf", "q8_0"))
+    ]
+
+
 def _sentences(number: int) -> list[str]:
     rng = random.Random(0)
     words = sorted({"".join(rng.choices(SYLLABLES, k=rng.randint(1, 5))) for _ in range(60_000)})
@@ -102,13 +114,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", nargs="?", type=Path, default=Path(__file__).parent / "models")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable; all by default")
+    parser.add_argument("--only", choices=("folders", "gguf"), help="both by default; gguf converts what is there")
     arguments = parser.parse_args()
     for name in arguments.shape or SHAPES:
         folder = arguments.output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        parameters = make_model(SHAPES[name], folder)
-        make_tokenizer(SHAPES[name].vocab_size, folder)
-        print(f"{folder}: {parameters / 1e6:.1f}M parameters, vocabulary {SHAPES[name].vocab_size}")
+        if arguments.only != "gguf":
+            folder.mkdir(parents=True, exist_ok=True)
+            parameters = make_model(SHAPES[name], folder)
+            make_tokenizer(SHAPES[name].vocab_size, folder)
+            print(f"{folder}: {parameters / 1e6:.1f}M parameters, vocabulary {SHAPES[name].vocab_size}")
+        if arguments.only != "folders":
+            for path in make_gguf(folder):
+                print(f"{path}: {path.stat().st_size / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,22 @@ class Target:
     """Durability of a redis-server that is started with it, `strict` or `fast`; {redis} is its URL."""
     beside: list[list[str]] = field(default_factory=list)
     """Commands of further processes of the same server: its workers."""
+    peer: str = ""
+    """Which environment of peers.sh it runs in."""
+    keep: bool = False
+    """Its start takes so long that it stays up, idle, between its turns."""
+
+    def missing(self, variables: dict[str, str]) -> str:
+        """Why it cannot run here and what to do, or an empty string."""
+        command = fill(self.command, variables)
+        if not shutil.which(command[0]):
+            how = f" (`make peers PEERS={self.peer}` sets it up)" if self.peer else ""
+            return f"{self.name}: no {command[0]}{how}"
+        models = fill("{models}/", variables)
+        for path in (word[word.find(models) :] for word in command if models in word):
+            if not Path(path).exists():
+                return f"{self.name}: no {path} (`make models` makes them)"
+        return ""
 
 
 def load_targets(path: Path = CATALOGUE) -> dict[str, Target]:
@@ -58,14 +74,20 @@ def load_targets(path: Path = CATALOGUE) -> dict[str, Target]:
 
 
 def default_variables() -> dict[str, str]:
-    """Values for the placeholders that need no `--set`."""
+    """Values for the placeholders that need no `--set`; a value may contain placeholders that come later."""
     beside = Path(sys.executable).parent / "penstock"
     return {
         "python": sys.executable,
         "penstock": str(beside) if beside.exists() else "penstock",
-        "transformers": "transformers",
-        "vllm_python": "python",
-        "vllm_penstock": "penstock",
+        "transformers": "{peers}/torch/bin/transformers",
+        "torch_penstock": "{peers}/torch/bin/penstock",
+        "vllm_python": "{peers}/vllm/bin/python",
+        "vllm_penstock": "{peers}/vllm/bin/penstock",
+        "llama_server": "{peers}/llama.cpp/bin/llama-server",
+        "litellm": "{peers}/litellm/bin/litellm",
+        "peers": str(HERE.parent / ".venv-peers"),  # below those that it is part of
+        "scenarios": str(HERE / "scenarios"),
+        "cores": str(os.cpu_count() or 1),
         "vllm_cpus": f"0-{(os.cpu_count() or 1) - 1}",
         "models": str(HERE / "models"),
         "shape": "S",
