@@ -141,6 +141,7 @@ class Worker:
     async def _drain(self) -> None:
         """Let running jobs finish for a while, then hand the rest back: they go on elsewhere, or after a restart."""
         self._state = self._leaving
+        await self._admit()  # gives back what has not begun
         try:
             async with asyncio.timeout(self._drain_timeout):
                 while self._active or self._pending:
@@ -165,8 +166,10 @@ class Worker:
             self._claim = asyncio.ensure_future(self._broker.claim(info, models, free, self._claim_wait))
             try:
                 await asyncio.wait([self._claim])
-            finally:
-                self._claim.cancel()
+            except asyncio.CancelledError:
+                if not self._claim.cancel() and not self._claim.cancelled() and not self._claim.exception():
+                    self._pending.extend(self._claim.result())  # it was served just now: the drain gives them back
+                raise
             if self._claim.cancelled():
                 continue  # the engine died meanwhile: what came too late is given back by the broker
             try:
@@ -176,10 +179,10 @@ class Worker:
                 await asyncio.sleep(random.uniform(0.1, 1.0))
                 continue
             suspects = [lease for lease in leases if lease.job.suspects]
+            self._pending.extend(suspects or leases)
             if suspects and len(suspects) < len(leases):
                 # They want the engine for themselves: whoever came with them is better off elsewhere, or later.
                 await self._release([Release(lease.key) for lease in leases if not lease.job.suspects])
-            self._pending.extend(suspects or leases)
             await self._admit()
 
     def _free_slots(self) -> int:
