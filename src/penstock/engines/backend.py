@@ -52,8 +52,8 @@ class Backend(Protocol):
     def step(self) -> list[Output]:
         """Advance every running sequence by one step; all their outputs (at most one `Output` per key).
 
-        The first output of a key carries ``prompt_tokens``; its last one carries ``finish``. An exception from here
-        takes the whole process down: it is for broken engines, not for bad requests.
+        One output of a key carries ``prompt_tokens``: the first where it is known by then. Its last one carries
+        ``finish``. An exception from here takes the whole process down: it is for broken engines, not for bad requests.
         """
         ...
 

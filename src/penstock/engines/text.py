@@ -300,11 +300,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ModelLoadError(f"The model's chat template cannot be read: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt text. Raises `InvalidRequest` with the template's own words when it refuses the messages."""
+    def render(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
+        """The prompt text, with (*reply*) the beginning of a reply's turn at its end. Raises `InvalidRequest` with the template's own words when it refuses the messages."""
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=True, **self._variables
+                messages=[dict(message) for message in messages], add_generation_prompt=reply, **self._variables
             )
         except Exception as error:  # a template is somebody else's program: it may raise anything
             raise InvalidRequest(
@@ -453,7 +453,7 @@ class TextModel:
             self._check_size(len(request.prompt), "prompt")
             ids = self.encode(request.prompt)
         else:
-            ids = self.encode_chat(request.messages or ())
+            ids = self.encode_chat(request.messages or (), begun=request.continue_final)
         param = "messages" if request.messages is not None else "prompt"
         if not ids:
             raise InvalidRequest("The prompt is empty.", param=param)
@@ -464,6 +464,15 @@ class TextModel:
                 param=param,
             )
         return ids
+
+    def check_bias(self, sampling: Sampling) -> None:
+        """Raises `InvalidRequest` for a biased token beyond the vocabulary."""
+        for token in sampling.logit_bias:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias names token {token}; this model's ids are 0 … {self.vocab_size - 1}.",
+                    param="logit_bias",
+                )
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt, with the special tokens that the tokenizer puts around a text."""
@@ -476,8 +485,8 @@ class TextModel:
                 del ids[0]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Messages through the chat template.
+    def encode_chat(self, messages: Sequence[Message], *, begun: bool = False) -> list[int]:
+        """Messages through the chat template. *begun*: the last one is the beginning of the reply, and stays open.
 
         A special token written out in a message is encoded as plain text, so that nobody can end a turn or forge a
         system prompt: a mark that is no character is put inside it before the template runs, and the rendered text
@@ -493,7 +502,17 @@ class TextModel:
         mark = next((mark for mark in _MARKS if all(mark not in message.content for message in messages)), None)
         if mark is None:
             raise InvalidRequest("The messages are full of code points that are not characters.", param="messages")
-        rendered = self._chat.render([{"role": m.role, "content": self._defuse(m.content, mark)} for m in messages])
+        turns = [{"role": m.role, "content": self._defuse(m.content, mark)} for m in messages]
+        if begun:
+            turns[-1]["content"] += mark * 2  # the turn is cut off here
+        rendered = self._chat.render(turns, reply=not begun)
+        if begun:
+            rendered, found, _ = rendered.rpartition(mark * 2)
+            if not found:
+                raise Unsupported(
+                    "The model's chat template does not show the last message as it is: its reply cannot be begun.",
+                    param="continue_final_message",
+                )
         ids: list[int] = []
         for piece in rendered.split(mark):
             if piece:

@@ -79,6 +79,10 @@ class Result:
         return [c for output in self.outputs for c in (output.choices or [0] * len(output.ids))]
 
     @property
+    def prompt_counts(self) -> list[int]:
+        return [output.prompt_tokens for output in self.outputs if output.prompt_tokens is not None]
+
+    @property
     def text(self) -> str:
         return self.folded.texts[0]
 
@@ -119,10 +123,11 @@ class Driver:
             result = self.results[output.key]
             assert result.finish is None, "an output after the end"
             assert len(output.ids) == len(output.texts)
-            if not result.outputs and output.ids:
-                assert output.prompt_tokens is not None, "the first output must count the prompt"
             result.outputs.append(output)
             result.finish = output.finish
+            if result.finish is not None and result.ids and result.finish.error is None:
+                # With the first output wherever it is known then; some servers tell it with the last.
+                assert len(result.prompt_counts) == 1, "the prompt must be counted, once"
 
     async def finish(self, *keys: int) -> list[Result]:
         """Step until *keys* (default: all that were not aborted) have ended."""
@@ -186,8 +191,7 @@ class EngineContract:
 
     async def test_the_prompt_is_counted_once(self, engine: Engine) -> None:
         (result,) = await run(engine, lease(engine, prompt_ids=(5, 6, 7, 8, 9)))
-        counts = [output.prompt_tokens for output in result.outputs if output.prompt_tokens is not None]
-        assert counts == [5]
+        assert result.prompt_counts == [5]
 
     async def test_a_single_token(self, engine: Engine) -> None:
         (result,) = await run(engine, lease(engine, max_tokens=1))
@@ -229,7 +233,11 @@ class EngineContract:
     async def test_a_biased_token_is_drawn(self, engine: Engine) -> None:
         needs(engine, "logit_bias")
         (result,) = await run(engine, lease(engine, max_tokens=5, logit_bias={42: 100.0}))
-        assert result.ids == [42] * 5
+        if set(result.ids) == {-1}:  # an engine that is not told ids, only texts
+            assert len(result.texts) == 5
+            assert len(set(result.texts)) == 1
+        else:
+            assert result.ids == [42] * 5
 
     async def test_logprobs_come_with_every_token(self, engine: Engine) -> None:
         needs(engine, "logprobs")

@@ -31,6 +31,7 @@ class OpenAIBody(JobBody, kw_only=True, frozen=True):
     stream_options: StreamOptions | None = None
     user: Identifier | None = None
     service_tier: str | None = None
+    return_token_ids: bool = False
 
     def priority_class(self) -> Priority:
         return Priority.BATCH if self.service_tier == "flex" else Priority.NORMAL
@@ -52,6 +53,8 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
     functions: list[Any] | None = None
     modalities: list[str] | None = None
     audio: Any = None
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
 
     def request(self, default_max_tokens: int) -> Request:
         if self.tools or self.functions:
@@ -72,7 +75,29 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             ),
             n=self.n or 1,
+            continue_final=self._begins_reply(),
         )
+
+    def _begins_reply(self) -> bool:
+        """Is the last message the beginning of the reply? (vLLM's fields, less the one that would contradict.)"""
+        if not self.continue_final_message:
+            if self.add_generation_prompt is False:
+                raise Unsupported(
+                    "add_generation_prompt: false is supported with continue_final_message: true only.",
+                    param="add_generation_prompt",
+                )
+            return False
+        if self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message goes on with the last message; add_generation_prompt would begin another.",
+                param="add_generation_prompt",
+            )
+        if self.messages[-1].role != "assistant":
+            raise InvalidRequest(
+                "continue_final_message needs an assistant's message at the end: the beginning of the reply.",
+                param="continue_final_message",
+            )
+        return True
 
 
 class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
@@ -120,7 +145,8 @@ async def _reply(call: Call, body: OpenAIBody, request: Request, dialect: type[D
         call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
     )
     job = await call.gateway.submit(request, wish)
-    writer = dialect(job, include_usage=bool(body.stream_options and body.stream_options.include_usage))
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    writer = dialect(job, include_usage=usage, token_ids=body.return_token_ids)
     if body.stream:
         return await call.gateway.stream(call.gateway.follow(job, call.last_event_id or 0), writer.render)
     completion = await call.gateway.fold(job, call.gone)
@@ -137,9 +163,10 @@ class Dialect:
     chunk_object = ""
     prefix = ""
 
-    def __init__(self, job: Job, *, include_usage: bool) -> None:
+    def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
         self.job = job
         self.include_usage = include_usage
+        self.token_ids = token_ids
         self.id = self.prefix + job.id.removeprefix("job_")
         model = json_string(job.request.model)
         created = int(job.created_at)
@@ -170,9 +197,9 @@ class Dialect:
     def _run(self, run: Tokens) -> str:
         if run.choices is None and run.logprobs is None:
             text = "".join(run.texts)
-            if not text:
+            if not text and not self.token_ids:
                 return ""
-            return f"id: {run.last}\n" + self.chunk(f"[{self._delta(0, text, None)}]")
+            return f"id: {run.last}\n" + self.chunk(f"[{self._with_ids(self._delta(0, text, None), run.ids)}]")
         # Each stretch of one choice's tokens is a chunk with the position of its last: a resume is exact anywhere.
         blocks = []
         choices = run.choices if run.choices is not None else [0] * len(run.ids)
@@ -180,8 +207,9 @@ class Dialect:
             indices = list(stretch)
             text = "".join(run.texts[i] for i in indices)
             logprobs = [(run.ids[i], run.texts[i], logprob) for i in indices if (logprob := _at(run.logprobs, i))]
-            if text or logprobs:
-                chunk = self.chunk(f"[{self._delta(choice, text, logprobs or None)}]")
+            if text or logprobs or self.token_ids:
+                delta = self._delta(choice, text, logprobs or None)
+                chunk = self.chunk(f"[{self._with_ids(delta, [run.ids[i] for i in indices])}]")
                 blocks.append(f"id: {run.position + indices[-1]}\n{chunk}")
         return "".join(blocks)
 
@@ -204,11 +232,14 @@ class Dialect:
             "created": int(self.job.created_at),
             "model": self.job.request.model,
             "choices": [
-                self._choice(i, text, completion, reason)
+                self._choice(i, text, completion, reason) | ({"token_ids": completion.ids[i]} if self.token_ids else {})
                 for i, (text, reason) in enumerate(zip(completion.texts, completion.ended.finish_reasons, strict=True))
             ],
             "usage": usage_view(completion.ended),
         }
+
+    def _with_ids(self, choice: str, ids: list[int]) -> str:
+        return f'{choice[:-1]},"token_ids":[{",".join(map(str, ids))}]}}' if self.token_ids else choice
 
     def _opening(self) -> str:
         return ""

@@ -1,0 +1,16 @@
+"""An engine over any OpenAI-compatible server, or several replicas of one: what it streams goes into the log.
+
+A reply that a replica did not finish goes on at another, from what was logged.
+
+===========  ===========================================================================================
+options      what the operator says
+dialects     what a request looks like for each kind of server, and what a refusal means
+stream       chunks into tokens: the hot path
+replicas     health, circuit breakers, the choice among replicas
+backend      calls, retries, failover
+===========  ===========================================================================================
+"""
+
+from penstock.engines.upstream.backend import load
+
+__all__ = ["load"]

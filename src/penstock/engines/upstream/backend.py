@@ -1,0 +1,351 @@
+"""The upstream engine: requests go to OpenAI-compatible servers, and come back as tokens of the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from penstock.core.errors import ContextLengthExceeded, EngineError, Unsupported
+from penstock.core.events import Prefix
+from penstock.core.job import Request
+from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.backend import Progress
+from penstock.engines.mailbox import AsyncBackend
+from penstock.engines.options import parse
+from penstock.engines.upstream.dialects import Dialect, Told, body, endpoint
+from penstock.engines.upstream.options import Options, addresses
+from penstock.engines.upstream.replicas import Replica, Replicas, backoff, read_answer, reason
+from penstock.engines.upstream.stream import Lines, Reply, StreamError
+
+#: Context length where neither the servers nor the operator tell one. It only bounds what is refused before it is sent.
+DEFAULT_CONTEXT = 131_072
+#: A pause that a server asks for is kept up to so many seconds; longer ones are the queue's.
+MAX_RETRY_AFTER = 30.0
+#: Seconds for a connection that has told everything to end properly, so that it can be used again.
+LINGER = 1.0
+
+
+class Broken(Exception):
+    """A call came to nothing, or to an end too early; another replica, or the same one later, may do better.
+
+    ``lost``: the server cannot be reached. ``retry_after``: seconds it asked for (it is well, but busy).
+    """
+
+    def __init__(self, why: str, *, lost: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(why)
+        self.lost = lost
+        self.retry_after = retry_after
+
+
+class UpstreamBackend(AsyncBackend):
+    def __init__(self, name: str, path: str | None, options: Options, progress: Progress) -> None:
+        replicas = [Replica(address) for address in addresses(path)]
+        self._secret = options.secret
+        self._options = options
+        super().__init__()
+        self.slots = options.slots
+        self.run(self._connect(name, replicas, progress))
+        up = [each for each in replicas if each.dialect is not None]
+        cards = [each.card for each in up if each.card is not None]
+        self._dialects = {each.dialect for each in up if each.dialect is not None}
+        unsupported = {field for dialect in self._dialects for field in dialect.unsupported}
+        self.info = ModelInfo(
+            name=name,
+            engine="upstream",
+            context_length=options.context or min((c.context for c in cards if c.context), default=DEFAULT_CONTEXT),
+            precision=next((card.precision for card in cards), ""),
+            chat=all(card.chat for card in cards),
+            unsupported=tuple(sorted(unsupported.union(*(card.unsupported for card in cards)))),
+        )
+
+    async def _connect(self, name: str, replicas: list[Replica], progress: Progress) -> None:
+        options = self._options
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=options.connect_timeout, sock_read=options.idle_timeout
+            ),
+            headers={"Authorization": f"Bearer {self._secret}"} if self._secret else {},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            json_serialize=lambda value: msgspec.json.encode(value).decode(),
+            read_bufsize=1 << 18,
+            trust_env=False,
+        )
+        self._replicas = Replicas(replicas, self._session, name, options)
+        try:
+            await self._replicas.load(lambda what: progress(what, None))
+        except BaseException:
+            await self._session.close()
+            raise
+        self._watching = self.loop.create_task(self._replicas.watch())
+
+    # ------------------------------------------------------------------------------------ AsyncBackend
+
+    def check(self, request: Request) -> None:
+        if request.prompt_ids is not None and len(request.prompt_ids) >= self.info.context_length:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(request.prompt_ids)} tokens; the model's context holds "
+                f"{self.info.context_length}, of which at least one must be left for the reply.",
+                param="prompt",
+            )
+        if request.continue_final and self._options.continuation != "text":
+            missing = next((dialect.name for dialect in self._dialects if not dialect.begun_chat), None)
+            if missing is not None:
+                raise Unsupported(
+                    f"A server of the kind {missing!r} does not continue a final message.",
+                    param="continue_final_message",
+                )
+
+    async def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
+        limit = request.sampling.max_tokens
+        alone = len(prefixes) == 1
+        replies = [
+            Reply(key, None if alone else choice, prefix, limit, request.sampling.logprobs is not None)
+            for choice, prefix in enumerate(prefixes)
+        ]
+        told: int | None = None
+        if request.prompt_ids is not None:
+            told = len(request.prompt_ids)  # known at once; others learn it with the first token, or with the last
+            for reply in replies:
+                reply.prompt_tokens = told
+        counted = ended = False
+        streams = [self._run(request, choice, reply) for choice, reply in enumerate(replies) if reply.finish is None]
+        async with contextlib.aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as outputs:
+            async for output in outputs:
+                output.prompt_tokens = None if counted else output.prompt_tokens or told
+                counted = counted or output.prompt_tokens is not None
+                if alone and replies[0].finish is not None:
+                    output.finish, ended = _finish(replies), True
+                yield output
+        if not ended:
+            yield Output(key, finish=_finish(replies))
+
+    # ------------------------------------------------------------------------------------ one choice
+
+    async def _run(self, request: Request, choice: int, reply: Reply) -> AsyncGenerator[Output]:
+        """Call until the reply has ended, on one replica after another."""
+        failures = 0
+        failed: set[Replica] = set()
+        why = "all of them are down"
+        while reply.finish is None:
+            replica = self._replicas.choose(failed)
+            if replica is None:
+                # All have failed, or none may have a request: once more, after a pause.
+                failures += 1
+                if failures > self._options.retries:
+                    raise _retryable(f"No upstream server can serve this: {why}.")
+                failed.clear()
+                await asyncio.sleep(max(backoff(failures), self._replicas.pause()))
+                continue
+            before = len(reply.ids)
+            replica.begin()
+            try:
+                async with contextlib.aclosing(self._call(replica, request, choice, reply)) as outputs:
+                    async for output in outputs:
+                        yield output
+            except Broken as error:
+                why = f"{replica.address}: {self._without_key(str(error))}"
+                if error.retry_after is not None:
+                    replica.busy(error.retry_after)
+                else:
+                    replica.failed(str(error))
+                    if error.lost:
+                        replica.lost(str(error))
+                failed.add(replica)
+                if len(reply.ids) > before:
+                    failures = 0
+                if len(reply.ids) >= reply.limit:
+                    reply.finish = "length"
+            finally:
+                replica.end()
+
+    async def _call(self, replica: Replica, request: Request, choice: int, reply: Reply) -> AsyncGenerator[Output]:
+        """One call to one replica. Raises `Broken`, or what refuses the request."""
+        dialect = replica.dialect
+        assert dialect is not None
+        by_ids = self._by_ids(dialect, request, reply)
+        sent = body(dialect, replica.model, self.info.context_length, request, choice, reply, by_ids=by_ids)
+        reply.begin()
+        try:
+            while True:
+                async with self._session.post(
+                    replica.address.api + endpoint(request), json=sent, allow_redirects=False
+                ) as response:
+                    if response.status == 200:
+                        async for output in self._read(replica, response, reply):
+                            yield output
+                        return
+                    told = await self._refused(replica, response)
+                    if told.about_context and sent.get("max_tokens") and dialect.name in ("vllm", "openai"):
+                        # The prompt may fit, and only what was asked for not: then the server gives what room there is.
+                        sent = _without_limit(sent)
+                        continue
+                    raise told.refusal(replica.model)
+        except TimeoutError:
+            raise Broken(f"silent for {self._options.idle_timeout:.0f} s") from None
+        except aiohttp.ClientError as error:
+            raise Broken(reason(error), lost=isinstance(error, aiohttp.ClientConnectorError)) from None
+        except StreamError as error:
+            raise Broken(f"it sent {error}") from None
+
+    async def _read(self, replica: Replica, response: aiohttp.ClientResponse, reply: Reply) -> AsyncGenerator[Output]:
+        """The stream of a call: an output for everything that was ready, however many chunks it came in."""
+        lines = Lines()
+        readany = response.content.readany
+        heard = False
+        while True:
+            data = await readany()
+            if not data:
+                if not reply.ended:
+                    raise Broken("the stream broke off")
+                break
+            if not (payloads := lines.feed(data)):
+                continue
+            output, error, over = reply.take(payloads)
+            if over:
+                if not reply.ended:
+                    raise Broken("the stream ended without a reason")
+                output.extend(reply.end())
+            if output.ids or output.prompt_tokens is not None or over:
+                if not heard:
+                    heard = True
+                    replica.succeeded()
+                yield output
+            if error is not None:
+                raise self._failure(Told.read(error), replica)
+            if over:
+                break
+        if reply.finish is None:
+            yield reply.end()
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(LINGER):
+                while not response.content.at_eof() and await readany():
+                    pass
+
+    # ------------------------------------------------------------------------------------ continuation
+
+    def _by_ids(self, dialect: Dialect, request: Request, reply: Reply) -> bool:
+        """How a reply that has begun goes on. Raises `EngineError` where it cannot."""
+        if not reply.ids:
+            return False
+        wish = self._options.continuation
+        prompt_known = request.prompt_ids is not None or (request.messages is None and reply.prompt_ids is not None)
+        # What a server held back as the beginning of a stop string is in its ids, and not in its text.
+        if prompt_known and not reply.untold and wish in ("auto", "ids") and not request.sampling.stop:
+            return True
+        if wish in ("none", "ids"):
+            raise _lost("the option continuation forbids it")
+        if request.response_format is not None or request.tool_choice == "required":
+            raise _lost("its grammar would begin anew")
+        if "<tool_call>" in "".join(reply.texts) and request.tools:
+            raise _lost("it had begun to call a tool")
+        if request.messages is not None and not dialect.begun_chat and wish != "text":
+            raise _lost(f"a server of the kind {dialect.name!r} does not continue a chat (see the option continuation)")
+        if request.prompt_ids is not None and dialect.name != "llama":
+            raise _lost("its prompt is token ids, and those of the reply are not all known")
+        return False
+
+    # ------------------------------------------------------------------------------------ what servers answer
+
+    async def _refused(self, replica: Replica, response: aiohttp.ClientResponse) -> Told:
+        """What an answer that is no stream says, if it is for the client. Raises `Broken` and `EngineError` if not."""
+        status = response.status
+        if status in (401, 403):
+            raise EngineError(
+                f"The upstream server refuses Penstock's key (HTTP {status}). Its operator has to set it."
+            )
+        if status < 400:
+            raise EngineError(f"The upstream server answers HTTP {status} where a stream is due. Its address is wrong.")
+        answer = await read_answer(response)
+        try:
+            value = msgspec.json.decode(answer)
+        except msgspec.MsgspecError:
+            value = answer.decode("utf-8", "replace")
+        told = Told.read(value)
+        message = self._without_key(told.message)
+        if status == 429 or (status == 503 and "Retry-After" in response.headers):
+            raise Broken(f"HTTP {status}: {message}", retry_after=_seconds(response.headers.get("Retry-After")))
+        if status >= 500 or status in (408, 409, 425):
+            raise Broken(f"HTTP {status}: {message}")
+        return Told(message, told.kind, status, told.param)
+
+    def _failure(self, told: Told, replica: Replica) -> Exception:
+        """An error in the middle of a stream."""
+        told = Told(self._without_key(told.message), told.kind, told.status, told.param)
+        if "poisoned" in told.kind:
+            return EngineError(told.message)
+        if told.about_context or 400 <= told.status < 500 or "invalid_request" in told.kind:
+            return told.refusal(replica.model)
+        return Broken(told.message)
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._secret, "***") if self._secret else text
+
+
+def _finish(replies: list[Reply]) -> Finish:
+    return Finish(tuple(reply.finish or "stop" for reply in replies))
+
+
+def _without_limit(sent: dict[str, Any]) -> dict[str, Any]:
+    """Without ``max_tokens``. Completions would then have 16, were it not for a null."""
+    rest = {name: value for name, value in sent.items() if name != "max_tokens"}
+    return rest if "messages" in sent else {**rest, "max_tokens": None}
+
+
+def _retryable(message: str) -> EngineError:
+    error = EngineError(message)
+    error.retryable = True
+    return error
+
+
+def _lost(why: str) -> EngineError:
+    return EngineError(f"The reply was interrupted, and its upstream server cannot continue it: {why}.")
+
+
+def _seconds(header: str | None) -> float:
+    """``Retry-After`` in seconds (a date, or none: one second)."""
+    try:
+        return min(MAX_RETRY_AFTER, max(0.0, float(header or 1)))
+    except ValueError:
+        return 1.0
+
+
+async def _merge(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[Output]:
+    """Everything from all of them, as it comes. The first failure is everybody's."""
+    queue: asyncio.Queue[Output | BaseException | None] = asyncio.Queue(maxsize=2 * len(streams) or 1)
+
+    async def pump(stream: AsyncGenerator[Output]) -> None:
+        try:
+            async with contextlib.aclosing(stream) as outputs:
+                async for output in outputs:
+                    await queue.put(output)
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> UpstreamBackend:
+    """See `penstock.engines.backend.Loader`."""
+    return UpstreamBackend(name, path, parse(Options, options, "upstream"), progress)

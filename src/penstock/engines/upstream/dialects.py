@@ -1,0 +1,255 @@
+"""What the servers have in common, and what each of them calls its own: requests, refusals, what a probe tells."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, PenstockError, Unsupported
+from penstock.core.job import Message, Request
+from penstock.engines.upstream.stream import Reply
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A kind of server. ``begun_chat``: it continues a final assistant message. ``unsupported``: request fields that it
+    does not know."""
+
+    name: str
+    tells_ids: bool = False
+    begun_chat: bool = False
+    unsupported: tuple[str, ...] = ()
+
+
+DIALECTS = {
+    "openai": Dialect("openai", unsupported=("ignore_eos", "min_p", "repetition_penalty", "top_k")),
+    "vllm": Dialect("vllm", tells_ids=True, begun_chat=True),
+    "llama": Dialect("llama", begun_chat=True),
+    "penstock": Dialect("penstock", tells_ids=True, begun_chat=True),
+}
+OWNERS = {"penstock": "penstock", "vllm": "vllm", "llamacpp": "llama"}
+
+
+# ------------------------------------------------------------------------------------------ what a probe tells
+
+
+class _Meta(msgspec.Struct):
+    n_ctx: int | None = None
+    n_ctx_train: int | None = None
+
+
+class ModelCard(msgspec.Struct):
+    """An entry of ``GET /v1/models``, with what vLLM, llama.cpp and Penstock add."""
+
+    id: str
+    owned_by: str = ""
+    max_model_len: int | None = None
+    context_length: int | None = None
+    meta: _Meta | None = None
+    precision: str = ""
+    chat: bool = True
+    unsupported: tuple[str, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """In tokens; 0: not told."""
+        found = self.max_model_len or self.context_length
+        if not found and self.meta is not None:
+            found = self.meta.n_ctx or self.meta.n_ctx_train
+        return found or 0
+
+
+class _ModelList(msgspec.Struct):
+    data: list[ModelCard] = []
+
+
+def read_models(body: bytes) -> list[ModelCard]:
+    """Raises `msgspec.MsgspecError` for what is no list of models."""
+    return msgspec.json.decode(body, type=_ModelList).data
+
+
+# ------------------------------------------------------------------------------------------ requests
+
+
+def endpoint(request: Request) -> str:
+    return "/completions" if request.messages is None else "/chat/completions"
+
+
+def body(
+    dialect: Dialect, model: str, context: int, request: Request, choice: int, reply: Reply, *, by_ids: bool
+) -> dict[str, Any]:
+    """The request's JSON for one choice, continued behind what *reply* has: by token ids, or by its text."""
+    sampling = request.sampling
+    sent: dict[str, Any] = {
+        "model": model,
+        "max_tokens": sampling.max_tokens - len(reply.ids),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    text = "" if by_ids else "".join(reply.texts)
+    if request.messages is not None:
+        sent |= _chat(request, text)
+    elif by_ids:
+        prompt = request.prompt_ids if request.prompt_ids is not None else reply.prompt_ids
+        sent["prompt"] = [*(prompt or ()), *reply.ids]
+    elif request.prompt is not None:
+        sent["prompt"] = request.prompt + text
+    else:
+        # Ids and a text in one prompt: only llama.cpp takes that.
+        sent["prompt"] = [*(request.prompt_ids or ()), *([text] if text else ())]
+    if dialect.tells_ids:
+        sent["return_token_ids"] = True
+    if dialect.name == "llama":
+        sent["timings_per_token"] = True
+    sent |= _sampling(dialect, request, context)
+    if sampling.seed is not None:
+        sent["seed"] = _seed(sampling.seed, choice, len(reply.ids))
+        if dialect.name == "llama":
+            sent["seed"] %= 2**32 - 1  # it has 32 bits; all ones mean "at random"
+    return sent
+
+
+def _chat(request: Request, text: str) -> dict[str, Any]:
+    messages = [_message(message) for message in request.messages or ()]
+    sent: dict[str, Any] = {"messages": messages}
+    if request.continue_final:
+        messages[-1]["content"] = (messages[-1]["content"] or "") + text
+    elif text:
+        messages.append({"role": "assistant", "content": text})
+    if text or request.continue_final:
+        sent |= {"add_generation_prompt": False, "continue_final_message": True}
+    if (wanted := request.response_format) is not None:
+        sent["response_format"] = {"type": wanted.type}
+        if wanted.type == "json_schema":
+            sent["response_format"]["json_schema"] = {"name": "reply", "strict": True, "schema": wanted.schema}
+    if request.tools:
+        sent["tools"] = [
+            {
+                "type": "function",
+                "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+            }
+            for tool in request.tools
+        ]
+        if request.tool_name is not None:
+            sent["tool_choice"] = {"type": "function", "function": {"name": request.tool_name}}
+        else:
+            sent["tool_choice"] = request.tool_choice
+    return sent
+
+
+def _message(message: Message) -> dict[str, Any]:
+    sent: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        sent["content"] = message.content or None
+        sent["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        sent["tool_call_id"] = message.tool_call_id
+    return sent
+
+
+def _sampling(dialect: Dialect, request: Request, context: int) -> dict[str, Any]:
+    """Sampling fields. vLLM and llama.cpp have defaults of their own (a model's, or not neutral ones): they are told
+    everything. To the others go the fields that ask for something."""
+    sampling = request.sampling
+    sent: dict[str, Any] = {}
+    if dialect.name in ("vllm", "llama"):
+        penalty = "repetition_penalty" if dialect.name == "vllm" else "repeat_penalty"
+        sent = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            penalty: sampling.repetition_penalty,
+        }
+        if dialect.name == "llama" and (
+            sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
+        ):
+            sent["repeat_last_n"] = context  # penalties count the whole text, not its last 64 tokens
+    else:
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        sent = {name: value for name in neutral if (value := getattr(sampling, name)) != neutral[name]}
+    for name in ("presence_penalty", "frequency_penalty", "ignore_eos"):
+        if value := getattr(sampling, name):
+            sent[name] = value
+    if sampling.stop:
+        sent["stop"] = list(sampling.stop)
+    if sampling.logit_bias:
+        sent["logit_bias"] = {str(token): value for token, value in sampling.logit_bias.items()}
+    if sampling.logprobs is not None:
+        if request.messages is None:
+            sent["logprobs"] = sampling.logprobs
+        else:
+            sent |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+    return sent
+
+
+def _seed(seed: int, choice: int, logged: int) -> int:
+    """Random numbers of its own for every choice and every place of resumption: servers begin anew with a request, and
+    would otherwise repeat those that the reply began with."""
+    if choice == 0 and logged == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed} {choice} {logged}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+_CONTEXT = re.compile(r"context (length|size|window)|maximum.{0,20}tokens|n_ctx", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Told:
+    """An error as a server told it, in any of the shapes that are about."""
+
+    message: str
+    kind: str = ""
+    """Its ``code`` and ``type``, whatever is text of them."""
+    status: int = 0
+    param: str | None = None
+
+    @classmethod
+    def read(cls, value: Any) -> Told:
+        """From the JSON of an error's body, or what is under ``error`` in an event."""
+        if isinstance(value, dict) and isinstance(value.get("error"), dict | str):
+            value = value["error"]
+        if not isinstance(value, dict):
+            return cls(str(value)[:500])
+        code, kind, param = value.get("code"), value.get("type"), value.get("param")
+        message = value.get("message") or value.get("detail") or "no reason given"
+        return cls(
+            str(message)[:2000],
+            " ".join(each for each in (code, kind) if isinstance(each, str)),
+            code if isinstance(code, int) else 0,
+            param if isinstance(param, str) else None,
+        )
+
+    @property
+    def about_context(self) -> bool:
+        return any(each in self.kind for each in ("context_length_exceeded", "exceed_context_size")) or bool(
+            _CONTEXT.search(self.message)
+        )
+
+    def refusal(self, model: str) -> PenstockError:
+        """For the client whose request it refuses."""
+        if self.about_context:
+            return ContextLengthExceeded(self.message, param=self.param)
+        if "unsupported" in self.kind:
+            return Unsupported(self.message, param=self.param)
+        if "model_not_found" in self.kind or (self.status == 404 and "model" in self.message.lower()):
+            return ModelNotFound(
+                f"The upstream server does not have the model {model!r}: {self.message}", param="model"
+            )
+        return InvalidRequest(self.message, param=self.param)
+
+
+def describe(names: Sequence[str]) -> str:
+    """A few names for a message."""
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

@@ -1,0 +1,91 @@
+"""``--option`` values and ``--model NAME=URL[,URL…]`` of the upstream engine."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from penstock.core.errors import ModelLoadError
+from penstock.engines.options import one_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """``--option`` values of this engine.
+
+    ``model``: what the servers call it (default: the model's name here). ``key_env``: name of the environment variable
+    that holds the API key; ``key``: the key itself. ``slots``: streams at once, over all replicas. ``context``: in
+    tokens, where the servers do not tell. ``connect_timeout``: seconds. ``idle_timeout``: seconds of silence after
+    which a replica is taken for dead. ``retries``: rounds over all replicas, without a token, before a job goes back
+    to the queue. ``dialect``: auto, openai, vllm, llama or penstock. ``continuation`` of an interrupted reply: auto,
+    ids, text or none.
+    """
+
+    model: str = ""
+    key_env: str = ""
+    key: str = ""
+    slots: int = 256
+    context: int = 0
+    connect_timeout: float = 5.0
+    idle_timeout: float = 60.0
+    retries: int = 4
+    dialect: str = "auto"
+    continuation: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("dialect", self.dialect, "auto", "openai", "vllm", "llama", "penstock")
+        one_of("continuation", self.continuation, "auto", "ids", "text", "none")
+        if self.slots < 1 or self.context < 0 or self.retries < 0:
+            raise ModelLoadError("Option slots must be at least 1; context and retries must not be negative.")
+        if self.connect_timeout <= 0 or self.idle_timeout <= 0:
+            raise ModelLoadError("Options connect_timeout and idle_timeout are seconds, more than 0.")
+
+    @property
+    def secret(self) -> str:
+        """The API key, or "". Raises `ModelLoadError` where the variable that should hold it is not set."""
+        if not self.key_env:
+            return self.key
+        if self.key:
+            raise ModelLoadError("Options key and key_env exclude each other.")
+        if not (value := os.environ.get(self.key_env, "")):
+            raise ModelLoadError(
+                f"The environment variable {self.key_env} (option key_env) is not set. (Variables that begin with "
+                "PENSTOCK_ are the server's own and don't reach its engines.)"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is: ``root`` without and ``api`` with the version, neither with a slash at the end."""
+
+    root: str
+    api: str
+
+    def __str__(self) -> str:
+        return self.root
+
+
+def addresses(path: str | None) -> list[Address]:
+    """The replicas of ``URL[,URL…]``. Raises `ModelLoadError`."""
+    if not path:
+        raise ModelLoadError("The upstream engine needs the server's address: --model NAME=http://host:port")
+    found = []
+    for url in filter(None, (part.strip() for part in path.split(","))):
+        parts = urlsplit(url)
+        try:
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if parts.username is not None or parts.password is not None:
+            raise ModelLoadError("An upstream URL must not hold a user or a password: use the option key_env.")
+        if not usable or parts.query or parts.fragment:
+            raise ModelLoadError(f"{url!r} is not the address of a server: it has the form http://host:port[/v1].")
+        base = url.rstrip("/")
+        versioned = re.search(r"/v\d", parts.path) is not None
+        found.append(Address(base.removesuffix("/v1"), base if versioned else f"{base}/v1"))
+    if not found:
+        raise ModelLoadError("The upstream engine needs the server's address: --model NAME=http://host:port")
+    return found
