@@ -14,7 +14,8 @@ from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoa
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, Sampling
 from penstock.core.ports import Output
-from penstock.engines.openvino import OpenVINOBackend, load
+from penstock.engines.batching import ContinuousBatching
+from penstock.engines.openvino import load
 
 GREEDY = Sampling(max_tokens=40, temperature=0, ignore_eos=True)
 # Few candidates: the network's last bits depend on the batch, and each candidate is a border that they may move.
@@ -37,13 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> OpenVINOBackend:
+def backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ContinuousBatching:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENSTOCK_CACHE", str(tmp_path_factory.mktemp("cache")))
         return loaded(folder)
 
 
-def loaded(folder: Path, **options: Any) -> OpenVINOBackend:
+def loaded(folder: Path, **options: Any) -> ContinuousBatching:
     return load("tiny", str(folder), {"slots": 8, **options}, lambda what, fraction: None)
 
 
@@ -54,7 +55,7 @@ def request(ids: Sequence[int] = (5, 6, 7), sampling: Sampling = GREEDY, n: int 
 class Run:
     """Drives a backend; collects what came, by key."""
 
-    def __init__(self, backend: OpenVINOBackend) -> None:
+    def __init__(self, backend: ContinuousBatching) -> None:
         self.backend = backend
         self.outputs: dict[int, list[Output]] = {}
 
@@ -91,7 +92,7 @@ class Run:
         return finish.finish_reasons
 
 
-def generate(backend: OpenVINOBackend, asked: Request | None = None, prefixes: list[list[int]] | None = None) -> Run:
+def generate(backend: ContinuousBatching, asked: Request | None = None, prefixes: list[list[int]] | None = None) -> Run:
     run = Run(backend)
     run.add(0, asked or request(), prefixes)
     return run.end()
@@ -106,7 +107,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_reply_does_not_depend_on_what_runs_beside_it(backend: OpenVINOBackend, sampling: Sampling) -> None:
+def test_a_reply_does_not_depend_on_what_runs_beside_it(backend: ContinuousBatching, sampling: Sampling) -> None:
     together = Run(backend)
     for key, ids in enumerate(prompts(20)):  # more than there are slots
         together.add(key, request(ids, sampling))
@@ -118,7 +119,7 @@ def test_a_reply_does_not_depend_on_what_runs_beside_it(backend: OpenVINOBackend
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_continued_reply_is_the_one_that_was_interrupted(backend: OpenVINOBackend, sampling: Sampling) -> None:
+def test_a_continued_reply_is_the_one_that_was_interrupted(backend: ContinuousBatching, sampling: Sampling) -> None:
     for ids in prompts(5):
         whole = generate(backend, request(ids, sampling)).ids()
         for cut in (1, 17, 39):
@@ -138,7 +139,7 @@ def test_the_cache_of_beginnings_changes_nothing(folder: Path, tmp_path: Path, m
 
 
 def test_a_full_cache_sends_sequences_back_without_a_trace(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: OpenVINOBackend
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: ContinuousBatching
 ) -> None:
     monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
     block = 2 * 2 * 32 * 16 * 4 * 2  # keys and values, layers, tokens, size, bytes, heads
@@ -154,7 +155,7 @@ def test_a_full_cache_sends_sequences_back_without_a_trace(
     assert small._pool.available == small._network.blocks
 
 
-def test_a_seed_repeats_and_its_absence_does_not(backend: OpenVINOBackend) -> None:
+def test_a_seed_repeats_and_its_absence_does_not(backend: ContinuousBatching) -> None:
     hot = Sampling(max_tokens=20, temperature=2.0, ignore_eos=True)
     seeded = Sampling(max_tokens=20, temperature=2.0, ignore_eos=True, seed=1)
     assert generate(backend, request(sampling=seeded)).ids() == generate(backend, request(sampling=seeded)).ids()
@@ -164,7 +165,7 @@ def test_a_seed_repeats_and_its_absence_does_not(backend: OpenVINOBackend) -> No
 # ------------------------------------------------------------------------------------------ outputs
 
 
-def test_the_first_output_counts_the_prompt_and_the_last_one_finishes(backend: OpenVINOBackend) -> None:
+def test_the_first_output_counts_the_prompt_and_the_last_one_finishes(backend: ContinuousBatching) -> None:
     outputs = generate(backend).outputs[0]
     assert [output.prompt_tokens for output in outputs] == [3] + [None] * 39
     assert [output.finish is not None for output in outputs] == [False] * 39 + [True]
@@ -173,13 +174,13 @@ def test_the_first_output_counts_the_prompt_and_the_last_one_finishes(backend: O
     assert outputs[-1].finish.finish_reasons == ("length",)
 
 
-def test_text_is_what_decoding_the_ids_gives(backend: OpenVINOBackend) -> None:
+def test_text_is_what_decoding_the_ids_gives(backend: ContinuousBatching) -> None:
     for ids in prompts(5):
         run = generate(backend, request(ids))
         assert run.text() == backend._text.tokenizer.decode(run.ids())
 
 
-def test_choices_are_generated_together_and_told_apart(backend: OpenVINOBackend) -> None:
+def test_choices_are_generated_together_and_told_apart(backend: ContinuousBatching) -> None:
     sampling = Sampling(max_tokens=10, temperature=2.0, seed=5, ignore_eos=True)
     run = generate(backend, request(sampling=sampling, n=3))
     assert run.reasons() == ("length",) * 3
@@ -195,13 +196,13 @@ def test_choices_are_generated_together_and_told_apart(backend: OpenVINOBackend)
     assert resumed.reasons() == ("length",) * 3
 
 
-def test_an_end_token_ends_the_reply(backend: OpenVINOBackend) -> None:
+def test_an_end_token_ends_the_reply(backend: ContinuousBatching) -> None:
     sampling = Sampling(max_tokens=10, temperature=0, logit_bias={3: 100.0})
     run = generate(backend, request(sampling=sampling))
     assert (run.ids(), run.text(), run.reasons()) == ([3], "", ("stop",))
 
 
-def test_a_stop_string_ends_the_reply_before_it(backend: OpenVINOBackend) -> None:
+def test_a_stop_string_ends_the_reply_before_it(backend: ContinuousBatching) -> None:
     whole = generate(backend).text()
     stop = whole[5:8]
     run = generate(backend, request(sampling=Sampling(max_tokens=40, temperature=0, ignore_eos=True, stop=(stop,))))
@@ -209,7 +210,7 @@ def test_a_stop_string_ends_the_reply_before_it(backend: OpenVINOBackend) -> Non
     assert run.reasons() == ("stop",)
 
 
-def test_a_prefix_that_was_complete_is_only_finished(backend: OpenVINOBackend) -> None:
+def test_a_prefix_that_was_complete_is_only_finished(backend: ContinuousBatching) -> None:
     whole = generate(backend).ids()
     run = generate(backend, request(), [whole])
     assert run.ids() == []
@@ -217,7 +218,7 @@ def test_a_prefix_that_was_complete_is_only_finished(backend: OpenVINOBackend) -
     assert run.outputs[0][0].prompt_tokens == 3
 
 
-def test_logprobs_of_the_token_and_of_alternatives(backend: OpenVINOBackend) -> None:
+def test_logprobs_of_the_token_and_of_alternatives(backend: ContinuousBatching) -> None:
     sampling = Sampling(max_tokens=3, temperature=0, ignore_eos=True, logprobs=4)
     for output in generate(backend, request(sampling=sampling)).outputs[0]:
         assert output.logprobs is not None
@@ -229,7 +230,7 @@ def test_logprobs_of_the_token_and_of_alternatives(backend: OpenVINOBackend) -> 
     assert generate(backend).outputs[0][0].logprobs is None
 
 
-def test_messages_go_through_the_chat_template(backend: OpenVINOBackend) -> None:
+def test_messages_go_through_the_chat_template(backend: ContinuousBatching) -> None:
     run = generate(backend, Request("tiny", messages=(Message("user", "the mill"),), sampling=GREEDY))
     assert run.outputs[0][0].prompt_tokens == 4 + len(backend._text.tokenizer.encode("the mill").ids)
 
@@ -237,7 +238,7 @@ def test_messages_go_through_the_chat_template(backend: OpenVINOBackend) -> None
 # ------------------------------------------------------------------------------------------ limits and ends
 
 
-def test_max_tokens_is_cut_to_the_room_in_the_context(backend: OpenVINOBackend) -> None:
+def test_max_tokens_is_cut_to_the_room_in_the_context(backend: ContinuousBatching) -> None:
     run = generate(backend, request([5] * 250, GREEDY))
     assert len(run.ids()) == 6
     assert run.reasons() == ("length",)
@@ -252,14 +253,14 @@ def test_max_tokens_is_cut_to_the_room_in_the_context(backend: OpenVINOBackend) 
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(
-    backend: OpenVINOBackend, asked: Request, error: type[Exception]
+    backend: ContinuousBatching, asked: Request, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
         backend.add(1, asked, [Prefix()], 1)
     assert not backend.busy
 
 
-def test_an_aborted_request_is_silent_and_frees_its_place(backend: OpenVINOBackend) -> None:
+def test_an_aborted_request_is_silent_and_frees_its_place(backend: ContinuousBatching) -> None:
     run = Run(backend)
     for key in range(12):  # running, prefilling and waiting ones
         run.add(key, request(prompts(12)[key], SAMPLED, n=2 if key == 2 else 1))
@@ -274,7 +275,7 @@ def test_an_aborted_request_is_silent_and_frees_its_place(backend: OpenVINOBacke
     assert backend._pool.available == backend._network.blocks
 
 
-def test_abort_before_a_finished_prefix_is_reported(backend: OpenVINOBackend) -> None:
+def test_abort_before_a_finished_prefix_is_reported(backend: ContinuousBatching) -> None:
     run = Run(backend)
     run.add(0, request(), [generate(backend).ids()])
     backend.abort(0)
@@ -285,7 +286,7 @@ def test_abort_before_a_finished_prefix_is_reported(backend: OpenVINOBackend) ->
 # ------------------------------------------------------------------------------------------ loading
 
 
-def test_what_the_engine_says_of_the_model(backend: OpenVINOBackend) -> None:
+def test_what_the_engine_says_of_the_model(backend: ContinuousBatching) -> None:
     info = backend.info
     assert (info.name, info.engine, info.context_length, info.precision) == ("tiny", "openvino", 256, "f32")
     assert info.deterministic

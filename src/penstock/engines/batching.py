@@ -1,0 +1,395 @@
+"""Continuous batching over a network with a key/value cache in blocks: what runs next, where its cache is, how its
+tokens are drawn and what text they make. The network itself, and whose library computes it, is the engine's.
+
+Sequences join and leave at any step; prompts are prefilled in chunks beside those that run; equal prompt beginnings may
+share blocks; when the cache is full the youngest sequence waits and is computed again later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.job import Request
+from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.kvcache import ROOT, BlockPool
+from penstock.engines.sampling import Floats, Ints, Sampler, stream_key
+from penstock.engines.text import Reply, TextModel
+
+#: Tokens that one step computes at most: running sequences first, the rest of it goes to new prompts. Larger steps
+#: prefill little faster, but make everybody else wait longer for a token.
+STEP_TOKENS = 512
+
+
+class Network(Protocol):
+    """Tokens of several sequences in, logits of some of them out; keeps keys and values in numbered blocks."""
+
+    vocab: int
+    precision: str
+    blocks: int
+    block_size: int
+    """Tokens that a block holds."""
+
+    def run(self, **inputs: np.ndarray[Any, Any]) -> Floats:
+        """Logits, one row per entry of ``sampled_tokens_indices``; valid (and writable) until the next call.
+
+        The tokens of all sequences follow each other in ``input_ids`` and ``position_ids``; sequence *i* has those from
+        ``subsequence_begins[i]`` on, has ``past_lens[i]`` tokens in the cache, and its blocks are in ``block_indices``
+        from ``block_indices_begins[i]`` on. ``max_context_len``: tokens of the longest, these ones included.
+        """
+        ...
+
+
+# ------------------------------------------------------------------------------------------ sequences
+
+
+class _Job:
+    """A request and its choices."""
+
+    __slots__ = ("key", "open", "prompt_tokens", "sequences")
+
+    def __init__(self, key: int, prompt_tokens: int) -> None:
+        self.key = key
+        self.prompt_tokens: int | None = prompt_tokens  # None once told
+        self.sequences: list[_Sequence] = []
+        self.open = 0  # how many of them run or wait
+
+
+class _Sequence:
+    """One choice. The first ``published`` of its blocks are findable by others, at ``node`` of the prefix tree."""
+
+    __slots__ = ("blocks", "choice", "job", "node", "prompt", "published", "reply", "request", "rng", "slot")
+
+    def __init__(self, job: _Job, choice: int, request: Request, prompt: list[int], reply: Reply) -> None:
+        self.job = job
+        self.choice = choice
+        self.request = request
+        self.prompt = prompt
+        self.reply = reply
+        self.rng = stream_key(request.sampling.seed, choice)
+        self.slot = -1
+        self.blocks: list[int] = []
+        self.published = 0
+        self.node = ROOT
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.reply.ids)
+
+
+class ContinuousBatching:
+    """See `penstock.engines.backend.Backend`.
+
+    A step is three calls: who computes what (`_schedule`), the network (`_compute`), and what comes of it (`_deliver`).
+    """
+
+    wakeup = None
+
+    def __init__(
+        self,
+        name: str,
+        engine: str,
+        text: TextModel,
+        network: Network,
+        *,
+        slots: int,
+        deterministic: bool = False,
+        prefix_caching: bool = False,
+    ) -> None:
+        text.vocab_size = min(text.vocab_size, network.vocab)
+        self.slots = slots
+        self.info = ModelInfo(
+            name=name,
+            engine=engine,
+            context_length=text.context_length,
+            precision=network.precision,
+            deterministic=deterministic,
+            vocab_size=text.vocab_size,
+            chat=text.has_chat_template,
+        )
+        self.spare_time: Iterator[None] = iter(())
+        self._text = text
+        self._network = network
+        self._pool = BlockPool(network.blocks, network.block_size, caching=prefix_caching)
+        self._sampler = Sampler(slots, network.vocab)
+        self._jobs: dict[int, _Job] = {}
+        self._done: list[_Job] = []  # complete before they began
+        self._waiting: deque[_Sequence] = deque()
+        self._prefilling: list[_Sequence] = []  # some of their prompt is not in the cache yet
+        self._decoding: list[_Sequence] = []  # all but their last token is
+        self._free_slots = list(range(slots - 1, -1, -1))
+        # By slot, so that a step over running sequences is a handful of array operations: cache blocks, tokens in the
+        # cache, the token to compute next, tokens drawn.
+        self._table = np.zeros((slots, -(-text.context_length // network.block_size)), np.int32)
+        self._past = np.zeros(slots, np.int32)
+        self._next = np.zeros(slots, np.int64)
+        self._drawn = np.zeros(slots, np.int64)
+        self._decoding_slots: Ints | None = None  # those of _decoding; None when it has changed
+
+    # ---------------------------------------------------------------------------- Backend
+
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
+        text, sampling = self._text, request.sampling
+        prompt = text.encode_request(request)
+        text.check_bias(sampling)
+        limit = min(sampling.max_tokens, text.context_length - len(prompt))
+        job = _Job(key, len(prompt))
+        for choice, prefix in enumerate(prefixes):
+            detokenizer = text.detokenizer(continuing=request.messages is None or request.continue_final)
+            reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids)
+            job.sequences.append(_Sequence(job, choice, request, prompt, reply))
+        job.open = sum(sequence.reply.finish is None for sequence in job.sequences)
+        self._jobs[key] = job
+        self._waiting.extend(sequence for sequence in job.sequences if sequence.reply.finish is None)
+        if not job.open:
+            self._done.append(job)
+
+    def abort(self, key: int) -> None:
+        job = self._jobs.pop(key, None)
+        if job is None:
+            return
+        for sequence in job.sequences:
+            if sequence.slot >= 0:
+                self._leave(sequence)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.job is not job)
+        self._done = [done for done in self._done if done is not job]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    def delay(self) -> float | None:
+        return 0.0
+
+    def step(self) -> list[Output]:
+        outputs = [self._finished(job, Output(job.key)) for job in self._done]
+        self._done.clear()
+        prefills = self._schedule()
+        if prefills or self._decoding:
+            outputs += self._deliver(*self._compute(prefills))
+        return outputs
+
+    # ---------------------------------------------------------------------------- who computes what
+
+    def _schedule(self) -> list[tuple[_Sequence, int]]:
+        """Make room for what the running sequences compute next; which prompts go on, and by how many tokens."""
+        slots = self._slots_of_decoding()
+        full = np.flatnonzero(self._past[slots] % self._pool.block_size == 0)
+        for sequence in [self._decoding[i] for i in full.tolist()]:
+            while sequence.slot >= 0 and not self._grow(sequence, 1):
+                self._preempt()
+
+        budget = STEP_TOKENS - len(self._decoding)
+        prefills: list[tuple[_Sequence, int]] = []
+        while self._waiting and self._free_slots and self._fits(self._waiting[0]):
+            self._enter(self._waiting.popleft())
+        for sequence in self._prefilling:
+            count = min(budget, sequence.length - int(self._past[sequence.slot]))
+            if count <= 0:
+                break
+            prefills.append((sequence, count))
+            budget -= count
+        return prefills
+
+    def _slots_of_decoding(self) -> Ints:
+        if self._decoding_slots is None:
+            self._decoding_slots = np.array([sequence.slot for sequence in self._decoding], np.int64)
+        return self._decoding_slots
+
+    def _fits(self, sequence: _Sequence) -> bool:
+        # One block of headroom for everyone who runs: who gets in must not push others out at once.
+        running = len(self._decoding) + len(self._prefilling)
+        return not running or -(-sequence.length // self._pool.block_size) + running <= self._pool.available
+
+    def _enter(self, sequence: _Sequence) -> None:
+        """Give *sequence* a slot, what the cache already knows of its tokens, and blocks for the rest of them."""
+        slot = sequence.slot = self._free_slots.pop()
+        ids = sequence.prompt + sequence.reply.ids
+        sequence.blocks, sequence.node = self._pool.find(ids)
+        sequence.published = len(sequence.blocks)
+        self._table[slot, : len(sequence.blocks)] = sequence.blocks
+        self._past[slot] = past = len(sequence.blocks) * self._pool.block_size
+        self._grow(sequence, len(ids) - past)
+        self._drawn[slot] = len(sequence.reply.ids)
+        self._sampler.occupy(slot, sequence.request.sampling, sequence.rng, sequence.prompt, sequence.reply.ids)
+        self._prefilling.append(sequence)
+
+    def _leave(self, sequence: _Sequence) -> None:
+        """Take slot and blocks from *sequence*."""
+        self._publish(sequence)
+        self._pool.release(sequence.blocks)
+        self._sampler.vacate(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+        sequence.blocks = []
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        else:
+            self._decoding.remove(sequence)
+            self._decoding_slots = None
+
+    def _preempt(self) -> None:
+        """The cache is full: send the youngest sequence back to wait. Its tokens are computed again later."""
+        victim = (self._prefilling or self._decoding)[-1]
+        self._leave(victim)
+        self._waiting.appendleft(victim)
+
+    def _grow(self, sequence: _Sequence, count: int) -> bool:
+        """Blocks for *count* more tokens in the cache; False when there are too few."""
+        self._publish(sequence)
+        past = int(self._past[sequence.slot])
+        missing = -(-(past + count) // self._pool.block_size) - len(sequence.blocks)
+        if missing > self._pool.available:
+            return False
+        for _ in range(missing):
+            block = self._pool.allocate()
+            assert block is not None
+            self._table[sequence.slot, len(sequence.blocks)] = block
+            sequence.blocks.append(block)
+        return True
+
+    def _publish(self, sequence: _Sequence) -> None:
+        """Let others find the blocks of *sequence* that are full by now."""
+        size = self._pool.block_size
+        full = int(self._past[sequence.slot]) // size
+        if full == sequence.published:
+            return
+        ids = sequence.prompt + sequence.reply.ids
+        for index in range(sequence.published, full):
+            block, tokens = sequence.blocks[index], ids[index * size : (index + 1) * size]
+            sequence.node = self._pool.publish(sequence.node, tokens, block)
+        sequence.published = full
+
+    # ---------------------------------------------------------------------------- the network
+
+    def _compute(self, prefills: list[tuple[_Sequence, int]]) -> tuple[list[_Sequence], Ints, Floats]:
+        """Run the network once; the sequences that draw a token after it, their slots and their logits."""
+        drawing, drawing_slots = self._decoding, self._slots_of_decoding()
+        slots, ids = drawing_slots, self._next[drawing_slots]
+        counts = np.ones(len(slots), np.int32)
+        if prefills:
+            slots = np.concatenate([slots, [sequence.slot for sequence, _ in prefills]]).astype(np.int64)
+            counts = np.concatenate([counts, [count for _, count in prefills]]).astype(np.int32)
+            parts = [ids]
+            for sequence, count in prefills:
+                past = int(self._past[sequence.slot])
+                parts.append(np.array((sequence.prompt + sequence.reply.ids)[past : past + count], np.int64))
+            ids = np.concatenate(parts)
+
+        before = self._past[slots]
+        after = before + counts
+        begins = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(counts, out=begins[1:])
+        positions = np.arange(len(ids)) - np.repeat(begins[:-1] - before, counts)
+        used = -(-after // self._pool.block_size)
+        table_begins = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(used, out=table_begins[1:])
+        most = int(used.max())
+
+        last = begins[1:].astype(np.int64) - 1
+        if prefills:
+            whole = np.ones(len(slots), np.bool_)  # whose tokens are all in the cache after this
+            for row, (sequence, _) in enumerate(prefills, start=len(drawing)):
+                whole[row] = after[row] == sequence.length
+            drawing = drawing + [sequence for row, (sequence, _) in enumerate(prefills, len(drawing)) if whole[row]]
+            drawing_slots, last = slots[whole], last[whole]
+
+        logits = self._network.run(
+            input_ids=ids,
+            position_ids=positions,
+            past_lens=before,
+            subsequence_begins=begins,
+            block_indices=self._table[slots, :most][np.arange(most) < used[:, None]],
+            block_indices_begins=table_begins,
+            max_context_len=np.array(after.max(), np.int32),
+            sampled_tokens_indices=last,
+        )
+        self._past[slots] = after
+        return drawing, drawing_slots, logits
+
+    # ---------------------------------------------------------------------------- what comes of it
+
+    def _deliver(self, drawing: list[_Sequence], slots: Ints, logits: Floats) -> list[Output]:
+        if not drawing:
+            return []
+        self._drawn[slots] += 1
+        tokens, logprobs = self._sampler.draw(logits, slots, self._drawn[slots])
+        self._next[slots] = tokens
+
+        outputs: dict[int, Output] = {}
+        ended: list[_Sequence] = []
+        for row, (sequence, token) in enumerate(zip(drawing, tokens, strict=True)):
+            job, reply = sequence.job, sequence.reply
+            text = reply.push(token)
+            logprob = self._logprob(*logprobs[row]) if row in logprobs else None
+            output = outputs.get(job.key)
+            if output is None:
+                choices = None if len(job.sequences) == 1 else [sequence.choice]
+                outputs[job.key] = output = Output(job.key, [token], [text], choices)
+                if logprob is not None:
+                    output.logprobs = [logprob]
+                if job.prompt_tokens is not None:
+                    output.prompt_tokens, job.prompt_tokens = job.prompt_tokens, None
+            else:  # another choice of the same request
+                output.ids.append(token)
+                output.texts.append(text)
+                if output.choices is not None:
+                    output.choices.append(sequence.choice)
+                if output.logprobs is not None:
+                    output.logprobs.append(logprob)
+            if reply.finish is not None:
+                ended.append(sequence)
+
+        if len(drawing) > len(self._decoding):  # these have their prompt in the cache now
+            begun = drawing[len(self._decoding) :]
+            self._prefilling = [sequence for sequence in self._prefilling if sequence not in begun]
+            self._decoding = drawing
+            self._decoding_slots = slots
+        for sequence in ended:
+            self._leave(sequence)
+            sequence.job.open -= 1
+            if not sequence.job.open:
+                self._finished(sequence.job, outputs[sequence.job.key])
+        return list(outputs.values())
+
+    def _logprob(self, logprob: float, top: list[tuple[int, float]]) -> Logprob:
+        return Logprob(logprob, tuple(TopLogprob(id, self._text.token_text(id), value) for id, value in top))
+
+    def _finished(self, job: _Job, output: Output) -> Output:
+        del self._jobs[job.key]
+        if job.prompt_tokens is not None:
+            output.prompt_tokens = job.prompt_tokens
+        output.finish = Finish(tuple(sequence.reply.finish or "stop" for sequence in job.sequences))
+        return output
+
+    def warm_up(self, seconds: float) -> Iterator[None]:
+        """Compile kernels for the batch sizes to come, the likeliest first, one at each step of the iterator, for about
+        *seconds* of work.
+
+        The runtime compiles one per number of tokens in a step, on first use; that would be a stall in a reply. But a
+        model that is wanted must not wait for it: so it is done while there is nothing else to do.
+        """
+        spent = 0.0
+        for size in (1, self.slots, *range(2, self.slots)):
+            if spent > seconds or (block := self._pool.allocate()) is None:
+                return
+            begun = time.monotonic()
+            zeros = np.zeros(size, np.int32)
+            self._network.run(
+                input_ids=np.zeros(size, np.int64),
+                position_ids=np.zeros(size, np.int64),
+                past_lens=zeros,
+                subsequence_begins=np.arange(size + 1, dtype=np.int32),
+                block_indices=np.full(size, block, np.int32),
+                block_indices_begins=np.arange(size + 1, dtype=np.int32),
+                max_context_len=np.array(1, np.int32),
+                sampled_tokens_indices=np.arange(size),
+            )
+            self._pool.release([block])
+            spent += time.monotonic() - begun
+            yield
