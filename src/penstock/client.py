@@ -29,6 +29,7 @@ import msgspec
 from penstock import __version__
 from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound, PenstockError, error_from_info
 from penstock.core.job import Status, Usage
+from penstock.core.ports import LoadProgress
 
 __all__ = [
     "AsyncClient",
@@ -172,7 +173,8 @@ class JobView(msgspec.Struct, frozen=True):
 
 
 class ModelView(msgspec.Struct, frozen=True):
-    """A served model. ``state`` is ``ready`` or ``unavailable``; the rest is known once a worker has had it up."""
+    """A served model. ``state``: ready, loading, restarting, unloading, draining, unloaded, failed, or unavailable (no
+    worker); what comes after ``engine`` is known once a worker has had it up."""
 
     id: str
     state: str = "ready"
@@ -180,6 +182,9 @@ class ModelView(msgspec.Struct, frozen=True):
     context_length: int | None = None
     precision: str | None = None
     deterministic: bool | None = None
+    chat: bool | None = None
+    unsupported: tuple[str, ...] | None = None
+    """Request fields that it cannot honour."""
 
 
 class Options(TypedDict, total=False):
@@ -211,6 +216,7 @@ class Options(TypedDict, total=False):
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
 OnRetry = Callable[[PenstockError, float], None]
+OnProgress = Callable[[LoadProgress], None]
 
 
 # ---------------------------------------------------------------------------------------------- server-sent events
@@ -648,6 +654,32 @@ class _Core:
     async def health(self) -> dict[str, Any]:
         return await self._call("GET", "/health", dict[str, Any])
 
+    async def manage(self, model: str, verb: Literal["load", "unload"], on_progress: OnProgress | None) -> ModelView:
+        """Load or unload; not repeated when it fails, since somebody watches."""
+        done: ModelView | None = None
+        request = self._wire.http.build_request("POST", f"/v1/models/{quote(model)}/{verb}", content=b'{"stream":true}')
+        decoder = SSEDecoder()
+        try:
+            async with self._opened(request) as response:
+                await self._expect_events(response)
+                async for chunk in self._wire.chunks(response):
+                    for event in decoder.feed(chunk):
+                        if event.event == "error":
+                            raise error_from_info(msgspec.json.decode(event.data, type=_ErrorBody).error)
+                        if event.event == "done":
+                            done = msgspec.json.decode(event.data, type=ModelView)
+                        elif event.event == "progress" and on_progress is not None:
+                            on_progress(msgspec.json.decode(event.data, type=LoadProgress))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"An event of the stream cannot be read: {error}") from error
+        except _Retryable as refusal:
+            raise refusal.failure from None
+        if done is None:
+            raise Unreachable(f"The server went away before the model was {verb}ed.")
+        return done
+
     # ------------------------------------------------------------------------------------ inside
 
     async def _call(self, method: str, path: str, kind: type[T], **arguments: Any) -> T:
@@ -836,6 +868,17 @@ class Client:
         """What is served; the first is the default."""
         return _run(self._core.models())
 
+    def load_model(self, model: str, on_progress: OnProgress | None = None) -> ModelView:
+        """Load a model now and wait until it is ready. For its operator: ask the process whose worker has it.
+
+        Raises `ModelLoadError`; `Unsupported` from a gateway without workers.
+        """
+        return _run(self._core.manage(model, "load", on_progress))
+
+    def unload_model(self, model: str, on_progress: OnProgress | None = None) -> ModelView:
+        """Unload a model, as `load_model` loads one. A job for it loads it again."""
+        return _run(self._core.manage(model, "unload", on_progress))
+
     def health(self) -> dict[str, Any]:
         """The server's view of itself: broker, workers, models, queue."""
         return _run(self._core.health())
@@ -913,6 +956,12 @@ class AsyncClient:
 
     async def models(self) -> list[ModelView]:
         return await self._core.models()
+
+    async def load_model(self, model: str, on_progress: OnProgress | None = None) -> ModelView:
+        return await self._core.manage(model, "load", on_progress)
+
+    async def unload_model(self, model: str, on_progress: OnProgress | None = None) -> ModelView:
+        return await self._core.manage(model, "unload", on_progress)
 
     async def health(self) -> dict[str, Any]:
         return await self._core.health()

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from penstock import __version__
-from penstock.cli import bench, chat, flags, jobs, serve
+from penstock.cli import bench, chat, flags, jobs, models, serve
 from penstock.cli.common import say
 from penstock.client import Unreachable
 from penstock.core.errors import InvalidRequest, PenstockError
@@ -66,7 +66,7 @@ app.command(name="gateway")(serve.gateway)
 app.command(name="worker")(serve.worker)
 app.command(name="chat")(chat.chat)
 app.add_typer(jobs.app, name="jobs")
-app.command(name="models")(jobs.models)
+app.add_typer(models.app, name="models")
 app.command(name="bench")(bench.bench)
 app.command(name="config")(flags.config)
 

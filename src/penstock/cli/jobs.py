@@ -1,4 +1,4 @@
-"""``penstock jobs`` and ``penstock models``: what the server has done, is doing, and can do."""
+"""``penstock jobs``: what the server has done and is doing."""
 
 from __future__ import annotations
 
@@ -153,22 +153,3 @@ def cancel(
                 print_json(view)
             else:
                 stdout().print(Text(f"{view.id} ").append(_status(view.status)))
-
-
-def models(json: Json = False, url: Url = URL) -> None:
-    """List the models that the server serves; the first is the default."""
-    with connect(url) as client:
-        views = client.models()
-    if json:
-        print_json(views)
-        return
-    rows = table("ID", "STATE", "ENGINE", "CONTEXT", "PRECISION")
-    for view in views:
-        rows.add_row(
-            Text(view.id),
-            Text(view.state, style="green" if view.state == "ready" else "yellow"),
-            view.engine or "",
-            str(view.context_length or ""),
-            view.precision or "",
-        )
-    stdout().print(rows)

@@ -397,6 +397,7 @@ class ModelManager:
             if self._idle_unload and model.on_demand and self._idle(model, queue) and idle > self._idle_unload:
                 self._unload(model)
         if not waiting:
+            await self._shrink(queue)
             await self._keep_spares()
 
     async def _queue(self) -> QueueStats | None:
@@ -451,35 +452,51 @@ class ModelManager:
 
     async def _make_room(self, model: Model, queue: QueueStats | None, now: float) -> bool:
         """Give up spares and begin to unload others until *model* fits; does it fit now?"""
-        others = [other for other in self.models.values() if other is not model]
-        leaving = [other for other in others if other.leaving]
-        missing = self._wanted(model) - self._free() - sum(other.need for other in leaving)
-        for other in sorted(others, key=lambda other: other.process.used_at):
-            if missing > 0 and other.process.held:
-                missing -= other.need * other.process.held
-                await other.process.keep(0)
+        others = [other for other in self._least_recent() if other is not model]
+        missing = await self._drop_spares(self._wanted(model) - self._free() - self._leaving(), others)
         if self._fits(model):
             return True
         assert model.waiting_since is not None
-        victims = sorted(
-            (other for other in others if self._idle(other, queue)), key=lambda other: other.process.used_at
-        )
+        victims = [other for other in others if self._idle(other, queue)]
         if now - model.waiting_since >= self._swap_after:
             busy = (other for other in others if other.ready and now - other.ready_at >= self._swap_after)
             victims += sorted((other for other in busy if other not in victims), key=lambda other: other.ready_at)
-        chosen = []
-        for victim in victims:
-            if missing > 0:
-                missing -= victim.need
-                chosen.append(victim)
-        if missing <= 0:
-            for victim in chosen:
-                self._unload(victim)
+        if sum(victim.need for victim in victims) >= missing:  # else nobody would be helped
+            self._unload_until(missing, victims)
         names = ", ".join(other.name for other in others if other.worker is not None)
         waits = f"waits for memory: it needs {_size(model.need)}, and {names} hold the budget of {_size(self._budget)}"
         if model.about.detail != waits:
             model.tell(detail=waits)
         return False
+
+    async def _shrink(self, queue: QueueStats | None) -> None:
+        """Come back into the budget, where a model took more than was expected or has grown."""
+        excess = -self._free() - self._leaving()
+        if self._budget and excess > 0:
+            models = self._least_recent()
+            excess = await self._drop_spares(excess, models)
+            self._unload_until(excess, [model for model in models if self._idle(model, queue)])
+
+    def _least_recent(self) -> list[Model]:
+        return sorted(self.models.values(), key=lambda model: model.process.used_at)
+
+    def _leaving(self) -> int:
+        """Bytes that are about to be free."""
+        return sum(model.need for model in self.models.values() if model.leaving)
+
+    async def _drop_spares(self, missing: int, models: Sequence[Model]) -> int:
+        """End spares until *missing* bytes are free; how many are missing then."""
+        for model in models:
+            if missing > 0 and model.process.held:
+                missing -= model.need * model.process.held
+                await model.process.keep(0)
+        return missing
+
+    def _unload_until(self, missing: int, models: Sequence[Model]) -> None:
+        for model in models:
+            if missing > 0:
+                missing -= model.need
+                self._unload(model)
 
     def _idle(self, model: Model, queue: QueueStats | None) -> bool:
         if model.worker is None or model.worker.busy or not model.ready:

@@ -1,0 +1,105 @@
+"""``penstock models``: what the server can serve; for its operator, to load and unload it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from penstock.cli.common import URL, Json, Url, connect, print_json, say, stderr, stdout, table
+from penstock.client import ModelView
+from penstock.core.ports import LoadProgress
+
+app = typer.Typer(invoke_without_command=True, help="List the models; load and unload them.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")]
+
+COLOURS = {"ready": "green", "failed": "red", "unavailable": "red"}
+
+
+@app.callback()
+def models(context: typer.Context, json: Json = False, url: Url = URL) -> None:
+    """List the models that the server serves; the first is the default."""
+    source = context.get_parameter_source("url")
+    if context.invoked_subcommand is None:
+        list_models(json, url)
+    elif source is not None and source.name == "COMMANDLINE":
+        raise typer.BadParameter(
+            f"--url goes behind the subcommand: penstock models {context.invoked_subcommand} --url"
+        )
+
+
+@app.command(name="list")
+def list_models(json: Json = False, url: Url = URL) -> None:
+    """List the models that the server serves; the first is the default."""
+    with connect(url) as client:
+        views = client.models()
+    if json:
+        print_json(views)
+        return
+    rows = table("ID", "STATE", "ENGINE", "CONTEXT", "PRECISION", "NOT SUPPORTED")
+    for view in views:
+        rows.add_row(
+            Text(view.id),
+            _state(view),
+            view.engine or "",
+            str(view.context_length or ""),
+            view.precision or "",
+            ", ".join(view.unsupported or ()),
+        )
+    stdout().print(rows)
+
+
+@app.command()
+def load(name: Name, json: Json = False, url: Url = URL) -> None:
+    """Load a model now, and wait until it is ready. Ask the process that has it: serve, or a worker's metrics port."""
+    with connect(url) as client, _Progress(name) as progress:
+        view = client.load_model(name, progress.show)
+    _tell(view, json)
+
+
+@app.command()
+def unload(name: Name, json: Json = False, url: Url = URL) -> None:
+    """Unload a model: jobs that run are given a moment, or back to the queue. A job for it loads it again."""
+    with connect(url) as client, _Progress(name) as progress:
+        view = client.unload_model(name, progress.show)
+    _tell(view, json)
+
+
+def _tell(view: ModelView, json: bool) -> None:
+    if json:
+        print_json(view)
+    else:
+        stdout().print(Text(f"{view.id} ").append(_state(view)))
+
+
+def _state(view: ModelView) -> Text:
+    return Text(view.state, style=COLOURS.get(view.state, "yellow"))
+
+
+class _Progress:
+    """A line that changes on a terminal, a line for each thing that is done elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._console = stderr()
+        self._status = self._console.status(name)
+        self._said = ""
+
+    def __enter__(self) -> _Progress:
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._status.stop()
+
+    def show(self, step: LoadProgress) -> None:
+        what = f"{self._name}: {step.what or step.state}"
+        if self._console.is_terminal:
+            done = f" {step.fraction:.0%}" if step.fraction is not None else ""
+            self._status.update(Text(what + done))
+        elif what != self._said:
+            say(what)
+        self._said = what
