@@ -111,7 +111,8 @@ class TestBudget:
             first = (await http.post("/v1/generate", json={**body, "model": "millrace"})).json()
             assert (await http.get("/v1/models/millrace")).json()["precision"] == "f32"
             assert (await http.post("/v1/generate", json={**body, "model": "b"})).status_code == 200
-            assert (await states(http))["millrace"] == "unloaded"
+            # It took more than was expected: the budget is kept afterwards.
+            await poll(lambda: states(http), lambda seen: seen["millrace"] == "unloaded")
             assert (await http.get("/v1/models/millrace")).json()["context_length"] > 0  # still known
             again = (await http.post("/v1/generate", json={**body, "model": "millrace"})).json()
             assert again["text"] == first["text"]
@@ -199,18 +200,15 @@ class TestByHand:
                 check_error(await http.post(f"/v1/models/a/{verb}", json={"now": 1}), 400, "invalid_request", "now")
                 foreign = {"origin": "http://somewhere.example"}
                 check_error(await http.post(f"/v1/models/a/{verb}", headers=foreign), 403, "forbidden")
-            assert await states(http) == {"a": "ready", "b": "unloaded"} or await states(http)
+            assert (await states(http))["a"] == "ready"
 
     def test_the_python_client(self, managed: Server) -> None:
         steps: list[LoadProgress] = []
         with Client(managed.url) as http:
             assert http.unload_model("b").state == "unloaded"
             view = http.load_model("b", steps.append)
-            assert (view.state, view.engine, view.unsupported) == (
-                "ready",
-                "synthetic",
-                tuple(sorted(view.unsupported or ())),
-            )
+            assert (view.state, view.engine) == ("ready", "synthetic")
+            assert "seed" in (view.unsupported or ())
             assert any(step.what == "sleeping" for step in steps)
             with pytest.raises(ModelNotFound, match="It has: a, b"):
                 http.load_model("x")

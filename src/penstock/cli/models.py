@@ -25,9 +25,8 @@ def models(context: typer.Context, json: Json = False, url: Url = URL) -> None:
     if context.invoked_subcommand is None:
         list_models(json, url)
     elif source is not None and source.name == "COMMANDLINE":
-        raise typer.BadParameter(
-            f"--url goes behind the subcommand: penstock models {context.invoked_subcommand} --url"
-        )
+        verb = context.invoked_subcommand
+        raise typer.BadParameter(f"--url goes behind the subcommand: penstock models {verb} NAME --url {url}")
 
 
 @app.command(name="list")
