@@ -400,6 +400,31 @@ def fairness(
         raise typer.Exit(1)
 
 
+@app.command(name="cold-start")
+def cold_start(
+    rounds: Annotated[int, typer.Option(help="Turns of each server that count.")] = 5,
+    shape: Annotated[list[str] | None, typer.Option(help="S or M (repeatable); both by default.")] = None,
+    settings: Settings = None,
+    out: Out = None,
+) -> None:
+    """The first token of a model that is not loaded, and the gap when an engine dies, with and without spares."""
+    from benchmarks.scenarios import cold_start as scenario
+
+    results = {}
+    shapes = shape or ["S", "M"]
+    with _progress() as bar:
+        task = bar.add_task("cold start", total=len(shapes) * len(scenario.ARMS) * (rounds + 1))
+        for each in shapes:
+            try:
+                results[each] = scenario.measure(_variables(each, settings), rounds, lambda arm: bar.advance(task))
+            except TargetError as error:
+                _give_up(error)
+    markdown = scenario.markdown(results)
+    rows = {each: {arm: asdict(times) for arm, times in arms.items()} for each, arms in results.items()}
+    document = {"environment": report.environment(), "results": rows}
+    _finish(markdown, report.write(out or RESULTS / "cold-start", document, markdown))
+
+
 @app.command(name="targets")
 def list_targets() -> None:
     """What can be measured, and the scenarios that compare it."""

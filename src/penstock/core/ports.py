@@ -333,6 +333,10 @@ class ModelControl(Protocol):
 
     def workers(self) -> list[WorkerInfo]: ...
 
+    def nudge(self, model: str) -> None:
+        """A job for *model* was queued in this process. A hint: it is seen in the queue anyway, a moment later."""
+        ...
+
     def load(self, model: str) -> AsyncIterator[LoadProgress]:
         """Load *model*, if need be at the cost of idle ones; ends when it is ready. Leaving early stops nothing.
 

@@ -138,6 +138,10 @@ class Catalogue:
         self._learn()
         return self._known.get(model)
 
+    def served_by(self, engine: str) -> list[str]:
+        """Models that live workers serve with *engine*."""
+        return [name for name in self.names if (info := self.info(name)) and info.engine == engine and self.ready(name)]
+
     def workers_of(self, model: str) -> list[WorkerInfo]:
         return [worker for worker in self.workers if any(info.name == model for info in worker.models)]
 
@@ -333,7 +337,10 @@ class Gateway:
             on_disconnect=submission.on_disconnect,
             deadline_at=self.clock.now() + deadline if deadline is not None else None,
         )
-        return await self.broker.submit(job)
+        stored = await self.broker.submit(job)
+        if self.models is not None:
+            self.models.nudge(request.model)
+        return stored
 
     def follow(self, job: Job, after: int = 0) -> Following:
         return Following(self, job, after)

@@ -319,6 +319,11 @@ class ModelManager:
     def workers(self) -> list[WorkerInfo]:
         return [model.info for model in self.models.values()]
 
+    def nudge(self, name: str) -> None:
+        model = self.models.get(name)
+        if model is not None and model.worker is None and model.waiting_since is None:
+            self._changed.set()
+
     async def load(self, name: str) -> AsyncIterator[LoadProgress]:
         model = self._find(name)
         if not model.ready:

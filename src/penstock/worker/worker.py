@@ -350,12 +350,12 @@ class Worker:
         await self._register()
         delay = self._restart_backoff
         while True:
-            await asyncio.sleep(random.uniform(0, delay))
             try:
                 await self._engine.start()
                 break
             except ModelLoadError as failure:
                 log.error("engine_restart_failed", error=failure.message, retry_in=delay)
+                await asyncio.sleep(random.uniform(0, delay))
                 delay = min(30.0, delay * 2)
         log.info("engine_restarted")
         if not self._stopping.is_set():
