@@ -16,6 +16,7 @@ PenstockError
 ├── RateLimited                 429
 │   └── Overloaded              429  the queue is full
 ├── NoWorker                    503
+│   └── NoVLLMWorker            503  a route that only vLLM serves
 ├── BrokerUnavailable           503  the store cannot take or give data right now
 ├── InsufficientStorage         507  the store is full
 └── EngineError                 500  (in a job) the engine failed
@@ -137,6 +138,10 @@ class Overloaded(RateLimited):
 class NoWorker(PenstockError):
     status = 503
     code = "no_worker"
+
+
+class NoVLLMWorker(NoWorker):
+    code = "no_vllm_worker"
 
 
 class BrokerUnavailable(PenstockError):

@@ -221,7 +221,7 @@ class VLLMBackend:
         job = _Job(key, len(prompt), guide is not None)
         try:
             for choice, prefix in enumerate(prefixes):
-                detokenizer = text.detokenizer(continuing=request.messages is None)
+                detokenizer = text.detokenizer(continuing=request.messages is None or request.continue_final)
                 reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids)
                 sequence = _Sequence(job, choice, reply, sampling.logprobs or 0)
                 job.sequences.append(sequence)
@@ -432,8 +432,8 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
 
     on_cpu = current_platform.is_cpu()
     slots = given.max_num_seqs or (CPU_SLOTS if on_cpu else GPU_SLOTS)
-    if on_cpu and given.threads:
-        torch.set_num_threads(given.threads)
+    if on_cpu:
+        _place_threads(given, torch)
     arguments: dict[str, Any] = {
         "model": str(folder),
         "load_format": "safetensors",
@@ -490,6 +490,21 @@ def _prepare_environment() -> None:
     # Torch's OpenMP threads wait for each other in a loop, by default for milliseconds, which other processes on these
     # cores pay for (ours: the server). Sleeping at once would cost the engine three quarters of its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def _place_threads(options: Options, torch: Any) -> None:
+    """Each of several workers gets cores of its own: vLLM would give each a NUMA node, and most machines have one."""
+    cores = sorted(os.sched_getaffinity(0))
+    cores = cores[: options.threads or len(cores)]
+    workers = options.tensor_parallel_size
+    if workers == 1:
+        torch.set_num_threads(len(cores))
+        return
+    if workers > len(cores):
+        raise ModelLoadError(f"tensor_parallel_size {workers} needs as many cores; there are {len(cores)}.")
+    share = len(cores) // workers
+    groups = [cores[worker * share : (worker + 1) * share] for worker in range(workers)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, group)) for group in groups))
 
 
 def _cpu_cache_bytes(config: Any, slots: int) -> int:

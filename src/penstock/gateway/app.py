@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, error_reply
-from penstock.gateway.routes import jobs, models, openai, ops
+from penstock.gateway.routes import jobs, models, openai, ops, seeds
 from penstock.gateway.service import Gateway
 
 Middleware = Callable[[ASGIApp], ASGIApp]
@@ -33,6 +33,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/models/{model:path}/unload", models.unload_model),
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model:path}", models.show_model),
+    ("POST", "/generate_vllm", seeds.generate_vllm),
     ("GET", "/healthz", ops.healthz),
     ("GET", "/readyz", ops.readyz),
     ("GET", "/health", ops.health),

@@ -13,6 +13,7 @@ from penstock.core.errors import ErrorInfo
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.models import ManageModel
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.routes.seeds import GenerateVLLM
 
 
 class ErrorBody(msgspec.Struct):
@@ -63,6 +64,7 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[s
     ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, _MODEL),
     ("POST", "/v1/models/{model:path}/load"): ("Load a model of this process", ManageModel, 200, True, _MODEL),
     ("POST", "/v1/models/{model:path}/unload"): ("Unload a model of this process", ManageModel, 200, True, _MODEL),
+    ("POST", "/generate_vllm"): ("Several prompts on a model that vLLM runs", GenerateVLLM, 200, False, []),
     ("GET", "/healthz"): ("Liveness", None, 200, False, []),
     ("GET", "/readyz"): ("Readiness", None, 200, False, []),
     ("GET", "/health"): ("Broker, workers, models, queue", None, 200, False, []),

@@ -1,4 +1,4 @@
-"""The vllm engine on a real vLLM: ``make test-vllm`` (opt-in: vLLM is large, and its CPU build is not on every machine).
+"""The vllm engine on a real vLLM: ``make test-vllm`` (opt-in: vLLM is large).
 
 What it asks of vLLM is also tested everywhere, over a recording: tests/unit/engines/test_vllm.py.
 """
