@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
-from penstock.core.errors import BrokerUnavailable, ModelLoadError, ModelNotFound
-from penstock.core.ports import Append, Broker, Engine, Finish, LoadProgress, QueueStats, WorkerInfo
+from penstock.core.errors import BrokerUnavailable, ModelLoadError, ModelNotFound, PenstockError
+from penstock.core.ports import WORKER_STATES, Append, Broker, Engine, Finish, LoadProgress, QueueStats, WorkerInfo
 from penstock.worker.worker import Worker, new_worker_id
 
 log = structlog.get_logger("penstock.models")
@@ -32,7 +32,7 @@ ATTEMPTS, BACKOFF = 3, 0.5
 #: Seconds after which a model that could not be loaded is tried again when a job asks for it.
 FAILED_FOR = 30.0
 #: How long (s) jobs must have waited before a model is loaded that another worker has up, or is loading.
-DEFER_READY, DEFER_LOADING = 2.0, 30.0
+DEFER_READY, DEFER_LOADING = 2.0, 120.0
 #: Jobs that are refused in one go.
 REFUSED = 64
 
@@ -91,6 +91,8 @@ class Model:
         self.leaving = False
         self.too_large: ModelLoadError | None = None
         self.waiting_since: float | None = None
+        self.elsewhere, self.elsewhere_since = "", 0.0
+        """The best state that other workers had it in while jobs waited, and since when."""
         self.wished = False
         """Its operator wants it loaded, whether or not jobs wait."""
         self.emptied = False
@@ -298,7 +300,7 @@ class ModelManager:
 
     async def _announce(self, model: Model) -> None:
         """Say how it stands, for as long as it has no worker that says so itself."""
-        with contextlib.suppress(BrokerUnavailable):
+        with contextlib.suppress(PenstockError):
             await self._broker.claim(model.info, [], 0, 0)
 
     async def _announce_loop(self) -> None:
@@ -329,7 +331,7 @@ class ModelManager:
         if not model.ready:
             if model.rest == "failed":
                 model.rest = "unloaded"
-            model.wished, model.try_at = True, 0.0
+            model.wished, model.try_at = model.worker is None or model.leaving, 0.0
             self._changed.set()
         async for progress in self._watch(model):
             yield progress
@@ -408,7 +410,7 @@ class ModelManager:
     async def _queue(self) -> QueueStats | None:
         try:
             return await self._broker.stats()
-        except BrokerUnavailable:
+        except PenstockError:
             return None
 
     def _waiting(self, queue: QueueStats | None, now: float) -> list[Model]:
@@ -428,9 +430,26 @@ class ModelManager:
                 if now >= model.try_at:
                     model.rest = "unloaded"
                 found.append(model)
-            elif now >= model.try_at and (model.wished or now - model.waiting_since >= _deference(queue, model)):
+            elif now >= model.try_at and (model.wished or not self._deferred(model, queue, now)):
                 found.append(model)
         return sorted(found, key=lambda model: (not model.wished, model.waiting_since))
+
+    def _deferred(self, model: Model, queue: QueueStats | None, now: float) -> bool:
+        """Is it left to another worker for now? One may be about to take the jobs, and of several that could load the
+        model one is enough to begin with."""
+        others = _elsewhere(queue, model) if queue is not None else []
+        states = {state for state, _ in others}
+        state = next((state for state in WORKER_STATES if state in states), "")
+        if state != model.elsewhere:
+            model.elsewhere, model.elsewhere_since = state, now
+        if state == "loading":
+            pause = DEFER_LOADING
+        elif state in ("ready", "restarting"):
+            pause = DEFER_READY
+        else:
+            pause = 2 * LOOK * sum(state == "unloaded" and id < model.about.id for state, id in others)
+        assert model.waiting_since is not None
+        return now - max(model.waiting_since, model.elsewhere_since) < pause
 
     async def _refuse(self, model: Model, queue: QueueStats | None) -> None:
         """End the jobs of a model that cannot be loaded, unless another worker may have it."""
@@ -438,7 +457,7 @@ class ModelManager:
             return
         error = model.about.error
         assert error is not None
-        with contextlib.suppress(BrokerUnavailable):
+        with contextlib.suppress(PenstockError):
             leases = await self._broker.claim(model.info, [model.name], REFUSED, 0)
             finish = Finish(error=error)
             await self._broker.append([Append(lease.key, len(lease.ids) + 1, finish=finish) for lease in leases])
@@ -546,19 +565,6 @@ def _elsewhere(queue: QueueStats, model: Model) -> list[tuple[str, str]]:
         for worker in queue.workers
         if worker.id != model.about.id and any(info.name == model.name for info in worker.models)
     ]
-
-
-def _deference(queue: QueueStats | None, model: Model) -> float:
-    """Seconds that jobs must have waited before *model* is loaded here: another worker may be about to take them, and
-    of several that could load it one is enough to begin with."""
-    others = _elsewhere(queue, model) if queue is not None else []
-    states = {state for state, _ in others}
-    if states & {"loading", "restarting"}:
-        return DEFER_LOADING
-    if "ready" in states:
-        return DEFER_READY
-    rank = sum(state == "unloaded" and id < model.about.id for state, id in others)
-    return min(DEFER_READY, 2 * LOOK * rank)
 
 
 def _size(count: int) -> str:

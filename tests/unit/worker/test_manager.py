@@ -33,8 +33,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 class Host:
     """A manager over a broker of its own. Models are synthetic unless said otherwise."""
 
-    def __init__(self, folder: Path) -> None:
-        self.broker = EmbeddedBroker(folder / "broker", policy=QueuePolicy(lease_ttl=60))
+    def __init__(self, folder: Path, broker: EmbeddedBroker | None = None) -> None:
+        self.broker = broker or EmbeddedBroker(folder / "broker", policy=QueuePolicy(lease_ttl=60))
         self.models: list[Model] = []
         self.deferred: list[str] = []
         self.drain_timeout = 0.2
@@ -170,6 +170,21 @@ class TestDemand:
         assert (lease.job.id, host.state("b")) == (job, "unloaded")
         # The other one is busy now: what waits longer is worth a load here.
         assert (await host.run("b")).status is Status.COMPLETED
+
+    async def test_of_several_workers_that_could_load_a_model_one_does(self, host: Host, tmp_path: Path) -> None:
+        host.add("b", load_seconds=0.3)
+        host.start()
+        others = [Host(tmp_path / f"other{i}", host.broker) for i in range(3)]
+        for other in others:
+            other.add("b", load_seconds=0.3)
+            other.start()
+        try:
+            jobs = [await host.submit("b") for _ in range(20)]
+            assert {(await host.ended(job)).status for job in jobs} == {Status.COMPLETED}
+            assert sum(bool(each.loaded()) for each in (host, *others)) == 1
+        finally:
+            for other in others:
+                await other.stop()
 
     async def test_an_engine_that_dies_is_restarted_and_stays(self, host: Host) -> None:
         process = host.add("b", rate=50)
