@@ -46,6 +46,11 @@ class ModelSettings(BaseModel):
     load: Literal["start", "demand"] = "start"
     standby: int = Field(0, ge=0, le=16)
 
+    def without_secrets(self) -> ModelSettings:
+        """For people and logs: an API key, and a password in an address, are left out."""
+        shown = {name: "***" if name == "key" else value for name, value in self.options.items()}
+        return self.model_copy(update={"options": shown, "path": self.path and without_passwords(self.path)})
+
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", nested_model_default_partial_update=False)

@@ -139,6 +139,14 @@ def test_gateways_and_workers_need_a_broker_that_can_be_shared(command: str) -> 
     assert "penstock serve" in result.stderr
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_config_shows_no_key(form: list[str]) -> None:
+    arguments = ["--engine", "upstream", "--model", "m=http://me:s3cret@h", "--option", "key=sk-s3cret"]
+    shown = run(app, ["config", *form, *arguments]).output
+    assert "upstream" in shown
+    assert "s3cret" not in shown
+
+
 def test_config_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_BROKER", "redis://me:s3cret@10.0.0.5:6379/0")
     assert settled()["broker"] == {"value": "redis://me:***@10.0.0.5:6379/0", "source": "PENSTOCK_BROKER"}

@@ -249,7 +249,11 @@ def config(
 ) -> None:
     """Print the settings in force and where each value comes from: flag, environment, file or default."""
     settings, given = settle(engine, model, option, config, flags, on_demand, standby)
-    plain = {**settings.model_dump(mode="json"), "broker": without_passwords(settings.broker)}
+    plain = {
+        **settings.model_dump(mode="json"),
+        "broker": without_passwords(settings.broker),
+        "models": [each.without_secrets().model_dump(mode="json") for each in settings.models],
+    }
     rows = [(name, plain[name], source) for name, _, source in explain(settings, given)]
     if json:
         print_json({name: {"value": value, "source": source} for name, value, source in rows})
@@ -271,6 +275,7 @@ def _plain(name: str, value: Any) -> str:
 
 
 def describe(model: ModelSettings) -> str:
+    model = model.without_secrets()
     options = "".join(f" {key}={value}" for key, value in model.options.items())
     standby = f", {model.standby} on standby" if model.standby else ""
     load = ", on demand" if model.load == "demand" else ""

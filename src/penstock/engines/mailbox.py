@@ -26,6 +26,11 @@ class Mailbox:
         self.fd, self._bell = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self._bell, False)
+        self._rung = False
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self._bell)
 
     def put(self, *outputs: Output) -> None:
         self._items.extend(outputs)
@@ -37,13 +42,15 @@ class Mailbox:
         self._ring()
 
     def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is full: whoever reads it will be woken anyway
+        if not self._rung:
+            self._rung = True
             os.write(self._bell, b".")
 
     def take(self) -> list[Output]:
         """Everything that came, one `Output` a key, in order."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 1 << 16)
+        self._rung = False  # before looking: what comes after the look rings again
         found: dict[int, Output] = {}
         while self._items:
             item = self._items.popleft()
@@ -122,11 +129,19 @@ class AsyncBackend:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._open: set[int] = set()
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self._run_loop, name="engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
+        self._thread.start()
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        self.loop.close()
+
+    def close(self) -> None:
+        """End the loop. For tests: an engine process just ends."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self._mailbox.close()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Do *work* in the loop and wait for its result (for loading)."""

@@ -49,7 +49,11 @@ class UpstreamBackend(AsyncBackend):
         self._options = options
         super().__init__()
         self.slots = options.slots
-        self.run(self._connect(name, replicas, progress))
+        try:
+            self.run(self._connect(name, replicas, progress))
+        except BaseException:
+            super().close()
+            raise
         up = [each for each in replicas if each.dialect is not None]
         cards = [each.card for each in up if each.card is not None]
         self._dialects = {each.dialect for each in up if each.dialect is not None}
@@ -83,6 +87,17 @@ class UpstreamBackend(AsyncBackend):
             await self._session.close()
             raise
         self._watching = self.loop.create_task(self._replicas.watch())
+
+    def close(self) -> None:
+        async def disconnect() -> None:
+            self._watching.cancel()
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(self._watching, *self._tasks.values(), return_exceptions=True)
+            await self._session.close()
+
+        self.run(disconnect())
+        super().close()
 
     # ------------------------------------------------------------------------------------ AsyncBackend
 
@@ -216,6 +231,8 @@ class UpstreamBackend(AsyncBackend):
                     heard = True
                     replica.succeeded()
                 yield output
+            if isinstance(error, StreamError):
+                raise error
             if error is not None:
                 raise self._failure(Told.read(error), replica)
             if over:

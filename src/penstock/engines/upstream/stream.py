@@ -87,13 +87,6 @@ class Chunk(msgspec.Struct):
 _decode_chunk = msgspec.json.Decoder(Chunk).decode
 
 
-def decode(payload: bytes) -> Chunk:
-    try:
-        return _decode_chunk(payload)
-    except msgspec.MsgspecError as error:
-        raise StreamError(f"a chunk that cannot be read ({error})") from error
-
-
 class _Token(msgspec.Struct):
     token: str = ""
     logprob: float = 0.0
@@ -167,7 +160,8 @@ class Reply:
         return UNTOLD in self.ids
 
     def take(self, payloads: list[bytes]) -> tuple[Output, Any, bool]:
-        """What these events bring: an output (perhaps empty), an error that the server told, and: was it the end?
+        """What these events bring: an output (perhaps empty), an error behind it (a `StreamError`, or one that the
+        server told), and: was it the end?
 
         Where several tokens came with one text, it is the last one's.
         """
@@ -176,7 +170,11 @@ class Reply:
         for payload in payloads:
             if payload.strip() == b"[DONE]":
                 return self._output(output, entries), None, True
-            chunk = decode(payload)
+            try:
+                chunk = _decode_chunk(payload)
+            except msgspec.MsgspecError as error:
+                broken = StreamError(f"a chunk that cannot be read ({error})")
+                return self._output(output, entries), broken, False
             if chunk.error is not None:
                 return self._output(output, entries), chunk.error, False
             if chunk.usage is not None:

@@ -1,0 +1,652 @@
+"""The upstream engine against a server that misbehaves in every way that servers do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import select
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from penstock.core.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotFound,
+    PenstockError,
+    Unsupported,
+)
+from penstock.core.events import Prefix, fold
+from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
+from penstock.core.ports import Finish, Output
+from penstock.engines.upstream.backend import UpstreamBackend, load
+from penstock.engines.upstream.dialects import Told
+from penstock.engines.upstream.options import Address, addresses
+from penstock.engines.upstream.replicas import TRIP, Replica
+from penstock.engines.upstream.stream import MAX_LINE, Lines, StreamError
+
+WORDS = [f"w{i} " for i in range(1, 11)]
+TEXT = "".join(WORDS)
+KEY = "sk-not-to-be-seen"
+
+Act = Callable[["Upstream", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
+
+
+class Upstream:
+    """A server that says `WORDS`, one a chunk, behind what the request already has of them; ``script`` holds what it
+    does with the next requests instead."""
+
+    def __init__(self, owned_by: str = "vllm") -> None:
+        self.owned_by = owned_by
+        self.script: deque[Act] = deque()
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.cut_off = asyncio.Event()
+        self.url = ""
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/{route:.*}", self._post)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m", "owned_by": self.owned_by, "max_model_len": 100}]})
+
+    async def _post(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        self.paths.append(request.path)
+        if self.script:
+            return await self.script.popleft()(self, request, body)
+        return await words()(self, request, body)
+
+    async def opened(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        return response
+
+
+def chunk(body: dict[str, Any], text: str, finish: str | None = None) -> bytes:
+    content = {"delta": {"content": text}} if "messages" in body else {"text": text}
+    return b"data: " + json.dumps({"choices": [{"index": 0, **content, "finish_reason": finish}]}).encode() + b"\n\n"
+
+
+def events(body: dict[str, Any]) -> list[bytes]:
+    """The rest of the reply: chunks, the reason, usage."""
+    had = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+    left = WORDS[had.count("w") :][: body.get("max_tokens") or 10]
+    prompt_tokens = 3 + had.count("w")
+    usage = {"choices": [], "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(left)}}
+    return [
+        *(chunk(body, word) for word in left),
+        chunk(body, "", "length"),
+        f"data: {json.dumps(usage)}\r\n\r\n".encode(),
+        b": a comment\n\ndata: [DONE]\n\n",
+    ]
+
+
+def words(piece: int = 0) -> Act:
+    """A proper reply; *piece*: in writes of so many bytes, wherever they fall."""
+
+    async def act(server: Upstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = await server.opened(request)
+        pieces = events(body)
+        if piece:
+            whole = b"".join(pieces)
+            pieces = [whole[i : i + piece] for i in range(0, len(whole), piece)]
+        for each in pieces:
+            await response.write(each)
+            await asyncio.sleep(0)
+        return response
+
+    return act
+
+
+def then(count: int, end: Callable[[Upstream, web.Request, web.StreamResponse], Awaitable[None]]) -> Act:
+    """*count* words, and then something else."""
+
+    async def act(server: Upstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = await server.opened(request)
+        for each in events(body)[:count]:
+            await response.write(each)
+        await end(server, request, response)
+        return response
+
+    return act
+
+
+async def die(server: Upstream, request: web.Request, response: web.StreamResponse) -> None:
+    await asyncio.sleep(0.05)  # else the reset would overtake what was written
+    assert request.transport is not None
+    request.transport.abort()
+
+
+async def be_silent(server: Upstream, request: web.Request, response: web.StreamResponse) -> None:
+    await asyncio.sleep(30)
+
+
+async def end_early(server: Upstream, request: web.Request, response: web.StreamResponse) -> None:
+    return
+
+
+def write(data: bytes) -> Callable[[Upstream, web.Request, web.StreamResponse], Awaitable[None]]:
+    async def end(server: Upstream, request: web.Request, response: web.StreamResponse) -> None:
+        await response.write(data)
+
+    return end
+
+
+async def go_on(server: Upstream, request: web.Request, response: web.StreamResponse) -> None:
+    """Words for ever, until nobody takes them."""
+    try:
+        while True:
+            await response.write(b'data: {"choices":[{"text":"and "}]}\n\n')
+            await asyncio.sleep(0.005)
+    except ConnectionResetError:
+        server.cut_off.set()
+        raise
+
+
+def answer(status: int, body: Any = None, **headers: str) -> Act:
+    async def act(server: Upstream, request: web.Request, received: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response(
+            body or {"error": {"message": f"it is {status}"}}, status=status, headers=headers or None
+        )
+
+    return act
+
+
+# ------------------------------------------------------------------------------------------ driving the engine
+
+
+@pytest.fixture
+async def servers() -> AsyncIterator[list[Upstream]]:
+    both = [Upstream(), Upstream()]
+    for server in both:
+        await server.start()
+    yield both
+    for server in both:
+        await server.stop()
+
+
+class Engine:
+    """The backend and what came out of it. Blocking calls go to a thread: the servers run in the test's loop."""
+
+    def __init__(self, backend: UpstreamBackend) -> None:
+        self.backend = backend
+        self.keys = 0
+
+    async def run(self, request: Request, prefixes: list[Prefix] | None = None) -> list[Output]:
+        return await asyncio.to_thread(self.finish, self.add(request, prefixes))
+
+    def add(self, request: Request, prefixes: list[Prefix] | None = None) -> int:
+        self.keys += 1
+        self.backend.add(self.keys, request, prefixes or [Prefix() for _ in range(request.n)], 1)
+        return self.keys
+
+    def step(self) -> list[Output]:
+        select.select([self.backend.wakeup], [], [], 20)
+        return self.backend.step()
+
+    def finish(self, key: int) -> list[Output]:
+        outputs: list[Output] = []
+        while not outputs or outputs[-1].finish is None:
+            new = self.step()
+            assert new, "nothing came"
+            outputs += [output for output in new if output.key == key]
+        return outputs
+
+
+@pytest.fixture
+async def engine_of() -> AsyncIterator[Callable[..., Awaitable[Engine]]]:
+    engines: list[Engine] = []
+
+    async def make(*servers: Upstream | str, **options: object) -> Engine:
+        urls = ",".join(each if isinstance(each, str) else each.url for each in servers)
+        given = {"retries": "2", **{name: str(value) for name, value in options.items()}}
+        backend = await asyncio.to_thread(load, "m", urls, given, lambda what, fraction: None)
+        engines.append(Engine(backend))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        await asyncio.to_thread(engine.backend.close)
+
+
+MakeEngine = Callable[..., Awaitable[Engine]]
+
+
+def ask(prompt: str = "say: ", *, max_tokens: int = 10, n: int = 1, **sampling: Any) -> Request:
+    return Request(model="m", prompt=prompt, sampling=Sampling(max_tokens=max_tokens, **sampling), n=n)
+
+
+def chat(*messages: Message, **fields: Any) -> Request:
+    return Request(
+        model="m", messages=messages or (Message("user", "say"),), sampling=Sampling(max_tokens=10), **fields
+    )
+
+
+def text_of(outputs: list[Output]) -> str:
+    return "".join(text for output in outputs for text in output.texts)
+
+
+def error_of(outputs: list[Output]) -> Any:
+    assert outputs[-1].finish is not None
+    return outputs[-1].finish.error
+
+
+def assert_complete(outputs: list[Output]) -> None:
+    assert text_of(outputs) == TEXT
+    assert sum(len(output.ids) for output in outputs) == 10
+    assert outputs[-1].finish == Finish(("length",))
+    assert [output.prompt_tokens for output in outputs if output.prompt_tokens is not None] == [3]
+
+
+# ------------------------------------------------------------------------------------------ replies
+
+
+async def test_a_reply(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    assert engine.backend.info.context_length == 100
+    assert_complete(await engine.run(ask()))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100])
+async def test_events_may_be_cut_anywhere(servers: list[Upstream], engine_of: MakeEngine, piece: int) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(words(piece))
+    assert_complete(await engine.run(ask()))
+
+
+async def test_tokens_that_only_usage_counts_are_in_the_log(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    told = b'{"choices":[{"text":"a b","finish_reason":"stop"}],"usage":{"completion_tokens":4}}'
+    body = b"data: " + told + b"\n\ndata: [DONE]\n\n"
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, write(body)))
+    outputs = await engine.run(ask())
+    assert [token for output in outputs for token in output.ids] == [-1] * 4
+    assert text_of(outputs) == "a b"
+
+
+async def test_ids_come_with_the_text_that_the_last_one_completes(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    body = (
+        b'data: {"prompt_token_ids":[1,2],"choices":[{"text":"a b","token_ids":[7,8]}]}\n\n'
+        b'data: {"choices":[{"text":"","token_ids":[9],"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    )
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, write(body)))
+    (output,) = await engine.run(ask())
+    assert (output.ids, output.texts, output.prompt_tokens) == ([7, 8, 9], ["", "a b", ""], 2)
+    assert servers[0].bodies[-1]["return_token_ids"] is True
+
+
+async def test_choices_are_requests_of_their_own_with_other_seeds(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(*servers)
+    outputs = await engine.run(ask(n=3, seed=5))
+    log = fold([], 3)
+    for output in outputs:
+        for choice, text in zip(output.choices or [], output.texts, strict=True):
+            log.texts[choice] += text
+    assert log.texts == [TEXT] * 3
+    assert outputs[-1].finish == Finish(("length",) * 3)
+    seeds = [body["seed"] for server in servers for body in server.bodies]
+    assert len(set(seeds)) == 3
+    assert 5 in seeds
+    assert {len(server.bodies) for server in servers} == {1, 2}, "the least loaded replica gets the next one"
+
+
+async def test_tool_calls_are_logged_as_models_write_them(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    def delta(index: int, **function: str) -> bytes:
+        call = {"index": index, "function": function}
+        return b"data: " + json.dumps({"choices": [{"delta": {"tool_calls": [call]}}]}).encode() + b"\n\n"
+
+    end = b'data: {"choices":[{"delta":{},"finish_reason":"tool_calls"}]}\n\ndata: [DONE]\n\n'
+    calls = delta(0, name="sum", arguments="") + delta(0, arguments='{"a":') + delta(0, arguments='"1"}')
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, write(calls + delta(1, name="now") + end)))
+    outputs = await engine.run(chat(tools=(Tool("sum"), Tool("now"))))
+    assert text_of(outputs) == (
+        '<tool_call>\n{"name": "sum", "arguments": {"a":"1"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    )
+    assert outputs[-1].finish == Finish(("tool_calls",))
+    assert [tool["function"]["name"] for tool in servers[0].bodies[0]["tools"]] == ["sum", "now"]
+
+
+async def test_what_is_neutral_is_not_sent(engine_of: MakeEngine) -> None:
+    server = Upstream("somebody")
+    await server.start()
+    engine = await engine_of(server)
+    assert set(engine.backend.info.unsupported) == {"ignore_eos", "min_p", "repetition_penalty", "top_k"}
+    await engine.run(ask(temperature=1.0, stop=("END",), logit_bias={5: 1.5}))
+    (body,) = server.bodies
+    await server.stop()
+    assert set(body) == {"model", "prompt", "max_tokens", "stream", "stream_options", "stop", "logit_bias"}
+    assert body["logit_bias"] == {"5": 1.5}
+
+
+async def test_the_key_is_sent_and_never_shown(
+    servers: list[Upstream], engine_of: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPSTREAM_KEY", KEY)
+    engine = await engine_of(servers[0], key_env="UPSTREAM_KEY")
+    servers[0].script.append(answer(401, {"error": {"message": f"bad key {KEY}"}}))
+    outputs = await engine.run(ask())
+    assert servers[0].headers[0]["Authorization"] == f"Bearer {KEY}"
+    error = error_of(outputs)
+    assert error.code == "engine_error"
+    assert not outputs[-1].retryable
+    assert KEY not in error.message
+    servers[0].script.append(answer(400, {"error": {"message": f"no such thing as {KEY}"}}))
+    assert error_of(await engine.run(ask())).message == "no such thing as ***"
+
+
+# ------------------------------------------------------------------------------------------ failover
+
+FAILURES = {
+    "dies": die,
+    "silent": be_silent,
+    "ends early": end_early,
+    "no JSON": write(b"data: {oops}\n\n"),
+    "a huge line": write(b"data: " + b"x" * (MAX_LINE + 100)),
+    "says so": write(b'data: {"error": {"message": "CUDA error", "type": "server_error", "code": 500}}\n\n'),
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+async def test_another_replica_goes_on_in_the_middle(servers: list[Upstream], engine_of: MakeEngine, how: str) -> None:
+    engine = await engine_of(*servers, idle_timeout=0.5)
+    for server in servers:
+        server.script.append(then(3, FAILURES[how]))  # whoever is asked first, and the other one as well
+    assert_complete(await engine.run(ask()))
+    prompts = [body["prompt"] for server in servers for body in server.bodies]
+    assert sorted(prompts, key=len) == ["say: ", "say: w1 w2 w3 ", "say: w1 w2 w3 w4 w5 w6 "]
+    limits = {body["prompt"].count("w"): body["max_tokens"] for server in servers for body in server.bodies}
+    assert limits == {0: 10, 3: 7, 6: 4}
+
+
+async def test_a_chat_goes_on_with_its_last_message(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(*servers)
+    for server in servers:
+        server.script.append(then(4, die))
+    outputs = await engine.run(chat())
+    assert text_of(outputs) == TEXT
+    last = max((body for server in servers for body in server.bodies), key=lambda body: len(str(body)))
+    assert last["messages"] == [
+        {"role": "user", "content": "say"},
+        {"role": "assistant", "content": "".join(WORDS[:8])},
+    ]
+    assert (last["continue_final_message"], last["add_generation_prompt"]) == (True, False)
+
+
+async def test_ids_go_on_as_ids(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    begun = b'data: {"choices":[{"text":"a","token_ids":[7]}]}\n\n'
+    ended = b'data: {"choices":[{"text":"b","token_ids":[8],"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    engine = await engine_of(servers[0])
+    servers[0].script += [then(0, write(begun)), then(0, write(ended))]
+    outputs = await engine.run(Request(model="m", prompt_ids=(1, 2), sampling=Sampling()))
+    assert [token for output in outputs for token in output.ids] == [7, 8]
+    assert [body["prompt"] for body in servers[0].bodies] == [[1, 2], [1, 2, 7]]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
+async def test_a_failure_before_the_first_token_is_somebody_elses_turn(
+    servers: list[Upstream], engine_of: MakeEngine, status: int
+) -> None:
+    engine = await engine_of(*servers)
+    for server in servers:
+        server.script.append(answer(status, **{"Retry-After": "0"}))
+    assert_complete(await engine.run(ask()))
+    assert sum(len(server.bodies) for server in servers) == 3
+
+
+async def test_when_no_replica_can_serve_the_job_goes_back_to_the_queue(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(servers[0], retries=1)
+    servers[0].script += [answer(500)] * 9
+    outputs = await engine.run(ask())
+    assert error_of(outputs).code == "engine_error"
+    assert "it is 500" in error_of(outputs).message
+    assert outputs[-1].retryable
+
+
+async def test_an_attempt_goes_on_behind_what_is_logged(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    outputs = await engine.run(ask(), [Prefix([-1, -1], ["w1 ", "w2 "])])
+    assert text_of(outputs) == "".join(WORDS[2:])
+    assert servers[0].bodies[0]["max_tokens"] == 8
+
+
+async def test_a_complete_reply_only_ends(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    (output,) = await engine.run(ask(max_tokens=2), [Prefix([-1, -1], ["w1 ", "w2 "])])
+    assert output.finish == Finish(("length",))
+    assert not output.ids
+    assert not servers[0].bodies
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "words"),
+    [
+        (chat(), {"dialect": "openai"}, "does not continue a chat"),
+        (ask(), {"continuation": "none"}, "option continuation forbids it"),
+        (chat(response_format=ResponseFormat("json_object")), {}, "grammar"),
+    ],
+)
+async def test_what_cannot_go_on_is_begun_again_before_its_first_token_only(
+    servers: list[Upstream], engine_of: MakeEngine, request_: Request, options: dict[str, str], words: str
+) -> None:
+    engine = await engine_of(servers[0], **options)
+    servers[0].script += [answer(500), then(2, end_early)]
+    outputs = await engine.run(request_)
+    assert text_of(outputs) == "w1 w2 "
+    assert words in error_of(outputs).message
+    assert not outputs[-1].retryable
+    assert len(servers[0].bodies) == 2
+
+
+async def test_an_abort_closes_the_connection(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, go_on))
+    key = engine.add(ask(max_tokens=100_000))
+    await asyncio.to_thread(engine.step)
+    engine.backend.abort(key)
+    await asyncio.wait_for(servers[0].cut_off.wait(), 10)
+    assert_complete(await engine.run(ask()))
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+async def test_redirects_are_not_followed(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(answer(307, Location=f"{servers[1].url}/v1/completions"))
+    assert error_of(await engine.run(ask())).code == "engine_error"
+    assert not servers[1].bodies
+
+
+async def test_what_leaves_no_room_for_max_tokens_gets_the_room_there_is(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(answer(400, {"error": {"message": "maximum context length is 100 tokens"}}))
+    assert_complete(await engine.run(ask(max_tokens=99)))
+    assert [body["max_tokens"] for body in servers[0].bodies] == [99, None]
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "kind"),
+    [
+        ({"error": {"message": "x", "code": "context_length_exceeded"}}, 400, ContextLengthExceeded),
+        ({"error": {"message": "x", "type": "exceed_context_size_error", "code": 400}}, 400, ContextLengthExceeded),
+        ({"object": "error", "message": "This model's maximum context length is 5"}, 400, ContextLengthExceeded),
+        ({"error": {"message": "x", "code": "unsupported", "param": "seed"}}, 400, Unsupported),
+        ({"error": {"message": "x", "code": "model_not_found"}}, 404, ModelNotFound),
+        ({"error": {"message": "The model `m` does not exist."}}, 404, ModelNotFound),
+        ({"error": {"message": "top_p is odd", "param": "top_p"}}, 400, InvalidRequest),
+        ({"detail": [{"loc": ["body"]}]}, 422, InvalidRequest),
+        ("<html>no</html>", 400, InvalidRequest),
+    ],
+)
+async def test_refusals_are_the_clients(
+    servers: list[Upstream], engine_of: MakeEngine, value: Any, status: int, kind: type[PenstockError]
+) -> None:
+    engine = await engine_of(servers[0], dialect="penstock")
+    servers[0].script.append(answer(status, value))
+    outputs = await engine.run(ask())
+    error = error_of(outputs)
+    assert error.code == kind.code
+    assert not outputs[-1].retryable
+    assert error.param == Told.read(value).param or kind is ModelNotFound
+    assert len(servers[0].bodies) == 1
+
+
+def test_lines_are_put_together_and_bounded() -> None:
+    lines = Lines()
+    assert lines.feed(b'data: {"a"') == []
+    assert lines.feed(b": 1}\nid: 7\n\ndata: [DONE]\n") == [b' {"a": 1}', b" [DONE]"]
+    with pytest.raises(StreamError):
+        lines.feed(b"x" * (MAX_LINE + 1))
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "words"),
+    [
+        (None, {}, "--model NAME=http"),
+        ("ftp://x", {}, "has the form http"),
+        ("http://user:pw@x", {}, "key_env"),
+        ("http://x?a=1", {}, "has the form http"),
+        ("http://127.0.0.1:9", {"slotz": "1"}, "did you mean 'slots'"),
+        ("http://127.0.0.1:9", {"key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
+        ("http://127.0.0.1:9", {"dialect": "klingon"}, "auto, openai, vllm, llama or penstock"),
+        ("http://127.0.0.1:9", {}, "No upstream server of 'm' answers"),
+    ],
+)
+def test_what_the_operator_must_correct(path: str | None, options: dict[str, str], words: str) -> None:
+    with pytest.raises(ModelLoadError, match=words):
+        load("m", path, options, lambda what, fraction: None)
+
+
+def test_addresses_with_and_without_a_version() -> None:
+    assert addresses("http://a:1, https://b/v1/,http://c/v1beta/openai,http://d/x") == [
+        Address("http://a:1", "http://a:1/v1"),
+        Address("https://b", "https://b/v1"),
+        Address("http://c/v1beta/openai", "http://c/v1beta/openai"),
+        Address("http://d/x", "http://d/x/v1"),
+    ]
+
+
+async def test_one_replica_may_be_down_at_the_start(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of("http://127.0.0.1:9", servers[0])
+    assert_complete(await engine.run(ask()))
+
+
+async def test_a_model_that_the_server_does_not_have(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    with pytest.raises(ModelLoadError, match="It has m"):
+        await engine_of(servers[0], model="other")
+
+
+@pytest.mark.parametrize(
+    ("owner", "dialect"), [("vllm", "vllm"), ("llamacpp", "llama"), ("penstock", "penstock"), ("acme", "openai")]
+)
+async def test_servers_are_recognised(engine_of: MakeEngine, owner: str, dialect: str) -> None:
+    server = Upstream(owner)
+    await server.start()
+    engine = await engine_of(server)
+    await engine.run(ask())
+    await server.stop()
+    told = {"vllm": "return_token_ids", "penstock": "return_token_ids", "llama": "timings_per_token", "openai": ""}
+    assert {"return_token_ids", "timings_per_token"} & set(server.bodies[0]) == {told[dialect]} - {""}
+
+
+# ------------------------------------------------------------------------------------------ the circuit breaker
+
+
+class Time:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def a_replica(clock: Time) -> Replica:
+    from penstock.engines.upstream.dialects import DIALECTS
+
+    replica = Replica(Address("http://x", "http://x/v1"), clock)
+    replica.dialect = DIALECTS["openai"]
+    return replica
+
+
+def test_a_replica_that_fails_rests_and_is_tried_by_one_request() -> None:
+    clock = Time()
+    replica = a_replica(clock)
+    for _ in range(TRIP - 1):
+        replica.failed("why")
+    assert replica.available()
+    replica.failed("why")
+    assert not replica.available()
+    assert 0.25 <= replica.wait() <= 0.5
+    clock.now += 0.5
+    assert replica.available()
+    replica.begin()
+    assert not replica.available(), "one at a time"
+    replica.failed("why")
+    replica.end()
+    assert 0.5 <= replica.wait() <= 1.0
+    clock.now += 1.0
+    replica.begin()
+    replica.succeeded()
+    assert replica.available()
+
+
+def test_the_pause_grows_up_to_a_limit() -> None:
+    clock = Time()
+    replica = a_replica(clock)
+    for _ in range(40):
+        replica.failed("why")
+    assert 15 <= replica.wait() <= 30
+
+
+def test_who_asks_for_a_pause_gets_it_and_is_not_blamed() -> None:
+    clock = Time()
+    replica = a_replica(clock)
+    replica.busy(7)
+    assert not replica.available()
+    assert replica.wait() == 7
+    clock.now += 7
+    assert replica.available()
+    assert replica.failures == 0
+
+
+def test_who_is_down_gets_nothing_until_a_health_check_finds_it() -> None:
+    clock = Time()
+    replica = a_replica(clock)
+    replica.failed("refused")
+    replica.lost("refused")
+    clock.now += 100
+    assert not replica.available()
+    replica.found()
+    assert replica.available()
+    assert replica.failures == 0
