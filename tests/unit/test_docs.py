@@ -165,6 +165,7 @@ class TestMetricsPage:
     def test_every_metric_with_type_and_labels_and_no_other(self) -> None:
         metrics = Metrics()
         metrics.watch(lambda: QueueStats(depth={}, jobs={}, workers=[]), lambda: 0, lambda: 0)
+        metrics.watch_models(list)
         labels = {
             metric._name: metric._labelnames
             for metric in vars(metrics).values()

@@ -234,7 +234,7 @@ class ModelManager:
     async def _serve(self, model: Model, worker: Worker) -> None:
         """One life of a model, from loading to unloading."""
         log.info("model_loading", model=model.name)
-        await self._announce(model)
+        self._tasks.create_task(self._announce(model), name=f"announce: {model.name}")  # a store that is away may wait
         error = None
         try:
             await worker.run()
@@ -343,11 +343,12 @@ class ModelManager:
     async def unload(self, name: str) -> AsyncIterator[LoadProgress]:
         model = self._find(name)
         model.wished, model.emptied = False, True
+        worker = model.worker
         self._unload(model)
         await model.process.keep(0)
         async for progress in self._watch(model):
             yield progress
-            if model.worker is None:
+            if worker is None or model.worker is not worker:  # where jobs wait, it is loaded again at once
                 return
 
     async def _watch(self, model: Model) -> AsyncIterator[LoadProgress]:
@@ -403,7 +404,7 @@ class ModelManager:
             idle = now - max(model.process.used_at, model.ready_at)
             if self._idle_unload and model.on_demand and self._idle(model, queue) and idle > self._idle_unload:
                 self._unload(model)
-        if not waiting:
+        if all(model.state == "failed" for model in waiting):
             await self._shrink(queue)
             await self._keep_spares()
 
@@ -472,7 +473,7 @@ class ModelManager:
 
     def _wanted(self, model: Model) -> int:
         """What is made free for it: an estimate may say more than there can be."""
-        return min(model.need, self._budget - self._overhead)
+        return max(0, min(model.need, self._budget - self._overhead))
 
     async def _make_room(self, model: Model, queue: QueueStats | None, now: float) -> bool:
         """Give up spares and begin to unload others until *model* fits; does it fit now?"""
