@@ -6,8 +6,11 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from tests.support.gguf import bundled_gguf
+from tests.support.torch import NO_TORCH, TORCH
 
 from penstock.core.errors import EngineDied, ModelLoadError
 from penstock.engines.process import EngineProcess, EngineSpec
@@ -19,6 +22,11 @@ async def started(spec: EngineSpec, **settings: float) -> AsyncIterator[EnginePr
     await engine.start()
     yield engine
     await engine.close()
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundled_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 class TestSynthetic(EngineContract):
@@ -34,6 +42,36 @@ class TestOpenVINO(EngineContract):
     @pytest.fixture
     async def engine(self) -> AsyncIterator[EngineProcess]:
         async for engine in started(EngineSpec("openvino", "millrace")):
+            yield engine
+
+
+class TestLlama(EngineContract):
+    """The model in the box as a GGUF file, in llama.cpp."""
+
+    @pytest.fixture
+    async def engine(self, gguf_file: Path) -> AsyncIterator[EngineProcess]:
+        async for engine in started(EngineSpec("llama", "millrace", str(gguf_file), {"slots": "16", "context": "512"})):
+            yield engine
+
+
+@pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
+class TestTransformers(EngineContract):
+    """The model in the box at f32, in torch."""
+
+    @pytest.fixture
+    async def engine(self) -> AsyncIterator[EngineProcess]:
+        async for engine in started(EngineSpec("transformers", "millrace", None, {"batching": "continuous"})):
+            yield engine
+
+
+@pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
+class TestTransformersStatic(EngineContract):
+    """The same through the library's `generate`, in batches that nobody can join."""
+
+    @pytest.fixture
+    async def engine(self) -> AsyncIterator[EngineProcess]:
+        options = {"batching": "static", "slots": "16", "window": "30"}
+        async for engine in started(EngineSpec("transformers", "millrace", None, options)):
             yield engine
 
 

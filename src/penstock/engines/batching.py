@@ -17,6 +17,7 @@ import numpy as np
 from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.guide import Guides, followed
 from penstock.engines.kvcache import ROOT, BlockPool
 from penstock.engines.sampling import Floats, Ints, Sampler, stream_key
 from penstock.engines.text import Reply, TextModel
@@ -88,7 +89,7 @@ class ContinuousBatching:
     A step is three calls: who computes what (`_schedule`), the network (`_compute`), and what comes of it (`_deliver`).
     """
 
-    wakeup = None
+    wakeup: int | None = None
 
     def __init__(
         self,
@@ -111,9 +112,11 @@ class ContinuousBatching:
             deterministic=deterministic,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            unsupported=() if text.has_token_bytes else ("response_format",),
         )
         self.spare_time: Iterator[None] = iter(())
         self._text = text
+        self._guides = Guides(text) if text.has_token_bytes else None
         self._network = network
         self._pool = BlockPool(network.blocks, network.block_size, caching=prefix_caching)
         self._sampler = Sampler(slots, network.vocab)
@@ -140,8 +143,7 @@ class ContinuousBatching:
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
         job = _Job(key, len(prompt))
         for choice, prefix in enumerate(prefixes):
-            detokenizer = text.detokenizer(continuing=request.messages is None or request.continue_final)
-            reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids)
+            reply = text.reply(request, limit, prefix.ids, self._guides.begin(request) if self._guides else None)
             job.sequences.append(_Sequence(job, choice, request, prompt, reply))
         job.open = sum(sequence.reply.finish is None for sequence in job.sequences)
         self._jobs[key] = job
@@ -202,9 +204,10 @@ class ContinuousBatching:
         return self._decoding_slots
 
     def _fits(self, sequence: _Sequence) -> bool:
-        # One block of headroom for everyone who runs: who gets in must not push others out at once.
         running = len(self._decoding) + len(self._prefilling)
-        return not running or -(-sequence.length // self._pool.block_size) + running <= self._pool.available
+        # One block of headroom for everyone who runs: who gets in must not push others out at once.
+        headroom = running if self._pool.block_size < self.info.context_length else 0
+        return not running or -(-sequence.length // self._pool.block_size) + headroom <= self._pool.available
 
     def _enter(self, sequence: _Sequence) -> None:
         """Give *sequence* a slot, what the cache already knows of its tokens, and blocks for the rest of them."""
@@ -216,7 +219,10 @@ class ContinuousBatching:
         self._past[slot] = past = len(sequence.blocks) * self._pool.block_size
         self._grow(sequence, len(ids) - past)
         self._drawn[slot] = len(sequence.reply.ids)
-        self._sampler.occupy(slot, sequence.request.sampling, sequence.rng, sequence.prompt, sequence.reply.ids)
+        reply = sequence.reply
+        self._sampler.occupy(
+            slot, sequence.request.sampling, sequence.rng, sequence.prompt, reply.ids, guide=reply.guide
+        )
         self._prefilling.append(sequence)
 
     def _leave(self, sequence: _Sequence) -> None:
@@ -364,7 +370,11 @@ class ContinuousBatching:
         del self._jobs[job.key]
         if job.prompt_tokens is not None:
             output.prompt_tokens = job.prompt_tokens
-        output.finish = Finish(tuple(sequence.reply.finish or "stop" for sequence in job.sequences))
+        failed = next((error for sequence in job.sequences if (error := followed(sequence.reply.guide))), None)
+        if failed is not None:
+            output.finish = Finish(error=failed.info)
+        else:
+            output.finish = Finish(tuple(sequence.reply.finish or "stop" for sequence in job.sequences))
         return output
 
     def warm_up(self, seconds: float) -> Iterator[None]:

@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
+
+from penstock.core.errors import ModelLoadError
+
+#: How much of a memory the cache may take by default.
+CACHE_SHARE = 0.25
+#: Contexts are cut to multiples of this, and a model with less than one is not worth serving.
+CONTEXT_STEP = 256
+
 #: The node above every first block.
 ROOT = 0
 
@@ -91,3 +100,26 @@ class BlockPool:
             self._users[block] += 1
             found.append(block)
         return found, node
+
+
+def fit_context(
+    trained: int, wanted: int, slots: int, token_bytes: int, cache_gb: float = 0.0, memory: int | None = None
+) -> int:
+    """Tokens of each slot's context where every slot has a whole one of its own.
+
+    *trained*: what the model was made for; *wanted*: what the operator asks for, 0 for as much as the cache holds.
+    *token_bytes*: what one token takes in it. The cache may have *cache_gb* (GB), or a quarter of the *memory* (bytes;
+    None: the machine's). Raises `ModelLoadError` where hardly anything fits.
+    """
+    if wanted:
+        return min(wanted, trained)
+    budget = cache_gb * 1e9 or (memory or psutil.virtual_memory().total) * CACHE_SHARE
+    fitting = int(budget / (token_bytes * slots))
+    if fitting >= trained:
+        return trained
+    if fitting < CONTEXT_STEP:
+        raise ModelLoadError(
+            f"A cache of {budget / 1e9:.1f} GB leaves each of {slots} slots a context of {fitting} tokens: give fewer "
+            "slots, or raise the option cache_gb."
+        )
+    return fitting // CONTEXT_STEP * CONTEXT_STEP

@@ -33,13 +33,12 @@ from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
+from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, Mailbox
 from penstock.engines.options import parse
 from penstock.engines.sampling import stream_key
 from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
 
-#: How much of the machine's memory the key/value cache may take by default.
-CACHE_SHARE = 0.25
 #: An id for a token that llama.cpp did not tell: part of a character that never became one.
 UNTOLD = -1
 #: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
@@ -243,7 +242,7 @@ class LlamaBackend:
         self._jobs[key] = job = Choices(key, len(prefixes), prompt_tokens)
         for choice, prefix in enumerate(prefixes):
             detokenizer = _Untold(text.detokenizer(continuing=request.messages is None))
-            reply = Reply(detokenizer, sampling, text.eos_ids, sampling.max_tokens, prefix.ids)
+            reply = Reply(detokenizer, sampling, text.eos_ids, sampling.max_tokens, prefix.ids, request=request)
             if reply.finish is not None:
                 self.mailbox.put(*job.end(choice, reply.finish))
                 continue
@@ -446,21 +445,12 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
 
 
 def _context(metadata: _Metadata, options: Options) -> int:
-    """Tokens of one slot's context: what the model was trained for, as far as the cache fits into the memory."""
-    trained = int(metadata.of_model("context_length", 2048))
-    if options.context:
-        return min(options.context, trained)
+    """Tokens of one slot's context."""
     heads = metadata.of_model("attention.head_count", 1)
     kv_heads = metadata.of_model("attention.head_count_kv", heads)
     heads, kv_heads = (max(each) if isinstance(each, list) else each for each in (heads, kv_heads))
     head = metadata.of_model("embedding_length", 0) // heads
     sizes = metadata.of_model("attention.key_length", head) + metadata.of_model("attention.value_length", head)
-    per_token = metadata.of_model("block_count", 1) * kv_heads * sizes * 2  # float16
-    budget = options.cache_gb * 1e9 or psutil.virtual_memory().total * CACHE_SHARE
-    fitting = int(budget / (per_token * options.slots)) // 256 * 256
-    if fitting < 256:
-        raise ModelLoadError(
-            f"A cache of {budget / 1e9:.1f} GB leaves {options.slots} slots no context worth the name: give fewer "
-            "slots, or raise the option cache_gb."
-        )
-    return min(trained, fitting)
+    token_bytes = metadata.of_model("block_count", 1) * kv_heads * sizes * 2  # float16
+    trained = int(metadata.of_model("context_length", 2048))
+    return fit_context(trained, options.context, options.slots, token_bytes, options.cache_gb)

@@ -1,7 +1,7 @@
 """The OpenVINO engine: continuous batching over a paged key/value cache on a CPU (or another OpenVINO device).
 
 OpenVINO runs the model, with the paged-attention kernels that its GenAI library uses too. What to run, where the cache
-blocks are and how tokens are drawn is decided by us (`batching`) and not by GenAI's pipeline, so every sampling field works
+blocks are and how tokens are drawn is decided by us (`batching`), not by GenAI's pipeline, so that every field works
 (GenAI has no logit bias and no alternatives' log-probabilities, and its penalties and random numbers start anew in a
 continued reply), and because it is faster in large batches.
 
@@ -26,6 +26,7 @@ from penstock.core.errors import ModelLoadError
 from penstock.engines._ov import ov, paged_attention_transformation
 from penstock.engines.backend import Progress
 from penstock.engines.batching import ContinuousBatching
+from penstock.engines.kvcache import CACHE_SHARE
 from penstock.engines.models import resolve
 from penstock.engines.options import one_of, parse
 from penstock.engines.sampling import Floats
@@ -33,8 +34,6 @@ from penstock.engines.text import TextModel
 
 #: Weights up to this many bytes are computed in float32 unless the operator chooses otherwise.
 SMALL = 2_000_000_000
-#: How much of the machine's memory the cache may take by default.
-CACHE_SHARE = 0.25
 #: Seconds of spare time, after loading, that go into compiling kernels for the batch sizes to come.
 WARM_UP = 1.0
 

@@ -1,0 +1,153 @@
+"""Micro-batches, for engines that cannot take a sequence into a batch that runs.
+
+A request waits a few hundredths of a second for others that want as many tokens; then they run to their end together.
+Who comes meanwhile is in the next batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.job import Request
+from penstock.core.ports import ModelInfo, Output
+from penstock.engines.mailbox import Choices, Mailbox
+from penstock.engines.sampling import stream_key
+from penstock.engines.text import Reply, TextModel
+
+
+class Row:
+    """One choice of a request, in a batch. ``ids``: prompt and what an earlier attempt logged."""
+
+    def __init__(
+        self, batching: StaticBatching, job: Choices, choice: int, request: Request, prompt: list[int], reply: Reply
+    ) -> None:
+        self._text = batching.text
+        self._mailbox = batching.mailbox
+        self._job = job
+        self._choice = choice
+        self.request = request
+        self.prompt = prompt
+        self.reply = reply
+        self.ids = prompt + reply.ids
+        self.rng = stream_key(request.sampling.seed, choice)
+
+    @property
+    def over(self) -> bool:
+        """Nothing more of it is wanted: it has ended, or was aborted."""
+        return self._job.over or self.reply.finish is not None
+
+    def take(self, token: int, logprob: tuple[float, list[tuple[int, float]]] | None) -> None:
+        """The next token; with its log-probability and the best alternatives where they were asked for."""
+        text = self.reply.push(token)
+        logprobs: list[Logprob | None] | None = None
+        if logprob is not None:
+            top = tuple(TopLogprob(id, self._text.token_text(id), value) for id, value in logprob[1])
+            logprobs = [Logprob(logprob[0], top)]
+        self._mailbox.put(self._job.output(self._choice, [token], [text], logprobs))
+        if self.reply.finish is not None:
+            self.end()
+
+    def end(self) -> None:
+        self._mailbox.put(*self._job.end(self._choice, self.reply.finish or "stop"))
+
+
+class StaticBatching:
+    """See `penstock.engines.backend.Backend`.
+
+    *generate* runs some rows for a number of steps, calling `Row.take` for each token until `Row.over`; it is called
+    from one thread. *window*: seconds.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        text: TextModel,
+        generate: Callable[[Sequence[Row], int], None],
+        *,
+        slots: int,
+        window: float,
+    ) -> None:
+        self.info = info
+        self.slots = slots
+        self.text = text
+        self.mailbox = Mailbox()
+        self.wakeup: int | None = self.mailbox.fd
+        self._generate = generate
+        self._window = window
+        self._jobs: dict[int, Choices] = {}
+        self._waiting: list[Row] = []
+        self._arrived = threading.Condition()
+        threading.Thread(target=self._run, name="batches", daemon=True).start()
+
+    # ---------------------------------------------------------------------------- Backend
+
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
+        text, sampling = self.text, request.sampling
+        prompt = text.encode_request(request)
+        text.check_bias(sampling)
+        limit = min(sampling.max_tokens, text.context_length - len(prompt))
+        self._jobs[key] = job = Choices(key, len(prefixes), len(prompt))
+        rows = []
+        for choice, prefix in enumerate(prefixes):
+            reply = text.reply(request, limit, prefix.ids)
+            rows.append(Row(self, job, choice, request, prompt, reply))
+        for row in rows:
+            if row.over:
+                row.end()
+        with self._arrived:
+            self._waiting += [row for row in rows if not row.over]
+            self._arrived.notify()
+
+    def abort(self, key: int) -> None:
+        if (job := self._jobs.pop(key, None)) is not None:
+            job.over = True
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    def delay(self) -> float | None:
+        return None
+
+    def step(self) -> list[Output]:
+        outputs = [output for output in self.mailbox.take() if output.key in self._jobs]
+        for output in outputs:
+            if output.finish is not None:
+                del self._jobs[output.key]
+        return outputs
+
+    # ---------------------------------------------------------------------------- batches
+
+    def _run(self) -> None:
+        while True:
+            try:
+                batch, steps = self._gather()
+                self._generate(batch, steps)
+            except BaseException as error:
+                self.mailbox.fail(error)
+                return
+
+    def _gather(self) -> tuple[list[Row], int]:
+        """The next batch and how many steps it takes: the oldest row, and who comes within its window for as many."""
+        with self._arrived:
+            while not (waiting := self._alive()):
+                self._arrived.wait()
+            steps = _steps(waiting[0])
+            deadline = time.monotonic() + self._window
+            while len(batch := [row for row in self._alive() if _steps(row) == steps][: self.slots]) < self.slots:
+                if (left := deadline - time.monotonic()) <= 0:
+                    break
+                self._arrived.wait(left)
+            self._waiting = [row for row in self._waiting if row not in batch]
+            return batch, steps
+
+    def _alive(self) -> list[Row]:
+        self._waiting = [row for row in self._waiting if not row.over]
+        return self._waiting
+
+
+def _steps(row: Row) -> int:
+    return row.reply.left
