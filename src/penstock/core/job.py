@@ -101,6 +101,10 @@ class ResponseFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     type: Literal["json_object", "json_schema"]
     schema: dict[str, Any] = {}
 
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "object"} if self.type == "json_object" else self.schema
+
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are drawn. Neutral values mean "off"; temperature 0 is greedy.
@@ -128,7 +132,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """What to generate. Exactly one of ``prompt``, ``prompt_ids``, ``messages`` is set; ``n`` choices share it.
 
     ``continue_final``: the last message is the beginning of the reply, not a turn before it. ``tool_choice``: the
-    model may call tools (auto), must not (none) or must (required; ``tool_name`` alone where that is set).
+    model may call tools (auto), must not (none) or must call one (required; ``tool_name`` where that is set).
     """
 
     model: str
@@ -141,6 +145,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     tools: tuple[Tool, ...] = ()
     tool_choice: Literal["auto", "none", "required"] = "auto"
     tool_name: str | None = None
+    parallel_tool_calls: bool = True
+    """May one reply have several calls? If not, the first one counts."""
     continue_final: bool = False
 
     def __post_init__(self) -> None:
@@ -155,7 +161,55 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
             return len(self.prompt_ids)
         if self.prompt is not None:
             return 1 + len(self.prompt) // 4
-        return sum(4 + len(message.content) // 4 for message in self.messages or ())
+        tools = len(msgspec.json.encode(self.tools)) // 4 if self.tools else 0
+        return tools + sum(4 + len(message.content) // 4 for message in self.messages or ())
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """The tools that the reply may call."""
+        if self.tool_choice == "none":
+            return ()
+        return tuple(tool for tool in self.tools if self.tool_name in (None, tool.name))
+
+    @property
+    def guide(self) -> dict[str, Any] | None:
+        """The JSON schema that the text of each reply must obey; None where it is free.
+
+        This is all that an engine has to enforce: a response format is its schema, and a call that must be made is an
+        object with the tool's name and arguments. Where the model may call a tool, or answer in a format, it is either.
+        """
+        tools = self.callable_tools
+        form = None if self.response_format is None else self.response_format.json_schema
+        if self.tool_choice != "required" and (form is None or not tools):
+            return form
+        # Everything under a name of its own: a schema's references into itself must find it where it is now.
+        parts = {tool.name: _moved({"type": "object", **tool.parameters}, f"#/$defs/{tool.name}") for tool in tools}
+        options: list[dict[str, Any]] = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.name}, "arguments": {"$ref": f"#/$defs/{tool.name}"}},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+        if self.tool_choice != "required" and form is not None:
+            parts[".answer"] = _moved(form, "#/$defs/.answer")  # no tool has such a name
+            options.append({"$ref": "#/$defs/.answer"})
+        return {"$defs": parts, **(options[0] if len(options) == 1 else {"anyOf": options})}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """*schema*, a document of its own, as a part of another one at the pointer *place*."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(part, place) for key, part in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
+    return moved
 
 
 class Usage(msgspec.Struct, frozen=True):

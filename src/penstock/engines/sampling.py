@@ -3,16 +3,16 @@
 The random number of a token depends on nothing but (seed, choice, position in the reply), and each row is computed by
 itself: from the same logits a sequence draws the same tokens alone, in any batch, and after a resume.
 
-Order, as in vLLM: bias, penalties, temperature, top_k, top_p (of what top_k left), min_p. Every one of these filters
-keeps the tokens above some value, so together they are one threshold per row. Reported log-probabilities are the
-model's own, before all of this.
+Order, as in vLLM: bias, penalties, the guide's mask, temperature, top_k, top_p (of what top_k left), min_p. Every one
+of the last three keeps the tokens above some value, so together they are one threshold per row. Reported
+log-probabilities are the model's own, before all of this.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,14 @@ class _Adjustment:
             logits += self._offset
 
 
+class Mask(Protocol):
+    """Forbids tokens (`penstock.engines.guide.Guide`)."""
+
+    def mask(self, logits: Floats) -> None:
+        """Set the logits of tokens that must not be drawn to -inf, in one row; never all of them."""
+        ...
+
+
 class Sampler:
     """The sampling state of every slot, column-wise: one row of logits a slot.
 
@@ -103,11 +111,19 @@ class Sampler:
         self._key = np.zeros(slots, np.uint64)
         self._adjustments: dict[int, _Adjustment] = {}
         self._logprobs: dict[int, int] = {}
+        self._guides: dict[int, Mask] = {}
 
     def occupy(
-        self, slot: int, sampling: Sampling, key: int, prompt: Sequence[int] = (), reply: Sequence[int] = ()
+        self,
+        slot: int,
+        sampling: Sampling,
+        key: int,
+        prompt: Sequence[int] = (),
+        reply: Sequence[int] = (),
+        guide: Mask | None = None,
     ) -> None:
-        """Give *slot* to a sequence. *reply* are the tokens that an earlier attempt drew."""
+        """Give *slot* to a sequence. *reply* are the tokens that an earlier attempt drew; *guide* says which may come
+        next (whoever owns it tells it what was drawn)."""
         self._sampled[slot] = sampling.temperature > 0
         # Colder than this is greedy to float32 anyway, and the reciprocal must stay finite.
         self._scale[slot] = 1.0 / max(sampling.temperature, 1e-4) if sampling.temperature > 0 else 1.0
@@ -124,11 +140,15 @@ class Sampler:
             or sampling.repetition_penalty != 1.0
         ):
             self._adjustments[slot] = _Adjustment(sampling, self.vocab, prompt, reply)
+        self._guides.pop(slot, None)
+        if guide is not None:
+            self._guides[slot] = guide
         self._logprobs.pop(slot, None)
         if sampling.logprobs is not None:
             self._logprobs[slot] = sampling.logprobs
 
     def vacate(self, slot: int) -> None:
+        self._guides.pop(slot, None)
         self._adjustments.pop(slot, None)
         self._logprobs.pop(slot, None)
 
@@ -140,12 +160,14 @@ class Sampler:
         Also, by row, for slots that asked: the token's log-probability and the best alternatives, best first.
         """
         raw: dict[int, tuple[Floats, int]] = {}
-        if self._logprobs or self._adjustments:
+        if self._logprobs or self._adjustments or self._guides:
             for row, slot in enumerate(slots.tolist()):
                 if (count := self._logprobs.get(slot)) is not None:
                     raw[row] = (logits[row].copy(), count)
                 if (adjustment := self._adjustments.get(slot)) is not None:
                     adjustment.apply(logits[row])
+                if (guide := self._guides.get(slot)) is not None:
+                    guide.mask(logits[row])
 
         tokens = self._choose(logits, slots, positions).tolist()
 

@@ -64,7 +64,7 @@ class SyntheticBackend:
             engine="synthetic",
             context_length=CONTEXT,
             deterministic=True,
-            unsupported=("logit_bias", "logprobs", "seed", "stop"),
+            unsupported=("logit_bias", "logprobs", "response_format", "seed", "stop", "tools"),
         )
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:

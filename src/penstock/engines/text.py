@@ -11,10 +11,10 @@ import datetime
 import json
 import re
 from codecs import utf_8_decode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jinja2
 import jinja2.ext
@@ -22,13 +22,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
-from penstock.core.job import Message, Request, Sampling
+from penstock.core.job import Message, Request, Sampling, Tool
+from penstock.core.tools import finish_reason
 
 #: Context length when no file tells one.
 DEFAULT_CONTEXT = 2048
-
-#: Why a reply ended by itself.
-Finish = Literal["stop", "length"]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -201,14 +199,40 @@ class StopStrings:
         return held
 
 
+class Follows(Protocol):
+    """What is asked of `penstock.engines.guide.Guide`."""
+
+    over: bool
+
+    @property
+    def error(self) -> str | None: ...
+
+    def accept(self, token: int) -> None: ...
+
+    def mask(self, logits: Any) -> None: ...
+
+
 class Reply:
     """One choice of one request, as its tokens come.
 
     ``finish`` is None until the reply has ended. *limit* is the number of tokens it may have, counted from its start.
-    Construct it with the logged *prefix* of an earlier attempt to continue that attempt's reply.
+    Construct it with the logged *prefix* of an earlier attempt to continue that attempt's reply. A *request* with tools
+    ends with ``tool_calls`` when the reply has calls. A *guide* is told of every token, and ends the reply once nothing
+    more can follow.
     """
 
-    __slots__ = ("_detokenizer", "_ends", "_limit", "_stops", "finish", "ids", "push_text")
+    __slots__ = (
+        "_detokenizer",
+        "_ends",
+        "_limit",
+        "_request",
+        "_stops",
+        "_texts",
+        "finish",
+        "guide",
+        "ids",
+        "push_text",
+    )
 
     def __init__(
         self,
@@ -217,25 +241,53 @@ class Reply:
         eos_ids: frozenset[int],
         limit: int,
         prefix: Iterable[int] = (),
+        *,
+        request: Request | None = None,
+        guide: Follows | None = None,
     ) -> None:
         self._detokenizer = detokenizer
         self.push_text = detokenizer.push
-        self._ends: frozenset[int] = frozenset() if sampling.ignore_eos else eos_ids
+        self._request = request if request is not None and request.callable_tools else None
+        self._texts: list[str] = []
+        self.guide = guide
+        self._ends: frozenset[int] = frozenset() if sampling.ignore_eos and guide is None else eos_ids
         self._stops = StopStrings(sampling.stop) if sampling.stop else None
         self._limit = limit
         self.ids: list[int] = []
-        self.finish: Finish | None = None
+        self.finish: str | None = None
+        """None, or a reason as `penstock.core.job.FinishReason` has them."""
         for token in prefix:
             if self.finish is None:
                 self.push(token)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self._limit - len(self.ids)
 
     def push(self, token: int) -> str:
         """The text that *token* completed (perhaps none); sets ``finish`` when the reply ends with it.
 
         The end token itself and the tokens of a stop string give no text of their own.
         """
+        text = self._next(token)
+        if self._request is not None:
+            self._texts.append(text)
+            if self.finish is not None:
+                self.end(self.finish)
+        return text
+
+    def end(self, reason: str) -> None:
+        """The engine ended it for a *reason* of its own."""
+        self.finish = reason
+        if self._request is not None:
+            self.finish = finish_reason(self._request, reason, "".join(self._texts))
+
+    def _next(self, token: int) -> str:
         ids = self.ids
         ids.append(token)
+        if self.guide is not None:
+            self.guide.accept(token)
         if token in self._ends:
             self.finish = "stop"
             return self._rest("")
@@ -245,6 +297,9 @@ class Reply:
             if stopped:
                 self.finish = "stop"
                 return text
+        if self.guide is not None and self.guide.over:
+            self.finish = "stop"
+            return self._rest(text)
         if len(ids) >= self._limit:
             self.finish = "length"
             return self._rest(text)
@@ -295,21 +350,106 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._variables = dict(variables)
+        self.takes_tools = "tools" in source
+        """Does it show tools and their calls? `with_tools_as_text` is for those that do not."""
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ModelLoadError(f"The model's chat template cannot be read: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
-        """The prompt text, with (*reply*) the beginning of a reply's turn at its end. Raises `InvalidRequest` with the template's own words when it refuses the messages."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """The prompt text, with (*reply*) the beginning of the reply's turn at its end.
+
+        Raises `InvalidRequest` with the template's own words when it refuses the messages.
+        """
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=reply, **self._variables
+                **self._variables,
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=reply,
+                tools=[dict(tool) for tool in tools] or None,
             )
         except Exception as error:  # a template is somebody else's program: it may raise anything
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
+
+
+# ------------------------------------------------------------------------------------------ tools in a conversation
+
+
+def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: arguments of calls as objects, the tool's name with its answer."""
+    turns: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            names |= {call.id: call.name for call in message.tool_calls}
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+            if message.tool_call_id in names:
+                turn["name"] = names[message.tool_call_id]
+        turns.append(turn)
+    return turns
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _tool_view(tool: Tool) -> dict[str, Any]:
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+_TOOLS = """You may call these functions, described in JSON:
+%s
+To call one, write {"name": <its name>, "arguments": <an object>} between <tool_call> and </tool_call>."""
+
+
+def with_tools_as_text(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation for a template that knows nothing of tools: they become text, in the form of Hermes."""
+    plain: list[dict[str, Any]] = []
+    if tools:
+        plain.append({"role": "system", "content": _TOOLS % "\n".join(map(_tojson, tools))})
+    for turn in turns:
+        role, content = turn["role"], turn["content"]
+        for call in turn.get("tool_calls", ()):
+            content += f"\n<tool_call>\n{_tojson(call['function'])}\n</tool_call>"
+        if role == "tool":
+            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+        if role == "system" and len(plain) == 1 and tools:  # many templates take one system message only
+            plain[0]["content"] = f"{content}\n\n{plain[0]['content']}"
+        else:
+            plain.append({"role": role, "content": content.strip() if turn.get("tool_calls") else content})
+    return plain
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string of a value of JSON's kinds, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield name
+            yield from _texts(part)
 
 
 # ------------------------------------------------------------------------------------------ the model's text side
@@ -399,19 +539,20 @@ class TextModel:
 
         strings = sorted((token.content for id, token in added.items() if token.special), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
-        self._chat = None if chat_template is None else ChatTemplate(chat_template, {"tools": None, **self._names})
+        self._chat = None if chat_template is None else ChatTemplate(chat_template, self._names)
 
     @classmethod
-    def load(cls, folder: Path) -> TextModel:
-        """Read a model folder. Raises `ModelLoadError` when there is no usable ``tokenizer.json``."""
+    def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> TextModel:
+        """Read a model folder. Raises `ModelLoadError` when there is no usable ``tokenizer.json`` and no *tokenizer* is
+        given instead."""
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if tokenizer is None and not path.is_file():
             raise ModelLoadError(
                 f"{folder} has no tokenizer.json. Put the model's tokenizer.json (and tokenizer_config.json) there; "
                 "the model's page on the hub has them."
             )
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = tokenizer or Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelLoadError(f"{path} is not a tokenizer that this version can read: {error}") from error
         tokenizer_config = _read_json(folder / "tokenizer_config.json")
@@ -453,7 +594,10 @@ class TextModel:
             self._check_size(len(request.prompt), "prompt")
             ids = self.encode(request.prompt)
         else:
-            ids = self.encode_chat(request.messages or (), begun=request.continue_final)
+            try:
+                ids = self.encode_chat(request.messages or (), request.callable_tools, begun=request.continue_final)
+            except RecursionError as error:
+                raise InvalidRequest("The arguments of a call are nested too deeply.", param="messages") from error
         param = "messages" if request.messages is not None else "prompt"
         if not ids:
             raise InvalidRequest("The prompt is empty.", param=param)
@@ -485,7 +629,7 @@ class TextModel:
                 del ids[0]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], *, begun: bool = False) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, begun: bool = False) -> list[int]:
         """Messages through the chat template. *begun*: the last one is the beginning of the reply, and stays open.
 
         A special token written out in a message is encoded as plain text, so that nobody can end a turn or forge a
@@ -494,18 +638,22 @@ class TextModel:
         """
         if self._chat is None:
             raise Unsupported("This model has no chat template: give 'prompt' instead of 'messages'.", param="messages")
-        self._check_size(sum(len(message.content) for message in messages), "messages")
+        turns, shown = turns_of(messages), [_tool_view(tool) for tool in tools]
+        if not self._chat.takes_tools:
+            turns, shown = with_tools_as_text(turns, shown), []
+        texts = [*_texts(turns), *_texts(shown)]
+        self._check_size(sum(map(len, texts)), "messages")
         for message in messages:
             # Templates put roles between the halves of a special token: <|{{ role }}|>.
             if not _ROLE.fullmatch(message.role):
                 raise InvalidRequest("A message's role is a word: system, user, assistant, tool.", param="messages")
-        mark = next((mark for mark in _MARKS if all(mark not in message.content for message in messages)), None)
+        mark = next((mark for mark in _MARKS if all(mark not in text for text in texts)), None)
         if mark is None:
             raise InvalidRequest("The messages are full of code points that are not characters.", param="messages")
-        turns = [{"role": m.role, "content": self._defuse(m.content, mark)} for m in messages]
+        turns, shown = self._defuse_all(turns, mark), self._defuse_all(shown, mark)
         if begun:
             turns[-1]["content"] += mark * 2  # the turn is cut off here
-        rendered = self._chat.render(turns, reply=not begun)
+        rendered = self._chat.render(turns, reply=not begun, tools=shown)
         if begun:
             rendered, found, _ = rendered.rpartition(mark * 2)
             if not found:
@@ -532,6 +680,15 @@ class TextModel:
         # A mark between any two characters, so that no shorter special token is left inside a longer one. A special
         # token of one character cannot be cut; no tokenizer in use has one.
         return self._special_pattern.sub(lambda match: mark.join(match.group()), text)
+
+    def _defuse_all(self, value: Any, mark: str) -> Any:
+        if isinstance(value, str):
+            return self._defuse(value, mark)
+        if isinstance(value, list):
+            return [self._defuse_all(part, mark) for part in value]
+        if isinstance(value, dict):
+            return {self._defuse(name, mark): self._defuse_all(part, mark) for name, part in value.items()}
+        return value
 
     def _check_size(self, characters: int, param: str) -> None:
         """Refuse at once what cannot fit: a tokenizer may take very long over a text of megabytes."""
@@ -560,6 +717,21 @@ class TextModel:
         if kind == "fallback":
             return _ByteFallbackDetokenizer(texts, data, 0 if continuing else strip)
         return _WindowDetokenizer(self.tokenizer.decode)
+
+    def reply(self, request: Request, limit: int, prefix: Iterable[int] = (), guide: Follows | None = None) -> Reply:
+        """One choice of *request*, at most *limit* tokens, behind what an earlier attempt logged of it."""
+        detokenizer = self.detokenizer(continuing=request.messages is None or request.continue_final)
+        return Reply(detokenizer, request.sampling, self.eos_ids, limit, prefix, request=request, guide=guide)
+
+    @property
+    def has_token_bytes(self) -> bool:
+        """Is a text its tokens' bytes, one after the other? (Not where a decoder looks at neighbours.)"""
+        return self._tables[0] != "window"
+
+    def token_bytes(self) -> list[bytes]:
+        """By id, the bytes of text that a token stands for; empty for special tokens and ids without a name."""
+        _, texts, data, _ = self._tables
+        return [piece if text is None else text.encode() for text, piece in zip(texts, data, strict=True)]
 
     def token_text(self, token: int) -> str:
         """One token by itself, for lists of alternatives; special tokens by name."""

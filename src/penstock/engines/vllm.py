@@ -222,7 +222,7 @@ class VLLMBackend:
         try:
             for choice, prefix in enumerate(prefixes):
                 detokenizer = text.detokenizer(continuing=request.messages is None or request.continue_final)
-                reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids)
+                reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids, request=request)
                 sequence = _Sequence(job, choice, reply, sampling.logprobs or 0)
                 job.sequences.append(sequence)
                 if reply.finish is None:

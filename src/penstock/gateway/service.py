@@ -21,7 +21,7 @@ from penstock.core.errors import (
     error_from_info,
 )
 from penstock.core.events import Completion, Ended, Event, fold
-from penstock.core.job import Job, OnDisconnect, Priority, Request, Sampling, new_job_id
+from penstock.core.job import Job, OnDisconnect, Priority, Request, new_job_id
 from penstock.core.ports import (
     WORKER_STATES,
     Broker,
@@ -170,13 +170,19 @@ class Catalogue:
         if request.messages is not None and not info.chat:
             raise Unsupported(f"{info.name} has no chat template: send a prompt instead.", param="messages")
         for field in info.unsupported:
-            value = request.n if field == "n" else getattr(request.sampling, field)
-            neutral = 1 if field == "n" else getattr(_NEUTRAL, field)
-            if value != neutral:
-                raise Unsupported(f"The {info.engine} engine of {info.name} cannot honour {field!r}.", param=field)
+            if (name := _asked_for(request, field)) is not None:
+                raise Unsupported(f"The {info.engine} engine of {info.name} cannot honour {name!r}.", param=name)
 
 
-_NEUTRAL = Sampling()
+_NEUTRAL = Request(model="", prompt="")
+
+
+def _asked_for(request: Request, field: str) -> str | None:
+    """The name under which *request* asks for *field*, if it does."""
+    if field == "response_format" and request.guide is not None:
+        return field if request.response_format is not None else "tool_choice"  # a call that must be made is a format
+    given, neutral = (request, _NEUTRAL) if hasattr(request, field) else (request.sampling, _NEUTRAL.sampling)
+    return field if getattr(given, field) != getattr(neutral, field) else None
 
 
 class Readers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -21,15 +21,20 @@ from penstock.core.job import (
     Penalty,
     Priority,
     RepetitionPenalty,
+    Request,
+    ResponseFormat,
     Sampling,
     Seed,
     Stop,
     StopString,
     Temperature,
+    Tool,
+    ToolCall,
     TopK,
     TopP,
     fingerprint,
 )
+from penstock.core.tools import MAX_SCHEMA_BYTES, check_schema
 from penstock.gateway.http import Call
 from penstock.gateway.service import Submission
 
@@ -38,6 +43,9 @@ T = TypeVar("T")
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 PriorityName = Literal["interactive", "normal", "batch"]
+#: As OpenAI has it: names go into prompts, and into pointers of a schema.
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+MAX_TOOLS = 128
 Role = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
@@ -46,22 +54,81 @@ class TextPart(msgspec.Struct, frozen=True):
     text: str = ""
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    name: ToolName
+    arguments: str = "{}"
+
+
+class AssistantCall(msgspec.Struct, frozen=True):
+    """A call that an earlier reply made, as it came."""
+
+    id: Identifier
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
-    """A message; its content is a text or a list of text parts."""
+    """A message; its content is a text or a list of text parts. A tool's answer says which call it belongs to."""
 
     role: Role
     content: str | list[TextPart] | None = None
+    tool_calls: Annotated[list[AssistantCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Identifier | None = None
 
     def plain(self) -> Message:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise InvalidRequest(
+                "A message of the role 'tool' needs the tool_call_id that it answers.", param="messages"
+            )
+        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
+        return Message(self.role, self._text(), calls, self.tool_call_id)
+
+    def _text(self) -> str:
         if isinstance(self.content, list):
             other = next((part.type for part in self.content if part.type not in ("text", "input_text")), None)
             if other is not None:
                 raise InvalidRequest(f"Content parts of type {other!r} are not supported: text only.", param="messages")
-            return Message(self.role, "".join(part.text for part in self.content))
-        return Message(self.role, self.content or "")
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 ChatMessages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
+
+
+class FunctionBody(msgspec.Struct, frozen=True):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Accepted and without effect: what the parameters' schema says is always enforced where a call is."""
+
+
+class ToolBody(msgspec.Struct, frozen=True):
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class NamedFunction(msgspec.Struct, frozen=True):
+    name: ToolName
+
+
+class NamedTool(msgspec.Struct, frozen=True):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchemaBody(msgspec.Struct, frozen=True):
+    """``strict`` makes no difference: the schema is always enforced."""
+
+    schema: dict[str, Any]
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormatBody(msgspec.Struct, frozen=True):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchemaBody | None = None
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, frozen=True):
@@ -108,6 +175,66 @@ class JobBody(SamplingBody, kw_only=True, frozen=True):
     deadline: Deadline | None = None
     request_id: Identifier | None = None
     metadata: Metadata | None = None
+
+
+class StructuredBody(JobBody, kw_only=True, frozen=True):
+    """What the reply has to be, and which tools it may call."""
+
+    response_format: ResponseFormatBody | None = None
+    tools: Annotated[list[ToolBody], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    def structured(self, request: Request) -> Request:
+        """*request* with these fields. Raises `InvalidRequest` for what contradicts itself or is too large."""
+        tools = tuple(
+            Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {})
+            for tool in self.tools or ()
+        )
+        choice = self.tool_choice
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        if tools and request.messages is None:
+            raise InvalidRequest("Tools need messages instead of a prompt.", param="tools")
+        known = [tool.name for tool in tools]
+        if (twice := next((tool for tool in known if known.count(tool) > 1), None)) is not None:
+            raise InvalidRequest(f"There are two tools named {twice!r}.", param="tools")
+        if not tools and choice not in (None, "none", "auto"):
+            raise InvalidRequest("tool_choice asks for a call, but there are no tools.", param="tool_choice")
+        if name is not None and name not in known:
+            raise InvalidRequest(
+                f"tool_choice names the tool {name!r}; given are {', '.join(known)}.", param="tool_choice"
+            )
+        for i, tool in enumerate(tools):
+            where = f"tools[{i}].function.parameters"
+            if tool.parameters.get("type", "object") != "object":
+                raise InvalidRequest(f"{where}: the arguments of a call are an object.", param="tools")
+            check_schema(tool.parameters, where)
+        if sum(len(msgspec.json.encode(tool.parameters)) for tool in tools) > MAX_SCHEMA_BYTES * 4:
+            raise InvalidRequest("The tools' schemas are too large together.", param="tools")
+        if request.continue_final and (tools or self._format is not None):
+            raise InvalidRequest(
+                "A begun reply cannot have tools or a response_format.", param="continue_final_message"
+            )
+        return msgspec.structs.replace(
+            request,
+            response_format=self._format,
+            tools=tools,
+            tool_choice="required" if isinstance(choice, NamedTool) else choice or "auto",
+            tool_name=name,
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+        )
+
+    @property
+    def _format(self) -> ResponseFormat | None:
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return ResponseFormat("json_object")
+        if wanted.json_schema is None:
+            raise InvalidRequest("response_format json_schema needs its json_schema.", param="response_format")
+        check_schema(wanted.json_schema.schema, "response_format.json_schema.schema")
+        return ResponseFormat("json_schema", wanted.json_schema.schema)
 
 
 def submission(

@@ -12,15 +12,16 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
 from penstock.core.events import Ended, Event, Tokens, fold
-from penstock.core.job import Job, ModelName, Request, Status, TopLogprobs
+from penstock.core.job import Job, ModelName, Request, Status, ToolCall, TopLogprobs
 from penstock.core.ports import Query
+from penstock.core.tools import named, parse_tool_calls
 from penstock.gateway.feed import Cursor, Rendering, feed
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenIds, submission
+from penstock.gateway.routes.bodies import ChatMessages, StructuredBody, TokenIds, submission
 from penstock.gateway.sse import EventStream, ascii_json, frame, json_string
 
 
-class GenerateJob(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class GenerateJob(StructuredBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST /v1/jobs``: a prompt (text or token ids) or messages, and how to sample."""
 
     model: ModelName | None = None
@@ -30,7 +31,7 @@ class GenerateJob(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
 
     def request(self, call: Call) -> Request:
         ids = self.prompt if isinstance(self.prompt, list) else None
-        return Request(
+        request = Request(
             model=self.model or call.gateway.catalogue.default,
             prompt=self.prompt if isinstance(self.prompt, str) else None,
             prompt_ids=tuple(ids) if ids is not None else None,
@@ -38,6 +39,7 @@ class GenerateJob(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
             sampling=self.sampling(max_tokens=64, temperature=0.7, logprobs=self.logprobs),
             n=self.n or 1,
         )
+        return self.structured(request)
 
 
 class Generate(GenerateJob, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -137,6 +139,7 @@ async def generate(call: Call) -> ASGIApp:
             "model": job.request.model,
             "text": completion.texts[0],
             "texts": completion.texts if job.request.n > 1 else None,
+            **_tool_calls(job, completion.texts),
             "finish_reason": completion.ended.finish_reason,
             "usage": usage_view(completion.ended),
         },
@@ -287,13 +290,25 @@ async def job_view(call: Call, job: Job) -> dict[str, Any]:
     events = [event async for event in call.gateway.broker.tail(job.tenant, job.id)]
     completion = fold(events, job.request.n)
     assert completion.ended is not None
-    view["result"] = {"text": completion.texts[0]}
+    view["result"] = {"text": completion.texts[0], **_tool_calls(job, completion.texts)}
     if job.request.n > 1:
         view["result"]["texts"] = completion.texts
         view["finish_reasons"] = job.finish_reasons
     view["usage"] = usage_view(completion.ended)
     view["timings"] = timings(job)
     return view
+
+
+def _tool_calls(job: Job, texts: list[str]) -> dict[str, Any]:
+    """The calls that the first choice's text has, where there were tools to call."""
+    if not job.request.callable_tools:
+        return {}
+    _, calls = parse_tool_calls(texts[0], job.request)
+    return {"tool_calls": [tool_call_view(call) for call in named(calls, job.id, 0)]}
+
+
+def tool_call_view(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def timings(job: Job) -> dict[str, float | int | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -13,9 +14,10 @@ from starlette.types import ASGIApp
 from penstock.core.errors import InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
+from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import ChatMessages, JobBody, TokenId, submission
-from penstock.gateway.routes.jobs import usage_view
+from penstock.gateway.routes.bodies import ChatMessages, StructuredBody, TokenId, submission
+from penstock.gateway.routes.jobs import tool_call_view, usage_view
 from penstock.gateway.sse import ascii_json, json_string
 
 
@@ -23,7 +25,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
 
 
-class OpenAIBody(JobBody, kw_only=True, frozen=True):
+class OpenAIBody(StructuredBody, kw_only=True, frozen=True):
     """Fields of both generation routes. What OpenAI has and this server cannot honour is refused, not dropped."""
 
     model: ModelName
@@ -37,10 +39,6 @@ class OpenAIBody(JobBody, kw_only=True, frozen=True):
         return Priority.BATCH if self.service_tier == "flex" else Priority.NORMAL
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
-    type: str = "text"
-
-
 class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
     """The body of ``POST /v1/chat/completions``."""
 
@@ -48,25 +46,21 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
     modalities: list[str] | None = None
     audio: Any = None
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
 
     def request(self, default_max_tokens: int) -> Request:
-        if self.tools or self.functions:
-            raise Unsupported("Tools are not supported by this server yet.", param="tools")
-        if self.response_format is not None and self.response_format.type != "text":
-            kind = self.response_format.type
-            raise Unsupported(f"response_format {kind!r} is not supported by this server yet.", param="response_format")
+        if self.functions or self.function_call is not None:
+            raise Unsupported("functions and function_call are not supported: use tools.", param="functions")
         if self.audio is not None or (self.modalities and self.modalities != ["text"]):
             raise Unsupported("Only text can be generated.", param="modalities")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
-        return Request(
+        request = Request(
             model=self.model,
             messages=tuple(message.plain() for message in self.messages),
             sampling=self.sampling(
@@ -77,6 +71,7 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
             n=self.n or 1,
             continue_final=self._begins_reply(),
         )
+        return self.structured(request)
 
     def _begins_reply(self) -> bool:
         """Is the last message the beginning of the reply? (vLLM's fields, less the one that would contradict.)"""
@@ -118,13 +113,14 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
         texts = [part for part in parts if isinstance(part, str)]
         if texts and len(parts) > 1:
             raise Unsupported("Send one prompt a request.", param="prompt")
-        return Request(
+        request = Request(
             model=self.model,
             prompt=texts[0] if texts else None,
             prompt_ids=None if texts else tuple(part for part in parts if isinstance(part, int)),
             sampling=self.sampling(max_tokens=16, temperature=1.0, logprobs=self.logprobs),
             n=self.n or 1,
         )
+        return self.structured(request)
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -132,7 +128,8 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
 
 async def chat_completions(call: Call) -> ASGIApp:
     body = await call.body(ChatCompletion)
-    return await _reply(call, body, body.request(call.gateway.config.default_max_tokens), ChatDialect)
+    request = body.request(call.gateway.config.default_max_tokens)
+    return await _reply(call, body, request, ToolDialect if request.callable_tools else ChatDialect)
 
 
 async def completions(call: Call) -> ASGIApp:
@@ -148,7 +145,12 @@ async def _reply(call: Call, body: OpenAIBody, request: Request, dialect: type[D
     usage = bool(body.stream_options and body.stream_options.include_usage)
     writer = dialect(job, include_usage=usage, token_ids=body.return_token_ids)
     if body.stream:
-        return await call.gateway.stream(call.gateway.follow(job, call.last_event_id or 0), writer.render)
+        after = call.last_event_id or 0
+        if after and isinstance(writer, ToolDialect):
+            writer.after, writer.replay = after, partial(call.gateway.broker.tail, job.tenant, job.id)
+            if job.status.terminal and after == job.tokens + 1:
+                after -= 1  # the end once more: its position is on more than the last block
+        return await call.gateway.stream(call.gateway.follow(job, after), writer.render)
     completion = await call.gateway.fold(job, call.gone)
     return json_reply(writer.reply(completion), headers={"x-penstock-job": job.id})
 
@@ -199,7 +201,8 @@ class Dialect:
             text = "".join(run.texts)
             if not text and not self.token_ids:
                 return ""
-            return f"id: {run.last}\n" + self.chunk(f"[{self._with_ids(self._delta(0, text, None), run.ids)}]")
+            delta = self._delta(0, text, None)
+            return f"id: {run.last}\n" + self.chunk(f"[{self._with_ids(delta, run.ids)}]") if delta else ""
         # Each stretch of one choice's tokens is a chunk with the position of its last: a resume is exact anywhere.
         blocks = []
         choices = run.choices if run.choices is not None else [0] * len(run.ids)
@@ -209,6 +212,8 @@ class Dialect:
             logprobs = [(run.ids[i], run.texts[i], logprob) for i in indices if (logprob := _at(run.logprobs, i))]
             if text or logprobs or self.token_ids:
                 delta = self._delta(choice, text, logprobs or None)
+                if not delta:
+                    continue
                 chunk = self.chunk(f"[{self._with_ids(delta, [run.ids[i] for i in indices])}]")
                 blocks.append(f"id: {run.position + indices[-1]}\n{chunk}")
         return "".join(blocks)
@@ -245,6 +250,7 @@ class Dialect:
         return ""
 
     def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
+        """A chunk's entry for more of a choice; empty where there is nothing to say yet."""
         raise NotImplementedError
 
     def _finish(self, index: int, reason: str) -> str:
@@ -276,10 +282,89 @@ class ChatDialect(Dialect):
         logprobs = completion.logprobs[index]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": {"role": "assistant", **self._message(index, text), "refusal": None},
             "logprobs": _chat_logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
         }
+
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        return {"content": text}
+
+
+class ToolDialect(ChatDialect):
+    """Chat with tools: what a chunk says of a reply depends on all of its text so far."""
+
+    def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
+        super().__init__(job, include_usage=include_usage, token_ids=token_ids)
+        self._parsers = [ToolParser(job.request) for _ in range(job.request.n)]
+        self.after = 0
+        """What the reader has seen; ``replay`` gives the log from its beginning, to know where that leaves off."""
+        self.replay: Callable[[], AsyncIterator[Event]] | None = None
+
+    async def render(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        async for block in super().render(self._from_the_beginning(events)):
+            yield block
+
+    async def _from_the_beginning(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        """*events*, after everything before them has gone through the parsers."""
+        async for event in events:
+            if self.replay is not None:
+                await self._catch_up(self.replay())
+                self.replay = None
+            yield event
+
+    async def _catch_up(self, events: AsyncIterator[Event]) -> None:
+        try:
+            async for event in events:
+                if isinstance(event, Ended):
+                    return
+                for i in range(min(len(event.ids), self.after - event.position + 1)):
+                    self._parsers[event.choices[i] if event.choices is not None else 0].push(event.texts[i])
+                if event.last >= self.after:
+                    return
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
+        delta = self._parts(index, self._parsers[index].push(text))
+        if not (delta or logprobs or self.token_ids):
+            return ""
+        extra = f',"logprobs":{ascii_json(_chat_logprobs(logprobs))}' if logprobs else ""
+        return f'{{"index":{index},"delta":{ascii_json(delta)}{extra},"finish_reason":null}}'
+
+    def _parts(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        if text := "".join(piece for piece in pieces if isinstance(piece, str)):
+            delta["content"] = text
+        calls: dict[int, dict[str, Any]] = {}
+        for piece in pieces:
+            if isinstance(piece, CallDelta):
+                call = calls.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
+                if piece.name is not None:
+                    call |= {"id": call_id(self.job.id, index, piece.index), "type": "function"}
+                    call["function"]["name"] = piece.name
+                call["function"]["arguments"] += piece.arguments
+        if calls:
+            delta["tool_calls"] = list(calls.values())
+        return delta
+
+    def _end(self, ended: Ended, first: bool) -> str:
+        rest = [self._parts(i, parser.finish()) for i, parser in enumerate(self._parsers)]
+        choices = [
+            f'{{"index":{i},"delta":{ascii_json(delta)},"finish_reason":null}}' for i, delta in enumerate(rest) if delta
+        ]
+        end = super()._end(ended, first)
+        if not choices or ended.error is not None or self.after >= ended.position:
+            return end
+        # What was held back to the end is in one block, which has the end's position: it is never written twice, and
+        # a reader who saw it and no more gets the blocks behind it again.
+        return f"id: {ended.position}\n" + self.chunk(f"[{','.join(choices)}]") + end
+
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        content, calls = parse_tool_calls(text, self.job.request)
+        if not calls:
+            return {"content": content}
+        return {"content": content, "tool_calls": [tool_call_view(call) for call in named(calls, self.job.id, index)]}
 
 
 class TextDialect(Dialect):

@@ -1,0 +1,326 @@
+"""Tools and JSON replies as every engine and dialect sees them: what may be asked for, and calls found in a text.
+
+A model that *must* call a tool writes ``{"name": …, "arguments": …}`` and nothing else: its engine holds it to that
+(`Request.guide`). One that *may* call tools writes freely, in the form that it was trained on:
+
+- ``<tool_call>{"name": …, "arguments": …}</tool_call>``, any number, between other text (Hermes, Qwen);
+- ``{"name": …, "parameters": …}`` as the whole reply, several separated by a semicolon or white space (Llama 3);
+- ``[{"name": …, "arguments": …}, …]`` as the whole reply, with or without ``[TOOL_CALLS]`` before it (Mistral).
+
+What does not name a given tool, or is not JSON, is ordinary text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import msgspec
+
+from penstock.core.errors import InvalidRequest
+from penstock.core.job import Request, ToolCall
+
+#: A schema's bounds: bytes of its JSON, and how deep that is nested (parsers downstream stop at 128).
+MAX_SCHEMA_BYTES = 64 * 1024
+MAX_SCHEMA_DEPTH = 64
+#: An automaton for ``multipleOf`` has as many states as the number is large, in units of its last digit.
+MAX_MULTIPLE = 10_000
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+MISTRAL = "[TOOL_CALLS]"
+
+_decoder = json.JSONDecoder()
+
+
+# ------------------------------------------------------------------------------------------ what may be asked for
+
+
+def check_schema(schema: dict[str, Any], param: str) -> None:
+    """Refuse a JSON schema that would cost too much to follow; *param* names the field it came in.
+
+    Raises `InvalidRequest`. Whether every keyword can be followed is for the engine to say.
+    """
+    size = len(msgspec.json.encode(schema))
+    if size > MAX_SCHEMA_BYTES:
+        raise InvalidRequest(f"The JSON schema has {size} bytes; at most {MAX_SCHEMA_BYTES} are taken.", param=param)
+    multiples: list[Fraction] = []
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, dict):
+                multiples += _multiple(part.get("multipleOf"), param)
+                below += part.values()
+            elif isinstance(part, list):
+                below += part
+        level = below
+        if not level:
+            break
+    else:
+        raise InvalidRequest(f"The JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep.", param=param)
+    unit = math.lcm(1, *(multiple.denominator for multiple in multiples))
+    if math.lcm(1, *(int(multiple * unit) for multiple in multiples)) > MAX_MULTIPLE:
+        raise InvalidRequest(
+            f"The schema's multipleOf values have a least common multiple above {MAX_MULTIPLE} (in units of their last "
+            "digit); leave some of them out.",
+            param=param,
+        )
+
+
+def _multiple(value: Any, param: str) -> list[Fraction]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return []  # none, or a property of that name
+    if not 1e-6 <= value <= 1e9:
+        raise InvalidRequest("multipleOf must be between 0.000001 and 1,000,000,000.", param=param)
+    return [Fraction(repr(value))]
+
+
+# ------------------------------------------------------------------------------------------ what was called
+
+
+class Call(msgspec.Struct, frozen=True):
+    """A call that was found in a text; ``arguments`` is JSON, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class CallDelta(msgspec.Struct, frozen=True):
+    """More of the call number *index*: its first piece has the name, the pieces' ``arguments`` are to be joined."""
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+#: What a parser gives out: a stretch of the reply's text, or of a call.
+Piece = str | CallDelta
+
+
+class ToolParser:
+    """Splits a reply into text and calls as it comes. How it was cut into pushes makes no difference: after any of
+    them, everything has been given out that does not depend on what follows.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._names = frozenset(tool.name for tool in request.callable_tools)
+        self._most = None if request.parallel_tool_calls else 1
+        self._held = ""
+        self.calls = 0
+        """How many calls there were so far."""
+        self._state = self._forced if request.tool_choice == "required" else self._opening
+        self._scanned = 0  # of a call's text: how far its strings are known
+        self._in_string = False
+        self._arguments: list[str] = []  # of the forced call
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        pieces: list[Piece] = []
+        while self._held and self._state(pieces):
+            pass
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back, once it is known that nothing follows."""
+        pieces: list[Piece] = []
+        held, self._held = self._held, ""
+        state: Any = self._state
+        if state == self._more_arguments:
+            self._last_arguments(held, pieces)
+        elif state == self._call:  # models end a reply without the closing tag
+            self._take(held, held.lstrip()[len(BEGIN) :], pieces)
+        elif state in (self._whole, self._forced):
+            self._take(held, held.strip().removeprefix(MISTRAL), pieces)
+        elif held.strip() or not self.calls:
+            pieces.append(held)
+        return [piece for piece in pieces if piece != ""]
+
+    # Each state looks at what is held, adds what can be given out, and says whether there is more to do.
+
+    def _opening(self, pieces: list[Piece]) -> bool:
+        """Nothing but white space so far: a reply that begins like JSON is a call as a whole, or none."""
+        start = self._held.lstrip()
+        if start:
+            self._state = self._whole if start[0] in "{[" else self._text
+        return bool(start)
+
+    def _whole(self, pieces: list[Piece]) -> bool:
+        return False
+
+    def _text(self, pieces: list[Piece]) -> bool:
+        found = self._held.find(BEGIN)
+        if found >= 0:
+            self._give(found, pieces)
+            self._state, self._scanned, self._in_string = self._call, 0, False
+            return True
+        # White space before a call is not part of the text, nor is what may become a call's beginning.
+        self._give(len(self._held) - _partial(self._held, BEGIN), pieces)
+        return False
+
+    def _give(self, end: int, pieces: list[Piece]) -> None:
+        """Give out the text before *end*, but not the white space before that."""
+        text = self._held[:end].rstrip()
+        if text:
+            pieces.append(text)
+            self._held = self._held[len(text) :]
+
+    def _call(self, pieces: list[Piece]) -> bool:
+        for match in _STRINGS.finditer(self._held, self._scanned):
+            if match.group() == '"':
+                self._in_string = not self._in_string
+            elif match.group() == END and not self._in_string:
+                block, self._held = self._held[: match.end()], self._held[match.end() :]
+                self._state = self._text
+                self._take(block, block.strip()[len(BEGIN) : -len(END)], pieces)
+                return True
+            self._scanned = match.end()
+        # From here on it may turn out differently: half a closing tag, half an escape.
+        rest = self._held[self._scanned :]
+        self._scanned = len(self._held) - max(_partial(rest, END), int(rest.endswith("\\")))
+        return False
+
+    def _forced(self, pieces: list[Piece]) -> bool:
+        if self._held.lstrip()[:1] not in ("", "{"):  # an engine that has a form of its own for it
+            self._state = self._opening
+            return True
+        header = _HEADER.match(self._held)
+        if header is None or header[1] not in self._names:
+            return False
+        self.calls = 1
+        pieces.append(CallDelta(0, header[1], ""))
+        self._held = self._held[header.end() :]
+        self._state = self._more_arguments
+        return True
+
+    def _more_arguments(self, pieces: list[Piece]) -> bool:
+        """Of a call that the engine is held to: all but what may be the end of the object around the arguments."""
+        text = self._held.rstrip()
+        if text.endswith("}"):
+            text = text[:-1].rstrip()
+        self._more(text, pieces)
+        self._held = self._held[len(text) :]
+        return False
+
+    def _last_arguments(self, held: str, pieces: list[Piece]) -> None:
+        try:
+            json.loads("".join(self._arguments))
+        except (ValueError, RecursionError):  # cut short, then: what is held is theirs
+            self._more(held, pieces)
+
+    def _more(self, text: str, pieces: list[Piece]) -> None:
+        if text:
+            self._arguments.append(text)
+            pieces.append(CallDelta(0, None, text))
+
+    def _take(self, block: str, inside: str, pieces: list[Piece]) -> None:
+        """*block* is the calls *inside* it, or else it is text."""
+        calls = _calls(inside, self._names)
+        if not calls:
+            pieces.append(block)
+        for call in calls:
+            if self._most is None or self.calls < self._most:
+                pieces.append(CallDelta(self.calls, call.name, call.arguments))
+                self.calls += 1
+
+
+#: The beginning of what `Request.guide` makes a model write.
+_HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)')
+_STRINGS = re.compile(r'\\.|"|' + re.escape(END), re.DOTALL)
+
+
+def _partial(text: str, tag: str) -> int:
+    """How many characters at the end of *text* may be the beginning of *tag*."""
+    return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+
+
+class _Written(msgspec.Struct):
+    """A call as models write it."""
+
+    name: str
+    arguments: msgspec.Raw = msgspec.Raw(b"null")
+    parameters: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def _calls(text: str, names: frozenset[str]) -> list[Call]:
+    """*text* as calls of the tools *names*: one or more objects, or a list of them. Empty if any of it is not."""
+    found: list[Call] = []
+    try:
+        if text.lstrip().startswith("["):
+            written = msgspec.json.decode(text, type=list[_Written])
+        else:
+            written = [msgspec.json.decode(part, type=_Written) for part in _objects(text)]
+        for call in written:
+            raw = call.parameters if bytes(call.arguments) == b"null" else call.arguments
+            arguments = _arguments(bytes(raw).decode())
+            if call.name not in names or arguments is None:
+                return []
+            found.append(Call(call.name, arguments))
+    except (ValueError, RecursionError):  # msgspec's errors and JSON's are ValueErrors
+        return []
+    return found
+
+
+def _objects(text: str) -> list[str]:
+    """The JSON values that *text* is made of, between them white space or semicolons."""
+    parts = []
+    position = 0
+    while position < len(text):
+        if text[position] in " \t\r\n;":
+            position += 1
+            continue
+        _, end = _decoder.raw_decode(text, position)
+        parts.append(text[position:end])
+        position = end
+    return parts
+
+
+def _arguments(text: str) -> str | None:
+    """Arguments are an object, or (some models') a string with one in it, or left out; anything else is None."""
+    if text == "null":
+        return "{}"
+    if text.startswith('"'):
+        text = json.loads(text)
+    return text if isinstance(json.loads(text), dict) else None
+
+
+def parse_tool_calls(text: str, request: Request) -> tuple[str | None, list[Call]]:
+    """The text of a whole reply as (content, calls). The content is None where there are only calls."""
+    if not request.callable_tools:
+        return text, []
+    parser = ToolParser(request)
+    return join([*parser.push(text), *parser.finish()])
+
+
+def join(pieces: Sequence[Piece]) -> tuple[str | None, list[Call]]:
+    """What a parser gave out, put together as (content, calls)."""
+    content = "".join(piece for piece in pieces if isinstance(piece, str))
+    names: dict[int, str] = {}
+    arguments: dict[int, str] = {}
+    for piece in pieces:
+        if isinstance(piece, CallDelta):
+            names.setdefault(piece.index, piece.name or "")
+            arguments[piece.index] = arguments.get(piece.index, "") + piece.arguments
+    calls = [Call(name, arguments[index]) for index, name in names.items()]
+    return content or (None if calls else ""), calls
+
+
+def finish_reason(request: Request, reason: str, text: str) -> str:
+    """How a reply with this *text* ended, in the log's words, when for its engine it ended by *reason*."""
+    if reason != "stop" or not request.callable_tools:
+        return reason
+    return "tool_calls" if parse_tool_calls(text, request)[1] else reason
+
+
+def call_id(job: str, choice: int, index: int) -> str:
+    """The id of a reply's call: the same whenever and by whomever the reply is read."""
+    return "call_" + hashlib.sha256(f"{job}/{choice}/{index}".encode()).hexdigest()[:24]
+
+
+def named(calls: Sequence[Call], job: str, choice: int) -> list[ToolCall]:
+    """The calls of one choice, with their ids."""
+    return [ToolCall(call_id(job, choice, index), call.name, call.arguments) for index, call in enumerate(calls)]

@@ -1,0 +1,162 @@
+"""Replies that must obey a JSON schema (`Request.guide`): which tokens may come next.
+
+llguidance compiles the schema and reads the reply as bytes, so that a token may span any number of JSON's own. Special
+tokens are never allowed, except the end token where the JSON may end. White space is allowed where people put it, one
+space after a colon or a comma: a weak model that may write any amount of it writes nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from penstock.core.errors import EngineError, InvalidRequest
+from penstock.core.job import Request
+from penstock.engines.text import Follows, TextModel
+
+Floats = npt.NDArray[np.float32]
+
+#: Compiled schemas that are kept.
+CACHED = 64
+#: Symbols of a grammar. The largest that fit took some 0.3 s to compile, with everybody else waiting.
+MAX_GRAMMAR = 50_000
+
+WHITE_SPACE = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
+
+
+class Guide:
+    """What one reply may go on with. It lives as long as the reply, whatever slot that has."""
+
+    __slots__ = ("_endless", "_matcher", "over")
+
+    def __init__(self, matcher: LLMatcher, endless: bool) -> None:
+        self._matcher = matcher
+        self._endless = endless
+        self.over = False
+        """Is the JSON complete, and nothing can follow?"""
+
+    @property
+    def error(self) -> str | None:
+        """Why it cannot go on: a step was too complex, or a token came that it had not allowed."""
+        return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
+
+    def mask(self, logits: Floats) -> None:
+        """Take the tokens that must not come next out of one row of logits."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(words, count=min(len(words) * 8, len(logits)), bitorder="little").view(np.bool_)
+        if self._matcher.is_error():
+            return  # the reply ends as a failure, whatever is drawn
+        logits[len(allowed) :] = -np.inf
+        logits[: len(allowed)][~allowed] = -np.inf
+
+    def accept(self, token: int) -> None:
+        """*token* was drawn, or logged by an earlier attempt."""
+        matcher = self._matcher
+        matcher.consume_token(token)
+        # Without an end token a number, say, could go on for ever.
+        self.over = matcher.is_stopped() or (self._endless and matcher.is_accepting())
+
+
+class Guides:
+    """Compiles the schemas of one model's requests."""
+
+    def __init__(self, text: TextModel) -> None:
+        self._text = text
+        self._endless = not text.eos_ids
+        self._limits = LLParserLimits(max_grammar_size=MAX_GRAMMAR, verbose_errors=False)
+        self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """Made for the first request that needs it: large vocabularies take a moment."""
+        tokens = self._text.token_bytes()
+        # A token that does not exist stands for the end where the model has none: nobody can draw it.
+        ends = sorted(self._text.eos_ids) or [len(tokens)]
+        if self._endless:
+            tokens.append(b"")
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(self._text, tokens, ends)), n_vocab=len(tokens), eos_token=ends)
+
+    def begin(self, request: Request) -> Guide | None:
+        """For one choice of *request*; None where its text is free. Raises `InvalidRequest` for a schema that cannot be
+        followed, in llguidance's words."""
+        schema = request.guide
+        if schema is None:
+            return None
+        key = msgspec.json.encode(schema)
+        if (matcher := self._compiled.get(key)) is None:
+            matcher = self._compiled[key] = self._compile(schema, request)
+            if len(self._compiled) > CACHED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return Guide(matcher.deep_copy(), self._endless)
+
+    def _compile(self, schema: dict[str, Any], request: Request) -> LLMatcher:
+        # Nobody but us tells the compiler what to ignore.
+        plain = {name: part for name, part in schema.items() if name != "x-guidance"}
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(plain, overrides=WHITE_SPACE)  # type: ignore[arg-type]
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            error = matcher.get_error()
+            if not error:  # one that nothing can satisfy shows at the first token only
+                first = matcher.deep_copy()
+                first.compute_bitmask()
+                error = first.get_error() or (first.is_stopped() and "nothing satisfies it") or ""
+        except (ValueError, RecursionError) as failure:
+            error = str(failure)
+        if error:
+            what, param = (
+                ("The JSON schema", "response_format") if request.response_format else ("A tool's parameters", "tools")
+            )
+            message = error.splitlines()[0].removesuffix(".")
+            raise InvalidRequest(f"{what} cannot be followed here: {message}.", param=param)
+        return matcher
+
+
+def followed(guide: Follows | None) -> EngineError | None:
+    """What went wrong with a reply that has ended, if anything did."""
+    if guide is None or (error := guide.error) is None:
+        return None
+    return EngineError(f"The reply could not be held to its JSON schema any longer: {error}")
+
+
+class _Vocabulary:
+    """The model's tokens as llguidance wants to see them."""
+
+    def __init__(self, text: TextModel, tokens: list[bytes], ends: list[int]) -> None:
+        self.eos_token_id = ends[0]
+        self.bos_token_id = text.bos_id
+        self.tokens = tokens
+        # What has no text could be drawn for ever without anything happening.
+        self.special_token_ids = [id for id, data in enumerate(tokens) if not data]
+        self._encode = text.tokenizer.encode
+        self._longest = max(map(len, tokens))
+        self._by_bytes = {data: id for id, data in reversed(list(enumerate(tokens))) if data}
+
+    def __call__(self, text: str) -> list[int]:
+        """*text* in the tokens that the model knows it by: what the schema leaves no choice in is written with them."""
+        if not isinstance(text, str):
+            raise TypeError("text only")
+        ids: list[int] = self._encode(text, add_special_tokens=False).ids
+        data = text.encode()
+        if b"".join(self.tokens[id] for id in ids) == data:
+            return ids
+        return self._greedy(data)  # a tokenizer that puts a space before a text
+
+    def _greedy(self, data: bytes) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        while start < len(data):
+            for end in range(min(len(data), start + self._longest), start, -1):
+                if (id := self._by_bytes.get(data[start:end])) is not None:
+                    ids.append(id)
+                    start = end
+                    break
+            else:
+                raise ValueError("The tokenizer has no token for some byte.")
+        return ids
