@@ -198,7 +198,7 @@ class ModelManager:
     @property
     def ready(self) -> bool:
         """Is every model up, or will be when it is wanted?"""
-        return all(
+        return not self._stopping.is_set() and all(
             model.state == "ready" or (model.about.on_demand and model.state not in ("failed", "restarting"))
             for model in self.models.values()
         )
