@@ -44,12 +44,14 @@ class Target:
     model: str = "default"
     body: dict[str, Any] = field(default_factory=dict)
     """Further fields of each request; null is written as the string "null" and removes a field."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Further headers of each request."""
     env: dict[str, str] = field(default_factory=dict)
     warmup: int = 8
     redis: str = ""
     """Durability of a redis-server that is started with it, `strict` or `fast`; {redis} is its URL."""
     beside: list[list[str]] = field(default_factory=list)
-    """Commands of further processes of the same server: its workers."""
+    """Commands of further processes of the same server, started before it: its workers, its upstream."""
     peer: str = ""
     """Which environment of peers.sh it runs in."""
     keep: bool = False
@@ -121,12 +123,16 @@ class Running:
         self._processes: list[subprocess.Popen[bytes]] = []
         self.redis: RedisServer | None = None
         self.port = free_port()
-        self._variables = variables | {"port": str(self.port), "data_dir": f"{self._scratch}/data"}
+        self._variables = variables | {
+            "port": str(self.port),
+            "upstream_port": str(free_port()),
+            "data_dir": f"{self._scratch}/data",
+        }
         try:
             if target.redis:
                 self.redis = RedisServer(target.redis)
                 self._variables["redis"] = self.redis.url
-            for command in (target.command, *target.beside):
+            for command in (*target.beside, target.command):
                 self._start(fill(command, self._variables))
             self._wait_until_ready()
         except BaseException:
@@ -160,6 +166,7 @@ class Running:
             url=f"http://127.0.0.1:{self.port}",
             model=fill(self.target.model, self._variables),
             body=fill(self.target.body, self._variables),
+            headers=self.target.headers,
             pids=self.pids,
         )
 
