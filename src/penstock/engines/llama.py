@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import psutil
 import xllamacpp
 from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -33,14 +34,17 @@ from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
+from penstock.engines.guide import WHITE_SPACE, Guide, Guides, followed
 from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, Mailbox
 from penstock.engines.options import parse
-from penstock.engines.sampling import stream_key
+from penstock.engines.sampling import Floats, Sampler, stream_key
 from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
 
 #: An id for a token that llama.cpp did not tell: part of a character that never became one.
 UNTOLD = -1
+#: How many of the likeliest next tokens are looked at first for one that a schema allows.
+CANDIDATES = 256
 #: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
 #: continuations apart.
 MAX_REPLY = 1 << 24
@@ -154,9 +158,13 @@ class GgufText(TextModel):
         names = {self.tokenizer.id_to_token(id) or "": id for id in self._special}
         return dict(sorted(names.items(), key=lambda item: -len(item[0])))
 
-    def raw(self, ids: list[int]) -> str:
-        """All of the text that *ids* stand for, stop strings and all."""
-        return b"".join(self._bytes_of(id) for id in ids if id != UNTOLD).decode("utf-8", "ignore")
+    def detokenizer(self, *, continuing: bool = False) -> Detokenizer:
+        return _Untold(super().detokenizer(continuing=continuing))
+
+    @cached_property
+    def letter(self) -> int:
+        """Some token that is a whole character."""
+        return next(id for data, id in self._by_bytes.items() if data.isalpha())
 
     def swallowed(self, text: str, last_token: int, count: int) -> list[int]:
         """The *count* tokens before *last_token*, which together with it became *text*.
@@ -231,22 +239,24 @@ class LlamaBackend:
         self.text = text
         self.mailbox = Mailbox()
         self.wakeup: int | None = self.mailbox.fd
+        self._guides = Guides(text)
         self._jobs: dict[int, Choices] = {}
         self._threads = ThreadPoolExecutor(options.slots, "sequence")
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
-        text, sampling = self.text, request.sampling
+        text = self.text
         prompt = text.pieces(request)
-        text.check_bias(sampling)
+        text.check_bias(request.sampling)
+        guides = [self._guides.begin(request) for _ in prefixes]
         prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
         self._jobs[key] = job = Choices(key, len(prefixes), prompt_tokens)
         for choice, prefix in enumerate(prefixes):
-            detokenizer = _Untold(text.detokenizer(continuing=request.messages is None))
-            reply = Reply(detokenizer, sampling, text.eos_ids, sampling.max_tokens, prefix.ids, request=request)
+            guide = guides[choice]
+            reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guide)
             if reply.finish is not None:
                 self.mailbox.put(*job.end(choice, reply.finish))
                 continue
-            self._threads.submit(_Sequence(self, job, request, choice, reply, prefix).run, prompt)
+            self._threads.submit(_Sequence(self, job, request, choice, reply, prefix, guide).run, prompt)
 
     def abort(self, key: int) -> None:
         if (job := self._jobs.pop(key, None)) is not None:
@@ -271,7 +281,14 @@ class _Sequence:
     """One choice, in a thread of its own."""
 
     def __init__(
-        self, backend: LlamaBackend, job: Choices, request: Request, choice: int, reply: Reply, prefix: Prefix
+        self,
+        backend: LlamaBackend,
+        job: Choices,
+        request: Request,
+        choice: int,
+        reply: Reply,
+        prefix: Prefix,
+        guide: Guide | None,
     ) -> None:
         self._server = backend.server
         self._text = backend.text
@@ -280,6 +297,7 @@ class _Sequence:
         self._request = request
         self._choice = choice
         self._reply = reply
+        self._guide = guide
         self._before = len(reply.ids)
         self._logged = [text if id == UNTOLD else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
         self._seen = 0  # tokens that llama.cpp has drawn so far
@@ -287,17 +305,88 @@ class _Sequence:
     def run(self, prompt: list[int | str]) -> None:
         if self._job.over:
             return
-        body = _body(self._request, self._choice, self._before)
-        # A list by itself could be taken for several prompts.
-        body["prompt"] = {"prompt_string": [*prompt, *(piece for piece in self._logged if piece != "")]}
-        if self._request.guide is not None:
-            body["json_schema"] = self._request.guide
-            # The grammar takes in what is logged, before it goes on.
-            body["generation_prompt"] = self._text.raw(self._reply.ids)
         try:
+            if self._guide is not None and self._before:
+                self._run_guided(prompt, self._guide)
+                return
+            body = _body(self._request, self._choice, self._before)
+            body["prompt"] = self._prompt(prompt)
+            if self._request.guide is not None:
+                # It has the same library for this as we have: with the same options they agree on every token.
+                body["json_schema"] = {**self._request.guide, "x-guidance": WHITE_SPACE}
             self._server.handle_completions(body, self._take)
+        except PenstockError as error:
+            self._fail(error)
         except Exception as error:
             self._mailbox.fail(error)
+
+    def _prompt(self, prompt: list[int | str], *more: int) -> dict[str, Any]:
+        # A list by itself could be taken for several prompts.
+        return {"prompt_string": [*prompt, *(piece for piece in self._logged if piece != ""), *more]}
+
+    def _run_guided(self, prompt: list[int | str], guide: Guide) -> None:
+        """Continue a reply that must obey a schema. llama.cpp's grammars know only what it generates itself, so it is
+        asked for the likeliest next tokens, again and again, and the choice is made here."""
+        text, sampling, reply = self._text, self._request.sampling, self._reply
+        sampler = Sampler(1, text.vocab_size)
+        key = stream_key(sampling.seed, self._choice)
+        sampler.occupy(0, sampling, key, reply=reply.ids, guide=guide)
+        drawn: list[int] = []
+        while reply.finish is None and not self._job.over:
+            for count in (CANDIDATES, text.vocab_size):
+                logits, prompt_tokens = self._candidates(self._prompt(prompt, *drawn), count)
+                allowed = logits.copy()
+                guide.mask(allowed[0])
+                if np.isfinite(allowed).any():
+                    break
+            position = np.array([len(reply.ids) + 1])
+            (token,), logprobs = sampler.draw(logits, np.zeros(1, np.int64), position)
+            said = reply.push(token)
+            prompt_tokens -= len(self._logged) + len(drawn)
+            drawn.append(token)
+            logprob: list[Logprob | None] | None = None
+            if 0 in logprobs:
+                chosen, top = logprobs[0]
+                logprob = [Logprob(chosen, tuple(TopLogprob(id, text.token_text(id), value) for id, value in top))]
+            self._mailbox.put(self._job.output(self._choice, [token], [said], logprob, prompt_tokens))
+        self._end()
+
+    def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int]:
+        """The model's log-probabilities of its *count* likeliest next tokens ([1, vocabulary], -inf elsewhere), and how
+        many tokens the prompt has."""
+        chunks: list[dict[str, Any]] = []
+        body = {
+            "prompt": prompt,
+            "stream": True,
+            "n_predict": 1,
+            "n_probs": count,
+            "samplers": ["top_k"],
+            "top_k": 1,
+            # What it draws is of no interest, but half a character would not be told.
+            "logit_bias": [[self._text.letter, 1000.0]],
+            "timings_per_token": True,
+        }
+        self._server.handle_completions(body, chunks.append)
+        if (error := chunks[0].get("error")) is not None:
+            raise _error(error)
+        logits = np.full((1, self._text.vocab_size), -np.inf, np.float32)
+        for entry in chunks[0]["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]:
+            logits[0, entry["id"]] = entry["logprob"]
+        timings = chunks[0]["timings"]
+        return logits, timings["cache_n"] + timings["prompt_n"]
+
+    def _end(self) -> None:
+        if self._reply.finish is None:
+            return
+        if (error := followed(self._guide)) is not None:
+            self._fail(error)
+        else:
+            self._mailbox.put(*self._job.end(self._choice, self._reply.finish))
+
+    def _fail(self, error: PenstockError) -> None:
+        if not self._job.over:
+            self._job.over = True
+            self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
 
     def _take(self, chunk: dict[str, Any]) -> bool:
         """One token from llama.cpp, or its last word. True: no more of it."""
@@ -306,8 +395,7 @@ class _Sequence:
         try:
             self._read(chunk)
         except PenstockError as error:
-            self._job.over = True
-            self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
+            self._fail(error)
             return True
         except Exception as error:
             self._mailbox.fail(error)
@@ -341,9 +429,8 @@ class _Sequence:
         prompt_tokens = timings["cache_n"] + timings["prompt_n"] - len(self._logged)
         self._mailbox.put(self._job.output(self._choice, ids[: len(texts)], texts, logprobs, prompt_tokens))
         if reply.finish is None and choice["finish_reason"] is not None:
-            reply.finish = "length" if choice["finish_reason"] == "length" else "stop"  # the context is full
-        if reply.finish is not None:
-            self._mailbox.put(*self._job.end(self._choice, reply.finish))
+            reply.end("length" if choice["finish_reason"] == "length" else "stop")  # the context is full, mostly
+        self._end()
 
     def _logprob(self, entry: dict[str, Any], count: int) -> Logprob:
         top = entry["top_logprobs"][:count]
@@ -390,7 +477,7 @@ def _body(request: Request, choice: int, before: int) -> dict[str, Any]:
         "repeat_penalty": sampling.repetition_penalty,
         "seed": stream_key(sampling.seed, choice * MAX_REPLY + before) & 0x7FFFFFFF,
         "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
-        "ignore_eos": sampling.ignore_eos,
+        "ignore_eos": sampling.ignore_eos and request.guide is None,
         # The ids of tokens come with their probabilities. Those after sampling are cheap, the model's own are not.
         "n_probs": max(1, sampling.logprobs or 0),
         "post_sampling_probs": sampling.logprobs is None,

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
-from penstock.core.ports import ModelInfo, Output
+from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.guide import Guides, followed
 from penstock.engines.mailbox import Choices, Mailbox
 from penstock.engines.sampling import stream_key
 from penstock.engines.text import Reply, TextModel
@@ -51,7 +52,11 @@ class Row:
             self.end()
 
     def end(self) -> None:
-        self._mailbox.put(*self._job.end(self._choice, self.reply.finish or "stop"))
+        if (error := followed(self.reply.guide)) is not None:
+            self._job.over = True
+            self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
+        else:
+            self._mailbox.put(*self._job.end(self._choice, self.reply.finish or "stop"))
 
 
 class StaticBatching:
@@ -77,6 +82,7 @@ class StaticBatching:
         self.wakeup: int | None = self.mailbox.fd
         self._generate = generate
         self._window = window
+        self._guides = Guides(text) if text.has_token_bytes else None
         self._jobs: dict[int, Choices] = {}
         self._waiting: list[Row] = []
         self._arrived = threading.Condition()
@@ -85,15 +91,16 @@ class StaticBatching:
     # ---------------------------------------------------------------------------- Backend
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
-        text, sampling = self.text, request.sampling
+        text = self.text
         prompt = text.encode_request(request)
-        text.check_bias(sampling)
-        limit = min(sampling.max_tokens, text.context_length - len(prompt))
-        self._jobs[key] = job = Choices(key, len(prefixes), len(prompt))
+        text.check_bias(request.sampling)
+        limit = min(request.sampling.max_tokens, text.context_length - len(prompt))
+        job = Choices(key, len(prefixes), len(prompt))
         rows = []
         for choice, prefix in enumerate(prefixes):
-            reply = text.reply(request, limit, prefix.ids)
+            reply = text.reply(request, limit, prefix.ids, self._guides.begin(request) if self._guides else None)
             rows.append(Row(self, job, choice, request, prompt, reply))
+        self._jobs[key] = job
         for row in rows:
             if row.over:
                 row.end()

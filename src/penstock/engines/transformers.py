@@ -324,7 +324,7 @@ class _Generate:
         for i, row in enumerate(rows):
             ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
             mask[i, width - len(row.ids) :] = 1
-            self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids)
+            self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids, row.reply.guide)
         draw = _Draw(rows, self._sampler)
         with torch.inference_mode():
             self._model.generate(
@@ -420,6 +420,7 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         precision=network.precision,
         vocab_size=text.vocab_size,
         chat=text.has_chat_template,
+        unsupported=() if text.has_token_bytes else ("response_format",),
     )
     generate = _Generate(model, device, model.get_output_embeddings().weight.shape[0], parsed.slots)
     return StaticBatching(info, text, generate, slots=parsed.slots, window=parsed.window / 1000)

@@ -70,6 +70,7 @@ def llama(folder: Path, *, dtype: str = "F32", seed: int = 0, **changes: Any) ->
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
