@@ -195,6 +195,15 @@ class TestEnginesPage:
         listed = dict(re.findall(r"^\| `(\w+)` \| (`.*?`) \|", section, re.MULTILINE))
         assert listed == {option.name: f"`{option.default}`" for option in fields(Options)}
 
+    def test_every_option_of_upstream_with_its_default(self) -> None:
+        from penstock.engines.upstream.options import Options
+
+        section = read("engines.md").split("\n## upstream\n")[1].split("\n## ")[0]
+        listed = dict(re.findall(r"^\| `(\w+)` \| (`.*?`|–) \|", section, re.MULTILINE))
+        assert listed == {
+            option.name: "–" if option.default == "" else f"`{option.default}`" for option in fields(Options)
+        }
+
 
 class TestArchitecture:
     def test_the_places_that_it_names_exist(self) -> None:

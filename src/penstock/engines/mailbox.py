@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import uvloop
+
 from penstock.core.errors import EngineError, PenstockError
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
@@ -128,7 +130,7 @@ class AsyncBackend:
         self.wakeup = self._mailbox.fd
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._open: set[int] = set()
-        self.loop = asyncio.new_event_loop()
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
         self._thread.start()
 

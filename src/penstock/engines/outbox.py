@@ -22,6 +22,7 @@ MAX_TICK = 0.03
 class Outbox:
     def __init__(self) -> None:
         self._held: dict[int, Output] = {}
+        self._begun: set[int] = set()
         self._flushed_at = 0.0
         self._tick = 0.0
 
@@ -34,7 +35,11 @@ class Outbox:
             if (earlier := held.pop(output.key, None)) is not None:
                 earlier.extend(output)
                 output = earlier
-            if output.finish is not None or output.prompt_tokens is not None:
+            if output.finish is not None:
+                self._begun.discard(output.key)
+                urgent.append(output)
+            elif output.key not in self._begun:
+                self._begun.add(output.key)
                 urgent.append(output)
             else:
                 held[output.key] = output
@@ -61,3 +66,4 @@ class Outbox:
     def drop(self, key: int) -> None:
         """An aborted sequence: nobody waits for it."""
         self._held.pop(key, None)
+        self._begun.discard(key)
