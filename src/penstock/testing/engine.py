@@ -16,15 +16,17 @@ Promises that need a deterministic engine are skipped where `ModelInfo.determini
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from penstock.core.errors import EngineDied
 from penstock.core.events import Completion, Ended, Tokens, fold
-from penstock.core.job import Job, Message, Request, Sampling, Status, Usage
+from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Tool, Usage
 from penstock.core.ports import Engine, Finish, Lease, Output
+from penstock.core.tools import parse_tool_calls
 
 #: No test may wait longer than this for one engine step.
 STEP_TIMEOUT = 60.0
@@ -41,6 +43,10 @@ def lease(
     texts: Iterable[str] | None = None,
     choices: list[int] | None = None,
     attempt: int = 1,
+    response_format: ResponseFormat | None = None,
+    tools: tuple[Tool, ...] = (),
+    tool_choice: Literal["auto", "none", "required"] = "auto",
+    tool_name: str | None = None,
     **sampling: Any,
 ) -> Lease:
     """A lease of a greedy 24-token request unless *sampling* says otherwise."""
@@ -52,10 +58,44 @@ def lease(
         messages=messages,
         sampling=Sampling(**values),
         n=n,
+        response_format=response_format,
+        tools=tools,
+        tool_choice=tool_choice,
+        tool_name=tool_name,
     )
     ids = list(prefix)
     logged = [""] * len(ids) if texts is None else list(texts)
     return Lease(Job(id="job", tenant="t", request=request), attempt, ids, logged, choices)
+
+
+#: Small, so that a model that knows nothing of JSON comes to its end.
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 2},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "tags", "age"],
+    "additionalProperties": False,
+}
+
+
+def guided_lease(engine: Engine, **fields: Any) -> Lease:
+    """A lease of a request whose reply must obey `PERSON`."""
+    wish: dict[str, Any] = {"max_tokens": 200, "response_format": ResponseFormat("json_schema", PERSON)}
+    return lease(engine, **{**wish, **fields})
+
+
+def assert_obeys(text: str) -> None:
+    """*text* is what `PERSON` describes."""
+    value = json.loads(text)
+    assert set(value) == {"name", "tags", "age"}
+    assert isinstance(value["name"], str)
+    assert len(value["name"]) <= 8
+    assert value["tags"] in (["a"], ["b"], ["a", "a"], ["a", "b"], ["b", "a"], ["b", "b"])
+    assert type(value["age"]) is int
+    assert 0 <= value["age"] <= 150
 
 
 class Result:
@@ -249,6 +289,73 @@ class EngineContract:
             assert entry.logprob <= 0
             assert len(entry.top) == 3
             assert entry.top[0].id == token, "greedy draws the likeliest"
+
+    # ------------------------------------------------------------------------------------ replies that obey a schema
+
+    async def test_a_guided_reply_obeys_its_schema(self, engine: Engine) -> None:
+        needs(engine, "response_format")
+        guided = [guided_lease(engine, temperature=0.8, seed=seed) for seed in range(4)]
+        for result in await run(engine, *guided):
+            assert result.finish == Finish(("stop",))
+            assert_obeys(result.text)
+
+    async def test_any_object(self, engine: Engine) -> None:
+        needs(engine, "response_format")
+        wanted = lease(engine, max_tokens=400, temperature=0.8, response_format=ResponseFormat("json_object"))
+        (result,) = await run(engine, wanted)
+        assert result.finish is not None
+        assert result.finish.error is None
+        assert result.text.startswith("{")
+        if result.finish.finish_reasons == ("stop",):
+            assert isinstance(json.loads(result.text), dict)
+
+    async def test_a_guided_reply_is_cut_by_max_tokens(self, engine: Engine) -> None:
+        needs(engine, "response_format")
+        (result,) = await run(engine, guided_lease(engine, max_tokens=4))
+        assert result.finish == Finish(("length",))
+        assert len(result.ids) == 4
+
+    async def test_a_guided_reply_resumes_inside_its_json(self, engine: Engine) -> None:
+        needs(engine, "response_format")
+        (whole,) = await run(engine, guided_lease(engine))
+        assert_obeys(whole.text)
+        for cut in sorted({1, len(whole.ids) // 3, len(whole.ids) // 2, len(whole.ids) - 1, len(whole.ids)}):
+            logged: dict[str, Any] = {"prefix": whole.ids[:cut], "texts": whole.texts[:cut], "attempt": 2}
+            (rest,) = await run(engine, guided_lease(engine, **logged))
+            assert rest.finish == Finish(("stop",))
+            assert_obeys("".join(whole.texts[:cut]) + rest.text)
+            if engine.models[0].deterministic:
+                assert whole.ids[:cut] + rest.ids == whole.ids
+
+    async def test_a_guided_reply_disturbs_nobody(self, engine: Engine) -> None:
+        needs(engine, "response_format")
+        needs_determinism(engine)
+        (alone,) = await run(engine, lease(engine))
+        first, guided, last = await run(engine, lease(engine), guided_lease(engine), lease(engine))
+        assert first.ids == last.ids == alone.ids
+        assert_obeys(guided.text)
+
+    async def test_a_schema_that_cannot_be_followed_is_refused(self, engine: Engine) -> None:
+        needs(engine, "response_format")
+        bad = ResponseFormat("json_schema", {"type": "object", "properties": {"a": {"type": "nonsense"}}})
+        refused, good = await run(engine, lease(engine, response_format=bad), lease(engine))
+        assert refused.finish is not None
+        assert refused.finish.error is not None
+        assert good.finish == Finish(("length",))
+
+    async def test_a_call_that_must_be_made(self, engine: Engine) -> None:
+        needs(engine, "response_format", "tools")
+        if not engine.models[0].chat:
+            pytest.skip("no chat template")
+        tools = (Tool("look_up", "Looks a person up.", PERSON), Tool("wait", "Waits."))
+        asked = {"messages": (Message("user", "Who is it?"),), "tools": tools, "tool_choice": "required"}
+        wanted = guided_lease(engine, response_format=None, tool_name="look_up", **asked)
+        (result,) = await run(engine, wanted)
+        assert result.finish == Finish(("tool_calls",))
+        content, (call,) = parse_tool_calls(result.text, wanted.job.request)
+        assert content is None
+        assert call.name == "look_up"
+        assert_obeys(call.arguments)
 
     # ------------------------------------------------------------------------------------ batching
 

@@ -261,13 +261,15 @@ class Dialect:
 
 
 class ChatDialect(Dialect):
+    empty = '""'
+    """The content of a message that has not begun."""
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl-"
 
     def _opening(self) -> str:
         return "".join(
-            self.chunk(f'[{{"index":{i},"delta":{{"role":"assistant","content":""}},"finish_reason":null}}]')
+            self.chunk(f'[{{"index":{i},"delta":{{"role":"assistant","content":{self.empty}}},"finish_reason":null}}]')
             for i in range(self.job.request.n)
         )
 
@@ -293,6 +295,8 @@ class ChatDialect(Dialect):
 
 class ToolDialect(ChatDialect):
     """Chat with tools: what a chunk says of a reply depends on all of its text so far."""
+
+    empty = "null"
 
     def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
         super().__init__(job, include_usage=include_usage, token_ids=token_ids)

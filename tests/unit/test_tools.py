@@ -1,0 +1,179 @@
+"""What a reply must obey, and the calls found in it, however it is cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.core.errors import InvalidRequest
+from penstock.core.job import Message, Request, ResponseFormat, Tool
+from penstock.core.tools import Call, ToolParser, call_id, check_schema, finish_reason, join, parse_tool_calls
+
+WEATHER = Tool("get_weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
+CLOCK = Tool("clock")
+
+
+def request(**fields: Any) -> Request:
+    return Request(model="m", messages=(Message("user", "?"),), tools=(WEATHER, CLOCK), **fields)
+
+
+HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "</tool_call> \\" Ulm"}}\n</tool_call>'
+FORCED = '{"name": "get_weather", "arguments": {"city": "a } b"}}'
+
+AUTO = [
+    ("", "", []),
+    ("Hello.", "Hello.", []),
+    ("  Hello. ", "  Hello. ", []),
+    (HERMES, None, [("get_weather", '{"city": "</tool_call> \\" Ulm"}')]),
+    (f"I look.\n\n{HERMES}\n", "I look.", [("get_weather", '{"city": "</tool_call> \\" Ulm"}')]),
+    (f'{HERMES}\n<tool_call>{{"name": "clock"}}</tool_call>', None, ["get_weather", ("clock", "{}")]),
+    (f"{HERMES} And so on", " And so on", ["get_weather"]),
+    ('<tool_call>{"name": "clock", "arguments": {}}', None, [("clock", "{}")]),  # no closing tag
+    ('<tool_call>{"name": "clock", "arguments": {"a', '<tool_call>{"name": "clock", "arguments": {"a', []),
+    ('a <tool_call>{"name": "rm", "arguments": {}}</tool_call> b', None, None),
+    ("a <tool_call>nonsense</tool_call> b", None, None),
+    ("1 < 2 <tool", None, None),
+    ('{"name": "get_weather", "parameters": {"city": "Ulm"}}', None, [("get_weather", '{"city": "Ulm"}')]),
+    ('{"name": "clock", "parameters": {}}; {"name": "clock"}', None, [("clock", "{}"), ("clock", "{}")]),
+    ('{"name": "clock", "arguments": "{\\"a\\": 1}"}', None, [("clock", '{"a": 1}')]),
+    ('{"name": "clock", "arguments": [1]}', None, None),
+    ('{"name": "nobody", "parameters": {}}', None, None),
+    ('{"answer": 42}', None, None),
+    ("[1, 2]", None, None),
+    ('[{"name": "clock", "arguments": {"z": 1e400}}]', None, [("clock", '{"z": 1e400}')]),
+    (
+        ' [TOOL_CALLS] [{"name": "clock", "arguments": {}}, {"name": "clock", "arguments": {}}]',
+        None,
+        ["clock", "clock"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "content", "calls"), AUTO)
+def test_calls_in_free_text(text: str, content: str | None, calls: list[Any] | None) -> None:
+    found = parse_tool_calls(text, request())
+    if calls is None:
+        assert found == (text, []), "what is no call is text, unchanged"
+        return
+    assert found[0] == content
+    assert [
+        (c.name, c.arguments) if isinstance(e, tuple) else c.name for c, e in zip(found[1], calls, strict=True)
+    ] == calls
+    assert finish_reason(request(), "stop", text) == ("tool_calls" if calls else "stop")
+    assert finish_reason(request(), "length", text) == "length"
+
+
+@given(st.sampled_from([text for text, _, _ in AUTO]), st.data())
+def test_any_cut_gives_the_same_at_every_point(text: str, data: st.DataObject) -> None:
+    for choice in ("auto", "required"):
+        for source in (text, FORCED, FORCED[:-1], FORCED[:40]):
+            cuts = sorted(data.draw(st.lists(st.integers(0, len(source)), max_size=8)))
+            parser, pieces = ToolParser(request(tool_choice=choice)), []
+            for start, end in zip([0, *cuts], [*cuts, len(source)], strict=True):
+                pieces += parser.push(source[start:end])
+                at_once = ToolParser(request(tool_choice=choice)).push(source[:end])
+                assert join(pieces) == join(at_once), "a resume at this point would say something else"
+            pieces += parser.finish()
+            assert join(pieces) == parse_tool_calls(source, request(tool_choice=choice))
+
+
+@given(st.text('<>/tool_call{}"\\ \nnameclock:arguments', max_size=200))
+def test_nothing_is_lost_of_a_text_without_calls(text: str) -> None:
+    content, calls = parse_tool_calls(text, request())
+    assert calls or content == text
+
+
+@given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists), max_size=4))
+def test_any_arguments_come_back(arguments: dict[str, Any]) -> None:
+    written = json.dumps({"name": "clock", "arguments": arguments})
+    for text, choice in ((written, "required"), (written, "auto"), (f"<tool_call>{written}</tool_call>", "auto")):
+        content, (call,) = parse_tool_calls(text, request(tool_choice=choice))
+        assert (content, call.name, json.loads(call.arguments)) == (None, "clock", arguments)
+
+
+def test_a_forced_call_that_was_cut_keeps_what_there_is() -> None:
+    forced = request(tool_choice="required")
+    assert parse_tool_calls(FORCED, forced) == (None, [Call("get_weather", '{"city": "a } b"}')])
+    assert parse_tool_calls(FORCED[:-1], forced) == (None, [Call("get_weather", '{"city": "a } b"}')])
+    assert parse_tool_calls(FORCED[:-2], forced) == (None, [Call("get_weather", '{"city": "a } b"')])
+    assert parse_tool_calls(FORCED[:-5], forced) == (None, [Call("get_weather", '{"city": "a }')])
+
+
+def test_who_may_be_called() -> None:
+    text = '{"name": "clock", "arguments": {}}'
+    assert parse_tool_calls(text, request(tool_choice="none")) == (text, [])
+    assert parse_tool_calls(text, request(tool_choice="required", tool_name="get_weather")) == (text, [])
+    two = f"{text}\n{text}"
+    assert len(parse_tool_calls(two, request())[1]) == 2
+    assert len(parse_tool_calls(two, request(parallel_tool_calls=False))[1]) == 1
+
+
+def test_ids_depend_on_the_place_alone() -> None:
+    places = [("job_1", 0, 0), ("job_1", 0, 1), ("job_1", 1, 0), ("job_2", 0, 0)]
+    assert len({call_id(*place) for place in places}) == 4
+    assert call_id("job_1", 0, 0) == call_id("job_1", 0, 0)
+
+
+class TestGuide:
+    def test_free_replies_have_none(self) -> None:
+        assert request().guide is None
+        assert request(tool_choice="none").guide is None
+
+    def test_formats_are_their_schema(self) -> None:
+        schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"type": "integer"}}}
+        assert Request(model="m", prompt="p", response_format=ResponseFormat("json_schema", schema)).guide == schema
+        assert Request(model="m", prompt="p", response_format=ResponseFormat("json_object")).guide == {"type": "object"}
+
+    def test_a_named_tool(self) -> None:
+        guide = request(tool_choice="required", tool_name="clock").guide
+        assert guide is not None
+        assert guide["properties"]["name"] == {"const": "clock"}
+        assert "anyOf" not in guide
+
+    def test_references_are_found_where_a_schema_has_moved_to(self) -> None:
+        tree = Tool("tree", "", {"properties": {"left": {"$ref": "#"}, "x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {}}})
+        guide = Request(model="m", messages=(), tools=(tree, CLOCK), tool_choice="required").guide
+        assert guide is not None
+        moved = guide["$defs"]["tree"]["properties"]
+        assert moved == {"left": {"$ref": "#/$defs/tree"}, "x": {"$ref": "#/$defs/tree/$defs/x"}}
+        assert [option["properties"]["arguments"] for option in guide["anyOf"]] == [
+            {"$ref": "#/$defs/tree"},
+            {"$ref": "#/$defs/clock"},
+        ]
+
+    def test_a_format_beside_tools_leaves_the_choice(self) -> None:
+        guide = request(response_format=ResponseFormat("json_object")).guide
+        assert guide is not None
+        assert len(guide["anyOf"]) == 3
+
+
+class TestBounds:
+    @pytest.mark.parametrize(
+        ("schema", "words"),
+        [
+            ({"enum": ["x" * 70_000]}, "bytes"),
+            ({"multipleOf": 99_991}, "multipleOf"),
+            ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "multipleOf"),
+            ({"multipleOf": 1e-9}, "multipleOf"),
+        ],
+    )
+    def test_what_costs_too_much(self, schema: dict[str, Any], words: str) -> None:
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            check_schema(schema, "response_format")
+        assert caught.value.param == "response_format"
+
+    def test_depth(self) -> None:
+        schema: dict[str, Any] = {}
+        for _ in range(63):
+            schema = {"items": schema}
+        check_schema(schema, "p")
+        with pytest.raises(InvalidRequest, match="levels"):
+            check_schema({"items": schema}, "p")
+
+    def test_what_people_write(self) -> None:
+        check_schema({"properties": {"multipleOf": {"type": "string"}, "price": {"multipleOf": 0.01}}}, "p")
+        check_schema({"properties": {"a": {"multipleOf": 5}, "b": {"multipleOf": 0.001}}}, "p")
