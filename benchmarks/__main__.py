@@ -228,7 +228,7 @@ def peers(
         )
         chosen, absent = installed(chosen, load_targets(), pair)
         for why in absent:
-            console.print(f"[yellow]left out: {why}[/yellow]", highlight=False)
+            _complain(why)
         if not chosen.pairs:
             _give_up(TargetError("No peer is left to compare with: `make peers` installs them (some gigabytes)."))
         _compare(chosen, rounds, False, each, out and out.with_name(f"{out.name}-{each}"))
@@ -247,7 +247,9 @@ def _compare(chosen: Scenario, rounds: int, keep: bool, shape: str, out: Path | 
             bar.console.print(f"  {target} {result.label}: {figures}{errors}", highlight=False)
 
         try:
-            comparison = run_comparison(chosen, rounds, keep, lambda text: bar.update(task, description=text), advance)
+            comparison = run_comparison(
+                chosen, rounds, keep, lambda text: bar.update(task, description=text), advance, _complain
+            )
         except TargetError as error:
             _give_up(error)
     markdown = comparison.markdown()
@@ -484,6 +486,10 @@ def _finish(markdown: str, written: list[Path], plot: Path | None = None) -> Non
     console.print(
         "\nwritten: " + ", ".join(str(path) for path in [*written, *([plot] if plot else [])]), highlight=False
     )
+
+
+def _complain(problem: str) -> None:
+    console.print(f"[yellow]left out: {problem}[/yellow]", highlight=False)
 
 
 def _give_up(error: Exception) -> None:

@@ -197,8 +197,9 @@ def run_comparison(
     keep: bool = False,
     announce: Callable[[str], None] = lambda _: None,
     advance: Callable[[str, Result], None] = lambda *_: None,
+    fail: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Run all rounds. `announce` is told what happens, `advance` gets each cell's result.
+    """Run all rounds. `announce` is told what happens, `advance` gets each cell's result, `fail` what is left out.
 
     Where pairs are compared, one that cannot be started is left out from then on; else that ends the comparison.
     """
@@ -229,7 +230,7 @@ def run_comparison(
                     if not scenario.pairs:
                         raise
                     comparison.failed[target.name] = str(error)
-                    announce(str(error))
+                    fail(str(error))
     return comparison
 
 

@@ -103,7 +103,7 @@ def _name(process: psutil.Process) -> str:
     words = [Path(word).name for word in line[:1]] + [word for word in line[1:] if not word.startswith("/")]
     if len(line) > 1 and line[1].startswith("/"):
         words = [Path(line[1]).name, *words[1:]]
-    words = [word for word in words if not word.startswith("-") and len(word) < 40]
+    words = [word for word in words if not word.startswith("-") and not word.isdigit() and len(word) < 40]
     return " ".join(words[:2]) or _quietly(process.name, "?")
 
 

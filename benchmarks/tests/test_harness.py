@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from benchmarks.ceiling import _canned
+from benchmarks import canned
 from benchmarks.client import ChunkedDecoder, EventSplitter, Exchange, ProtocolError
 from benchmarks.dialects import DIALECTS, Chat, Completions, Dialect, Generate, parse_events
 from benchmarks.scenarios.fairness import TENANTS, WEIGHTS, Fairness, half_bound, largest_difference
@@ -50,7 +50,7 @@ def test_events_are_cut_at_block_ends_only(separator: bytes) -> None:
 @pytest.mark.parametrize("name", DIALECTS)
 def test_a_good_reply_is_counted_and_verified(name: str) -> None:
     decoder, dialect = ChunkedDecoder(), DIALECTS[name]()
-    blocks = [decoder.feed(chunk) for chunk in _canned(name, 5)]
+    blocks = [decoder.feed(chunk) for chunk in canned.reply(name, 5)]
     exchange = Exchange(b"", 5, events=_count(dialect, b"".join(blocks)), blocks=blocks)
     assert (dialect.finish(exchange), exchange.events, exchange.tokens) == ("", 5, 5)
     assert dialect.verify(exchange) == ""
@@ -67,7 +67,7 @@ def test_a_good_reply_is_counted_and_verified(name: str) -> None:
 )
 def test_verify_sees_a_broken_log(old: bytes, new: bytes, problem: str) -> None:
     decoder, dialect = ChunkedDecoder(), Generate()
-    stream = b"".join(decoder.feed(chunk) for chunk in _canned("generate", 5))
+    stream = b"".join(decoder.feed(chunk) for chunk in canned.reply("generate", 5))
     assert old in stream
     exchange = Exchange(b"", 5, events=5, tokens=5, blocks=[stream.replace(old, new, 1)])
     assert problem in dialect.verify(exchange)
