@@ -98,7 +98,9 @@ def _wait_until(server: Running, state: str, spares: int) -> None:
         if worker["state"] == state and worker["standby"] == spares:
             time.sleep(SETTLE)  # processes that are kept ready import their library; kernels are compiled ahead
             return
-        time.sleep(0.1)
+        if state == "ready":
+            _first_token(server)  # or it would be unloaded again while a spare takes its time
+        time.sleep(0.5)
     raise TargetError(f"{server.target.name}: the model is still {worker['state']}, with {worker['standby']} spares")
 
 
