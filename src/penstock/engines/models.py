@@ -20,7 +20,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
 IR_NAMES = ("openvino_model.xml", "openvino_language_model.xml")
 
 #: What is downloaded of a hub repository: weights and text files, never code and never pickles.
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "openvino_*.xml", "openvino_*.bin")
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "openvino_*.xml", "openvino_*.bin")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
