@@ -86,7 +86,7 @@ class _Metadata:
             raise ModelLoadError(f"{file} is not a GGUF file that can be read: {error}") from error
         self.architecture: str = self.get("general.architecture", "")
         try:
-            self.precision = gguf.LlamaFileType(self.get("general.file_type", -1)).name.removeprefix("MOSTLY_").lower()
+            self.precision = gguf.LlamaFileType(self.get("general.file_type", -1)).name.partition("_")[2].lower()
         except ValueError:
             self.precision = ""
 

@@ -51,6 +51,7 @@ def told(outputs: list[Output]) -> tuple[list[int], str]:
 
 def test_it_tells_precision_context_and_chat(backend: LlamaBackend) -> None:
     assert backend.info.context_length == 256
+    assert backend.info.precision == "q8_0"
     assert backend.info.chat
     assert backend.info.vocab_size == 4096
 
