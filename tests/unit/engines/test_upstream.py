@@ -450,6 +450,7 @@ async def test_a_complete_reply_only_ends(servers: list[Upstream], engine_of: Ma
         (chat(), {"dialect": "openai"}, "does not continue a chat"),
         (ask(), {"continuation": "none"}, "option continuation forbids it"),
         (chat(response_format=ResponseFormat("json_object")), {}, "grammar"),
+        (chat(tools=(Tool("t"),)), {"dialect": "penstock"}, "tools"),
     ],
 )
 async def test_what_cannot_go_on_is_begun_again_before_its_first_token_only(

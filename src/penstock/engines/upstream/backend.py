@@ -108,13 +108,16 @@ class UpstreamBackend(AsyncBackend):
                 f"{self.info.context_length}, of which at least one must be left for the reply.",
                 param="prompt",
             )
+        if request.response_format is not None and request.messages is None:
+            self._refuse({"openai"}, "follow a response_format without messages", "response_format")
         if request.continue_final and self._options.continuation != "text":
-            missing = next((dialect.name for dialect in self._dialects if not dialect.begun_chat), None)
-            if missing is not None:
-                raise Unsupported(
-                    f"A server of the kind {missing!r} does not continue a final message.",
-                    param="continue_final_message",
-                )
+            self._refuse({"openai"}, "continue a final message", "continue_final_message")
+
+    def _refuse(self, kinds: set[str], what: str, param: str) -> None:
+        """Raise `Unsupported` where a replica is of one of *kinds*."""
+        for dialect in self._dialects:
+            if dialect.name in kinds:
+                raise Unsupported(f"The upstream server, of the kind {dialect.name!r}, does not {what}.", param=param)
 
     async def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
         limit = request.sampling.max_tokens
@@ -147,6 +150,8 @@ class UpstreamBackend(AsyncBackend):
         failures = 0
         failed: set[Replica] = set()
         why = "all of them are down"
+        if reply.ids and request.response_format is not None and _is_json("".join(reply.texts)):
+            reply.finish = "stop"  # only its end was not told
         while reply.finish is None:
             replica = self._replicas.choose(failed)
             if replica is None:
@@ -259,8 +264,8 @@ class UpstreamBackend(AsyncBackend):
             raise _lost("the option continuation forbids it")
         if request.response_format is not None or request.tool_choice == "required":
             raise _lost("its grammar would begin anew")
-        if "<tool_call>" in "".join(reply.texts) and request.tools:
-            raise _lost("it had begun to call a tool")
+        if request.tools and (dialect.name == "penstock" or "<tool_call>" in "".join(reply.texts)):
+            raise _lost("it may call tools")
         if request.messages is not None and not dialect.begun_chat and wish != "text":
             raise _lost(f"a server of the kind {dialect.name!r} does not continue a chat (see the option continuation)")
         if request.prompt_ids is not None and dialect.name != "llama":
@@ -302,6 +307,14 @@ class UpstreamBackend(AsyncBackend):
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._secret, "***") if self._secret else text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.MsgspecError:
+        return False
+    return True
 
 
 def _finish(replies: list[Reply]) -> Finish:

@@ -93,7 +93,7 @@ def body(
     }
     text = "" if by_ids else "".join(reply.texts)
     if request.messages is not None:
-        sent |= _chat(request, text)
+        sent |= _chat(request, text) | _tools(dialect, request)
     elif by_ids:
         prompt = request.prompt_ids if request.prompt_ids is not None else reply.prompt_ids
         sent["prompt"] = [*(prompt or ()), *reply.ids]
@@ -106,6 +106,7 @@ def body(
         sent["return_token_ids"] = True
     if dialect.name == "llama":
         sent["timings_per_token"] = True
+    sent |= _format(dialect, request)
     sent |= _sampling(dialect, request, context)
     if sampling.seed is not None:
         sent["seed"] = _seed(sampling.seed, choice, len(reply.ids))
@@ -123,22 +124,39 @@ def _chat(request: Request, text: str) -> dict[str, Any]:
         messages.append({"role": "assistant", "content": text})
     if text or request.continue_final:
         sent |= {"add_generation_prompt": False, "continue_final_message": True}
-    if (wanted := request.response_format) is not None:
-        sent["response_format"] = {"type": wanted.type}
-        if wanted.type == "json_schema":
-            sent["response_format"]["json_schema"] = {"name": "reply", "strict": True, "schema": wanted.schema}
-    if request.tools:
-        sent["tools"] = [
-            {
-                "type": "function",
-                "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
-            }
-            for tool in request.tools
-        ]
-        if request.tool_name is not None:
-            sent["tool_choice"] = {"type": "function", "function": {"name": request.tool_name}}
+    return sent
+
+
+def _format(dialect: Dialect, request: Request) -> dict[str, Any]:
+    if (wanted := request.response_format) is None:
+        return {}
+    if dialect.name == "llama" and request.messages is None:
+        return {"json_schema": wanted.json_schema}
+    if wanted.type == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    schema = {"name": "reply", "strict": True, "schema": wanted.schema}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+def _tools(dialect: Dialect, request: Request) -> dict[str, Any]:
+    if not request.tools:
+        return {}
+    tools, choice = request.tools, request.tool_choice
+    sent: dict[str, Any] = {"tool_choice": choice}
+    if request.tool_name is not None:
+        if dialect.name == "llama":  # it cannot be told a name; so it has no other to choose
+            tools = tuple(tool for tool in tools if tool.name == request.tool_name)
         else:
-            sent["tool_choice"] = request.tool_choice
+            sent["tool_choice"] = {"type": "function", "function": {"name": request.tool_name}}
+    sent["tools"] = [
+        {
+            "type": "function",
+            "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+        }
+        for tool in tools
+    ]
+    if not request.parallel_tool_calls:
+        sent["parallel_tool_calls"] = False
     return sent
 
 
@@ -176,9 +194,11 @@ def _sampling(dialect: Dialect, request: Request, context: int) -> dict[str, Any
     else:
         neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         sent = {name: value for name in neutral if (value := getattr(sampling, name)) != neutral[name]}
-    for name in ("presence_penalty", "frequency_penalty", "ignore_eos"):
+    for name in ("presence_penalty", "frequency_penalty"):
         if value := getattr(sampling, name):
             sent[name] = value
+    if sampling.ignore_eos and request.response_format is None and request.tool_choice != "required":
+        sent["ignore_eos"] = True  # what must be JSON ends where the JSON ends
     if sampling.stop:
         sent["stop"] = list(sampling.stop)
     if sampling.logit_bias:

@@ -151,6 +151,7 @@ class Reply:
         self._before = len(self.ids)
         self._text = ""  # that came without a token
         self._tool: int | None = None
+        self._called = False
         self._reason: str | None = None
         self._usage: Usage | None = None
 
@@ -253,7 +254,9 @@ class Reply:
             if not output.ids:
                 output.ids, output.texts = [UNTOLD], [""]
             output.texts[0] = self._text
-        self.finish = self._reason if self._reason in ("stop", "length", "tool_calls") else "stop"
+        self.finish = self._reason if self._reason in ("length", "tool_calls") else "stop"
+        if self._called and self.finish == "stop":
+            self.finish = "tool_calls"  # a call by name ends with "stop" at some servers
         return self._output(output, [None] * len(output.ids))
 
     def _with_logprobs(
@@ -292,7 +295,7 @@ class Reply:
                 separator = "\n" if text or self.ids else ""
                 name = msgspec.json.encode(function.name or "").decode()
                 text += f'{separator}<tool_call>\n{{"name": {name}, "arguments": '
-                self._tool, self._arguments = delta.index, False
+                self._tool, self._arguments, self._called = delta.index, False, True
             if function.arguments:
                 text += function.arguments
                 self._arguments = True
