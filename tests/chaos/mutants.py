@@ -25,6 +25,9 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[2]
 BROKER = "penstock/brokers/embedded/broker.py"
 STORE = "penstock/brokers/embedded/store.py"
+WORKER = "penstock/worker/worker.py"
+MANAGER = "penstock/worker/manager.py"
+STANDBY = "penstock/engines/standby.py"
 CONTRACT = "tests/contract/test_embedded_broker.py"
 
 
@@ -256,6 +259,26 @@ MUTANTS = [
         "redis: nobody is woken",
         ((LUA + "lib.lua", 'local first = call("ZPOPMIN", idle)', "local first = {}"),),
         ("tests/integration/test_redis_broker.py",),
+    ),
+    Mutant(
+        "what was claimed when the drain began is forgotten",
+        ((WORKER, "self._pending.extend(self._claim.result())  # it was", "pass  # it was"),),
+        ("tests/unit/worker/test_worker.py",),
+    ),
+    Mutant(
+        "a busy model never makes room",
+        ((MANAGER, "now - model.waiting_since >= self._swap_after", "False"),),
+        ("tests/unit/worker/test_manager.py", "-k", "left_alone"),
+    ),
+    Mutant(
+        "the budget counts no spares",
+        ((MANAGER, "(self.process.held + (self.worker is not None))", "(self.worker is not None)"),),
+        ("tests/unit/worker/test_manager.py", "-k", "spares_go_before"),
+    ),
+    Mutant(
+        "a spare is loaded anew",
+        ((STANDBY, "next((spare for spare in self._spares if spare.alive), None)", "None"),),
+        ("tests/unit/engines/test_standby.py", "-k", "TestSpares"),
     ),
 ]  # fmt: skip
 
