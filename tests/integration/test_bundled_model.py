@@ -194,3 +194,60 @@ async def test_killing_the_engine_changes_not_a_single_token(bundled: Server, ht
     assert [(token.id, token.text) for token in shaken] == [(token.id, token.text) for token in calm]
     assert shaken[-1].attempt is not None
     assert shaken[-1].attempt > 1, "it was over before the kill: nothing was proven"
+
+
+async def chat_reply(http: httpx.AsyncClient, messages: Any, **fields: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 40, **fields}
+    answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    choice: dict[str, Any] = answer.json()["choices"][0]
+    return choice
+
+
+async def test_a_begun_reply_goes_on_where_it_ends(http: httpx.AsyncClient) -> None:
+    whole = (await chat_reply(http, ASK))["message"]["content"]
+    cut = whole.index(" ", 20)
+    begun = [*ASK, {"role": "assistant", "content": whole[:cut]}]
+    for fields in ({}, {"add_generation_prompt": False}):
+        rest = (await chat_reply(http, begun, continue_final_message=True, **fields))["message"]["content"]
+        assert (whole[:cut] + rest).startswith(whole)
+    anew = (await chat_reply(http, begun))["message"]["content"]
+    assert not (whole[:cut] + anew).startswith(whole)
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "code", "param"),
+    [
+        (ASK, {"continue_final_message": True}, "invalid_request", "continue_final_message"),
+        (ASK, {"add_generation_prompt": False}, "unsupported", "add_generation_prompt"),
+        (
+            [*ASK, {"role": "assistant", "content": "Once"}],
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "invalid_request",
+            "add_generation_prompt",
+        ),
+    ],
+)
+async def test_what_contradicts_a_begun_reply(
+    http: httpx.AsyncClient, messages: Any, fields: dict[str, Any], code: str, param: str
+) -> None:
+    body = {"model": MODEL, "messages": messages, **fields}
+    answer = await http.post("/v1/chat/completions", json=body)
+    check_error(answer, 400, code, param)
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+async def test_token_ids_are_told_to_who_asks(http: httpx.AsyncClient, bundled: Server, route: str) -> None:
+    asked: dict[str, Any] = {"prompt": PROMPT} if route == "completions" else {"messages": ASK}
+    body = {"model": MODEL, "temperature": 0, "max_tokens": 20, "ignore_eos": True, "return_token_ids": True, **asked}
+    whole = (await http.post(f"/v1/{route}", json=body)).json()["choices"][0]["token_ids"]
+    assert len(whole) == 20
+    streamed: list[int] = []
+    url = f"{bundled.url}/v1/{route}"
+    async with await open_stream(url, "POST", json_body={**body, "stream": True}) as stream:
+        for event in await stream.rest():
+            if event.text != "[DONE]":
+                streamed += [token for choice in event.data["choices"] for token in choice.get("token_ids", [])]
+    assert streamed == whole
+    plain = (await http.post(f"/v1/{route}", json={**body, "return_token_ids": False})).json()
+    assert "token_ids" not in plain["choices"][0]
