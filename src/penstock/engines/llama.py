@@ -34,13 +34,15 @@ from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
-from penstock.engines.guide import WHITE_SPACE, Guide, Guides, followed
+from penstock.engines.guide import Guide, Guides, followed
 from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, Mailbox
 from penstock.engines.options import parse
 from penstock.engines.sampling import Floats, Sampler, stream_key
 from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
 
+#: How llama.cpp writes JSON that obeys a schema.
+SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 #: An id for a token that llama.cpp did not tell: part of a character that never became one.
 UNTOLD = -1
 #: How many of the likeliest next tokens are looked at first for one that a schema allows.
@@ -312,8 +314,9 @@ class _Sequence:
             body = _body(self._request, self._choice, self._before)
             body["prompt"] = self._prompt(prompt)
             if self._request.guide is not None:
-                # It has the same library for this as we have: with the same options they agree on every token.
-                body["json_schema"] = {**self._request.guide, "x-guidance": WHITE_SPACE}
+                # It has the same library for this as we have, in a version to which separators are no patterns: what it
+                # allows is a part of what ours does.
+                body["json_schema"] = {**self._request.guide, "x-guidance": SEPARATORS}
             self._server.handle_completions(body, self._take)
         except PenstockError as error:
             self._fail(error)
