@@ -46,6 +46,8 @@ class Upstream:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
+        self.tokens = 90
+        """Of any prompt, if it is asked."""
         self.cut_off = asyncio.Event()
         self.url = ""
 
@@ -53,6 +55,7 @@ class Upstream:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/{route:.*}", self._post)
+        app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -64,6 +67,10 @@ class Upstream:
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "m", "owned_by": self.owned_by, "max_model_len": 100}]})
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        assert (await request.json())["prompt"]
+        return web.json_response({"count": self.tokens, "tokens": []})
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -485,13 +492,42 @@ async def test_redirects_are_not_followed(servers: list[Upstream], engine_of: Ma
     assert not servers[1].bodies
 
 
+@pytest.mark.parametrize(
+    "error", [{"message": "maximum context length is 100 tokens"}, {"message": "too many", "param": "max_tokens"}]
+)
 async def test_what_leaves_no_room_for_max_tokens_gets_the_room_there_is(
-    servers: list[Upstream], engine_of: MakeEngine
+    servers: list[Upstream], engine_of: MakeEngine, error: dict[str, str]
 ) -> None:
     engine = await engine_of(servers[0])
+    requests = [
+        ask(max_tokens=99),
+        Request(model="m", prompt_ids=(1,) * 95, sampling=Sampling(max_tokens=30)),
+        chat(),
+    ]
+    texts = []
+    for request in requests:
+        servers[0].script.append(answer(400, {"error": error}))
+        texts.append(text_of(await engine.run(request)))
+    assert texts == [TEXT, "".join(WORDS[:5]), TEXT]
+    assert [body.get("max_tokens") for body in servers[0].bodies] == [99, 10, 30, 5, 10, None]
+
+
+async def test_where_there_is_no_room_at_all_it_is_refused(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].tokens = 100
     servers[0].script.append(answer(400, {"error": {"message": "maximum context length is 100 tokens"}}))
-    assert_complete(await engine.run(ask(max_tokens=99)))
-    assert [body["max_tokens"] for body in servers[0].bodies] == [99, None]
+    assert error_of(await engine.run(ask())).code == "context_length_exceeded"
+    assert len(servers[0].bodies) == 1
+
+
+async def test_the_limit_is_called_what_the_server_wants(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0], dialect="openai")
+    message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    servers[0].script.append(answer(400, {"error": {"message": message, "param": "max_tokens"}}))
+    assert text_of(await engine.run(chat())) == TEXT
+    await engine.run(chat())
+    fields = [[name for name in body if name.startswith("max_")] for body in servers[0].bodies]
+    assert fields == [["max_tokens"], ["max_completion_tokens"], ["max_completion_tokens"]]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from penstock.engines.upstream.stream import Lines, Reply, StreamError
 DEFAULT_CONTEXT = 131_072
 #: A pause that a server asks for is kept up to so many seconds; longer ones are the queue's.
 MAX_RETRY_AFTER = 30.0
+NEW_LIMIT = "max_completion_tokens"
 #: Seconds for a connection that has told everything to end properly, so that it can be used again.
 LINGER = 1.0
 
@@ -40,6 +41,12 @@ class Broken(Exception):
         super().__init__(why)
         self.lost = lost
         self.retry_after = retry_after
+
+
+class _Count(msgspec.Struct):
+    """What vLLM's ``/tokenize`` answers, less the tokens."""
+
+    count: int
 
 
 class UpstreamBackend(AsyncBackend):
@@ -190,7 +197,10 @@ class UpstreamBackend(AsyncBackend):
         assert dialect is not None
         by_ids = self._by_ids(dialect, request, reply)
         sent = body(dialect, replica.model, self.info.context_length, request, choice, reply, by_ids=by_ids)
+        if request.messages is not None:
+            sent[replica.limit_field] = sent.pop("max_tokens")
         reply.begin()
+        cut = False
         try:
             while True:
                 async with self._session.post(
@@ -201,10 +211,20 @@ class UpstreamBackend(AsyncBackend):
                             yield output
                         return
                     told = await self._refused(replica, response)
-                    if told.about_context and sent.get("max_tokens") and dialect.name in ("vllm", "openai"):
-                        # The prompt may fit, and only what was asked for not: then the server gives what room there is.
-                        sent = _without_limit(sent)
+                    if NEW_LIMIT in told.message and "messages" in sent and "max_tokens" in sent:
+                        replica.limit_field = NEW_LIMIT
+                        sent[NEW_LIMIT] = sent.pop("max_tokens")
                         continue
+                    if told.about_limit and not cut and dialect.name in ("vllm", "openai"):
+                        # The prompt may fit, and only what was asked for not: then it gets what room there is.
+                        cut = True
+                        if "messages" in sent:
+                            del sent[replica.limit_field]  # a chat has it by itself
+                            continue
+                        room = self.info.context_length - await self._prompt_tokens(replica, sent["prompt"])
+                        if 0 < room < sent["max_tokens"]:
+                            sent["max_tokens"] = room
+                            continue
                     raise told.refusal(replica.model)
         except TimeoutError:
             raise Broken(f"silent for {self._options.idle_timeout:.0f} s") from None
@@ -212,6 +232,20 @@ class UpstreamBackend(AsyncBackend):
             raise Broken(reason(error), lost=isinstance(error, aiohttp.ClientConnectorError)) from None
         except StreamError as error:
             raise Broken(f"it sent {error}") from None
+
+    async def _prompt_tokens(self, replica: Replica, prompt: str | list[int]) -> int:
+        """How many there are, as far as it can be found out: else as many as there is room for."""
+        if isinstance(prompt, list):
+            return len(prompt)
+        with contextlib.suppress(msgspec.MsgspecError):
+            async with self._session.post(
+                f"{replica.address.root}/tokenize",
+                json={"model": replica.model, "prompt": prompt},
+                allow_redirects=False,
+            ) as response:
+                if response.status == 200:
+                    return msgspec.json.decode(await read_answer(response), type=_Count).count
+        return self.info.context_length
 
     async def _read(self, replica: Replica, response: aiohttp.ClientResponse, reply: Reply) -> AsyncGenerator[Output]:
         """The stream of a call: an output for everything that was ready, however many chunks it came in."""
@@ -256,7 +290,10 @@ class UpstreamBackend(AsyncBackend):
         if not reply.ids:
             return False
         wish = self._options.continuation
-        prompt_known = request.prompt_ids is not None or (request.messages is None and reply.prompt_ids is not None)
+        # An id without text may be the beginning of a character: better to go on before it, where the text ends.
+        prompt_known = request.prompt_ids is not None or (
+            request.messages is None and reply.prompt_ids is not None and reply.texts[-1] != ""
+        )
         # What a server held back as the beginning of a stop string is in its ids, and not in its text.
         if prompt_known and not reply.untold and wish in ("auto", "ids") and not request.sampling.stop:
             return True
@@ -319,12 +356,6 @@ def _is_json(text: str) -> bool:
 
 def _finish(replies: list[Reply]) -> Finish:
     return Finish(tuple(reply.finish or "stop" for reply in replies))
-
-
-def _without_limit(sent: dict[str, Any]) -> dict[str, Any]:
-    """Without ``max_tokens``. Completions would then have 16, were it not for a null."""
-    rest = {name: value for name, value in sent.items() if name != "max_tokens"}
-    return rest if "messages" in sent else {**rest, "max_tokens": None}
 
 
 def _retryable(message: str) -> EngineError:

@@ -257,6 +257,11 @@ class Told:
             _CONTEXT.search(self.message)
         )
 
+    @property
+    def about_limit(self) -> bool:
+        """Is ``max_tokens`` more than it can give (perhaps because the prompt leaves no room)?"""
+        return self.about_context or self.param == "max_tokens"
+
     def refusal(self, model: str) -> PenstockError:
         """For the client whose request it refuses."""
         if self.about_context:

@@ -48,6 +48,8 @@ class Replica:
         self.address = address
         self.dialect: Dialect | None = None
         self.model = ""
+        self.limit_field = "max_tokens"
+        """What its chat calls the limit: OpenAI's newer models want ``max_completion_tokens``, and say so."""
         self.card: ModelCard | None = None
         self.streams = 0
         self.failures = 0
