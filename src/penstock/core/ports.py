@@ -9,9 +9,9 @@ from typing import Protocol
 
 import msgspec
 
-from penstock.core.errors import ErrorInfo
+from penstock.core.errors import ErrorInfo, Unsupported
 from penstock.core.events import Event, Logprob
-from penstock.core.job import Job, Priority, Status
+from penstock.core.job import Job, Priority, Request, Status
 
 
 class Clock(Protocol):
@@ -43,6 +43,25 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     chat: bool = True
     unsupported: tuple[str, ...] = ()
     """Request fields this model's engine cannot honour; asking for one is a 400 ``unsupported``."""
+
+    def check(self, request: Request) -> None:
+        """Raise `Unsupported` for what this model's engine cannot honour."""
+        if request.messages is not None and not self.chat:
+            raise Unsupported(f"{self.name} has no chat template: send a prompt instead.", param="messages")
+        for field in self.unsupported:
+            if (name := _asked_for(request, field)) is not None:
+                raise Unsupported(f"The {self.engine} engine of {self.name} cannot honour {name!r}.", param=name)
+
+
+_NEUTRAL = Request(model="", prompt="")
+
+
+def _asked_for(request: Request, field: str) -> str | None:
+    """The name under which *request* asks for *field*, if it does."""
+    if field == "response_format" and request.guide is not None:
+        return field if request.response_format is not None else "tool_choice"  # a call that must be made is a format
+    given, neutral = (request, _NEUTRAL) if hasattr(request, field) else (request.sampling, _NEUTRAL.sampling)
+    return field if getattr(given, field) != getattr(neutral, field) else None
 
 
 #: What a worker may be doing with its models, the most useful first.

@@ -99,6 +99,7 @@ def serve(channel: Channel, backend: Backend) -> None:
             match command:
                 case Add(key, request, prefixes, attempt):
                     try:
+                        backend.info.check(request)  # it may have been accepted before anything was known of the model
                         backend.add(key, request, prefixes, attempt)
                         running.add(key)
                     except PenstockError as error:

@@ -17,7 +17,6 @@ from penstock.core.errors import (
     ModelNotFound,
     NoWorker,
     PenstockError,
-    Unsupported,
     error_from_info,
 )
 from penstock.core.events import Completion, Ended, Event, fold
@@ -164,25 +163,8 @@ class Catalogue:
         if request.model not in self._known and request.model not in self._configured:
             served = ", ".join(self.names) or "none yet"
             raise ModelNotFound(f"The model {request.model!r} does not exist here. Served: {served}.", param="model")
-        info = self._known.get(request.model)
-        if info is None:
-            return
-        if request.messages is not None and not info.chat:
-            raise Unsupported(f"{info.name} has no chat template: send a prompt instead.", param="messages")
-        for field in info.unsupported:
-            if (name := _asked_for(request, field)) is not None:
-                raise Unsupported(f"The {info.engine} engine of {info.name} cannot honour {name!r}.", param=name)
-
-
-_NEUTRAL = Request(model="", prompt="")
-
-
-def _asked_for(request: Request, field: str) -> str | None:
-    """The name under which *request* asks for *field*, if it does."""
-    if field == "response_format" and request.guide is not None:
-        return field if request.response_format is not None else "tool_choice"  # a call that must be made is a format
-    given, neutral = (request, _NEUTRAL) if hasattr(request, field) else (request.sampling, _NEUTRAL.sampling)
-    return field if getattr(given, field) != getattr(neutral, field) else None
+        if (info := self._known.get(request.model)) is not None:
+            info.check(request)
 
 
 class Readers:

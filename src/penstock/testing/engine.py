@@ -264,6 +264,19 @@ class EngineContract:
         assert str(context) in bad.finish.error.message
         assert len(good.ids) == 24
 
+    @pytest.mark.parametrize("field", ["seed", "stop", "logit_bias", "logprobs", "response_format"])
+    async def test_what_it_declares_unsupported_it_refuses(self, engine: Engine, field: str) -> None:
+        """A job may have been accepted before anything was known of its model."""
+        if field not in engine.models[0].unsupported:
+            pytest.skip("this engine honours it")
+        asked: dict[str, Any] = {"seed": 1, "stop": ("x",), "logit_bias": {7: 1.0}, "logprobs": 1}
+        form = ResponseFormat("json_object") if field == "response_format" else None
+        given = {field: asked[field]} if form is None else {}
+        (result,) = await run(engine, lease(engine, response_format=form, **given))
+        assert result.finish is not None
+        assert result.finish.error is not None
+        assert (result.finish.error.code, result.finish.error.param) == ("unsupported", field)
+
     async def test_stop_strings_end_the_text_before_them(self, engine: Engine) -> None:
         needs(engine, "stop")
         needs_determinism(engine)
