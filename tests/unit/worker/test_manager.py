@@ -88,6 +88,12 @@ class Host:
 
         return await until(look)
 
+    async def begun(self, job: str) -> None:
+        async def look() -> bool:
+            return (await self.broker.get("t", job)).tokens > 0
+
+        await until(look)
+
     async def run(self, model: str) -> Job:
         return await self.ended(await self.submit(model))
 
@@ -190,7 +196,7 @@ class TestDemand:
         process = host.add("b", rate=50)
         host.start()
         job = await host.submit("b", tokens=30)
-        await until(lambda: host.state("b") == "ready" and host.manager.models["b"].worker.busy)  # type: ignore[union-attr]
+        await host.begun(job)
         assert process._active.pid is not None
         os.kill(process._active.pid, signal.SIGKILL)
         assert (await host.ended(job)).tokens == 30
@@ -235,7 +241,7 @@ class TestBudget:
         host.add("b", memory_mb=100)
         host.start(memory_budget=200 * MB, swap_after=1.0)
         long = await host.submit("a", tokens=100)
-        await until(lambda: host.state("a") == "ready")
+        await host.begun(long)
         waiting = await host.submit("b")
         await until(lambda: "waits for memory" in host.manager.models["b"].about.detail)
         assert host.state("a") == "ready"
@@ -386,7 +392,8 @@ class TestControl:
         spared = host.add("a", rate=20, standby=1)
         host.start()
         job = await host.submit("a", tokens=40)
-        await until(lambda: host.state("a") == "ready" and spared.spares == 1)
+        await host.begun(job)
+        await until(lambda: spared.spares == 1)
         first = spared._active.pid
         steps = await watch(host.manager.unload("a"))
         assert "unloading" in {step.state for step in steps}
