@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 from penstock.core.ports import Output
 
-#: Seconds between two frames, per running sequence, and at most.
+#: Seconds between two frames: at least, per running sequence, and at most. An engine whose steps take longer than this
+#: waits for nothing; the log of one that is faster has some tokens in a row.
+MIN_TICK = 0.005
 TICK_PER_SEQUENCE = 0.0005
 MAX_TICK = 0.03
 
@@ -43,7 +45,7 @@ class Outbox:
                 urgent.append(output)
             else:
                 held[output.key] = output
-        self._tick = min(MAX_TICK, TICK_PER_SEQUENCE * running)
+        self._tick = min(MAX_TICK, max(MIN_TICK, TICK_PER_SEQUENCE * running))
         if self.due() <= 0:
             urgent += self.flush()
         return urgent
