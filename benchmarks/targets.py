@@ -83,6 +83,7 @@ def default_variables() -> dict[str, str]:
         "penstock": str(beside) if beside.exists() else "penstock",
         "transformers": "{peers}/torch/bin/transformers",
         "torch_penstock": "{peers}/torch/bin/penstock",
+        "torch_python": "{peers}/torch/bin/python",
         "vllm_python": "{peers}/vllm/bin/python",
         "vllm_penstock": "{peers}/vllm/bin/penstock",
         "llama_server": "{peers}/llama.cpp/bin/llama-server",

@@ -36,7 +36,7 @@ from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
 from penstock.engines.guide import Guide, Guides, followed
 from penstock.engines.kvcache import fit_context
-from penstock.engines.mailbox import Choices, Mailbox
+from penstock.engines.mailbox import Choices, ThreadedBackend
 from penstock.engines.options import parse
 from penstock.engines.sampling import Floats, Sampler, stream_key
 from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
@@ -223,10 +223,11 @@ class _Untold:
 # ------------------------------------------------------------------------------------------ sequences
 
 
-class LlamaBackend:
+class LlamaBackend(ThreadedBackend):
     """See `penstock.engines.backend.Backend`."""
 
     def __init__(self, name: str, server: Any, text: GgufText, context: int, precision: str, options: Options) -> None:
+        super().__init__()
         text.context_length = context
         self.slots = options.slots
         self.info = ModelInfo(
@@ -239,10 +240,7 @@ class LlamaBackend:
         )
         self.server = server
         self.text = text
-        self.mailbox = Mailbox()
-        self.wakeup: int | None = self.mailbox.fd
         self._guides = Guides(text)
-        self._jobs: dict[int, Choices] = {}
         self._threads = ThreadPoolExecutor(options.slots, "sequence")
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
@@ -251,7 +249,7 @@ class LlamaBackend:
         text.check_bias(request.sampling)
         guides = [self._guides.begin(request) for _ in prefixes]
         prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
-        self._jobs[key] = job = Choices(key, len(prefixes), prompt_tokens)
+        self.jobs[key] = job = Choices(key, len(prefixes), prompt_tokens)
         for choice, prefix in enumerate(prefixes):
             guide = guides[choice]
             reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guide)
@@ -259,24 +257,6 @@ class LlamaBackend:
                 self.mailbox.put(*job.end(choice, reply.finish))
                 continue
             self._threads.submit(_Sequence(self, job, request, choice, reply, prefix, guide).run, prompt)
-
-    def abort(self, key: int) -> None:
-        if (job := self._jobs.pop(key, None)) is not None:
-            job.over = True
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._jobs)
-
-    def delay(self) -> float | None:
-        return None
-
-    def step(self) -> list[Output]:
-        outputs = [output for output in self.mailbox.take() if output.key in self._jobs]
-        for output in outputs:
-            if output.finish is not None:
-                del self._jobs[output.key]
-        return outputs
 
 
 class _Sequence:

@@ -116,6 +116,33 @@ class Choices:
             ]
 
 
+class ThreadedBackend:
+    """All of a `Backend` but ``add``, for one that puts `Choices`' outputs into its mailbox from other threads."""
+
+    def __init__(self) -> None:
+        self.mailbox = Mailbox()
+        self.wakeup: int | None = self.mailbox.fd
+        self.jobs: dict[int, Choices] = {}
+
+    def abort(self, key: int) -> None:
+        if (job := self.jobs.pop(key, None)) is not None:
+            job.over = True
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs)
+
+    def delay(self) -> float | None:
+        return None
+
+    def step(self) -> list[Output]:
+        outputs = [output for output in self.mailbox.take() if output.key in self.jobs]
+        for output in outputs:
+            if output.finish is not None:
+                del self.jobs[output.key]
+        return outputs
+
+
 class AsyncBackend:
     """A `Backend` over an event loop in a thread of its own: one task a request.
 

@@ -14,7 +14,7 @@ from penstock.core.events import Logprob, Prefix, TopLogprob
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.guide import Guides, followed
-from penstock.engines.mailbox import Choices, Mailbox
+from penstock.engines.mailbox import Choices, ThreadedBackend
 from penstock.engines.sampling import stream_key
 from penstock.engines.text import Reply, TextModel
 
@@ -59,7 +59,7 @@ class Row:
             self._mailbox.put(*self._job.end(self._choice, self.reply.finish or "stop"))
 
 
-class StaticBatching:
+class StaticBatching(ThreadedBackend):
     """See `penstock.engines.backend.Backend`.
 
     *generate* runs some rows for a number of steps, calling `Row.take` for each token until `Row.over`; it is called
@@ -75,20 +75,16 @@ class StaticBatching:
         slots: int,
         window: float,
     ) -> None:
+        super().__init__()
         self.info = info
         self.slots = slots
         self.text = text
-        self.mailbox = Mailbox()
-        self.wakeup: int | None = self.mailbox.fd
         self._generate = generate
         self._window = window
         self._guides = Guides(text) if text.has_token_bytes else None
-        self._jobs: dict[int, Choices] = {}
         self._waiting: list[Row] = []
         self._arrived = threading.Condition()
         threading.Thread(target=self._run, name="batches", daemon=True).start()
-
-    # ---------------------------------------------------------------------------- Backend
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text = self.text
@@ -100,31 +96,13 @@ class StaticBatching:
         for choice, prefix in enumerate(prefixes):
             reply = text.reply(request, limit, prefix.ids, self._guides.begin(request) if self._guides else None)
             rows.append(Row(self, job, choice, request, prompt, reply))
-        self._jobs[key] = job
+        self.jobs[key] = job
         for row in rows:
             if row.over:
                 row.end()
         with self._arrived:
             self._waiting += [row for row in rows if not row.over]
             self._arrived.notify()
-
-    def abort(self, key: int) -> None:
-        if (job := self._jobs.pop(key, None)) is not None:
-            job.over = True
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._jobs)
-
-    def delay(self) -> float | None:
-        return None
-
-    def step(self) -> list[Output]:
-        outputs = [output for output in self.mailbox.take() if output.key in self._jobs]
-        for output in outputs:
-            if output.finish is not None:
-                del self._jobs[output.key]
-        return outputs
 
     # ---------------------------------------------------------------------------- batches
 
