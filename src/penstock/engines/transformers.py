@@ -13,6 +13,7 @@ differ, or the model refuses, replies are made by ``generate`` in batches that n
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -138,13 +139,21 @@ class TorchNetwork:
         """The cache of *layer*, [blocks, heads, tokens, size] each, with the new tokens' *keys* and *values* in it
         ([1, heads, tokens, size])."""
         if (cache := self._cache.get(layer)) is None:
-            # Untouched pages of these cost nothing on a CPU: the memory is taken as sequences grow into it.
             cache = self._cache[layer] = [
-                part.new_empty((self.blocks, part.shape[1], self.block_size, part.shape[3])) for part in (keys, values)
+                _zeros(part, self.blocks, part.shape[1], self.block_size, part.shape[3]) for part in (keys, values)
             ]
         for part, new in zip(cache, (keys, values), strict=True):
             part[step.token_rows, :, step.token_positions] = new[0].transpose(0, 1)
         return cache
+
+
+def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """What is masked must still be a number: nothing times a NaN is a NaN."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    # From the system's zero pages: those untouched cost nothing, the memory is taken as sequences grow into it.
+    data = np.zeros(math.prod(shape) * like.element_size(), np.uint8)
+    return torch.from_numpy(data).view(like.dtype).view(shape)
 
 
 class _Step:
