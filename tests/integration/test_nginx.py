@@ -380,6 +380,10 @@ class TestRequests:
             assert answer.headers["x-request-id"]
             assert (await answer.json())["error"]["code"] == "not_found"
 
+    async def test_models_are_loaded_and_unloaded_from_inside_only(self, proxied: httpx.AsyncClient) -> None:
+        for action in ("load", "unload"):
+            check_error(await proxied.post(f"/v1/models/a/b/{action}"), 404, "not_found")
+
     async def test_what_is(self, proxied: httpx.AsyncClient) -> None:
         for path in ("/healthz", "/readyz", "/v1/models", "/v1/jobs"):
             assert (await proxied.get(path)).status_code == 200, path
