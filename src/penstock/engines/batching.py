@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.guide import Guides, followed
@@ -332,7 +332,7 @@ class ContinuousBatching:
         for row, (sequence, token) in enumerate(zip(drawing, tokens, strict=True)):
             job, reply = sequence.job, sequence.reply
             text = reply.push(token)
-            logprob = self._logprob(*logprobs[row]) if row in logprobs else None
+            logprob = self._text.logprob(*logprobs[row]) if row in logprobs else None
             output = outputs.get(job.key)
             if output is None:
                 choices = None if len(job.sequences) == 1 else [sequence.choice]
@@ -362,9 +362,6 @@ class ContinuousBatching:
             if not sequence.job.open:
                 self._finished(sequence.job, outputs[sequence.job.key])
         return list(outputs.values())
-
-    def _logprob(self, logprob: float, top: list[tuple[int, float]]) -> Logprob:
-        return Logprob(logprob, tuple(TopLogprob(id, self._text.token_text(id), value) for id, value in top))
 
     def _finished(self, job: _Job, output: Output) -> Output:
         del self._jobs[job.key]

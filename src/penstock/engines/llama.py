@@ -30,7 +30,7 @@ from penstock.core.errors import (
     ModelLoadError,
     PenstockError,
 )
-from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
@@ -176,7 +176,7 @@ class GgufText(TextModel):
         """
         if count <= 0:
             return []
-        data, last = text.encode(), self._bytes_of(last_token)
+        data, last = text.encode(), self._bytes[last_token]
         found = self._split(data[: len(data) - len(last)], count) if data.endswith(last) else None
         return found or [UNTOLD] * count
 
@@ -190,13 +190,13 @@ class GgufText(TextModel):
                 return [first, *rest]
         return None
 
-    def _bytes_of(self, token: int) -> bytes:
-        _, texts, data, _ = self._tables
-        return data[token] or (texts[token] or "").encode()
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return self.token_bytes()
 
     @cached_property
     def _by_bytes(self) -> dict[bytes, int]:
-        return {data: id for id in range(self.vocab_size - 1, -1, -1) if (data := self._bytes_of(id))}
+        return {data: id for id, data in reversed(list(enumerate(self._bytes))) if data}
 
 
 _DECODERS: dict[str, Any] = {
@@ -327,10 +327,7 @@ class _Sequence:
             said = reply.push(token)
             prompt_tokens -= len(self._logged) + len(drawn)
             drawn.append(token)
-            logprob: list[Logprob | None] | None = None
-            if 0 in logprobs:
-                chosen, top = logprobs[0]
-                logprob = [Logprob(chosen, tuple(TopLogprob(id, text.token_text(id), value) for id, value in top))]
+            logprob: list[Logprob | None] | None = [text.logprob(*logprobs[0])] if 0 in logprobs else None
             self._mailbox.put(self._job.output(self._choice, [token], [said], logprob, prompt_tokens))
         self._end()
 
@@ -417,10 +414,7 @@ class _Sequence:
 
     def _logprob(self, entry: dict[str, Any], count: int) -> Logprob:
         top = entry["top_logprobs"][:count]
-        return Logprob(
-            entry["logprob"],
-            tuple(TopLogprob(each["id"], self._text.token_text(each["id"]), each["logprob"]) for each in top),
-        )
+        return self._text.logprob(entry["logprob"], ((each["id"], each["logprob"]) for each in top))
 
 
 def _body(request: Request, choice: int, before: int) -> dict[str, Any]:

@@ -46,9 +46,7 @@ def resolve(name: str, path: str | None, progress: Progress, cache: Path | None 
     """
     wanted = path or name
     cache = cache or cache_folder()
-    place = Path(wanted).expanduser()
-    if path is None and (BUNDLED / name / "config.json").is_file():
-        place = BUNDLED / name
+    place = _place(name, path)
     if place.is_dir():
         return _from_folder(place, progress, cache)
     if place.suffix == ".gguf":
@@ -70,9 +68,7 @@ def weights_folder(name: str, path: str | None, progress: Progress) -> Path:
     Raises `ModelLoadError` that says what to do.
     """
     wanted = path or name
-    place = Path(wanted).expanduser()
-    if path is None and (BUNDLED / name / "config.json").is_file():
-        place = BUNDLED / name
+    place = _place(name, path)
     if not place.is_dir() and _HUB_NAME.fullmatch(wanted) and not place.exists():
         place = _download(wanted, progress)
     if not place.is_dir():
@@ -86,6 +82,13 @@ def weights_folder(name: str, path: str | None, progress: Progress) -> Path:
             "since they can run code: convert them to safetensors."
         )
     return place
+
+
+def _place(name: str, path: str | None) -> Path:
+    """Where the model would be on this machine: where the operator says, or in the package."""
+    if path is None and (BUNDLED / name / "config.json").is_file():
+        return BUNDLED / name
+    return Path(path or name).expanduser()
 
 
 def _from_folder(folder: Path, progress: Progress, cache: Path) -> ModelFiles:

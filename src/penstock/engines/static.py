@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.guide import Guides, followed
@@ -43,10 +43,7 @@ class Row:
     def take(self, token: int, logprob: tuple[float, list[tuple[int, float]]] | None) -> None:
         """The next token; with its log-probability and the best alternatives where they were asked for."""
         text = self.reply.push(token)
-        logprobs: list[Logprob | None] | None = None
-        if logprob is not None:
-            top = tuple(TopLogprob(id, self._text.token_text(id), value) for id, value in logprob[1])
-            logprobs = [Logprob(logprob[0], top)]
+        logprobs: list[Logprob | None] | None = None if logprob is None else [self._text.logprob(*logprob)]
         self._mailbox.put(self._job.output(self._choice, [token], [text], logprobs))
         if self.reply.finish is not None:
             self.end()
@@ -120,9 +117,9 @@ class StaticBatching(ThreadedBackend):
         with self._arrived:
             while not (waiting := self._alive()):
                 self._arrived.wait()
-            steps = _steps(waiting[0])
+            steps = waiting[0].reply.left
             deadline = time.monotonic() + self._window
-            while len(batch := [row for row in self._alive() if _steps(row) == steps][: self.slots]) < self.slots:
+            while len(batch := [row for row in self._alive() if row.reply.left == steps][: self.slots]) < self.slots:
                 if (left := deadline - time.monotonic()) <= 0:
                     break
                 self._arrived.wait(left)
@@ -132,7 +129,3 @@ class StaticBatching(ThreadedBackend):
     def _alive(self) -> list[Row]:
         self._waiting = [row for row in self._waiting if not row.over]
         return self._waiting
-
-
-def _steps(row: Row) -> int:
-    return row.reply.left

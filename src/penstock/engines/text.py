@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
+from penstock.core.events import Logprob, TopLogprob
 from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tools import finish_reason
 
@@ -739,6 +740,10 @@ class TextModel:
             return self.tokenizer.id_to_token(token) or ""
         detokenizer = self.detokenizer(continuing=True)
         return detokenizer.push(token) + detokenizer.flush()
+
+    def logprob(self, chosen: float, top: Iterable[tuple[int, float]]) -> Logprob:
+        """A token's log-probability, and the best alternatives as (id, log-probability)."""
+        return Logprob(chosen, tuple(TopLogprob(id, self.token_text(id), value) for id, value in top))
 
     @cached_property
     def _tables(self) -> tuple[str, list[str | None], list[bytes], int]:

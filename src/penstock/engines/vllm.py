@@ -25,7 +25,7 @@ import msgspec
 import psutil
 
 from penstock.core.errors import EngineError, InvalidRequest, ModelLoadError, Unsupported
-from penstock.core.events import Logprob, Prefix, TopLogprob
+from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.backend import Progress
@@ -203,12 +203,7 @@ class VLLMBackend:
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text, sampling, guide = self._text, request.sampling, request.guide
         prompt = text.encode_request(request)
-        for token in sampling.logit_bias:
-            if not 0 <= token < text.vocab_size:
-                raise InvalidRequest(
-                    f"logit_bias names token {token}; this model's ids are 0 … {text.vocab_size - 1}.",
-                    param="logit_bias",
-                )
+        text.check_bias(sampling)
         if guide is not None:
             if not text.eos_ids:
                 raise Unsupported(
@@ -307,7 +302,7 @@ class VLLMBackend:
     def _logprob(self, token: int, entries: list[tuple[int, float, int]], top: int) -> Logprob:
         drawn = next(value for id, value, rank in entries if id == token)
         best = sorted((entry for entry in entries if entry[2] <= top), key=lambda entry: entry[2])
-        return Logprob(drawn, tuple(TopLogprob(id, self._text.token_text(id), value) for id, value, _ in best))
+        return self._text.logprob(drawn, ((id, value) for id, value, _ in best))
 
     def _finished(self, job: _Job, output: Output) -> Output:
         del self._jobs[job.key]
