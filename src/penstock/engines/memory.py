@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil
 
-from penstock.engines.models import BUNDLED
+from penstock.engines.models import local_place
 
 #: Bytes of an engine process without a model: the interpreter and the engine's library.
 BASE = 150_000_000
@@ -23,9 +21,7 @@ def estimate(name: str, path: str | None) -> tuple[int, int]:
 
     `BASE` of a model whose files are not here.
     """
-    place = Path(path or name).expanduser()
-    if path is None and (BUNDLED / name).is_dir():
-        place = BUNDLED / name
+    place = local_place(name, path)
     size = 0
     if place.is_file():
         size = place.stat().st_size

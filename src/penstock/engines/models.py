@@ -46,7 +46,7 @@ def resolve(name: str, path: str | None, progress: Progress, cache: Path | None 
     """
     wanted = path or name
     cache = cache or cache_folder()
-    place = _place(name, path)
+    place = local_place(name, path)
     if place.is_dir():
         return _from_folder(place, progress, cache)
     if place.suffix == ".gguf":
@@ -68,7 +68,7 @@ def weights_folder(name: str, path: str | None, progress: Progress) -> Path:
     Raises `ModelLoadError` that says what to do.
     """
     wanted = path or name
-    place = _place(name, path)
+    place = local_place(name, path)
     if not place.is_dir() and _HUB_NAME.fullmatch(wanted) and not place.exists():
         place = _download(wanted, progress)
     if not place.is_dir():
@@ -84,7 +84,7 @@ def weights_folder(name: str, path: str | None, progress: Progress) -> Path:
     return place
 
 
-def _place(name: str, path: str | None) -> Path:
+def local_place(name: str, path: str | None) -> Path:
     """Where the model would be on this machine: where the operator says, or in the package."""
     if path is None and (BUNDLED / name / "config.json").is_file():
         return BUNDLED / name
