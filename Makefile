@@ -4,37 +4,54 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PORT ?= 8000
 TORCH ?= torch
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants clean
+.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: $(STAMP) ## Create .venv with everything for running and developing
+setup: $(DEV) ## Create .venv with everything for running and developing
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Penstock needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "Python's venv module is missing (on Debian: apt install python3-venv)."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	$(PIP) --editable .
+	@touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' # for --group
+	$(PIP) --group dev
 	@touch $@
 
 engines: $(VENV)/.engines ## Also install what the transformers engine is tested with (TORCH=… names another build of torch)
 
-$(VENV)/.engines: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[transformers]
+$(VENV)/.engines: $(DEV)
+	$(PIP) $(TORCH)
+	$(PIP) --editable .[transformers]
 	@touch $@
 
-run: setup ## Serve the bundled model on port 8000 (PORT=… changes it, ARGS=… adds flags)
+sdks: .venv-examples/.installed examples/openai-node/node_modules/.installed ## What the examples need besides: LangChain, LlamaIndex, openai-node
+
+.venv-examples/.installed: examples/requirements.txt
+	$(PYTHON) -m venv .venv-examples
+	.venv-examples/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+examples/openai-node/node_modules/.installed: examples/openai-node/package-lock.json
+	npm ci --prefix examples/openai-node --no-audit --no-fund --loglevel=error
+	@touch $@
+
+run: $(STAMP) ## Serve the bundled model on port 8000 (PORT=… changes it, ARGS=… adds flags)
 	$(BIN)/penstock serve --port $(PORT) $(ARGS)
 
-demo: setup ## A stream that survives kill -9 of its server, shown
+demo: $(STAMP) ## A stream that survives kill -9 of its server, shown
 	$(BIN)/python examples/survive_kill.py
 
 test: setup ## All tests
@@ -90,4 +107,4 @@ loadtest: setup ## The serving layer alone: 600 requests, 60 at once, 64 tokens 
 	$(BIN)/python -m benchmarks compare synthetic $(ARGS)
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) .venv-examples examples/openai-node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
