@@ -110,6 +110,20 @@ class TestCancel:
         assert second == first
         assert (await http.get(f"/v1/jobs/{job}")).json() == first
 
+    @pytest.mark.parametrize("model", ["synthetic", "paced"])
+    async def test_a_deleted_job_is_gone(self, http: httpx.AsyncClient, model: str) -> None:
+        job = await submit(http, model=model, max_tokens=5 if model == "synthetic" else 100_000)
+        if model == "synthetic":
+            await ended(http, job)
+        else:
+            await running(http, job, 3)
+        reply = await http.delete(f"/v1/jobs/{job}")
+        assert (reply.status_code, reply.json()) == (200, {"id": job, "deleted": True})
+        for method, path in (("GET", ""), ("GET", "/events"), ("POST", "/cancel"), ("DELETE", "")):
+            again = await http.request(method, f"/v1/jobs/{job}{path}")
+            assert (again.status_code, again.json()["error"]["code"]) == (404, "not_found")
+        assert job not in {each["id"] for each in (await http.get("/v1/jobs?limit=500")).json()["data"]}
+
     async def test_a_queued_job_is_cancelled(self, http: httpx.AsyncClient) -> None:
         blockers = [await submit(http, model="crawl", max_tokens=100_000) for _ in range(2)]
         job = await submit(http, model="crawl")

@@ -7,7 +7,7 @@ import base64
 import msgspec
 
 from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound
-from penstock.core.job import OnDisconnect, Request
+from penstock.core.job import Job, OnDisconnect, Request
 
 #: A worker that has not claimed or appended for so many lease times is not counted as alive.
 WORKER_TTL = 3
@@ -31,6 +31,12 @@ class Details(msgspec.Struct, array_like=True):
     request_id: str | None
     metadata: dict[str, str]
     on_disconnect: OnDisconnect
+    view: bytes = b""
+    keep: float | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> Details:
+        return cls(job.request, job.request_id, job.metadata, job.on_disconnect, job.view, job.keep)
 
 
 def rewound(after: int, head: int) -> LogRewound:

@@ -59,6 +59,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 }
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+Task = Literal["generate", "embed", "tokenize"]
 OnDisconnect = Literal["continue", "cancel"]
 
 
@@ -129,10 +130,13 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What to generate. Exactly one of ``prompt``, ``prompt_ids``, ``messages`` is set; ``n`` choices share it.
+    """What to do with a model. Exactly one of ``prompt``, ``prompt_ids``, ``messages`` is set; ``n`` choices share it.
 
     ``continue_final``: the last message is the beginning of the reply, not a turn before it. ``tool_choice``: the
     model may call tools (auto), must not (none) or must call one (required; ``tool_name`` where that is set).
+
+    Where the ``task`` is not to generate, the log has something else in the place of tokens (`penstock.core.tasks`):
+    one vector for each of the ``inputs`` (embed; instead of a prompt), or the prompt's tokens (tokenize).
     """
 
     model: str
@@ -148,15 +152,29 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     parallel_tool_calls: bool = True
     """May one reply have several calls? If not, the first one counts."""
     continue_final: bool = False
+    task: Task = "generate"
+    inputs: tuple[str | tuple[int, ...], ...] | None = None
+    """Texts to embed, or their token ids."""
+    input_type: Literal["query", "document"] | None = None
+    """What the inputs are to be found by, or as; some models want to be told. None: documents."""
+    dimensions: int | None = None
+    """Of each vector, where the model allows to cut them."""
+    add_special_tokens: bool = True
+    """Of a prompt to tokenize: those that the tokenizer puts around a text."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("prompt", "prompt_ids", "messages") if getattr(self, name) is not None]
-        if len(given) != 1:
+        given = [name for name in ("prompt", "prompt_ids", "messages", "inputs") if getattr(self, name) is not None]
+        if self.task == "embed":
+            if given != ["inputs"] or not self.inputs:
+                raise InvalidRequest("Give at least one 'input' to embed.", param="input")
+        elif len(given) != 1 or self.inputs is not None:
             raise InvalidRequest("Give exactly one of 'prompt' and 'messages'.", param="prompt")
 
     @property
     def estimated_prompt_tokens(self) -> int:
         """A cheap guess before anything is tokenized (~4 bytes a token); corrected by the worker's count."""
+        if self.inputs is not None:
+            return sum(1 + len(each) // 4 if isinstance(each, str) else len(each) for each in self.inputs)
         if self.prompt_ids is not None:
             return len(self.prompt_ids)
         if self.prompt is not None:
@@ -235,6 +253,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     on_disconnect: OnDisconnect = "continue"
     deadline_at: float | None = None
+    view: bytes = b""
+    """What the route that took it needs to show it again. Opaque to everybody else."""
+    keep: float | None = None
+    """Seconds for which it stays readable after its end; None: `QueuePolicy.result_ttl`."""
     created_at: float = 0.0
 
     status: Status = Status.QUEUED

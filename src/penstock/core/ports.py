@@ -11,7 +11,7 @@ import msgspec
 
 from penstock.core.errors import ErrorInfo, Unsupported
 from penstock.core.events import Event, Logprob
-from penstock.core.job import Job, Priority, Request, Status
+from penstock.core.job import Job, Priority, Request, Status, Task
 
 
 class Clock(Protocol):
@@ -43,9 +43,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     chat: bool = True
     unsupported: tuple[str, ...] = ()
     """Request fields this model's engine cannot honour; asking for one is a 400 ``unsupported``."""
+    tasks: tuple[Task, ...] = ("generate",)
+
+    def may(self, task: Task) -> bool:
+        """Can it be asked for *task*? Of a model that was never loaded (``context_length`` 0) nobody knows."""
+        return not self.context_length or task in self.tasks
 
     def check(self, request: Request) -> None:
         """Raise `Unsupported` for what this model's engine cannot honour."""
+        if not self.may(request.task):
+            raise Unsupported(f"{self.name} cannot {request.task}: it can {' and '.join(self.tasks)}.", param="model")
         if request.messages is not None and not self.chat:
             raise Unsupported(f"{self.name} has no chat template: send a prompt instead.", param="messages")
         for field in self.unsupported:
@@ -214,7 +221,7 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Broker(Protocol):
-    """Stores jobs, queue and logs. Eleven verbs; a twelfth needs an ADR (docs/adr/0003-broker-verbs.md).
+    """Stores jobs, queue and logs. Twelve verbs; a thirteenth needs an ADR (docs/adr/0003-broker-verbs.md).
 
     Every verb may raise `BrokerUnavailable`. Tenants are part of every key: a foreign id is `NotFound`.
     """
@@ -260,6 +267,13 @@ class Broker(Protocol):
 
     async def cancel(self, tenant: str, job: str) -> Job:
         """End the job now if it has not ended; its worker learns at its next append. Idempotent."""
+        ...
+
+    async def forget(self, tenant: str, job: str) -> None:
+        """Drop the job now, with its log and its idempotency key; end it as `cancel` does if it has not ended.
+
+        It is `NotFound` from then on. Where there is no such job there is nothing to do: idempotent.
+        """
         ...
 
     async def get(self, tenant: str, job: str) -> Job: ...

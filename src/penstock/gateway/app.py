@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, error_reply
-from penstock.gateway.routes import jobs, models, openai, ops, seeds
+from penstock.gateway.routes import jobs, models, openai, ops, page, seeds
 from penstock.gateway.service import Gateway
 
 Middleware = Callable[[ASGIApp], ASGIApp]
@@ -23,6 +23,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/jobs", jobs.submit),
     ("GET", "/v1/jobs", jobs.list_jobs),
     ("GET", "/v1/jobs/{id}", jobs.show),
+    ("DELETE", "/v1/jobs/{id}", jobs.forget),
     ("GET", "/v1/jobs/{id}/events", jobs.events),
     ("POST", "/v1/jobs/{id}/cancel", jobs.cancel),
     ("GET", "/v1/events", jobs.user_events),
@@ -33,12 +34,22 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/models/{model:path}/unload", models.unload_model),
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model:path}", models.show_model),
+    ("POST", "/submit_job", seeds.submit_job),
+    ("GET", "/events", jobs.user_events),
+    ("POST", "/generate", seeds.generate),
+    ("GET", "/result/{id}", seeds.result),
+    ("GET", "/status/{id}", seeds.status),
+    ("POST", "/basic_generate", seeds.basic_generate),
+    ("POST", "/generate_stream", seeds.generate_stream),
+    ("POST", "/api/v1/req", seeds.generate_stream),
     ("POST", "/generate_vllm", seeds.generate_vllm),
     ("GET", "/healthz", ops.healthz),
     ("GET", "/readyz", ops.readyz),
     ("GET", "/health", ops.health),
     ("GET", "/openapi.json", ops.openapi_json),
     ("GET", "/docs", ops.docs),
+    ("GET", "/", page.index),
+    ("GET", "/static/{path:path}", page.static),
 ]
 
 #: What a worker without a gateway answers about its models, on its metrics port.

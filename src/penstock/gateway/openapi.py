@@ -13,7 +13,7 @@ from penstock.core.errors import ErrorInfo
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.models import ManageModel
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
-from penstock.gateway.routes.seeds import GenerateVLLM
+from penstock.gateway.routes.seeds import GenerateVLLM, PromptBody, PromptsBody
 
 
 class ErrorBody(msgspec.Struct):
@@ -37,6 +37,11 @@ _RESUME: list[dict[str, Any]] = [
     *_query(after="string"),
 ]
 
+_OF_USER: list[dict[str, Any]] = [
+    {"name": "user_id", "in": "query", "required": True, "schema": {"type": "string"}},
+    *_RESUME,
+]
+
 #: (method, path) → summary, body type, status of success, whether it may answer as SSE, parameters
 OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[str, Any]]]] = {
     ("POST", "/v1/jobs"): ("Submit a job; never waits", GenerateJob, 202, False, []),
@@ -49,13 +54,14 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[s
     ),
     ("GET", "/v1/jobs/{id}"): ("A job, with its result once it has ended", None, 200, False, _ID),
     ("GET", "/v1/jobs/{id}/events"): ("The job's log as SSE; resumable", None, 200, True, _ID + _RESUME),
+    ("DELETE", "/v1/jobs/{id}"): ("Drop a job and its result; one that runs is cancelled", None, 200, False, _ID),
     ("POST", "/v1/jobs/{id}/cancel"): ("Cancel a job; idempotent", None, 200, False, _ID),
     ("GET", "/v1/events"): (
         "All jobs of a user over one SSE stream; resumable",
         None,
         200,
         True,
-        [{"name": "user_id", "in": "query", "required": True, "schema": {"type": "string"}}, *_RESUME],
+        _OF_USER,
     ),
     ("POST", "/v1/generate"): ("Generate: one JSON reply, or a stream", Generate, 200, True, []),
     ("POST", "/v1/chat/completions"): ("OpenAI chat completions", ChatCompletion, 200, True, []),
@@ -64,6 +70,20 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[s
     ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, _MODEL),
     ("POST", "/v1/models/{model:path}/load"): ("Load a model of this process", ManageModel, 200, True, _MODEL),
     ("POST", "/v1/models/{model:path}/unload"): ("Unload a model of this process", ManageModel, 200, True, _MODEL),
+    ("POST", "/submit_job"): ("Queue a prompt for a user", PromptBody, 200, False, _query(user_id="string")),
+    ("GET", "/events"): ("All jobs of a user over one SSE stream; resumable", None, 200, True, _OF_USER),
+    ("POST", "/generate"): (
+        "One prompt: a task to ask for later (202). Several: all their results",
+        PromptsBody,
+        202,
+        False,
+        [],
+    ),
+    ("GET", "/result/{id}"): ("What became of a task; 202 while it has not ended", None, 200, False, _ID),
+    ("GET", "/status/{id}"): ("A task's state and its place in the queue", None, 200, False, _ID),
+    ("POST", "/basic_generate"): ("One prompt or several, answered when done", PromptsBody, 200, False, []),
+    ("POST", "/generate_stream"): ("One prompt as SSE", PromptBody, 200, True, []),
+    ("POST", "/api/v1/req"): ("One prompt as SSE: pings while it waits, then its tokens", PromptBody, 200, True, []),
     ("POST", "/generate_vllm"): ("Several prompts on a model that vLLM runs", GenerateVLLM, 200, False, []),
     ("GET", "/healthz"): ("Liveness", None, 200, False, []),
     ("GET", "/readyz"): ("Readiness", None, 200, False, []),

@@ -17,10 +17,11 @@ from penstock.core.errors import (
     ModelNotFound,
     NoWorker,
     PenstockError,
+    Unsupported,
     error_from_info,
 )
 from penstock.core.events import Completion, Ended, Event, fold
-from penstock.core.job import Job, OnDisconnect, Priority, Request, new_job_id
+from penstock.core.job import Job, OnDisconnect, Priority, Request, Task, new_job_id
 from penstock.core.ports import (
     WORKER_STATES,
     Broker,
@@ -70,6 +71,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None = None
     metadata: dict[str, str] = {}
     on_disconnect: OnDisconnect = "continue"
+    view: bytes = b""
+    keep: float | None = None
 
 
 class Catalogue:
@@ -126,6 +129,17 @@ class Catalogue:
             raise NoWorker("No model is served yet: no worker has registered.", retry_after=2.0)
         return self.names[0]
 
+    def default_for(self, task: Task) -> str:
+        """The first model that can do *task*, as far as is known. Raises `NoWorker`, or `Unsupported` where none can."""
+        for name in self.names:
+            if (info := self.info(name)) is None or info.may(task):
+                return name
+        raise Unsupported(f"No model here can {task}: {self.default} and all others cannot.", param="model")
+
+    def offering(self, task: Task) -> list[str]:
+        """Models that are known to do *task*."""
+        return [name for name in self.names if (info := self.info(name)) and info.context_length and info.may(task)]
+
     def now(self) -> float:
         """Seconds since the epoch by the store's clock, which may not be this machine's."""
         if self.stats is None:
@@ -163,8 +177,16 @@ class Catalogue:
         if request.model not in self._known and request.model not in self._configured:
             served = ", ".join(self.names) or "none yet"
             raise ModelNotFound(f"The model {request.model!r} does not exist here. Served: {served}.", param="model")
-        if (info := self._known.get(request.model)) is not None:
-            info.check(request)
+        if (info := self._known.get(request.model)) is None:
+            return
+        if not info.may(request.task):
+            offering = ", ".join(self.offering(request.task)) or "none"
+            raise Unsupported(
+                f"The model {request.model!r} cannot {request.task}: it can {' and '.join(info.tasks)}. Models here that "
+                f"can {request.task}: {offering}.",
+                param="model",
+            )
+        info.check(request)
 
 
 class Readers:
@@ -323,6 +345,8 @@ class Gateway:
             request_id=submission.request_id,
             metadata=submission.metadata,
             on_disconnect=submission.on_disconnect,
+            view=submission.view,
+            keep=submission.keep,
             deadline_at=self.clock.now() + deadline if deadline is not None else None,
         )
         stored = await self.broker.submit(job)

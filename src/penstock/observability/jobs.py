@@ -8,6 +8,7 @@ from typing import cast
 
 import msgspec
 
+from penstock.core.errors import NotFound
 from penstock.core.events import Event, Tokens
 from penstock.core.job import Job, Status
 from penstock.core.ports import (
@@ -111,6 +112,11 @@ class ObservedBroker:
         if before.status is Status.QUEUED:
             await self._see(tenant, job)
         return after
+
+    async def forget(self, tenant: str, job: str) -> None:
+        with contextlib.suppress(NotFound):
+            await self.cancel(tenant, job)  # its end is told of
+        await self._broker.forget(tenant, job)
 
     async def _see(self, tenant: str, job: str) -> None:
         """Record the end of a job that the broker itself may have ended."""

@@ -2063,6 +2063,23 @@ class RetentionContract(_Contract):
         with pytest.raises(ExpiredResult):
             await d.get(lease)
 
+    @pytest.mark.parametrize("factor", [0.5, 3.0])
+    async def test_a_job_may_be_kept_for_a_time_of_its_own(self, d: Driver, factor: float) -> None:
+        keep = d.policy.result_ttl * factor
+        lease = await d.start(keep=keep, view=b"of its route")
+        other = await d.start()
+        await d.finish(lease, 1)
+        await d.finish(other, 1)
+        await d.pass_time(keep * 0.9)
+        found = await d.get(lease)
+        assert (found.status, found.keep, found.view) == (Status.COMPLETED, keep, b"of its route")
+        assert ids(await d.log(lease)) == [1]
+        await d.pass_time(keep * 0.2)
+        with pytest.raises(ExpiredResult):
+            await d.get(lease)
+        kept = {job.id for job in await d.jobs()}
+        assert kept == ({other.job.id} if factor < 1 else set()), "the others' retention is not touched"
+
     async def test_the_store_shrinks(self, d: Driver) -> None:
         before = await d.harness.stored_bytes()
         if before is None:
@@ -2077,6 +2094,79 @@ class RetentionContract(_Contract):
         after = await d.harness.stored_bytes()
         assert after is not None
         assert after - before < (full - before) / 4
+
+
+class ForgetContract(_Contract):
+    @pytest.mark.parametrize("state", ["queued", "delayed", "running", "completed", "cancelled"])
+    async def test_it_is_gone_whatever_its_state(self, d: Driver, state: str) -> None:
+        job = await d.submit(idempotency_key="k", user="ann")
+        if state in ("delayed", "running", "completed"):
+            lease = await d.next()
+            await d.write(lease, 1, 2)
+            if state == "delayed":
+                await d.release(lease, retry=ERROR, delay=30)
+            elif state == "completed":
+                await d.finish(lease, 3)
+        elif state == "cancelled":
+            await d.cancel(job)
+        other = await d.submit(idempotency_key="other")
+        await d.broker.forget(job.tenant, job.id)
+        for asking in (d.get, d.cancel, d.log):
+            with pytest.raises(NotFound):
+                await asking(job)
+        assert [each.id for each in await d.jobs()] == [other.id]
+        assert await d.jobs(user="ann") == []
+        await d.pass_time(60)
+        assert (await d.next()).job.id == other.id
+        assert await d.claim(5) == []
+        counts = (await d.broker.stats()).jobs
+        assert {status: count for status, count in counts.items() if count} == {Status.RUNNING: 1}
+
+    async def test_its_worker_is_fenced(self, d: Driver) -> None:
+        lease = await d.start()
+        await d.write(lease, 1)
+        await d.broker.forget("acme", lease.job.id)
+        assert await d.write(lease, 2) in (Verdict.LOST, Verdict.CANCELLED)
+        await d.release(lease)
+        await d.lose_leases()
+        assert await d.claim(5) == []
+
+    async def test_a_reader_sees_its_end(self, d: Driver) -> None:
+        lease = await d.start()
+        await d.write(lease, 1)
+        reader = d.reader(lease)
+        await d.head(lease, 1)
+        await d.broker.forget("acme", lease.job.id)
+        events = await reader
+        assert ids(events) == [1]
+        assert ended(events).status is Status.CANCELLED
+
+    async def test_its_key_is_free_again(self, d: Driver) -> None:
+        job = await d.submit(idempotency_key="k", body="one")
+        await d.broker.forget("acme", job.id)
+        again = await d.submit(idempotency_key="k", body="two")
+        assert again.id != job.id
+        await d.broker.forget("acme", job.id)
+        assert (await d.submit(idempotency_key="k", body="two")).id == again.id
+
+    async def test_it_is_idempotent_and_nobody_elses(self, d: Driver) -> None:
+        job = await d.submit()
+        await d.broker.forget("umbrella", job.id)
+        await d.broker.forget("acme", new_job_id())
+        assert (await d.get(job)).status is Status.QUEUED
+        await d.broker.forget("acme", job.id)
+        await d.broker.forget("acme", job.id)
+        with pytest.raises(NotFound):
+            await d.get(job)
+
+    async def test_it_is_durable(self, d: Driver) -> None:
+        lease = await d.start()
+        await d.finish(lease, 1)
+        await d.broker.forget("acme", lease.job.id)
+        await d.crash()
+        with pytest.raises(NotFound):
+            await d.get(lease)
+        assert await d.jobs() == []
 
 
 class RestartContract(_Contract):
@@ -2469,6 +2559,7 @@ class ModelJob:
     crashes: int = 0
     lonely_deaths: int = 0
     dropped: bool = False
+    forgotten: bool = False
     leases: list[Lease] = field(default_factory=list)
     sent: list[Append] = field(default_factory=list)
 
@@ -2486,7 +2577,7 @@ DELAY = 3.33
 RELEASES = ("drain", "retry", "delayed", "alone", "pair", "group")
 STORY = (
     *("submit", "submit", "claim", "claim", "write", "write", "write", "write", "finish", "overlap", "repeat", "stale"),
-    *("release", "release", "tail", "tick", "tick", "lose", "forget"),
+    *("release", "release", "tail", "tick", "tick", "lose", "age"),
 )
 
 
@@ -2711,6 +2802,18 @@ class BrokerMachine(RuleBasedStateMachine):
             assert answer.status is known.status
         self.touched.add(known.job.id)
 
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        known = self.pick(data, self.jobs.values())
+        self.run(self.d.broker.forget(known.job.tenant, known.job.id))
+        if not known.dropped:
+            if not known.status.terminal:
+                known.end(Status.CANCELLED, self.now, "cancelled")
+            known.dropped = known.forgotten = True
+            self.keys = {key: job for key, job in self.keys.items() if job != known.job.id}
+        self.touched.add(known.job.id)
+
     @rule(data=st.data(), how=st.sampled_from(RELEASES))
     def release(self, data: st.DataObject, how: str) -> None:
         """Mostly a lease that is held, sometimes an older one."""
@@ -2795,7 +2898,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 self.time_passes(data.draw(st.sampled_from(STEPS[:2])))
             elif action == "lose":
                 self.time_passes(STEPS[2])
-            elif action == "forget":
+            elif action == "age":
                 self.time_passes(STEPS[3])
             self.what_was_touched_is_equal()
 
@@ -2850,8 +2953,9 @@ class BrokerMachine(RuleBasedStateMachine):
         with pytest.raises(NotFound):
             await self.d.broker.get("stranger", name)
         if known.dropped:
-            with pytest.raises(ExpiredResult):
+            with pytest.raises(NotFound) as gone:
                 await self.d.broker.get(tenant, name)
+            assert isinstance(gone.value, ExpiredResult) == (not known.forgotten)
             return
         job = await self.d.broker.get(tenant, name)
         assert (job.status, job.attempt, job.tokens) == (known.status, known.attempt, len(known.log))
@@ -2864,7 +2968,7 @@ class BrokerMachine(RuleBasedStateMachine):
     async def check_tail(self, known: ModelJob, after: int) -> None:
         head = len(known.log)
         if known.dropped:
-            with pytest.raises(ExpiredResult):
+            with pytest.raises(NotFound):
                 await self.d.log(known.job, after)
             return
         if after > head + (1 if known.status.terminal else 0):
@@ -2934,6 +3038,7 @@ class BrokerContract(
     DeadlineContract,
     LeaseContract,
     RetentionContract,
+    ForgetContract,
     RestartContract,
     QueryContract,
     ModelContract,

@@ -117,8 +117,18 @@ class Walk:
 
     async def step(self) -> None:
         verb = self.random.choices(
-            [self.submit, self.claim, self.append, self.release, self.cancel, self.sweep, self.wait, self.read],
-            [22, 18, 30, 8, 3, 8, 8, 3],
+            [
+                self.submit,
+                self.claim,
+                self.append,
+                self.release,
+                self.cancel,
+                self.forget,
+                self.sweep,
+                self.wait,
+                self.read,
+            ],
+            [22, 18, 30, 8, 3, 2, 8, 8, 3],
         )[0]
         await verb()
         self.done[verb.__name__] = self.done.get(verb.__name__, 0) + 1
@@ -130,6 +140,8 @@ class Walk:
             fields["deadline_at"] = self.store.clock.now() + pick.uniform(-1, 30)
         if pick.random() < 0.2:
             fields["idempotency_key"] = pick.choice(["k", "k:2"])
+        if pick.random() < 0.2:
+            fields["keep"] = pick.choice([5.0, 60.0])
         new = job(pick.choice(TENANTS), pick.choice(MODELS), pick.choice([1, 4, 300]), **fields)
         with contextlib.suppress(Overloaded):
             self.jobs.append(await self.broker.submit(new))
@@ -173,6 +185,11 @@ class Walk:
             chosen = self.random.choice(self.jobs)
             with contextlib.suppress(NotFound):
                 await self.broker.cancel(chosen.tenant, chosen.id)
+
+    async def forget(self) -> None:
+        if self.jobs:
+            chosen = self.random.choice(self.jobs)
+            await self.broker.forget(chosen.tenant, chosen.id)
 
     async def sweep(self) -> None:
         await self.broker.sweep()

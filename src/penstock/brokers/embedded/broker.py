@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -143,10 +144,9 @@ class EmbeddedBroker:
                 return _read_job(tx.conn, row)
         self._admit(tx.conn, job.tenant)
         now = self._clock.now()
-        details = Details(job.request, job.request_id, job.metadata, job.on_disconnect)
         cursor = tx.conn.execute(
             "INSERT INTO jobs (id, tenant, user, model, priority, status, estimate, created_at, deadline_at, "
-            "idempotency_key, fingerprint, details) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+            "idempotency_key, fingerprint, keep, details) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 job.id,
                 job.tenant,
@@ -159,7 +159,8 @@ class EmbeddedBroker:
                 job.deadline_at,
                 job.idempotency_key,
                 job.fingerprint,
-                _encode(details),
+                job.keep,
+                _encode(Details.of(job)),
             ),
         )
         self._enter_queue(tx, job.tenant, job.request.model, job.priority, arriving=True)
@@ -566,6 +567,15 @@ class EmbeddedBroker:
             row = _find(tx.conn, tenant, job)
         return _read_job(tx.conn, row)
 
+    async def forget(self, tenant: str, job: str) -> None:
+        await self._store.write(partial(self._forget, tenant, job))
+
+    def _forget(self, tenant: str, job: str, tx: Transaction) -> None:
+        with contextlib.suppress(NotFound):
+            ended = self._cancel(tenant, job, tx)
+            (seq,) = tx.conn.execute("SELECT seq FROM jobs WHERE id = ?", (job,)).fetchone()
+            self._drop(tx, [(seq, ended.status)])
+
     async def sweep(self) -> int:
         return await self._store.write(self._sweep)
 
@@ -617,16 +627,21 @@ class EmbeddedBroker:
     def _drop_old(self, tx: Transaction, now: float) -> int:
         conn = tx.conn
         old = conn.execute(
-            "SELECT seq, id, tenant, status FROM jobs WHERE ended_at <= ? LIMIT ?",
-            (now - self._policy.result_ttl, SWEEP_LIMIT),
+            "SELECT seq, status, id, tenant FROM jobs WHERE ended_at <= ? AND keep IS NULL "
+            "UNION ALL SELECT seq, status, id, tenant FROM jobs WHERE ended_at + keep <= ? LIMIT ?",
+            (now - self._policy.result_ttl, now, SWEEP_LIMIT),
         ).fetchall()
-        conn.executemany("DELETE FROM log WHERE job = ?", [(row[0],) for row in old])
-        conn.executemany("DELETE FROM jobs WHERE seq = ?", [(row[0],) for row in old])
-        conn.executemany("INSERT OR REPLACE INTO tombstones VALUES (?,?,?)", [(row[1], row[2], now) for row in old])
-        for row in old:
-            self._count(tx, Status(row[3]), None)
+        self._drop(tx, [(seq, Status(status)) for seq, status, *_ in old])
+        conn.executemany("INSERT OR REPLACE INTO tombstones VALUES (?,?,?)", [(row[2], row[3], now) for row in old])
         conn.execute("DELETE FROM tombstones WHERE at <= ?", (now - TOMBSTONE_TTL,))
         return len(old)
+
+    def _drop(self, tx: Transaction, ended: Sequence[tuple[int, Status]]) -> None:
+        """Remove everything of jobs that have ended, given as (seq, status)."""
+        tx.conn.executemany("DELETE FROM log WHERE job = ?", [(seq,) for seq, _ in ended])
+        tx.conn.executemany("DELETE FROM jobs WHERE seq = ?", [(seq,) for seq, _ in ended])
+        for _, status in ended:
+            self._count(tx, status, None)
 
     # ------------------------------------------------------------------------------------ reading
 
@@ -744,6 +759,8 @@ def _job(row: Sequence[object], tokens: int, first_token_at: float | None, posit
             "metadata": details.metadata,
             "on_disconnect": details.on_disconnect,
             "deadline_at": deadline_at,
+            "view": details.view,
+            "keep": details.keep,
             "created_at": created_at,
             "status": status,
             "attempt": attempt,

@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   deadline_at     REAL,
   idempotency_key TEXT,
   fingerprint     BLOB NOT NULL,
+  keep            REAL,                               -- seconds after the end; NULL: the policy's
   details         BLOB NOT NULL,                      -- msgpack: request and what never takes part in a query
   ended           BLOB                                -- msgpack: the terminal event
 );
@@ -31,7 +32,8 @@ CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (model, priority, tenant, head DES
 CREATE INDEX IF NOT EXISTS jobs_delayed ON jobs (not_before) WHERE status = 'queued' AND ready = 0;
 CREATE INDEX IF NOT EXISTS jobs_live ON jobs (status) WHERE ended_at IS NULL;
 CREATE INDEX IF NOT EXISTS jobs_deadline ON jobs (deadline_at) WHERE ended_at IS NULL AND deadline_at IS NOT NULL;
-CREATE INDEX IF NOT EXISTS jobs_retention ON jobs (ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS jobs_retention ON jobs (ended_at) WHERE ended_at IS NOT NULL AND keep IS NULL;
+CREATE INDEX IF NOT EXISTS jobs_kept ON jobs (ended_at + keep) WHERE ended_at IS NOT NULL AND keep IS NOT NULL;
 CREATE INDEX IF NOT EXISTS jobs_user ON jobs (tenant, user, seq);
 
 -- log: one row per append of a job: n tokens from position pos on.

@@ -24,6 +24,9 @@ from penstock.core.errors import BrokerUnavailable, PenstockError
 
 T = TypeVar("T")
 
+#: What brings an older database up to date, in this order; its ``user_version`` counts those it has had.
+MIGRATIONS = ("DROP INDEX IF EXISTS jobs_retention; ALTER TABLE jobs ADD COLUMN keep REAL;",)
+
 #: Operations in one commit at most: bounds how long the loop is held and how much one failure takes along.
 MAX_BATCH = 256
 
@@ -69,6 +72,7 @@ class Store:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts lie in it
             self._lock()
             self._writer = self._connect()
+            self._set_up()
             self._reader = self._connect()
         except (OSError, sqlite3.Error) as error:
             self._unlock()
@@ -102,8 +106,18 @@ class Store:
         conn.execute("PRAGMA cache_size = -65536")
         conn.execute("PRAGMA wal_autocheckpoint = 8000")
         conn.execute("PRAGMA journal_size_limit = 67108864")
-        conn.executescript(resources.files(__package__).joinpath("schema.sql").read_text())
         return conn
+
+    def _set_up(self) -> None:
+        """Create the tables, or bring those of an earlier version up to date."""
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise BrokerUnavailable(f"{self._directory} was written by a later version of Penstock. Use that one.")
+        exists = self._writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone()
+        steps = MIGRATIONS[version:] if exists else ()
+        schema = resources.files(__package__).joinpath("schema.sql").read_text()
+        script = "\n".join((*steps, schema, f"PRAGMA user_version = {len(MIGRATIONS)};"))
+        self._writer.executescript(f"BEGIN;\n{script}\nCOMMIT;")
 
     def _lock(self) -> None:
         path = self._directory / "lock"

@@ -167,8 +167,7 @@ class RedisBroker:
         if job.idempotency_key is not None and len(self._shards) > 1:
             job = self._placed_by_key(job)
         policy, shards = self._policy, len(self._shards)
-        details = Details(job.request, job.request_id, job.metadata, job.on_disconnect)
-        request = _pack(details)
+        request = _pack(Details.of(job))
         kind, *rest = await self._shard(job.id).run(
             "submit",
             job.id,
@@ -187,6 +186,7 @@ class RedisBroker:
             -(-policy.max_queued_per_tenant // shards),
             -(-policy.max_bytes_per_tenant // shards),
             int(self._full),
+            "" if job.keep is None else repr(job.keep),
         )
         if kind == b"new":
             created_at, position = rest
@@ -375,6 +375,9 @@ class RedisBroker:
 
     async def cancel(self, tenant: str, job: str) -> Job:
         return self._found(await self._shard(job).run("cancel", tenant, job, _CANCELLED))
+
+    async def forget(self, tenant: str, job: str) -> None:
+        await self._shard(job).run("forget", tenant, job, _CANCELLED)
 
     async def sweep(self) -> int:
         arguments = (SWEEP_LIMIT, _EXPIRED, _POISONED, self._horizon, int(TOMBSTONE_TTL))
@@ -572,6 +575,8 @@ def _job(record: Sequence[Any], position: int = 0) -> tuple[Job, str]:
         metadata=details.metadata,
         on_disconnect=details.on_disconnect,
         deadline_at=time(b"dl"),
+        view=details.view,
+        keep=details.keep,
         created_at=float(row[b"ca"]),
         status=Status(row[b"s"].decode()),
         attempt=int(row[b"a"]),

@@ -10,8 +10,8 @@ _FLAGS = {"submit": "#!lua\n"}
 _ALWAYS = "#!lua flags=allow-oom\n"
 
 NAMES = (
-    "enter", "submit", "claim", "append", "release", "cancel", "get", "read", "follow", "list", "stats", "ring",
-    "sweep",
+    "enter", "submit", "claim", "append", "release", "cancel", "forget", "get", "read", "follow", "list", "stats",
+    "ring", "sweep",
 )  # fmt: skip
 
 

@@ -75,6 +75,13 @@ async def cancel(call: Call) -> ASGIApp:
     return json_reply(await job_view(call, await call.gateway.broker.cancel(call.tenant, call.path["id"])))
 
 
+async def forget(call: Call) -> ASGIApp:
+    """Drop a job and everything of it, now instead of when its retention ends; one that runs is cancelled."""
+    job = await call.gateway.broker.get(call.tenant, call.path["id"])
+    await call.gateway.broker.forget(job.tenant, job.id)
+    return json_reply({"id": job.id, "deleted": True})
+
+
 async def list_jobs(call: Call) -> ASGIApp:
     query = call.query
     unknown = sorted(set(query) - {"status", "model", "user", "user_id", "cursor", "limit"})

@@ -7,7 +7,8 @@
 --                      fp fingerprint, dl deadline, q seq, s status, a attempt, h head (last position), rd 1 when it may
 --                      be claimed, hd 1 when it goes before the others, re retries, cr crashes, da deaths alone,
 --                      su suspects, lo leases lost, pt prompt tokens, ca/sa/fa/ea created, started, first token, ended at, lu lease until,
---                      ep epoch of its submit or last claim, fl head when it was claimed in a new epoch, rs readers, by bytes, en the end
+--                      ep epoch of its submit or last claim, fl head when it was claimed in a new epoch, rs readers, by bytes,
+--                      ke seconds to keep it after its end, en the end
 -- req:ID         string  msgpack of the request and what no script looks at
 -- log:ID         stream  one entry a run, id = last position: t tokens | e the end
 -- gone:ID        string  tenant: the job's retention is over
@@ -19,7 +20,7 @@
 -- lanes:P:M      zset  tenants with a lane in this class that may run more, by counter (a lower bound, see top)
 -- waiting        zset  tenants with queued jobs, by counter (a lower bound)
 -- classes:T      set   P:M of the tenant's lanes
--- leases, deadlines, delayed, ended   zset  ids by what the sweep looks for
+-- leases, deadlines, delayed, ended   zset  ids by what the sweep looks for (ended: by the end, plus what "ke" adds to the TTL)
 -- list:T, user:N:T:U                  zset  ids by seq
 -- depth, ready   hash  queued jobs, and those that may be claimed, by class
 -- counts, ends   hash  jobs by status; ends by second
@@ -338,10 +339,12 @@ local function close_log(job, status, reasons, error, now)
   call("HSET", key, "s", status, "ea", now, "en", ended)
   call("HDEL", key, "rs")
   call("XADD", log, (head + 1) .. "-0", "e", ended)
-  call("EXPIRE", log, SAFETY_TTL)
-  call("EXPIRE", base .. "req:" .. job.id, SAFETY_TTL)
+  local longer = tonumber(call("HGET", key, "ke") or RESULT_TTL) - RESULT_TTL
+  local safety = SAFETY_TTL + math.ceil(math.max(0, longer))
+  call("EXPIRE", log, safety)
+  call("EXPIRE", base .. "req:" .. job.id, safety)
   if job.dl then call("ZREM", base .. "deadlines", job.id) end
-  call("ZADD", base .. "ended", now, job.id)
+  call("ZADD", base .. "ended", now + longer, job.id)
   add("counts", status, 1)
   call("HINCRBY", base .. "ends", string.format("%d", math.floor(now)), 1)
   tell(job.id, job.rs, nil, ended)
@@ -355,6 +358,19 @@ end
 local function end_queued(job, status, error, now)
   leave_queue(job)
   close_log(job, status, nil, error, now)
+end
+
+-- Remove everything of a job that has ended.
+local function drop(job)
+  for _, list in ipairs(list_keys(job)) do call("ZREM", list, job.id) end
+  if job.ik then
+    local key = idempotency_key(job.t, job.ik)
+    if call("GET", key) == job.id then call("DEL", key) end
+  end
+  add("counts", job.s, -1)
+  call("HINCRBY", base .. "tenant:" .. job.t, "by", -tonumber(job.by))
+  rest(job.t)
+  call("UNLINK", base .. "job:" .. job.id, base .. "req:" .. job.id, base .. "log:" .. job.id)
 end
 
 -- From running back to the head of its tenant's queue; *delay* seconds pass before it can be claimed again.

@@ -52,17 +52,11 @@ for _, id in ipairs(due("ended", now - RESULT_TTL)) do
   local job = load(id)
   if job then
     call("SET", base .. "gone:" .. id, job.t, "EX", ARGV[7])
-    for _, list in ipairs(list_keys(job)) do call("ZREM", list, id) end
-    if job.ik then
-      local key = idempotency_key(job.t, job.ik)
-      if call("GET", key) == id then call("DEL", key) end
-    end
-    add("counts", job.s, -1)
-    call("HINCRBY", base .. "tenant:" .. job.t, "by", -tonumber(job.by))
-    rest(job.t)
+    drop(job)
     touched = touched + 1
+  else
+    call("UNLINK", base .. "req:" .. id, base .. "log:" .. id)
   end
-  call("UNLINK", base .. "job:" .. id, base .. "req:" .. id, base .. "log:" .. id)
 end
 
 local horizon = lease_now - tonumber(ARGV[6])
