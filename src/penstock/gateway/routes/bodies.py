@@ -192,36 +192,14 @@ class StructuredBody(JobBody, kw_only=True, frozen=True):
             for tool in self.tools or ()
         )
         choice = self.tool_choice
-        name = choice.function.name if isinstance(choice, NamedTool) else None
-        if tools and request.messages is None:
-            raise InvalidRequest("Tools need messages instead of a prompt.", param="tools")
-        known = [tool.name for tool in tools]
-        if (twice := next((tool for tool in known if known.count(tool) > 1), None)) is not None:
-            raise InvalidRequest(f"There are two tools named {twice!r}.", param="tools")
-        if not tools and choice not in (None, "none", "auto"):
-            raise InvalidRequest("tool_choice asks for a call, but there are no tools.", param="tool_choice")
-        if name is not None and name not in known:
-            raise InvalidRequest(
-                f"tool_choice names the tool {name!r}; given are {', '.join(known)}.", param="tool_choice"
-            )
-        for i, tool in enumerate(tools):
-            where = f"tools[{i}].function.parameters"
-            if tool.parameters.get("type", "object") != "object":
-                raise InvalidRequest(f"{where}: the arguments of a call are an object.", param="tools")
-            check_schema(tool.parameters, where)
-        if sum(len(msgspec.json.encode(tool.parameters)) for tool in tools) > MAX_SCHEMA_BYTES * 4:
-            raise InvalidRequest("The tools' schemas are too large together.", param="tools")
-        if request.continue_final and (tools or self._format is not None):
-            raise InvalidRequest(
-                "A begun reply cannot have tools or a response_format.", param="continue_final_message"
-            )
-        return msgspec.structs.replace(
+        return structured(
             request,
-            response_format=self._format,
-            tools=tools,
-            tool_choice="required" if isinstance(choice, NamedTool) else choice or "auto",
-            tool_name=name,
-            parallel_tool_calls=self.parallel_tool_calls is not False,
+            self._format,
+            tools,
+            choice="required" if isinstance(choice, NamedTool) else choice or "auto",
+            name=choice.function.name if isinstance(choice, NamedTool) else None,
+            parallel=self.parallel_tool_calls is not False,
+            where="tools[{}].function.parameters",
         )
 
     @property
@@ -235,6 +213,48 @@ class StructuredBody(JobBody, kw_only=True, frozen=True):
             raise InvalidRequest("response_format json_schema needs its json_schema.", param="response_format")
         check_schema(wanted.json_schema.schema, "response_format.json_schema.schema")
         return ResponseFormat("json_schema", wanted.json_schema.schema)
+
+
+def structured(
+    request: Request,
+    form: ResponseFormat | None,
+    tools: tuple[Tool, ...],
+    *,
+    choice: Literal["none", "auto", "required"],
+    name: str | None,
+    parallel: bool,
+    where: str,
+) -> Request:
+    """*request* with the *form* of its reply and its *tools*; *name*: the one that must be called.
+
+    *where* is the field of the number {} tool's parameters, for errors. Raises `InvalidRequest` for what contradicts
+    itself or is too large.
+    """
+    if tools and request.messages is None:
+        raise InvalidRequest("Tools need messages instead of a prompt.", param="tools")
+    known = [tool.name for tool in tools]
+    if (twice := next((tool for tool in known if known.count(tool) > 1), None)) is not None:
+        raise InvalidRequest(f"There are two tools named {twice!r}.", param="tools")
+    if not tools and choice == "required":
+        raise InvalidRequest("tool_choice asks for a call, but there are no tools.", param="tool_choice")
+    if name is not None and name not in known:
+        raise InvalidRequest(f"tool_choice names the tool {name!r}; given are {', '.join(known)}.", param="tool_choice")
+    for i, tool in enumerate(tools):
+        if tool.parameters.get("type", "object") != "object":
+            raise InvalidRequest(f"{where.format(i)}: the arguments of a call are an object.", param="tools")
+        check_schema(tool.parameters, where.format(i))
+    if sum(len(msgspec.json.encode(tool.parameters)) for tool in tools) > MAX_SCHEMA_BYTES * 4:
+        raise InvalidRequest("The tools' schemas are too large together.", param="tools")
+    if request.continue_final and (tools or form is not None):
+        raise InvalidRequest("A begun reply cannot have tools or a response_format.", param="continue_final_message")
+    return msgspec.structs.replace(
+        request,
+        response_format=form,
+        tools=tools,
+        tool_choice=choice,
+        tool_name=name,
+        parallel_tool_calls=parallel,
+    )
 
 
 def submission(
