@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, error_reply
-from penstock.gateway.routes import jobs, models, openai, ops, page, seeds
+from penstock.gateway.routes import jobs, models, openai, ops, page, seeds, tokens
 from penstock.gateway.service import Gateway
 
 Middleware = Callable[[ASGIApp], ASGIApp]
@@ -30,6 +30,8 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/generate", jobs.generate),
     ("POST", "/v1/chat/completions", openai.chat_completions),
     ("POST", "/v1/completions", openai.completions),
+    ("POST", "/tokenize", tokens.tokenize),
+    ("POST", "/detokenize", tokens.detokenize),
     ("POST", "/v1/models/{model:path}/load", models.load_model),
     ("POST", "/v1/models/{model:path}/unload", models.unload_model),
     ("GET", "/v1/models", models.list_models),

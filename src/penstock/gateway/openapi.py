@@ -14,6 +14,7 @@ from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.models import ManageModel
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
 from penstock.gateway.routes.seeds import GenerateVLLM, PromptBody, PromptsBody
+from penstock.gateway.routes.tokens import Detokenize, Tokenize
 
 
 class ErrorBody(msgspec.Struct):
@@ -66,6 +67,8 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[s
     ("POST", "/v1/generate"): ("Generate: one JSON reply, or a stream", Generate, 200, True, []),
     ("POST", "/v1/chat/completions"): ("OpenAI chat completions", ChatCompletion, 200, True, []),
     ("POST", "/v1/completions"): ("OpenAI completions", TextCompletion, 200, True, []),
+    ("POST", "/tokenize"): ("The tokens of a prompt or of messages", Tokenize, 200, False, []),
+    ("POST", "/detokenize"): ("The text of token ids", Detokenize, 200, False, []),
     ("GET", "/v1/models"): ("The models served", None, 200, False, []),
     ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, _MODEL),
     ("POST", "/v1/models/{model:path}/load"): ("Load a model of this process", ManageModel, 200, True, _MODEL),
