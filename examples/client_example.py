@@ -9,6 +9,7 @@ an idempotency key, so that a submit whose answer was lost can be repeated witho
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -67,7 +68,7 @@ def generate(client: httpx.Client, prompt: str, timeout: float, **sampling: Any)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt", nargs="?", default="Once upon a time")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default=os.environ.get("PENSTOCK_URL", "http://127.0.0.1:8000"))
     parser.add_argument("--model", help="the server's first one, if left out")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--timeout", type=float, default=300, help="seconds to wait altogether")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
+from playwright.async_api import async_playwright, expect
 
-from tests.support.server import PATIENCE, Server
+from tests.support.api import poll, running, submit
+from tests.support.nginx import nginx_binary, substitute
+from tests.support.server import PATIENCE, Server, free_port, model, wait_for
 from tests.support.tools import NODE_PROJECT, ROOT, command, frameworks, node
 
 EXAMPLES = ROOT / "examples"
@@ -96,3 +104,80 @@ def test_curl(box: Server) -> None:
     assert len(data) == job["tokens"] + 1
     assert data[-1]["status"] == "completed"
     assert behind == "behind the end: 204"
+
+
+@contextmanager
+def one_origin(server: Server) -> Iterator[str]:
+    """Where the page of ``examples/browser`` is served, by the nginx.conf of that folder with other ports."""
+    port = free_port()
+    folder = Path(tempfile.mkdtemp(prefix="browser-"))  # not pytest's: that is closed to nginx's own user
+    folder.chmod(0o755)
+    shutil.copy(EXAMPLES / "browser" / "index.html", folder)
+    configuration = (EXAMPLES / "browser" / "nginx.conf").read_text()
+    configuration = substitute(r"listen 127.0.0.1:8080;", f"listen 127.0.0.1:{port};", configuration)
+    configuration = substitute(r"proxy_pass http://127.0.0.1:8000;", f"proxy_pass {server.url};", configuration)
+    (folder / "nginx.conf").write_text(configuration)
+    with (folder / "nginx.log").open("wb") as log:
+        nginx = subprocess.Popen([nginx_binary(), "-p", folder, "-c", "nginx.conf"], stderr=log)
+    try:
+        wait_for((folder / "nginx.pid").exists, "nginx")
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        nginx.terminate()
+        nginx.wait(PATIENCE)
+        shutil.rmtree(folder)
+
+
+async def test_browser(make_server: Callable[..., Server]) -> None:
+    """The stream survives its server, and a reload shows it again from its beginning."""
+    server = make_server(models=[model(rate=20)])
+    expect.set_options(timeout=PATIENCE * 1000)
+    with one_origin(server) as url:
+        async with async_playwright() as play:
+            browser = await play.chromium.launch(executable_path=command("chromium"), args=["--no-sandbox"])
+            page = await browser.new_page()
+            page.set_default_timeout(PATIENCE * 1000)
+            await page.goto(url)
+            await page.get_by_role("button").click()
+            await expect(page.locator("output")).to_contain_text("5@1")
+            async with page.expect_response(lambda reply: reply.status == 502):  # nginx: there is nobody
+                server.kill9()
+            await expect(page.get_by_text("reconnecting")).to_be_visible()
+            server.restart()
+            await expect(page.get_by_text("done: length")).to_be_visible()
+            text = await page.locator("output").text_content()
+            assert text == text_of(server, newest_jobs(server, 1)[0]["id"])
+            await page.reload()
+            await expect(page.get_by_text("done: length")).to_be_visible()
+            assert await page.locator("output").text_content() == text
+            await browser.close()
+
+
+async def test_client_example(make_server: Callable[..., Server]) -> None:
+    """Submit and poll: behind another job, with a full queue to begin with, and across a restart of the server."""
+    server = make_server(rate=50, options={"slots": 1}, settings={"max_queued": 1})
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+        blocker = await submit(http, max_tokens=100_000)
+        await running(http, blocker)
+        waiting = await submit(http, max_tokens=1)
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, str(EXAMPLES / "client_example.py"), "one two", "--url", server.url, "--max-tokens", "30",
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        )  # fmt: skip
+        full = 'llm_gateway_errors_total{code="overloaded"}'
+        await poll(lambda: http.get("/metrics"), lambda reply: full in reply.text)
+        await http.post(f"/v1/jobs/{waiting}/cancel")
+        assert program.stderr is not None
+        said = (await asyncio.wait_for(program.stderr.readline(), PATIENCE)).decode()
+        assert re.fullmatch(r"job_[0-9a-f]{32} is queued, number 1 in the queue\n", said)
+        await http.post(f"/v1/jobs/{blocker}/cancel")
+        await running(http, said.split()[0])
+    server.kill9()
+    server.restart()
+    out, err = await asyncio.wait_for(program.communicate(), PATIENCE)
+    assert program.returncode == 0, err.decode()
+    result, *metrics = out.decode().splitlines()
+    assert re.findall(r"(\d+)@[12] ", result) == [str(position) for position in range(1, 31)]
+    told = dict(line.strip().split(": ") for line in metrics)
+    assert (told["prompt_tokens"], told["completion_tokens"]) == ("2", "30")
+    assert float(told["total_time"]) >= float(told["processing_time"]) > 0
