@@ -40,7 +40,7 @@ with ask() as stream:
         print(text, end="", flush=True)
         shown += text
         if len(shown) > 40:
-            break  # as if the network had gone. The job goes on for 10 s without a reader (docs/protocol.md#7-disconnect)
+            break  # as if the network had gone; the job goes on for 10 s without a reader
 
 # The same reply, from its beginning: what was shown already is left out.
 skip = len(shown)

@@ -33,7 +33,7 @@ for await (const chunk of first.data) {
   const text = chunk.choices[0].delta.content ?? "";
   process.stdout.write(text);
   shown += text;
-  if (shown.length > 40) break; // as if the network had gone: leaving the loop closes the connection
+  if (shown.length > 40) break; // as if the network had gone; the job goes on for 10 s without a reader
 }
 
 // The same reply, from its beginning: what was shown already is left out.
