@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from penstock.core.errors import InvalidRequest
+from penstock.core.events import Completion
 from penstock.core.job import (
     Choices,
     Deadline,
     Identifier,
+    Job,
     LogitBias,
     MaxTokens,
     Message,
@@ -36,7 +39,7 @@ from penstock.core.job import (
 )
 from penstock.core.tools import MAX_SCHEMA_BYTES, check_schema
 from penstock.gateway.http import Call
-from penstock.gateway.service import Submission
+from penstock.gateway.service import Gateway, Submission
 
 T = TypeVar("T")
 
@@ -213,6 +216,24 @@ class StructuredBody(JobBody, kw_only=True, frozen=True):
             raise InvalidRequest("response_format json_schema needs its json_schema.", param="response_format")
         check_schema(wanted.json_schema.schema, "response_format.json_schema.schema")
         return ResponseFormat("json_schema", wanted.json_schema.schema)
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A body's job: what to run, how to write what came of it, and what the route needs to show it again."""
+
+    request: Request
+    reply: Callable[[Job, Completion], Any]
+    view: bytes = b""
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """One of OpenAI's POST routes without its HTTP, as a line of a batch has it: the type of its body, and its job.
+
+    ``prepare(gateway, tenant, body)`` raises `PenstockError` for what cannot be run.
+    """
+
+    body: type
+    prepare: Callable[[Gateway, str, Any], Awaitable[Prepared]]
 
 
 def structured(

@@ -16,8 +16,16 @@ from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import ChatMessages, StructuredBody, TokenId, submission
+from penstock.gateway.routes.bodies import (
+    ChatMessages,
+    Operation,
+    Prepared,
+    StructuredBody,
+    TokenId,
+    submission,
+)
 from penstock.gateway.routes.jobs import tool_call_view, usage_view
+from penstock.gateway.service import Gateway
 from penstock.gateway.sse import ascii_json, json_string
 
 
@@ -135,6 +143,29 @@ async def chat_completions(call: Call) -> ASGIApp:
 async def completions(call: Call) -> ASGIApp:
     body = await call.body(TextCompletion)
     return await _reply(call, body, body.request(), TextDialect)
+
+
+async def _prepare_chat(gateway: Gateway, tenant: str, body: ChatCompletion) -> Prepared:
+    request = body.request(gateway.config.default_max_tokens)
+    return _prepare(body, request, ToolDialect if request.callable_tools else ChatDialect)
+
+
+async def _prepare_text(gateway: Gateway, tenant: str, body: TextCompletion) -> Prepared:
+    return _prepare(body, body.request(), TextDialect)
+
+
+def _prepare(body: OpenAIBody, request: Request, dialect: type[Dialect]) -> Prepared:
+    return Prepared(
+        request,
+        lambda job, completion: dialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion),
+    )
+
+
+#: What a batch can be made of, of these routes.
+OPERATIONS = {
+    "/v1/chat/completions": Operation(ChatCompletion, _prepare_chat),
+    "/v1/completions": Operation(TextCompletion, _prepare_text),
+}
 
 
 async def _reply(call: Call, body: OpenAIBody, request: Request, dialect: type[Dialect]) -> ASGIApp:
