@@ -87,6 +87,8 @@ class Completion(msgspec.Struct):
     ids: list[list[int]]
     logprobs: list[list[tuple[int, str, Logprob]]]
     ended: Ended | None = None
+    pieces: list[list[str]] = []
+    """Of each choice, what every position of the log added to its text."""
 
 
 def fold(events: Iterable[Event], n: int = 1) -> Completion:
@@ -105,6 +107,7 @@ def fold(events: Iterable[Event], n: int = 1) -> Completion:
             if logprob is not None:
                 result.logprobs[choice].append((token, text, logprob))
     result.texts = ["".join(part) for part in parts]
+    result.pieces = parts
     return result
 
 

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 from penstock.core.events import Prefix
 from penstock.core.job import Request
-from penstock.core.ports import ModelInfo, Output
+from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.tasks import Tokenized
 
 
 class Backend(Protocol):
     """One that has a ``spare_time`` too, an iterator of small pieces of work that make later steps faster, is asked for
-    one of them at a time while there is nothing to do."""
+    one of them at a time while there is nothing to do. One that has a ``tokenize``, from a request to the `Tokenized`
+    of its prompt, at once, is asked that instead of to ``add`` a request with this task."""
 
     info: ModelInfo
     slots: int
@@ -63,3 +65,8 @@ Progress = Callable[[str, float | None], None]
 
 #: Loads a model: (name, path or None, options from ``--option``, progress). Raises `ModelLoadError`.
 Loader = Callable[[str, str | None, Mapping[str, Any], Progress], Backend]
+
+
+def tokenized_output(key: int, found: Tokenized) -> Output:
+    """All that there is to say of a request to tokenize."""
+    return Output(key, [0], [found.encode()], prompt_tokens=len(found.tokens), finish=Finish(("stop",)))

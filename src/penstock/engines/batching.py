@@ -17,6 +17,7 @@ import numpy as np
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.tasks import Tokenized
 from penstock.engines.guide import Guides, followed
 from penstock.engines.kvcache import ROOT, BlockPool
 from penstock.engines.sampling import Floats, Ints, Sampler, stream_key
@@ -113,6 +114,7 @@ class ContinuousBatching:
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             unsupported=() if text.has_token_bytes else ("response_format",),
+            tasks=("generate", "tokenize"),
         )
         self.spare_time: Iterator[None] = iter(())
         self._text = text
@@ -150,6 +152,9 @@ class ContinuousBatching:
         self._waiting.extend(sequence for sequence in job.sequences if sequence.reply.finish is None)
         if not job.open:
             self._done.append(job)
+
+    def tokenize(self, request: Request) -> Tokenized:
+        return self._text.tokenize(request)
 
     def abort(self, key: int) -> None:
         job = self._jobs.pop(key, None)

@@ -16,11 +16,13 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
+from penstock.core.job import Request
 from penstock.core.ports import Finish, Output
-from penstock.engines.backend import Backend, Loader
+from penstock.core.tasks import Tokenized
+from penstock.engines.backend import Backend, Loader, tokenized_output
 from penstock.engines.frames import (
     Abort,
     Add,
@@ -83,6 +85,7 @@ def serve(channel: Channel, backend: Backend) -> None:
     outbox = Outbox()
     running: set[int] = set()
     spare_time: Iterator[None] | None = getattr(backend, "spare_time", None)
+    tokenize: Callable[[Request], Tokenized] | None = getattr(backend, "tokenize", None)
     while True:
         wait = backend.delay() if backend.busy else None
         if outbox.holds and backend.wakeup is not None and (due := outbox.due()) > 0:
@@ -91,7 +94,7 @@ def serve(channel: Channel, backend: Backend) -> None:
             channel.send(Outputs(held))
         if spare_time is not None and not backend.busy:
             wait = 0.0
-        refused: list[Output] = []
+        answered: list[Output] = []
         commands = channel.receive(wait, backend.wakeup)
         if spare_time is not None and not commands and not backend.busy and next(spare_time, True):
             spare_time = None
@@ -100,10 +103,13 @@ def serve(channel: Channel, backend: Backend) -> None:
                 case Add(key, request, prefixes, attempt):
                     try:
                         backend.info.check(request)  # it may have been accepted before anything was known of the model
-                        backend.add(key, request, prefixes, attempt)
-                        running.add(key)
+                        if request.task == "tokenize" and tokenize is not None:
+                            answered.append(tokenized_output(key, tokenize(request)))
+                        else:
+                            backend.add(key, request, prefixes, attempt)
+                            running.add(key)
                     except PenstockError as error:
-                        refused.append(Output(key, finish=Finish(error=error.info)))
+                        answered.append(Output(key, finish=Finish(error=error.info)))
                 case Abort(key):
                     backend.abort(key)
                     running.discard(key)
@@ -111,7 +117,7 @@ def serve(channel: Channel, backend: Backend) -> None:
                 case Ping():
                     channel.send(Pong())
         # What an aborted sequence left in a mailbox has to be taken out too, or it would wake us for ever.
-        outputs = refused + backend.step() if backend.busy or backend.wakeup is not None else refused
+        outputs = answered + backend.step() if backend.busy or backend.wakeup is not None else answered
         running.difference_update(output.key for output in outputs if output.finish is not None)
         if now := outbox.take(outputs, max(len(running), len(outputs))):
             channel.send(Outputs(now))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import httpx
 import numpy as np
 import psutil
 import xllamacpp
@@ -33,6 +34,7 @@ from penstock.core.errors import (
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.tasks import Tokenized
 from penstock.engines.backend import Progress
 from penstock.engines.guide import Guide, Guides, followed
 from penstock.engines.kvcache import fit_context
@@ -50,6 +52,8 @@ CANDIDATES = 256
 #: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
 #: continuations apart.
 MAX_REPLY = 1 << 24
+#: Seconds for tokens of a prompt, whose size is bounded.
+TOKENIZE_TIMEOUT = 20.0
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,15 @@ class GgufText(TextModel):
         It puts a beginning-of-text token before a text that comes first, where the model wants one. A chat template
         has written its own, which therefore becomes an id.
         """
-        pieces: list[int | str] = list(self.encode_request(request))
-        first = pieces[0]
+        return self._begun(request, self.encode_request(request))
+
+    def pieces_to_tokenize(self, request: Request) -> list[int | str]:
+        """The same of a prompt that may be empty, or longer than the context."""
+        return self._begun(request, self._ids(request))
+
+    def _begun(self, request: Request, ids: list[int]) -> list[int | str]:
+        pieces: list[int | str] = list(ids)
+        first = pieces[0] if pieces else 0
         if request.messages is not None and isinstance(first, str):
             special = next((name for name in self._special_names if first.startswith(name)), None)
             if special is not None:
@@ -226,7 +237,10 @@ class _Untold:
 class LlamaBackend(ThreadedBackend):
     """See `penstock.engines.backend.Backend`."""
 
-    def __init__(self, name: str, server: Any, text: GgufText, context: int, precision: str, options: Options) -> None:
+    def __init__(
+        self, name: str, server: Any, key: str, text: GgufText, context: int, precision: str, options: Options
+    ) -> None:
+        """*key* is what the *server* asks of who calls it over HTTP."""
         super().__init__()
         text.context_length = context
         self.slots = options.slots
@@ -237,8 +251,10 @@ class LlamaBackend(ThreadedBackend):
             precision=precision,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            tasks=("generate", "tokenize"),
         )
         self.server = server
+        self._key = key
         self.text = text
         self._guides = Guides(text)
         self._threads = ThreadPoolExecutor(options.slots, "sequence")
@@ -257,6 +273,27 @@ class LlamaBackend(ThreadedBackend):
                 self.mailbox.put(*job.end(choice, reply.finish))
                 continue
             self._threads.submit(_Sequence(self, job, request, choice, reply, prefix, guide).run, prompt)
+
+    def tokenize(self, request: Request) -> Tokenized:
+        ids = request.prompt_ids
+        if ids is None:  # xllamacpp has no call for this; llama.cpp's server, which listens in any case, has a route
+            asked = {
+                "content": self.text.pieces_to_tokenize(request),
+                "add_special": request.add_special_tokens,
+                "parse_special": True,
+            }
+            try:
+                answer = httpx.post(
+                    f"{self.server.listening_address}/tokenize",
+                    json=asked,
+                    headers={"Authorization": f"Bearer {self._key}"},
+                    timeout=TOKENIZE_TIMEOUT,
+                    trust_env=False,
+                )
+                ids = answer.raise_for_status().json()["tokens"]
+            except httpx.HTTPError as error:
+                raise EngineError(f"llama.cpp cannot tokenize this: {error}") from error
+        return self.text.named(self.text.known(ids, "tokens"))
 
 
 class _Sequence:
@@ -499,13 +536,13 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
     params.verbosity = 1
     # llama.cpp listens for HTTP in any case: let nobody in.
     params.hostnames = ["127.0.0.1"]
-    params.api_keys = [secrets.token_urlsafe(32)]
+    params.api_keys = [key := secrets.token_urlsafe(32)]
     params.ui = params.endpoint_slots = False
     try:
         server = xllamacpp.Server(params)
     except Exception as error:  # whatever its C++ throws
         raise ModelLoadError(f"llama.cpp cannot load {file}: {error}") from error
-    return LlamaBackend(name, server, text, context, metadata.precision, parsed)
+    return LlamaBackend(name, server, key, text, context, metadata.precision, parsed)
 
 
 def _context(metadata: _Metadata, options: Options) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.tasks import Tokenized
 from penstock.engines.guide import Guides, followed
 from penstock.engines.mailbox import Choices, ThreadedBackend
 from penstock.engines.sampling import stream_key
@@ -100,6 +101,9 @@ class StaticBatching(ThreadedBackend):
         with self._arrived:
             self._waiting += [row for row in rows if not row.over]
             self._arrived.notify()
+
+    def tokenize(self, request: Request) -> Tokenized:
+        return self.text.tokenize(request)
 
     # ---------------------------------------------------------------------------- batches
 

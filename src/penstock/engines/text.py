@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.events import Logprob, TopLogprob
 from penstock.core.job import Message, Request, Sampling, Tool
+from penstock.core.tasks import Tokenized
 from penstock.core.tools import finish_reason
 
 #: Context length when no file tells one.
@@ -587,18 +588,7 @@ class TextModel:
         Raises `ContextLengthExceeded` (before tokenizing, where the text cannot fit), `Unsupported` for messages
         without a chat template, `InvalidRequest` for ids beyond the vocabulary and for an empty prompt.
         """
-        if request.prompt_ids is not None:
-            ids = list(request.prompt_ids)
-            if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-                raise InvalidRequest(f"Token ids must be in 0 … {self.vocab_size - 1}.", param="prompt")
-        elif request.prompt is not None:
-            self._check_size(len(request.prompt), "prompt")
-            ids = self.encode(request.prompt)
-        else:
-            try:
-                ids = self.encode_chat(request.messages or (), request.callable_tools, begun=request.continue_final)
-            except RecursionError as error:
-                raise InvalidRequest("The arguments of a call are nested too deeply.", param="messages") from error
+        ids = self._ids(request)
         param = "messages" if request.messages is not None else "prompt"
         if not ids:
             raise InvalidRequest("The prompt is empty.", param=param)
@@ -609,6 +599,37 @@ class TextModel:
                 param=param,
             )
         return ids
+
+    def _ids(self, request: Request) -> list[int]:
+        if request.prompt_ids is not None:
+            return self.known(request.prompt_ids, "tokens" if request.task == "tokenize" else "prompt")
+        if request.prompt is not None:
+            self._check_size(len(request.prompt), "prompt")
+            if not request.add_special_tokens:
+                return self._tokenize(request.prompt, special=False)
+            return self.encode(request.prompt)
+        try:
+            return self.encode_chat(request.messages or (), request.callable_tools, begun=request.continue_final)
+        except RecursionError as error:
+            raise InvalidRequest("The arguments of a call are nested too deeply.", param="messages") from error
+
+    def known(self, ids: Sequence[int], param: str) -> list[int]:
+        """*ids* as a list. Raises `InvalidRequest` for one beyond the vocabulary."""
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            raise InvalidRequest(f"Token ids must be in 0 … {self.vocab_size - 1}.", param=param)
+        return list(ids)
+
+    def tokenize(self, request: Request) -> Tokenized:
+        """A request's prompt as tokens, which may be more than the context holds, or none.
+
+        Raises what `encode_request` raises for everything else.
+        """
+        return self.named(self._ids(request))
+
+    def named(self, ids: list[int]) -> Tokenized:
+        """*ids* with what they stand for."""
+        names = [self.tokenizer.id_to_token(id) or "" for id in ids]
+        return Tokenized(ids, names, self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def check_bias(self, sampling: Sampling) -> None:
         """Raises `InvalidRequest` for a biased token beyond the vocabulary."""

@@ -430,6 +430,7 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         vocab_size=text.vocab_size,
         chat=text.has_chat_template,
         unsupported=() if text.has_token_bytes else ("response_format",),
+        tasks=("generate", "tokenize"),
     )
     generate = _Generate(model, device, model.get_output_embeddings().weight.shape[0], parsed.slots)
     return StaticBatching(info, text, generate, slots=parsed.slots, window=parsed.window / 1000)

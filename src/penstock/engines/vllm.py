@@ -28,6 +28,7 @@ from penstock.core.errors import EngineError, InvalidRequest, ModelLoadError, Un
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.tasks import Tokenized
 from penstock.engines.backend import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.options import one_of, parse
@@ -191,6 +192,7 @@ class VLLMBackend:
             precision=precision,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            tasks=("generate", "tokenize"),
         )
         self._text = text
         self._core = core
@@ -233,6 +235,9 @@ class VLLMBackend:
         self._jobs[key] = job
         if not job.open:
             self._done.append(job)
+
+    def tokenize(self, request: Request) -> Tokenized:
+        return self._text.tokenize(request)
 
     def abort(self, key: int) -> None:
         if (job := self._jobs.pop(key, None)) is not None:

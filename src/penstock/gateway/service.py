@@ -37,6 +37,10 @@ from penstock.gateway.sse import EventStream, Streams
 log = structlog.get_logger("penstock.gateway")
 
 
+#: Seconds for which the job of an answer that was given stays where it could not be dropped at once.
+ASK_KEEP = 60.0
+
+
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The gateway's numbers. Times in seconds, sizes in bytes."""
 
@@ -125,16 +129,17 @@ class Catalogue:
 
     @property
     def default(self) -> str:
-        if not self.names:
-            raise NoWorker("No model is served yet: no worker has registered.", retry_after=2.0)
-        return self.names[0]
+        """The first model that generates (see `default_for`)."""
+        return self.default_for("generate")
 
     def default_for(self, task: Task) -> str:
-        """The first model that can do *task*, as far as is known. Raises `NoWorker`, or `Unsupported` where none can."""
+        """The first model that can do *task*, as far as is known. Raises `NoWorker`, or `Unsupported` if none can."""
+        if not self.names:
+            raise NoWorker("No model is served yet: no worker has registered.", retry_after=2.0)
         for name in self.names:
             if (info := self.info(name)) is None or info.may(task):
                 return name
-        raise Unsupported(f"No model here can {task}: {self.default} and all others cannot.", param="model")
+        raise Unsupported(f"No model here can {task}. Served: {', '.join(self.names)}.", param="model")
 
     def offering(self, task: Task) -> list[str]:
         """Models that are known to do *task*."""
@@ -164,12 +169,12 @@ class Catalogue:
         return next((state for state in WORKER_STATES if state in states), "unavailable")
 
     def ready(self, model: str | None) -> bool:
-        """Does a live worker serve *model* (None: the default one), or load it when a job comes?"""
+        """Does a live worker serve *model* (None: the first one), or load it when a job comes?"""
         if not self.names:
             return False
         return any(
             worker.state == "ready" or (worker.on_demand and worker.state in ("unloaded", "loading", "unloading"))
-            for worker in self.workers_of(model or self.default)
+            for worker in self.workers_of(model or self.names[0])
         )
 
     def check(self, request: Request) -> None:
@@ -180,10 +185,10 @@ class Catalogue:
         if (info := self._known.get(request.model)) is None:
             return
         if not info.may(request.task):
-            offering = ", ".join(self.offering(request.task)) or "none"
+            others = ", ".join(self.offering(request.task)) or "none"
             raise Unsupported(
-                f"The model {request.model!r} cannot {request.task}: it can {' and '.join(info.tasks)}. Models here that "
-                f"can {request.task}: {offering}.",
+                f"The model {request.model!r} cannot {request.task}: it can {' and '.join(info.tasks)}. "
+                f"Models here that can {request.task}: {others}.",
                 param="model",
             )
         info.check(request)
@@ -377,6 +382,17 @@ class Gateway:
             headers={"x-penstock-job": following.job.id, **(headers or {})},
             on_close=following.close,
         )
+
+    async def ask(
+        self, request: Request, submission: Submission, gone: Callable[[], Awaitable[None]]
+    ) -> tuple[Job, Completion]:
+        """Submit and `fold`, for an answer that nobody comes back for: its job is dropped, whatever becomes of it."""
+        job = await self.submit(request, msgspec.structs.replace(submission, keep=ASK_KEEP))
+        try:
+            return job, await self.fold(job, gone)
+        finally:
+            with contextlib.suppress(BrokerUnavailable):  # then it is dropped a little later
+                await self.broker.forget(job.tenant, job.id)
 
     async def fold(self, job: Job, gone: Callable[[], Awaitable[None]]) -> Completion:
         """Wait for a job's end and fold its log; *gone* returns when the client has left. Raises the job's error."""

@@ -131,8 +131,10 @@ class ObservedBroker:
         job = progress.lease.job
         self._progress.pop(job.id, None)
         started = job.started_at or now
-        later = progress.tokens - 1
-        first = progress.first_at
+        # What a log has instead of tokens, where its job is not to generate, counts as none and has no first one.
+        generated = progress.tokens if job.request.task == "generate" else 0
+        later = generated - 1
+        first = progress.first_at if generated else None
         record = JobRecord(
             job=job.id,
             tenant=job.tenant,
@@ -142,7 +144,7 @@ class ObservedBroker:
             error=error,
             attempt=progress.lease.attempt,
             prompt_tokens=progress.prompt_tokens,
-            completion_tokens=progress.tokens,
+            completion_tokens=generated,
             queue_wait=started - job.created_at,
             processing_time=now - started,
             total_time=now - job.created_at,

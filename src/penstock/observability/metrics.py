@@ -146,6 +146,8 @@ class _MeteredEngine:
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._others: set[int] = set()
+        """Keys of jobs whose outputs are no tokens."""
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
@@ -156,18 +158,23 @@ class _MeteredEngine:
         return self._engine.slots
 
     async def start(self) -> None:
+        self._others.clear()
         await self._engine.start()
 
     def add(self, key: int, lease: Lease) -> None:
+        if lease.job.request.task != "generate":
+            self._others.add(key)
         self._engine.add(key, lease)
 
     def abort(self, key: int) -> None:
+        self._others.discard(key)
         self._engine.abort(key)
 
     async def step(self) -> list[Output]:
         outputs = await self._engine.step()
         self._metrics.worker_batch.set(len(outputs))
-        self._metrics.worker_tokens.inc(sum(len(output.ids) for output in outputs))
+        self._metrics.worker_tokens.inc(sum(len(output.ids) for output in outputs if output.key not in self._others))
+        self._others.difference_update(output.key for output in outputs if output.finish is not None)
         return outputs
 
     async def close(self) -> None:

@@ -1,0 +1,56 @@
+"""What the log of a job holds whose task is not to generate. It is a log like any other; only its texts are not text.
+
+==========  ========================================================================================================
+embed       an entry for each input, in any order: its id is the input's index (from 0), its text the vector
+tokenize    one entry: its text is a `Tokenized` as JSON
+==========  ========================================================================================================
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from penstock.core.events import Completion
+
+
+class Tokenized(msgspec.Struct, frozen=True):
+    """A prompt's token ids, what the vocabulary calls each of them, and the text that they stand for, special tokens
+    written out."""
+
+    tokens: list[int]
+    token_strs: list[str]
+    text: str
+
+    def encode(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def of(cls, completion: Completion) -> Tokenized:
+        return msgspec.json.decode(completion.texts[0], type=cls)
+
+
+def vector_text(vector: Sequence[float]) -> str:
+    """A vector as the log has it, and as OpenAI's ``encoding_format: base64`` does: float32, little-endian."""
+    return base64.b64encode(_little_endian(array.array("f", vector)).tobytes()).decode()
+
+
+def vector_values(text: str) -> list[float]:
+    """The numbers of such a text."""
+    return _little_endian(array.array("f", base64.b64decode(text))).tolist()
+
+
+def vectors(completion: Completion) -> list[str]:
+    """The vectors of an embedding's folded log, in the order of its inputs."""
+    (ids,), (texts,) = completion.ids, completion.pieces
+    return [text for _, text in sorted(zip(ids, texts, strict=True))]
+
+
+def _little_endian(values: array.array[float]) -> array.array[float]:
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
