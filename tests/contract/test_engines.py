@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from tests.support.gguf import bundled_gguf
 from tests.support.torch import NO_TORCH, TORCH
 
@@ -54,25 +55,30 @@ class TestLlama(EngineContract):
             yield engine
 
 
+@pytest.mark.asyncio(loop_scope="class")
 @pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
 class TestTransformers(EngineContract):
-    """The model in the box at f32, in torch."""
+    """The model in the box at f32, in torch: one process for all, since its import takes seconds."""
 
-    @pytest.fixture
-    async def engine(self) -> AsyncIterator[EngineProcess]:
-        async for engine in started(EngineSpec("transformers", "millrace", None, {"batching": "continuous"})):
+    options: Mapping[str, str] = {"batching": "continuous"}
+
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    @classmethod
+    async def process(cls) -> AsyncIterator[EngineProcess]:
+        async for engine in started(EngineSpec("transformers", "millrace", None, cls.options)):
             yield engine
 
+    @pytest_asyncio.fixture(loop_scope="class")
+    async def engine(self, process: EngineProcess) -> EngineProcess:
+        if not process.alive:
+            await process.start()
+        return process
 
-@pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
-class TestTransformersStatic(EngineContract):
+
+class TestTransformersStatic(TestTransformers):
     """The same through the library's `generate`, in batches that nobody can join."""
 
-    @pytest.fixture
-    async def engine(self) -> AsyncIterator[EngineProcess]:
-        options = {"batching": "static", "slots": "16", "window": "30"}
-        async for engine in started(EngineSpec("transformers", "millrace", None, options)):
-            yield engine
+    options = {"batching": "static", "slots": "16", "window": "30"}  # noqa: RUF012 (a constant)
 
 
 class TestProcess:
