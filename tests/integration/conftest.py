@@ -1,7 +1,7 @@
 """Real server processes for tests that talk to them over HTTP.
 
 ``server`` is one shared server with synthetic models, ``make_server`` starts one of the test's own, ``http`` is an
-`httpx.AsyncClient` of the shared one.
+`httpx.AsyncClient` of the shared one, which checks that every answer is as ``/openapi.json`` says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 
+from tests.support.conformance import conforms
 from tests.support.server import PATIENCE, Server, model
 
 
@@ -33,5 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=PATIENCE, trust_env=False, event_hooks={"response": [conforms]}
+    ) as client:
         yield client

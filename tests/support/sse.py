@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
+from tests.support.conformance import check_answer, check_event
 from tests.support.http import PATIENCE, Answer, send
 
 
@@ -86,10 +88,14 @@ class Parser:
 
 
 class Stream:
-    """One open event stream. Iterate it, or take the `next` event; ``raw`` is every byte of it so far."""
+    """One open event stream. Iterate it, or take the `next` event; ``raw`` is every byte of it so far.
 
-    def __init__(self, answer: Answer) -> None:
+    *request*: its method and path. Each event is checked against the API's description.
+    """
+
+    def __init__(self, answer: Answer, request: tuple[str, str]) -> None:
         self.answer = answer
+        self.request = request
         self.status = answer.status
         self.headers = answer.headers
         self.parser = Parser()
@@ -129,7 +135,9 @@ class Stream:
         """Read some bytes, whatever they are (heartbeats make no event). False at the end of the stream."""
         async for part in self._parts:
             self.raw += part
-            self._ready += self.parser.feed(part)
+            for event in self.parser.feed(part):
+                check_event(*self.request, event.event, event.text)
+                self._ready.append(event)
             return True
         return False
 
@@ -161,4 +169,7 @@ async def open_stream(
     fields = {"accept": "text/event-stream", **dict(headers)}
     if after is not None:
         fields["last-event-id"] = str(after)
-    return Stream(await send(url, method, headers=fields, json_body=json_body, limit=limit))
+    answer = await send(url, method, headers=fields, json_body=json_body, limit=limit)
+    path = urlsplit(url).path
+    check_answer(method, path, answer.status, answer.headers.get("content-type", ""), None)
+    return Stream(answer, (method, path))

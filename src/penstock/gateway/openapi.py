@@ -9,19 +9,17 @@ from typing import Any
 import msgspec
 
 from penstock import __version__
-from penstock.core.errors import ErrorInfo
+from penstock.gateway.routes.anthropic import CountTokens, CreateMessage
+from penstock.gateway.routes.batches import CreateBatch
+from penstock.gateway.routes.bodies import JobBody
+from penstock.gateway.routes.files import FileUpload
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.models import ManageModel
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.routes.seeds import GenerateVLLM, PromptBody, PromptsBody
 from penstock.gateway.routes.tokens import Detokenize, Tokenize
-
-
-class ErrorBody(msgspec.Struct):
-    """The one shape of every failure."""
-
-    error: ErrorInfo
-
+from penstock.gateway.schemas import ANSWERS, EVENTS, ErrorBody, Key
 
 _ID = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
 
@@ -44,7 +42,7 @@ _OF_USER: list[dict[str, Any]] = [
 ]
 
 #: (method, path) → summary, body type, status of success, whether it may answer as SSE, parameters
-OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[str, Any]]]] = {
+OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] = {
     ("POST", "/v1/jobs"): ("Submit a job; never waits", GenerateJob, 202, False, []),
     ("GET", "/v1/jobs"): (
         "List jobs, newest first",
@@ -67,8 +65,65 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[s
     ("POST", "/v1/generate"): ("Generate: one JSON reply, or a stream", Generate, 200, True, []),
     ("POST", "/v1/chat/completions"): ("OpenAI chat completions", ChatCompletion, 200, True, []),
     ("POST", "/v1/completions"): ("OpenAI completions", TextCompletion, 200, True, []),
+    ("POST", "/v1/responses"): ("OpenAI responses; in the background, too", CreateResponse, 200, True, []),
+    ("GET", "/v1/responses/{id}"): (
+        "A response as it is, or its events; resumable",
+        None,
+        200,
+        True,
+        [
+            *_ID,
+            {"name": "stream", "in": "query", "schema": {"type": "string", "enum": ["true", "false"]}},
+            *_query(starting_after="integer"),
+            _RESUME[0],
+        ],
+    ),
+    ("DELETE", "/v1/responses/{id}"): ("Drop a response; one that runs is cancelled", None, 200, False, _ID),
+    ("POST", "/v1/responses/{id}/cancel"): ("Cancel a background response; idempotent", None, 200, False, _ID),
+    ("GET", "/v1/responses/{id}/input_items"): (
+        "The items that a response answers",
+        None,
+        200,
+        False,
+        [
+            *_ID,
+            {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"]}},
+            {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100}},
+            *_query(after="string"),
+        ],
+    ),
+    ("POST", "/v1/files"): ("Upload the input of a batch", FileUpload, 200, False, []),
+    ("GET", "/v1/files"): (
+        "List files",
+        None,
+        200,
+        False,
+        [
+            *_query(purpose="string", after="string"),
+            {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 10_000}},
+            {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"]}},
+        ],
+    ),
+    ("GET", "/v1/files/{id}"): ("What is known of a file", None, 200, False, _ID),
+    ("DELETE", "/v1/files/{id}"): ("Delete a file", None, 200, False, _ID),
+    ("GET", "/v1/files/{id}/content"): ("A file's content", None, 200, False, _ID),
+    ("POST", "/v1/batches"): ("Run the requests of a file at batch priority", CreateBatch, 200, False, []),
+    ("GET", "/v1/batches"): (
+        "List batches, newest first",
+        None,
+        200,
+        False,
+        [
+            *_query(after="string"),
+            {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100}},
+        ],
+    ),
+    ("GET", "/v1/batches/{id}"): ("A batch: how far it is, and where its results are", None, 200, False, _ID),
+    ("POST", "/v1/batches/{id}/cancel"): ("Cancel a batch; idempotent", None, 200, False, _ID),
     ("POST", "/tokenize"): ("The tokens of a prompt or of messages", Tokenize, 200, False, []),
     ("POST", "/detokenize"): ("The text of token ids", Detokenize, 200, False, []),
+    ("POST", "/v1/messages"): ("Anthropic Messages", CreateMessage, 200, True, []),
+    ("POST", "/v1/messages/count_tokens"): ("How many tokens a message's input has", CountTokens, 200, False, []),
     ("GET", "/v1/models"): ("The models served", None, 200, False, []),
     ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, _MODEL),
     ("POST", "/v1/models/{model:path}/load"): ("Load a model of this process", ManageModel, 200, True, _MODEL),
@@ -97,20 +152,27 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, bool, list[dict[s
 @functools.cache
 def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    bodies = [body for _, body, *_ in OPERATIONS.values() if body is not None]
-    schemas, components = msgspec.json.schema_components(
-        [*bodies, ErrorBody], ref_template="#/components/schemas/{name}"
-    )
-    schema_of = dict(zip(bodies, schemas, strict=False))
-    error = {"description": "Error", "content": {"application/json": {"schema": schemas[-1]}}}
+    bodies = {body for _, body, *_ in OPERATIONS.values() if body is not None}
+    answers = {kind for answers in ANSWERS.values() for kind in answers.values()}
+    events = {kind for events in EVENTS.values() for kind in events.values()}
+    kinds = sorted({*bodies, *answers, *events, ErrorBody}, key=lambda kind: kind.__name__)
+    schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
     for (method, path), (summary, body, status, stream, parameters) in OPERATIONS.items():
-        content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+        responses: dict[str, Any] = {}
+        for code, kind in ANSWERS.get((method, path), {} if stream else {status: None}).items():
+            schema = schema_of[kind] if kind is not None else {"type": "object"}
+            responses[str(code)] = {"description": summary, "content": {"application/json": {"schema": schema}}}
         if stream:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
-        responses: dict[str, Any] = {str(status): {"description": summary, "content": content}, "default": error}
+            answer = responses.setdefault("200", {"description": summary, "content": {}})
+            kinds_of = {name: schema_of[kind] for name, kind in EVENTS.get((method, path), {}).items()}
+            answer["content"]["text/event-stream"] = {"schema": _events(kinds_of)}
         if path == "/v1/jobs/{id}/events":
             responses["204"] = {"description": "Everything was delivered already"}
+        responses |= {
+            code: answer for code, answer in _failures(path, body, parameters).items() if code not in responses
+        }
         operation: dict[str, Any] = {"summary": summary, "responses": responses}
         if parameters:
             operation["parameters"] = parameters
@@ -130,8 +192,38 @@ def document() -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {
+            "schemas": components,
+            "responses": {
+                "Error": {"description": "Error", "content": {"application/json": {"schema": schema_of[ErrorBody]}}}
+            },
+        },
     }
+
+
+def _events(data: dict[str, Any]) -> dict[str, Any]:
+    """A stream as OpenAPI 3.1 can say it: a text. ``x-events`` has the schema of each event's data by its name."""
+    named = ", ".join(f"`{name}`" for name in data)
+    return {
+        "type": "string",
+        "description": f"Server-sent events (docs/protocol.md). Each has JSON as its data: {named}.",
+        "x-events": data,
+    }
+
+
+def _failures(path: str, body: type | None, parameters: list[dict[str, Any]]) -> dict[str, Any]:
+    """The failures that a client should expect of an operation; any other has the same shape."""
+    statuses: set[int] = set()
+    if body is not None or parameters:
+        statuses.add(400)
+    if body is not None:
+        statuses |= {413, 415}
+    if body is not None and issubclass(body, JobBody):
+        statuses |= {404, 422, 429, 503}
+    if "{" in path:
+        statuses.add(404)
+    error = {"$ref": "#/components/responses/Error"}
+    return {**{str(status): error for status in sorted(statuses)}, "default": error}
 
 
 @functools.cache

@@ -1,0 +1,540 @@
+"""What the routes answer, as types: the source of the responses in ``/openapi.json``.
+
+Routes write their answers by hand, for speed. That these types are what they write is checked on every answer and every
+event that the integration tests see (``tests/support/conformance.py``), which is why nothing here may be left open: an
+answer has no other fields, and one that is not always there is ``UNSET`` by default.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from penstock.core.job import Status
+from penstock.core.ports import ModelInfo
+
+
+class Answer(msgspec.Struct, forbid_unknown_fields=True):
+    """One JSON object of ours."""
+
+
+class Error(Answer):
+    """What went wrong, and what to do (docs/api.md#errors)."""
+
+    message: str
+    type: str
+    param: str | None
+    """The request field that it is about."""
+    code: str | None
+    """What a program looks at."""
+
+
+class ErrorBody(Answer):
+    """The one shape of every failure."""
+
+    error: Error
+
+
+class UsageView(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class FunctionCall(Answer):
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCallView(Answer):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+# ---------------------------------------------------------------------------------------------- jobs
+
+
+class Links(Answer):
+    self_: str = msgspec.field(name="self")
+    events: str
+    cancel: str
+
+
+class Submitted(Answer):
+    """A job that is durable and waits."""
+
+    id: str
+    status: Status
+    position_in_queue: int | None
+    links: Links
+
+
+class JobSummary(Answer):
+    """A job. Times are seconds since the epoch."""
+
+    id: str
+    status: Status
+    model: str
+    user_id: str | None
+    priority: Literal["interactive", "normal", "batch"]
+    position_in_queue: int | None
+    attempt: int
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    deadline_at: float | None
+    request_id: str | None
+    metadata: dict[str, str]
+    tokens: int
+    finish_reason: str | None
+    error: Error | None
+    links: Links
+
+
+class JobResult(Answer):
+    text: str
+    texts: list[str] | UnsetType = UNSET
+    """Of each choice, where there are several."""
+    tool_calls: list[ToolCallView] | UnsetType = UNSET
+    """Those of the first choice, where there were tools to call."""
+
+
+class Timings(Answer):
+    """Durations in seconds."""
+
+    queue_wait_time: float
+    processing_time: float | None
+    total_time: float
+    time_to_first_token: float | None
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_per_second: float | None
+
+
+class JobView(JobSummary):
+    """A job; an ended one with its result, usage and timings."""
+
+    result: JobResult | UnsetType = UNSET
+    finish_reasons: list[str] | UnsetType = UNSET
+    usage: UsageView | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
+
+
+class JobPage(Answer):
+    data: list[JobSummary]
+    next_cursor: str | None
+
+
+class Deleted(Answer):
+    id: str
+    deleted: Literal[True]
+
+
+class Generated(Answer, kw_only=True):
+    job_id: str
+    model: str
+    text: str
+    texts: list[str] | None
+    tool_calls: list[ToolCallView] | UnsetType = UNSET
+    finish_reason: str | None
+    usage: UsageView
+
+
+class TopLogprobView(Answer):
+    token: str
+    token_id: int
+    logprob: float
+
+
+class TokenEvent(Answer):
+    """One token; the event's ``id`` is its position. ``index``: its choice, where there are several."""
+
+    job_id: str
+    token: str
+    token_id: int
+    attempt: int
+    index: int | UnsetType = UNSET
+    logprob: float | UnsetType = UNSET
+    top_logprobs: list[TopLogprobView] | UnsetType = UNSET
+
+
+class DoneEvent(Answer, kw_only=True):
+    """The end of a job that completed."""
+
+    job_id: str
+    status: Literal["completed"]
+    finish_reason: str
+    finish_reasons: list[str] | UnsetType = UNSET
+    usage: UsageView
+
+
+class ErrorEvent(Answer):
+    """The end of a job that did not complete, or (without ``id``) a position beyond the log."""
+
+    job_id: str
+    status: Status
+    error: Error
+
+
+class UserTokenEvent(TokenEvent, kw_only=True):
+    """A token on the stream of all of a user's jobs; the event's ``id`` is a cursor."""
+
+    position: int
+
+
+class JobCompleteEvent(Answer, kw_only=True):
+    """The end of one of the user's jobs."""
+
+    job_id: str
+    status: Status
+    finish_reason: str | None
+    finish_reasons: list[str] | UnsetType = UNSET
+    usage: UsageView
+    error: Error | None
+
+
+class UserErrorEvent(Answer):
+    """The store has less of a job's log than this reader has seen."""
+
+    job_id: str
+    error: Error
+
+
+# ---------------------------------------------------------------------------------------------- OpenAI
+
+
+class ChatLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatLogprob):
+    top_logprobs: list[ChatLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[ChatTokenLogprob]
+
+
+class AssistantMessage(Answer, kw_only=True):
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[ToolCallView] | UnsetType = UNSET
+    refusal: None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatReply(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageView
+
+
+class FunctionCallDelta(Answer, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(Answer, kw_only=True):
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionCallDelta
+
+
+class ChatDelta(Answer):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
+class ChatChunkChoice(Answer, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | UnsetType = UNSET
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatChunk(Answer):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: UsageView | UnsetType | None = UNSET
+
+
+class TextLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(Answer):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class TextReply(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: UsageView
+
+
+class TextChunkChoice(Answer):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class TextChunk(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: UsageView | UnsetType | None = UNSET
+
+
+# ---------------------------------------------------------------------------------------------- models, tokens
+
+
+class ModelView(Answer):
+    """A model and how it stands. What only its engine knows is there once it was loaded."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    state: str
+    engine: str | UnsetType = UNSET
+    context_length: int | UnsetType = UNSET
+    precision: str | UnsetType = UNSET
+    deterministic: bool | UnsetType = UNSET
+    chat: bool | UnsetType = UNSET
+    tasks: list[str] | UnsetType = UNSET
+    unsupported: list[str] | UnsetType = UNSET
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[ModelView]
+
+
+class ProgressEvent(Answer):
+    state: str
+    what: str
+    fraction: float | None
+
+
+class Tokens(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(Answer):
+    prompt: str
+
+
+# ---------------------------------------------------------------------------------------------- the classic routes
+
+
+class Received(Answer):
+    received: str
+    """The job's id."""
+    msg: str | list[int]
+
+
+class Task(Answer):
+    task_id: str
+
+
+class PromptResult(Answer):
+    """What became of one prompt: its text, or an error."""
+
+    job_id: str
+    text: str | UnsetType = UNSET
+    texts: list[str] | UnsetType = UNSET
+    finish_reason: str | UnsetType = UNSET
+    usage: UsageView | UnsetType = UNSET
+    error: Error | UnsetType = UNSET
+
+
+class PromptResults(Answer):
+    """Of several prompts, in their order."""
+
+    model: str
+    results: list[PromptResult]
+
+
+class BasicResult(Answer):
+    """Of one prompt its result, of several prompts their ``results``."""
+
+    model: str
+    results: list[PromptResult] | UnsetType = UNSET
+    job_id: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    texts: list[str] | UnsetType = UNSET
+    finish_reason: str | UnsetType = UNSET
+    usage: UsageView | UnsetType = UNSET
+
+
+class TaskPending(Answer):
+    status: Literal["queued", "running"]
+    task_id: str
+
+
+class TaskResult(Answer):
+    status: Literal["completed", "failed", "cancelled", "expired"]
+    task_id: str
+    result: str | UnsetType = UNSET
+    metrics: Timings | UnsetType = UNSET
+    error_message: str | UnsetType = UNSET
+
+
+class TaskStatus(Answer):
+    task_id: str
+    status: Status
+    position_in_queue: int | None
+
+
+# ---------------------------------------------------------------------------------------------- operation
+
+
+class Live(Answer):
+    status: Literal["ok"]
+
+
+class Checks(Answer):
+    broker: bool
+    worker: bool
+    accepting: bool
+
+
+class Ready(Answer):
+    status: Literal["ready", "not ready"]
+    checks: Checks
+
+
+class BrokerHealth(Answer):
+    kind: str
+    connected: bool
+    durability: str | UnsetType = UNSET
+
+
+class QueueHealth(Answer):
+    queued: int
+    jobs: dict[str, int]
+    ended_per_second: float
+    leases_lost: int
+
+
+class WorkerHealth(Answer):
+    id: str
+    state: str
+    slots: int
+    models: list[str]
+    seen_at: float
+    on_demand: bool
+    detail: str | None
+    error: Error | None
+    memory_bytes: int | None
+    standby: int
+
+
+class ModelHealth(Answer):
+    id: str
+    ready: bool
+    state: str
+    queued: int
+    workers: dict[str, str]
+    info: ModelInfo | None
+
+
+class Health(Answer, kw_only=True):
+    """The queue and the workers are known while the broker is reachable."""
+
+    status: Literal["ok", "degraded"]
+    broker: BrokerHealth
+    queue: QueueHealth | UnsetType = UNSET
+    workers: list[WorkerHealth] | UnsetType = UNSET
+    models: list[ModelHealth]
+    manageable: bool
+
+
+# ---------------------------------------------------------------------------------------------- who answers what
+
+Key = tuple[str, str]
+"""Method and path, as in the table of routes."""
+
+#: The JSON that a route answers, by status. Failures are `ErrorBody` everywhere.
+ANSWERS: dict[Key, dict[int, Any]] = {
+    ("POST", "/v1/jobs"): {202: Submitted},
+    ("GET", "/v1/jobs"): {200: JobPage},
+    ("GET", "/v1/jobs/{id}"): {200: JobView},
+    ("DELETE", "/v1/jobs/{id}"): {200: Deleted},
+    ("POST", "/v1/jobs/{id}/cancel"): {200: JobView},
+    ("POST", "/v1/generate"): {200: Generated},
+    ("POST", "/v1/chat/completions"): {200: ChatReply},
+    ("POST", "/v1/completions"): {200: TextReply},
+    ("POST", "/tokenize"): {200: Tokens},
+    ("POST", "/detokenize"): {200: Detokenized},
+    ("GET", "/v1/models"): {200: ModelList},
+    ("GET", "/v1/models/{model:path}"): {200: ModelView},
+    ("POST", "/v1/models/{model:path}/load"): {200: ModelView},
+    ("POST", "/v1/models/{model:path}/unload"): {200: ModelView},
+    ("POST", "/submit_job"): {200: Received},
+    ("POST", "/generate"): {200: PromptResults, 202: Task},
+    ("GET", "/result/{id}"): {200: TaskResult, 202: TaskPending},
+    ("GET", "/status/{id}"): {200: TaskStatus},
+    ("POST", "/basic_generate"): {200: BasicResult},
+    ("POST", "/generate_vllm"): {200: PromptResults},
+    ("GET", "/healthz"): {200: Live},
+    ("GET", "/readyz"): {200: Ready, 503: Ready},
+    ("GET", "/health"): {200: Health},
+}
+
+_JOB_EVENTS = {"token": TokenEvent, "done": DoneEvent, "error": ErrorEvent}
+_USER_EVENTS = {"token": UserTokenEvent, "job_complete": JobCompleteEvent, "error": UserErrorEvent}
+_MODEL_EVENTS = {"progress": ProgressEvent, "done": ModelView, "error": ErrorBody}
+
+#: What a route that streams sends: the data of each event by its name ("message" for one without, as in browsers).
+EVENTS: dict[Key, dict[str, Any]] = {
+    ("GET", "/v1/jobs/{id}/events"): _JOB_EVENTS,
+    ("GET", "/v1/events"): _USER_EVENTS,
+    ("GET", "/events"): _USER_EVENTS,
+    ("POST", "/v1/generate"): _JOB_EVENTS,
+    ("POST", "/generate_stream"): _JOB_EVENTS,
+    ("POST", "/api/v1/req"): _JOB_EVENTS,
+    ("POST", "/v1/chat/completions"): {"message": ChatChunk},
+    ("POST", "/v1/completions"): {"message": TextChunk},
+    ("POST", "/v1/models/{model:path}/load"): _MODEL_EVENTS,
+    ("POST", "/v1/models/{model:path}/unload"): _MODEL_EVENTS,
+}
