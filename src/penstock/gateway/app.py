@@ -6,13 +6,15 @@ import contextlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from urllib.parse import urlsplit
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.core.errors import InvalidRequest, NotFound
+from penstock.core.errors import Forbidden, InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, error_reply
-from penstock.gateway.routes import jobs, models, openai, ops, page, seeds, tokens
+from penstock.gateway.routes import anthropic, batches, files, jobs, models, openai, ops, page, responses, seeds, tokens
 from penstock.gateway.service import Gateway
 
 Middleware = Callable[[ASGIApp], ASGIApp]
@@ -30,8 +32,24 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/generate", jobs.generate),
     ("POST", "/v1/chat/completions", openai.chat_completions),
     ("POST", "/v1/completions", openai.completions),
+    ("POST", "/v1/responses", responses.create),
+    ("GET", "/v1/responses/{id}", responses.retrieve),
+    ("DELETE", "/v1/responses/{id}", responses.delete),
+    ("POST", "/v1/responses/{id}/cancel", responses.cancel),
+    ("GET", "/v1/responses/{id}/input_items", responses.list_input_items),
+    ("POST", "/v1/files", files.create),
+    ("GET", "/v1/files", files.list_files),
+    ("GET", "/v1/files/{id}", files.show),
+    ("DELETE", "/v1/files/{id}", files.delete),
+    ("GET", "/v1/files/{id}/content", files.content),
+    ("POST", "/v1/batches", batches.create),
+    ("GET", "/v1/batches", batches.list_batches),
+    ("GET", "/v1/batches/{id}", batches.show),
+    ("POST", "/v1/batches/{id}/cancel", batches.cancel),
     ("POST", "/tokenize", tokens.tokenize),
     ("POST", "/detokenize", tokens.detokenize),
+    ("POST", "/v1/messages", anthropic.messages),
+    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
     ("POST", "/v1/models/{model:path}/load", models.load_model),
     ("POST", "/v1/models/{model:path}/unload", models.unload_model),
     ("GET", "/v1/models", models.list_models),
@@ -78,6 +96,7 @@ def create_app(
             yield
 
     app: ASGIApp = Router(paths, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
+    app = OriginCheck(app, gateway.config.allowed_origins)
     app = HostCheck(app, gateway.config.allowed_hosts)
     app = RequestId(app)
     for layer in reversed(middleware):
@@ -130,6 +149,44 @@ class RequestId:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class OriginCheck:
+    """Pages of other origins may change nothing here, nor read what they asked for; *allowed* ones may both (CORS).
+
+    A browser says where a request comes from, in ``Sec-Fetch-Site`` (to loopback addresses and over TLS) or ``Origin``;
+    other clients say nothing, and are not meant. The rules are those of Go's ``http.CrossOriginProtection``.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self.allowed = frozenset(allowed)
+        self.app = app
+        if self.allowed:
+            self.app = CORSMiddleware(
+                app,
+                allow_origins=list(allowed),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "x-penstock-job", "retry-after", "retry-after-ms", "location"],
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            origin = headers.get(b"origin")
+            if self._foreign(headers, origin) and not self.allowed & {origin, "*"}:
+                error = Forbidden(
+                    f"Pages of {str(origin)[:100]} may not do this. If they are yours, add that origin to allowed_origins."
+                )
+                await error_reply(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    @staticmethod
+    def _foreign(headers: dict[bytes, str], origin: str | None) -> bool:
+        if (site := headers.get(b"sec-fetch-site")) is not None:
+            return site not in ("same-origin", "none")
+        return origin is not None and urlsplit(origin).netloc != headers.get(b"host")
 
 
 _HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d+)?$")

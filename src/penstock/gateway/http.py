@@ -44,6 +44,8 @@ class Call:
         self.path: dict[str, str] = scope.get("path_params", {})
         self.request_id: str = scope.get("penstock.request_id", "")
         self.tenant: str = scope.get("penstock.tenant", "default")
+        self.refuse: Callable[[PenstockError], Response] = error_reply
+        """How a failure is written; a dialect may have its own way."""
 
     async def body(self, kind: type[T]) -> T:
         """The JSON body as *kind*. Raises `InvalidRequest`, `RequestTooLarge`, `UnsupportedEncoding`."""
@@ -110,14 +112,14 @@ def json_reply(value: Any, status: int = 200, headers: dict[str, str] | None = N
     return Response(_encoder.encode(value), status, headers, "application/json")
 
 
-def error_reply(error: PenstockError, headers: dict[str, str] | None = None) -> Response:
-    """The one error shape. 429 and 503 say when to come back."""
+def error_reply(error: PenstockError, headers: dict[str, str] | None = None, body: Any = None) -> Response:
+    """The one error shape (or a dialect's *body* around it). 429 and 503 say when to come back."""
     headers = dict(headers or {})
     if error.status in (429, 503):
         seconds = error.retry_after if error.retry_after is not None else 1.0
         headers["retry-after"] = str(max(1, round(seconds)))
         headers["retry-after-ms"] = str(max(1, round(seconds * 1000)))
-    return json_reply({"error": error.info}, error.status, headers)
+    return json_reply(body or {"error": error.info}, error.status, headers)
 
 
 Handler = Callable[[Call], Awaitable[ASGIApp]]
@@ -131,11 +133,12 @@ class Endpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = Call(self._gateway, scope, receive)
         try:
-            response = await self._handler(Call(self._gateway, scope, receive))
+            response = await self._handler(call)
         except PenstockError as error:
             scope["penstock.error"] = error.code
-            response = error_reply(error)
+            response = call.refuse(error)
         except asyncio.CancelledError:
             # The HTTP server's, when a drain has lasted long enough: this one still waits for a broker that is away.
             if not self._gateway.streams.closing or (task := asyncio.current_task()) is None:
@@ -143,10 +146,10 @@ class Endpoint:
             task.uncancel()
             unavailable = BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
             scope["penstock.error"] = unavailable.code
-            response = error_reply(unavailable)
+            response = call.refuse(unavailable)
         except Exception:
             # A bug is a 500 in the one error shape and a traceback in the log, never a torn connection.
             log.exception("request_failed", path=scope["path"], request_id=scope.get("penstock.request_id"))
             scope["penstock.error"] = "internal_error"
-            response = error_reply(PenstockError("Something broke inside the server; its log has the details."))
+            response = call.refuse(PenstockError("Something broke inside the server; its log has the details."))
         await response(scope, receive, send)
