@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     allowed_hosts: list[str] = Field(
         [], description="Host names clients may use; default: the loopback names, or all when public."
     )
+    allowed_origins: list[str] = Field(
+        [], description="Origins of other web pages that may use the API, like https://app.example.org; * for all."
+    )
     data_dir: Path = Field(
         default_factory=lambda: Path(platformdirs.user_data_dir("penstock", appauthor=False)),
         description="Jobs, queue and logs of the embedded broker.",
@@ -116,6 +119,17 @@ class Settings(BaseSettings):
     result_ttl: float = Field(3600.0, gt=0, description="Seconds that results and logs are kept after the end.")
     max_attempts: int = Field(3, ge=0, description="Retries of failures that a retry can cure.")
 
+    # Files and batches.
+    files_dir: Path | None = Field(
+        None, description="Uploaded files and batches (default: files in data_dir). The same for all gateways."
+    )
+    max_file: int = Field(200 << 20, gt=0, description="Largest upload in bytes.")
+    max_file_bytes_per_tenant: int = Field(
+        10 << 30, ge=0, description="Bytes of files that one tenant may have when it uploads another; 0: no limit."
+    )
+    file_ttl: float = Field(30 * 86400.0, gt=0, description="Seconds that files and ended batches are kept.")
+    batch_window: int = Field(256, ge=1, description="Lines of a tenant's batches that are queued or running at once.")
+
     # HTTP.
     max_body: int = Field(1 << 20, gt=0, description="Largest request body in bytes.")
     default_max_tokens: int = Field(
@@ -167,6 +181,14 @@ class Settings(BaseSettings):
                 )
         if len(urls) > 1 and any(url.startswith("unix:") for url in urls):
             raise ValueError("several URLs are the nodes of a cluster, which has no unix:// sockets")
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin: write https://name or http://name:port, without a path")
         return value
 
     @field_validator("memory_budget", mode="before")

@@ -20,6 +20,10 @@ from penstock.engines.backend import Progress
 from penstock.engines.process import EngineProcess, EngineSpec
 from penstock.engines.standby import Standby, WarmPool
 from penstock.gateway.app import WORKER_ROUTES, create_app
+from penstock.gateway.batch_runner import BatchRunner
+from penstock.gateway.batches import BatchStore
+from penstock.gateway.files import FileStore
+from penstock.gateway.routes.batches import OPERATIONS
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.observability.jobs import JobRecord, ObservedBroker
 from penstock.observability.logs import log_job, request_log
@@ -66,7 +70,10 @@ async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: b
                 broker = ObservedBroker(store, _observers(settings, metrics))
                 warm = WarmPool(settings.warm_processes)
                 crew = build_manager(settings, broker, metrics, warm, watcher) if workers else None
-                front = Gateway(broker, gateway_config(settings, gateway), models=crew)
+                files = file_store(settings) if gateway else None
+                front = Gateway(broker, gateway_config(settings, gateway), models=crew, files=files)
+                if files is not None:
+                    front.batches = BatchRunner(front, BatchStore(files), OPERATIONS, window=batch_window(settings))
                 app = build_app(front, crew, broker, metrics, gateway=gateway)
                 server = http_server(app, drain_timeout=settings.drain_timeout)
                 async with contextlib.aclosing(warm), front.running(catalogue=gateway):
@@ -156,8 +163,24 @@ def gateway_config(settings: Settings, gateway: bool = True) -> GatewayConfig:
         drain_timeout=settings.drain_timeout,
         default_max_tokens=settings.default_max_tokens,
         allowed_hosts=tuple(settings.allowed_hosts) or (loopback_names if loopback else ("*",)),
+        allowed_origins=tuple(settings.allowed_origins),
         manageable=loopback or settings.insecure_public,
     )
+
+
+def file_store(settings: Settings) -> FileStore:
+    return FileStore(
+        settings.files_dir or settings.data_dir / "files",
+        max_file=settings.max_file,
+        max_bytes=settings.max_file_bytes_per_tenant,
+        ttl=settings.file_ttl,
+    )
+
+
+def batch_window(settings: Settings) -> int:
+    """Jobs of batches at once: however many batches there are, half of the queue is left to everybody else."""
+    limits = [limit // 2 for limit in (settings.max_queued, settings.max_queued_per_tenant) if limit]
+    return max(1, min([settings.batch_window, *limits]))
 
 
 def build_manager(

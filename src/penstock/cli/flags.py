@@ -19,13 +19,14 @@ from penstock.settings import BUNDLED, ModelSettings, Settings, explain, load_se
 
 #: Which settings have a flag, by panel of the help page. The others are structures: environment or file.
 PANELS: dict[str, tuple[str, ...]] = {
-    "Address": ("host", "port", "insecure_public", "allowed_hosts"),
+    "Address": ("host", "port", "insecure_public", "allowed_hosts", "allowed_origins"),
     "Data": ("data_dir",),
     "Broker": ("broker", "durability", "broker_prefix", "shards", "replicas", "broker_timeout"),
     "Metrics": ("metrics_host", "metrics_port"),
     "Logs": ("log_level", "log_format", "log_dir"),
     "Admission": ("max_queued", "max_queued_per_tenant", "max_bytes_per_tenant"),
     "Queue": ("max_running_per_tenant", "lease_ttl", "result_ttl", "max_attempts"),
+    "Files": ("files_dir", "max_file", "max_file_bytes_per_tenant", "file_ttl", "batch_window"),
     "HTTP": ("max_body", "default_max_tokens", "heartbeat", "send_deadline", "disconnect_grace"),
     "Engines": ("hang_timeout", "load_timeout"),
     "Models": ("memory_budget", "idle_unload", "swap_after", "warm_processes"),
@@ -36,7 +37,7 @@ STRUCTURES = frozenset({"models", "tenant_weights"})
 
 #: The panels of each command.
 EVERYWHERE = {"Broker", "Logs", "Queue", "Shutdown"}
-GATEWAY = EVERYWHERE | {"Address", "Admission", "HTTP"}
+GATEWAY = EVERYWHERE | {"Address", "Admission", "Files", "HTTP"}
 WORKER = EVERYWHERE | {"Metrics", "Engines", "Models"}
 SERVE = GATEWAY | {"Data", "Engines", "Models"}
 

@@ -168,6 +168,9 @@ def document() -> dict[str, Any]:
             answer = responses.setdefault("200", {"description": summary, "content": {}})
             kinds_of = {name: schema_of[kind] for name, kind in EVENTS.get((method, path), {}).items()}
             answer["content"]["text/event-stream"] = {"schema": _events(kinds_of)}
+        if path == "/v1/files/{id}/content":
+            raw = {"schema": {"type": "string", "format": "binary"}}
+            responses["200"]["content"] = {"application/octet-stream": raw}
         if path == "/v1/jobs/{id}/events":
             responses["204"] = {"description": "Everything was delivered already"}
         responses |= {
@@ -178,10 +181,8 @@ def document() -> dict[str, Any]:
             operation["parameters"] = parameters
         if body is not None:
             required = body is not ManageModel
-            operation["requestBody"] = {
-                "required": required,
-                "content": {"application/json": {"schema": schema_of[body]}},
-            }
+            media = "multipart/form-data" if body is FileUpload else "application/json"
+            operation["requestBody"] = {"required": required, "content": {media: {"schema": schema_of[body]}}}
         paths.setdefault(path.replace(":path", ""), {})[method.lower()] = operation
     return {
         "openapi": "3.1.0",
@@ -235,7 +236,7 @@ def page() -> str:
             fields = "".join(_parameter(parameter) for parameter in operation.get("parameters", []))
             body = operation.get("requestBody")
             if body is not None:
-                fields += _fields(body["content"]["application/json"]["schema"])
+                fields += "".join(_fields(content["schema"]) for content in body["content"].values())
             rows.append(
                 f"<details><summary><code><b>{method.upper()}</b> {html.escape(path)}</code> "
                 f"{html.escape(operation['summary'])}</summary><table>{fields}</table></details>"

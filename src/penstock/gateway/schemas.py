@@ -489,6 +489,106 @@ class Health(Answer, kw_only=True):
     manageable: bool
 
 
+# ---------------------------------------------------------------------------------------------- files and batches
+
+
+class FileView(Answer):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    status_details: None
+
+
+class FileList(Answer):
+    object: Literal["list"]
+    data: list[FileView]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Answer):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class BatchErrorView(Answer):
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+    """From 1."""
+
+
+class BatchErrors(Answer):
+    object: Literal["list"]
+    data: list[BatchErrorView]
+
+
+class BatchCounts(Answer):
+    total: int
+    completed: int
+    failed: int
+
+
+class CachedTokens(Answer):
+    cached_tokens: int
+
+
+class ReasoningTokens(Answer):
+    reasoning_tokens: int
+
+
+class BatchUsage(Answer):
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
+class BatchView(Answer):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None
+    """Why it failed: of its input, nothing was run."""
+    input_file_id: str
+    completion_window: Literal["24h"]
+    status: Literal[
+        "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+    ]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+
+
+class BatchList(Answer):
+    object: Literal["list"]
+    data: list[BatchView]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 # ---------------------------------------------------------------------------------------------- who answers what
 
 Key = tuple[str, str]
@@ -504,6 +604,14 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("POST", "/v1/generate"): {200: Generated},
     ("POST", "/v1/chat/completions"): {200: ChatReply},
     ("POST", "/v1/completions"): {200: TextReply},
+    ("POST", "/v1/files"): {200: FileView},
+    ("GET", "/v1/files"): {200: FileList},
+    ("GET", "/v1/files/{id}"): {200: FileView},
+    ("DELETE", "/v1/files/{id}"): {200: FileDeleted},
+    ("POST", "/v1/batches"): {200: BatchView},
+    ("GET", "/v1/batches"): {200: BatchList},
+    ("GET", "/v1/batches/{id}"): {200: BatchView},
+    ("POST", "/v1/batches/{id}/cancel"): {200: BatchView},
     ("POST", "/tokenize"): {200: Tokens},
     ("POST", "/detokenize"): {200: Detokenized},
     ("GET", "/v1/models"): {200: ModelList},

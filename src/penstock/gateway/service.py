@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -32,7 +33,11 @@ from penstock.core.ports import (
     SystemClock,
     WorkerInfo,
 )
+from penstock.gateway.files import FileStore
 from penstock.gateway.sse import EventStream, Streams
+
+if TYPE_CHECKING:
+    from penstock.gateway.batch_runner import BatchRunner
 
 log = structlog.get_logger("penstock.gateway")
 
@@ -59,6 +64,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     default_max_tokens: int = 2048
     """What OpenAI routes generate at most when the request does not say (and the context allows it)."""
     allowed_hosts: tuple[str, ...] = ("*",)
+    allowed_origins: tuple[str, ...] = ()
+    """Origins, ours beside, whose pages may use the API."""
     manageable: bool = True
     """May whoever reaches it load and unload models? There is no authentication."""
 
@@ -299,10 +306,15 @@ class Gateway:
         config: GatewayConfig | None = None,
         clock: Clock | None = None,
         models: ModelControl | None = None,
+        files: FileStore | None = None,
     ) -> None:
-        """*models*: those of workers in the same process, to be loaded and unloaded by their operator."""
+        """*models*: those of workers in the same process, to be loaded and unloaded by their operator. *files*: where
+        uploads are kept, if they are."""
         self.broker = broker
         self.models = models
+        self.files = files
+        self.batches: BatchRunner | None = None
+        """Runs what is made of those files while the gateway does; set before."""
         self.config = config or GatewayConfig()
         self.clock = clock or SystemClock()
         self.streams = Streams(heartbeat=self.config.heartbeat, send_deadline=self.config.send_deadline)
@@ -318,6 +330,8 @@ class Gateway:
         tasks = [asyncio.create_task(self.streams.run(), name="gateway: heartbeat")]
         if catalogue:
             tasks.append(asyncio.create_task(self.catalogue.run(), name="gateway: catalogue"))
+        if self.batches is not None:
+            tasks.append(asyncio.create_task(self.batches.run(), name="gateway: batches"))
         try:
             yield
         finally:

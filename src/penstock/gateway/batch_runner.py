@@ -1,0 +1,650 @@
+"""Runs batches: each line is a job at batch priority, whose folded log becomes a line of the output.
+
+Nothing is kept in memory that a successor would need. What is done is in the output; a line that is not there is
+submitted (again) under the idempotency key that only it has, so the broker gives back the job that it had, if any. A
+job is forgotten once its line is on the disk, never before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from penstock.core.errors import (
+    BrokerUnavailable,
+    InsufficientStorage,
+    LogRewound,
+    ModelNotFound,
+    NoWorker,
+    PenstockError,
+    RateLimited,
+    RequestTooLarge,
+    Unsupported,
+    error_from_info,
+)
+from penstock.core.events import Ended, fold
+from penstock.core.job import Job, Priority, Status, fingerprint
+from penstock.gateway.batches import (
+    ENVELOPE,
+    Batch,
+    BatchStore,
+    Line,
+    LineError,
+    Outcome,
+    check_input,
+    decode_line,
+    read_lines,
+)
+from penstock.gateway.files import LineLog, StoredFile, new_id
+from penstock.gateway.http import decode
+from penstock.gateway.routes.bodies import Operation
+from penstock.gateway.service import Gateway, Submission
+
+log = structlog.get_logger("penstock.batches")
+
+T = TypeVar("T")
+
+#: Seconds between looks for batches that other processes took in, were asked to cancel, or left.
+INTERVAL = 2.0
+#: Seconds between looks for what has expired.
+SWEEP_INTERVAL = 600.0
+#: Seconds before something that the disk or a bug refused is tried again.
+RETRY = 5.0
+#: Seconds between two saves of a batch's counts.
+PROGRESS = 1.0
+#: Seconds for which a line's job outlives its end if nobody takes its result: no runner is away for longer.
+KEEP = 3 * 86400.0
+#: Results that go to the disk together, at most.
+GROUP = 1024
+#: Lines that are read at once.
+CHUNK = 32
+
+#: What a submit may meet that passes by itself: a model that was there when the batch was checked may come back.
+PASSING = (RateLimited, InsufficientStorage, NoWorker, ModelNotFound)
+
+_NOT_RUN = {
+    "cancelled": ("batch_cancelled", "The batch was cancelled before this request was executed."),
+    "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
+}
+
+
+class _NotRunError(Exception):
+    """The batch was over before the line was run."""
+
+
+class BatchRunner:
+    """Runs the batches of every tenant whose lock it gets.
+
+    *operations*: what can be run, by endpoint. *window*: jobs that all of a tenant's batches have at once.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        store: BatchStore,
+        operations: Mapping[str, Operation],
+        *,
+        window: int = 256,
+        interval: float = INTERVAL,
+    ) -> None:
+        self.gateway = gateway
+        self.store = store
+        self.operations = operations
+        self.window = window
+        self._interval = interval
+        self._crews: dict[str, _Crew] = {}
+        self._ended: set[str] = set()
+        self._resting: dict[str, float] = {}
+        self._nudged = asyncio.Event()
+
+    def nudge(self) -> None:
+        """Something has changed in this process: look at once."""
+        self._nudged.set()
+
+    async def run(self) -> None:
+        sweep_at = 0.0
+        try:
+            while True:
+                self._nudged.clear()
+                try:
+                    if time.monotonic() >= sweep_at:
+                        sweep_at = time.monotonic() + SWEEP_INTERVAL
+                        await in_thread(self._sweep)
+                    await self._look()
+                except (PenstockError, OSError) as error:
+                    log.warning("batches_unreadable", error=str(error))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval):
+                        await self._nudged.wait()
+        finally:
+            await asyncio.gather(*(crew.close() for crew in self._crews.values()))
+
+    def _sweep(self) -> None:
+        self.store.files.sweep()
+        self.store.sweep()
+
+    async def _look(self) -> None:
+        """Take what is to be done and not yet in anybody's hands; tell those in ours that they are to stop."""
+        for tenant, batches in (await in_thread(self._unfinished)).items():
+            crew = self._crews.get(tenant)
+            if crew is None:
+                lock = self.store.lock(tenant)
+                if lock is None:
+                    continue  # another process has them
+                crew = self._crews[tenant] = _Crew(lock, self.window)
+            for batch in batches:
+                run = crew.runs.get(batch.id)
+                if run is None and self._resting.get(batch.id, 0.0) <= time.monotonic():
+                    run = crew.runs[batch.id] = _Run(self, crew, tenant, batch.id)
+                    run.task = asyncio.create_task(self._care(run), name=f"batch: {batch.id}")
+                elif run is not None and batch.status == "cancelling":
+                    run.stop("cancelled")
+        for tenant, crew in list(self._crews.items()):
+            if not crew.runs and not any(id in self._resting for id in self.store.ids(tenant)):
+                del self._crews[tenant]
+                await crew.close()
+
+    def _unfinished(self) -> dict[str, list[Batch]]:
+        found: dict[str, list[Batch]] = {}
+        for tenant in self.store.files.tenants():
+            ids = [id for id in self.store.ids(tenant) if id not in self._ended]
+            for id in sorted(ids):
+                with contextlib.suppress(PenstockError):  # dropped a moment ago
+                    batch = self.store.get(tenant, id)
+                    if batch.ended:
+                        self._ended.add(id)
+                    else:
+                        found.setdefault(tenant, []).append(batch)
+        return found
+
+    async def _care(self, run: _Run) -> None:
+        """A batch to its end. One that a bug stops is tried again, and disturbs no other."""
+        try:
+            await run()
+            self._resting.pop(run.id, None)
+        except Exception:
+            log.exception("batch_interrupted", batch_id=run.id, tenant=run.tenant)
+            self._resting[run.id] = time.monotonic() + RETRY
+        finally:
+            run.crew.runs.pop(run.id, None)
+            self.nudge()
+
+
+class _Crew:
+    """What a tenant's batches share here: the lock, and the window of their jobs."""
+
+    def __init__(self, lock: int, window: int) -> None:
+        self.lock = lock
+        self.slots = asyncio.Semaphore(window)
+        self.runs: dict[str, _Run] = {}
+
+    async def close(self) -> None:
+        """Let go of the lock, after everything that was under it."""
+        tasks = [run.task for run in self.runs.values() if run.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        os.close(self.lock)
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    """As a reply tells it, in the words of either dialect."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _Reply(msgspec.Struct, frozen=True):
+    usage: _Usage | None = None
+
+
+class _Response(msgspec.Struct, frozen=True):
+    body: _Reply
+
+
+class _Result(msgspec.Struct, frozen=True):
+    """What an output's line tells a runner that comes later. Its id is made of the job's and the line's number."""
+
+    id: str
+    response: _Response | None = None
+
+    @property
+    def number(self) -> int:
+        return int(self.id[-6:], 16)
+
+    @property
+    def job(self) -> str:
+        return "job_" + self.id[10:-6]
+
+    @property
+    def usage(self) -> _Usage:
+        return (self.response and self.response.body.usage) or _Usage()
+
+
+_result = msgspec.json.Decoder(_Result)
+
+
+class _Written(msgspec.Struct, frozen=True):
+    """A line's result on its way to the disk."""
+
+    text: bytes
+    succeeded: bool
+    slot: bool = True
+
+
+class _Run:
+    """One batch in this process's hands."""
+
+    task: asyncio.Task[None] | None = None
+
+    def __init__(self, runner: BatchRunner, crew: _Crew, tenant: str, id: str) -> None:
+        self.runner = runner
+        self.crew = crew
+        self.tenant = tenant
+        self.id = id
+        self.batch: Batch
+        self._place = runner.store.place(tenant, id)
+        self._clock = runner.store.clock
+        self._over = asyncio.Event()
+        self._outcome: Outcome = "completed"
+        self._cut = False
+        """Was a line not run because the batch was over?"""
+        self._done: set[int] = set()
+        self._jobs: set[str] = set()
+        self._slots = 0
+        self._results: asyncio.Queue[_Written | None] = asyncio.Queue(GROUP)
+        self._logs: dict[bool, LineLog] = {}
+        self._saved_at = 0.0
+
+    def stop(self, outcome: Outcome) -> None:
+        """No more lines are begun, and those that run are cancelled."""
+        if not self._over.is_set():
+            self._outcome = outcome
+            self._over.set()
+
+    async def __call__(self) -> None:
+        batch = self.batch = await in_thread(self.runner.store.get, self.tenant, self.id)
+        if batch.ended:
+            return  # by who had the lock before
+        if batch.status == "cancelling":
+            self.stop("cancelled")
+        left = max(0.0, batch.expires_at - self._clock.now())
+        timer = asyncio.get_running_loop().call_later(left, self.stop, "expired")
+        try:
+            if batch.state == "validating":
+                await self._validate()
+            if batch.state == "in_progress":
+                await self._process()
+            if batch.state == "finalizing":
+                await self._finish()
+        finally:
+            timer.cancel()
+            for log_file in self._logs.values():
+                log_file.close()
+            for _ in range(self._slots):
+                self.crew.slots.release()
+
+    # ------------------------------------------------------------------------------------ validating
+
+    async def _validate(self) -> None:
+        batch = self.batch
+        limit = self.runner.gateway.config.max_body
+        checked = await in_thread(check_input, self._place / "input.jsonl", batch.endpoint, limit)
+        errors = checked.errors
+        if not errors and (error := await self._unknown_model(checked.model or "", checked.line)) is not None:
+            errors = [error]
+        if errors:
+            batch.errors = errors
+            await self._enter("failed")
+            await self._clean()
+            return
+        batch.total = checked.total
+        batch.model = checked.model
+        await self._enter("in_progress")
+
+    async def _unknown_model(self, model: str, line: int | None) -> LineError | None:
+        catalogue = self.runner.gateway.catalogue
+        while not (catalogue.reachable and catalogue.names):
+            if await self._pause(0.2):
+                return None
+        if model in catalogue.names:
+            return None
+        message = f"The model {model!r} does not exist here. Served: {', '.join(catalogue.names)}."
+        return LineError("model_not_found", message, "body.model", line)
+
+    # ------------------------------------------------------------------------------------ in progress
+
+    async def _process(self) -> None:
+        batch = self.batch
+        await self._forget(await self._patiently(self._open))
+        log.info("batch_runs", batch_id=self.id, tenant=self.tenant, lines=batch.total, done=len(self._done))
+        known = batch.submitted
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._write())
+            stopping = group.create_task(self._stop_jobs())
+            async with asyncio.TaskGroup() as lines, contextlib.aclosing(self._read()) as reading:
+                async for number, text in reading:
+                    if number in self._done:
+                        continue
+                    if await self._slot(anyway=number <= known):
+                        if number > batch.submitted:
+                            batch.submitted = number + self.runner.window
+                            await self._save()
+                        lines.create_task(self._line(number, text))
+                    else:
+                        await self._results.put(self._not_run(number, decode_line(text), None, slot=False))
+            stopping.cancel()
+            await self._results.put(None)
+        batch.outcome = "completed" if self._outcome == "expired" and not self._cut else self._outcome
+        now = self._clock.now()
+        batch.output_file_id = new_id("file-", now) if batch.completed else None
+        batch.error_file_id = new_id("file-", now) if batch.failed else None
+        await self._enter("finalizing")
+
+    def _open(self) -> list[str]:
+        """Open the outputs, learn from them what is done, and tell the jobs that may not have been forgotten."""
+        batch = self.batch
+        for log_file in self._logs.values():
+            log_file.close()
+        self._done.clear()
+        batch.completed = batch.failed = batch.prompt_tokens = batch.completion_tokens = 0
+        jobs: list[str] = []
+        for succeeded, name in ((True, "output.jsonl"), (False, "errors.jsonl")):
+            latest: deque[str] = deque(maxlen=GROUP)
+
+            def learn(line: bytes, succeeded: bool = succeeded, latest: deque[str] = latest) -> None:
+                latest.append(self._count(line, succeeded))
+
+            self._logs[succeeded] = LineLog(self._place / name, learn)
+            jobs += latest
+        return jobs
+
+    def _count(self, line: bytes, succeeded: bool) -> str:
+        """Take in a result; its job's id. Raises `ValueError` for what is none."""
+        result = _result.decode(line)
+        batch, usage = self.batch, result.usage
+        self._done.add(result.number)
+        batch.completed += succeeded
+        batch.failed += not succeeded
+        batch.prompt_tokens += usage.prompt_tokens or usage.input_tokens
+        batch.completion_tokens += usage.completion_tokens or usage.output_tokens
+        return result.job
+
+    async def _read(self) -> AsyncGenerator[tuple[int, bytes], None]:
+        lines = read_lines(self._place / "input.jsonl", self.runner.gateway.config.max_body + ENVELOPE)
+        try:
+            while chunk := await in_thread(_some, lines):
+                for each in chunk:
+                    yield each
+        finally:
+            lines.close()  # type: ignore[attr-defined]
+
+    async def _slot(self, *, anyway: bool) -> bool:
+        """Wait for a place in the window; False if the batch is over before (*anyway*: also then)."""
+        if self._over.is_set() and not anyway:
+            return False
+        if self.crew.slots.locked() and not anyway:
+            acquiring = asyncio.ensure_future(self.crew.slots.acquire())
+            ending = asyncio.ensure_future(self._over.wait())
+            try:
+                await asyncio.wait([acquiring, ending], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ending.cancel()
+                if not acquiring.done():
+                    acquiring.cancel()
+            try:
+                await acquiring
+            except asyncio.CancelledError:
+                if self._over.is_set():
+                    return False
+                raise
+        else:
+            await self.crew.slots.acquire()
+        self._slots += 1
+        return True
+
+    # ------------------------------------------------------------------------------------ one line
+
+    async def _line(self, number: int, text: bytes) -> None:
+        line = decode_line(text)
+        job: Job | None = None
+        try:
+            operation = self.runner.operations[self.batch.endpoint]
+            if len(line.body) > self.runner.gateway.config.max_body:
+                raise RequestTooLarge(f"The body is larger than {self.runner.gateway.config.max_body} bytes.")
+            body: Any = decode(bytes(line.body), operation.body)
+            if getattr(body, "stream", False):
+                raise Unsupported("A line of a batch cannot be streamed.", param="stream")
+            prepared = await operation.prepare(self.runner.gateway, self.tenant, body)
+            job = await self._submit(number, line, body, prepared.request, prepared.view)
+            events = await self._follow(job)
+            completion = fold(events, job.request.n)
+            assert completion.ended is not None
+            if completion.ended.error is not None:
+                raise error_from_info(completion.ended.error)
+            written = self._answer(number, line, job, 200, prepared.reply(job, completion))
+        except _NotRunError:
+            written = self._not_run(number, line, job)
+        except PenstockError as error:
+            written = self._answer(number, line, job, error.status, {"error": error.info})
+        except Exception:
+            log.exception("batch_line_failed", batch_id=self.id, tenant=self.tenant, line=number)
+            broken = PenstockError("Something broke inside the server; its log has the details.")
+            written = self._answer(number, line, job, broken.status, {"error": broken.info})
+        await self._results.put(written)
+
+    async def _submit(self, number: int, line: Line, body: Any, request: Any, view: bytes) -> Job:
+        """The line's job, which it may have from before. Raises `PenstockError` for what cannot be run."""
+        deadline = getattr(body, "deadline", None)
+        wish = Submission(
+            tenant=self.tenant,
+            user=getattr(body, "user_id", None) or getattr(body, "user", None),
+            priority=Priority.BATCH,
+            idempotency_key=f"{self.id}/{number}",
+            fingerprint=fingerprint([self.batch.endpoint, bytes(line.body)]),
+            request_id=f"{self.id}.{number}",
+            metadata={"batch_id": self.id, "custom_id": line.custom_id},
+            view=view,
+            keep=KEEP,
+        )
+        while True:
+            left = max(0.001, self.batch.expires_at - self._clock.now())
+            wish = msgspec.structs.replace(wish, deadline=left if deadline is None else min(left, deadline))
+            try:
+                job = await self.runner.gateway.submit(request, wish)
+                break
+            except PASSING as error:
+                if await self._pause(error.retry_after or 1.0):
+                    raise _NotRunError from None
+            except BrokerUnavailable as error:  # it may have been accepted: it has to be known
+                await asyncio.sleep(_spread(error.retry_after or 1.0))
+        self._jobs.add(job.id)
+        if self._over.is_set():
+            await self._cancel(job.id)
+        return job
+
+    async def _follow(self, job: Job) -> list[Any]:
+        """A job's log when it has ended."""
+        broker = self.runner.gateway.broker
+        try:
+            while True:
+                try:
+                    events = [event async for event in broker.tail(self.tenant, job.id)]
+                except (BrokerUnavailable, LogRewound):
+                    await asyncio.sleep(_spread(1.0))
+                    continue
+                if events and isinstance(ended := events[-1], Ended):
+                    break
+                await asyncio.sleep(0.1)
+        finally:
+            self._jobs.discard(job.id)
+        if (ended.status == Status.CANCELLED and self._over.is_set()) or (
+            ended.status == Status.EXPIRED and self._clock.now() >= self.batch.expires_at - 1
+        ):
+            if not self._over.is_set():
+                self.stop("expired")
+            raise _NotRunError
+        return events
+
+    async def _stop_jobs(self) -> None:
+        await self._over.wait()
+        await asyncio.gather(*map(self._cancel, self._jobs))
+
+    async def _cancel(self, job: str) -> None:
+        while True:
+            try:
+                await self.runner.gateway.broker.cancel(self.tenant, job)
+                return
+            except BrokerUnavailable:
+                await asyncio.sleep(_spread(1.0))
+            except PenstockError:
+                return  # gone
+
+    def _answer(self, number: int, line: Line, job: Job | None, status: int, body: Any) -> _Written:
+        response = {"status_code": status, "request_id": f"{self.id}.{number}", "body": body}
+        return self._written(number, line, job, response, None, succeeded=status == 200)
+
+    def _not_run(self, number: int, line: Line, job: Job | None, *, slot: bool = True) -> _Written:
+        self._cut = True
+        code, message = _NOT_RUN[self._outcome]
+        error = {"code": code, "message": message}
+        return self._written(number, line, job, None, error, succeeded=False, slot=slot)
+
+    def _written(
+        self, number: int, line: Line, job: Job | None, response: Any, error: Any, *, succeeded: bool, slot: bool = True
+    ) -> _Written:
+        owner = job.id.removeprefix("job_") if job is not None else self.id.removeprefix("batch_")
+        value = {
+            "id": f"batch_req_{owner}{number:06x}",
+            "custom_id": line.custom_id,
+            "response": response,
+            "error": error,
+        }
+        return _Written(msgspec.json.encode(value) + b"\n", succeeded, slot)
+
+    # ------------------------------------------------------------------------------------ to the disk
+
+    async def _write(self) -> None:
+        """Results to the disk, as many at once as have come meanwhile; then their jobs are of no use any more."""
+        while True:
+            group = [await self._results.get()]
+            while len(group) < GROUP and not self._results.empty():
+                group.append(self._results.get_nowait())
+            results = [each for each in group if each is not None]
+            jobs = []
+            for succeeded, log_file in self._logs.items():
+                lines = [each.text for each in results if each.succeeded is succeeded]
+                await self._patiently(log_file.append, lines)
+                jobs += [self._count(line, succeeded) for line in lines]
+            await self._forget(jobs)
+            for each in results:
+                if each.slot:
+                    self._slots -= 1
+                    self.crew.slots.release()
+            if time.monotonic() - self._saved_at > PROGRESS:
+                await self._save()
+            if group[-1] is None:
+                return
+
+    async def _forget(self, jobs: Iterable[str]) -> None:
+        """What is not reached now goes after `KEEP`."""
+        forgetting = (self.runner.gateway.broker.forget(self.tenant, job) for job in jobs)
+        for outcome in await asyncio.gather(*forgetting, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, PenstockError):
+                raise outcome
+
+    # ------------------------------------------------------------------------------------ finalizing
+
+    async def _finish(self) -> None:
+        batch = self.batch
+        assert batch.outcome is not None
+        await self._patiently(self._adopt)
+        await self._enter(batch.outcome)
+        await self._clean()
+        log.info(
+            "batch_ended", batch_id=self.id, tenant=self.tenant, status=batch.state, completed=batch.completed,
+            failed=batch.failed,
+        )  # fmt: skip
+
+    def _adopt(self) -> None:
+        """The outputs become files. Done again after a crash in between, to the same end."""
+        batch, files = self.batch, self.runner.store.files
+        made = batch.moments["finalizing"]
+        kept = files.ttl if batch.output_ttl is None else batch.output_ttl
+        for id, name, kind in (
+            (batch.output_file_id, "output.jsonl", "output"),
+            (batch.error_file_id, "errors.jsonl", "error"),
+        ):
+            if id is not None:
+                source = self._place / name
+                file = StoredFile(
+                    id=id,
+                    filename=f"{self.id}_{kind}.jsonl",
+                    purpose="batch_output",
+                    bytes=source.stat().st_size,
+                    created_at=made,
+                    expires_at=made + kept,
+                )
+                files.adopt(self.tenant, source, file)
+
+    # ------------------------------------------------------------------------------------ all of them
+
+    async def _enter(self, state: Any) -> None:
+        self.batch.enter(state, self._clock.now())
+        await self._save()
+
+    async def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        await self._patiently(self.runner.store.save, self.tenant, self.batch)
+
+    async def _clean(self) -> None:
+        with contextlib.suppress(OSError):  # it goes with the batch
+            await in_thread(self.runner.store.clean, self.tenant, self.batch)
+
+    async def _pause(self, seconds: float) -> bool:
+        """Wait, or until the batch is over; is it?"""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_spread(seconds)):
+                await self._over.wait()
+        return self._over.is_set()
+
+    async def _patiently(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do it in a thread, again and again while the disk refuses: a full one has space again some day."""
+        while True:
+            try:
+                return await in_thread(work, *arguments)
+            except OSError as error:
+                log.warning("batch_waits_for_the_disk", batch_id=self.id, tenant=self.tenant, error=str(error))
+                await asyncio.sleep(RETRY)
+
+
+async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """In a thread, and to its end even if this is cancelled: nothing may still be written when a lock is let go of."""
+    doing = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        if not doing.cancelled():
+            doing.exception()
+        raise
+
+
+def _some(lines: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    return list(islice(lines, CHUNK))
+
+
+def _spread(seconds: float) -> float:
+    return seconds * random.uniform(0.75, 1.25)
