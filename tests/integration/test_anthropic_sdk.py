@@ -304,7 +304,7 @@ class TestResume:
 
 class Colour(pydantic.BaseModel):
     name: Literal["red", "green"]
-    shades: list[Literal["light", "dark"]] = pydantic.Field(max_length=2)
+    shade: Literal["light", "dark"]
 
 
 class TestTheModelInTheBox:

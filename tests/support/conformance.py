@@ -69,7 +69,8 @@ def check_answer(method: str, path: str, status: int, content_type: str, body: b
     answer = described["responses"][code]
     pointer = f"paths|{template}|{method.lower()}|responses|{code}"
     if "$ref" in answer:
-        pointer, answer = "components|responses|Error", openapi.document()["components"]["responses"]["Error"]
+        name = answer["$ref"].rsplit("/", 1)[1]
+        pointer, answer = f"components|responses|{name}", openapi.document()["components"]["responses"][name]
     assert code != "default" or status >= 400, f"{what}: the status is not documented"
     seen[method, template, str(status)] += 1
     content = answer.get("content", {})

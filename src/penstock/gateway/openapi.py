@@ -19,7 +19,7 @@ from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
 from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.routes.seeds import GenerateVLLM, PromptBody, PromptsBody
 from penstock.gateway.routes.tokens import Detokenize, Tokenize
-from penstock.gateway.schemas import ANSWERS, EVENTS, ErrorBody, Key
+from penstock.gateway.schemas import ANSWERS, EVENTS, ErrorBody, Key, MessageErrorBody
 
 _ID = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
 
@@ -148,6 +148,9 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
     ("GET", "/health"): ("Broker, workers, models, queue", None, 200, False, []),
 }
 
+#: The shapes of failures: ours, and that of Anthropic's routes.
+FAILURES: dict[str, type] = {"Error": ErrorBody, "MessageError": MessageErrorBody}
+
 
 @functools.cache
 def document() -> dict[str, Any]:
@@ -155,7 +158,7 @@ def document() -> dict[str, Any]:
     bodies = {body for _, body, *_ in OPERATIONS.values() if body is not None}
     answers = {kind for answers in ANSWERS.values() for kind in answers.values()}
     events = {kind for events in EVENTS.values() for kind in events.values()}
-    kinds = sorted({*bodies, *answers, *events, ErrorBody}, key=lambda kind: kind.__name__)
+    kinds = sorted({*bodies, *answers, *events, *FAILURES.values()}, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
@@ -196,7 +199,8 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": components,
             "responses": {
-                "Error": {"description": "Error", "content": {"application/json": {"schema": schema_of[ErrorBody]}}}
+                name: {"description": "Error", "content": {"application/json": {"schema": schema_of[kind]}}}
+                for name, kind in FAILURES.items()
             },
         },
     }
@@ -223,7 +227,8 @@ def _failures(path: str, body: type | None, parameters: list[dict[str, Any]]) ->
         statuses |= {404, 422, 429, 503}
     if "{" in path:
         statuses.add(404)
-    error = {"$ref": "#/components/responses/Error"}
+    name = "MessageError" if path.startswith("/v1/messages") else "Error"
+    error = {"$ref": f"#/components/responses/{name}"}
     return {**{str(status): error for status in sorted(statuses)}, "default": error}
 
 

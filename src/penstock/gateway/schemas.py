@@ -321,6 +321,119 @@ class TextChunk(Answer):
     usage: UsageView | UnsetType | None = UNSET
 
 
+# ---------------------------------------------------------------------------------------------- Anthropic
+
+
+class MessageError(Answer):
+    """As ours, with one of Anthropic's types."""
+
+    type: str
+    message: str
+    param: str | None
+    code: str | None
+
+
+class MessageErrorBody(Answer):
+    """A failure of Anthropic's routes."""
+
+    type: Literal["error"]
+    error: MessageError
+    request_id: str
+
+
+class DirectCaller(Answer):
+    type: Literal["direct"]
+
+
+class TextBlock(Answer, tag_field="type", tag="text"):
+    text: str
+    citations: None
+
+
+class ToolUseBlock(Answer, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+    caller: DirectCaller
+
+
+class MessageUsage(Answer):
+    input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: Literal[0]
+    cache_read_input_tokens: Literal[0]
+    output_tokens_details: None
+    server_tool_use: None
+
+
+class WholeMessageUsage(MessageUsage):
+    cache_creation: None
+    inference_geo: None
+    service_tier: Literal["standard", "batch"]
+
+
+class MessageStop(Answer):
+    """Why a message ended; null while it has not."""
+
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    stop_details: None
+    container: None
+
+
+class MessageView(MessageStop):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextBlock | ToolUseBlock]
+    usage: WholeMessageUsage
+
+
+class MessageStartEvent(Answer):
+    type: Literal["message_start"]
+    message: MessageView
+
+
+class BlockStartEvent(Answer):
+    type: Literal["content_block_start"]
+    index: int
+    content_block: TextBlock | ToolUseBlock
+
+
+class TextDelta(Answer, tag_field="type", tag="text_delta"):
+    text: str
+
+
+class InputJsonDelta(Answer, tag_field="type", tag="input_json_delta"):
+    partial_json: str
+
+
+class BlockDeltaEvent(Answer):
+    type: Literal["content_block_delta"]
+    index: int
+    delta: TextDelta | InputJsonDelta
+
+
+class BlockStopEvent(Answer):
+    type: Literal["content_block_stop"]
+    index: int
+
+
+class MessageDeltaEvent(Answer):
+    type: Literal["message_delta"]
+    delta: MessageStop
+    usage: MessageUsage
+
+
+class MessageStopEvent(Answer):
+    type: Literal["message_stop"]
+
+
+class InputTokens(Answer):
+    input_tokens: int
+
+
 # ---------------------------------------------------------------------------------------------- models, tokens
 
 
@@ -594,7 +707,7 @@ class BatchList(Answer):
 Key = tuple[str, str]
 """Method and path, as in the table of routes."""
 
-#: The JSON that a route answers, by status. Failures are `ErrorBody` everywhere.
+#: The JSON that a route answers, by status. Failures are `ErrorBody` (`MessageErrorBody` on Anthropic's routes).
 ANSWERS: dict[Key, dict[int, Any]] = {
     ("POST", "/v1/jobs"): {202: Submitted},
     ("GET", "/v1/jobs"): {200: JobPage},
@@ -612,6 +725,8 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("GET", "/v1/batches"): {200: BatchList},
     ("GET", "/v1/batches/{id}"): {200: BatchView},
     ("POST", "/v1/batches/{id}/cancel"): {200: BatchView},
+    ("POST", "/v1/messages"): {200: MessageView},
+    ("POST", "/v1/messages/count_tokens"): {200: InputTokens},
     ("POST", "/tokenize"): {200: Tokens},
     ("POST", "/detokenize"): {200: Detokenized},
     ("GET", "/v1/models"): {200: ModelList},
@@ -643,6 +758,15 @@ EVENTS: dict[Key, dict[str, Any]] = {
     ("POST", "/api/v1/req"): _JOB_EVENTS,
     ("POST", "/v1/chat/completions"): {"message": ChatChunk},
     ("POST", "/v1/completions"): {"message": TextChunk},
+    ("POST", "/v1/messages"): {
+        "message_start": MessageStartEvent,
+        "content_block_start": BlockStartEvent,
+        "content_block_delta": BlockDeltaEvent,
+        "content_block_stop": BlockStopEvent,
+        "message_delta": MessageDeltaEvent,
+        "message_stop": MessageStopEvent,
+        "error": MessageErrorBody,
+    },
     ("POST", "/v1/models/{model:path}/load"): _MODEL_EVENTS,
     ("POST", "/v1/models/{model:path}/unload"): _MODEL_EVENTS,
 }
