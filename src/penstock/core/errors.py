@@ -3,7 +3,8 @@
 PenstockError
 ├── InvalidRequest              400  the request is malformed or out of range
 │   ├── Unsupported             400  a field that the model's engine cannot honour
-│   └── ContextLengthExceeded   400  the prompt leaves no room in the model's context
+│   ├── ContextLengthExceeded   400  the prompt leaves no room in the model's context
+│   └── PreviousResponseNotFound 400 there is no such response to continue
 ├── InvalidApiKey               401
 ├── Forbidden                   403
 ├── NotFound                    404
@@ -73,6 +74,10 @@ class Unsupported(InvalidRequest):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    code = "previous_response_not_found"
 
 
 class InvalidApiKey(PenstockError):

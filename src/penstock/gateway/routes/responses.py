@@ -1,0 +1,594 @@
+"""OpenAI's Responses, over the same jobs: docs/responses.md. Judged by the official SDKs unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from penstock.core.errors import (
+    ExpiredResult,
+    InvalidRequest,
+    NotFound,
+    PenstockError,
+    PreviousResponseNotFound,
+    Unsupported,
+)
+from penstock.core.events import Completion, Event, fold
+from penstock.core.job import (
+    Identifier,
+    Job,
+    MaxTokens,
+    ModelName,
+    Priority,
+    Request,
+    ResponseFormat,
+    Tool,
+    TopLogprobs,
+)
+from penstock.core.ports import Broker
+from penstock.core.tools import check_schema
+from penstock.gateway.http import Call, json_reply
+from penstock.gateway.responses.items import (
+    Item,
+    View,
+    ended_status,
+    input_items,
+    job_id,
+    messages,
+    output_items,
+    owner,
+    response_id,
+    response_object,
+    status_of,
+    view_of,
+)
+from penstock.gateway.responses.stream import last_number, render, whole
+from penstock.gateway.routes.bodies import (
+    MAX_TOOLS,
+    JobBody,
+    Operation,
+    Prepared,
+    Role,
+    ToolName,
+    structured,
+    submission,
+)
+from penstock.gateway.service import Following, Gateway, Submission
+from penstock.gateway.sse import EventStream
+
+LOGPROBS = "message.output_text.logprobs"
+#: Seconds for which a reply that is not stored can be fetched again when its reader was cut off.
+UNSTORED_KEEP = 60.0
+
+
+class InputPart(msgspec.Struct, frozen=True):
+    """A part of a message's content; of the known types those with text."""
+
+    type: str
+    text: str = ""
+
+
+class InputItem(msgspec.Struct, frozen=True):
+    """One item of the input, as a client writes it or as an earlier response gave it out. Without a type: a message."""
+
+    type: str | None = None
+    id: str | None = None
+    role: Role | None = None
+    content: str | list[InputPart] | None = None
+    call_id: Identifier | None = None
+    name: ToolName | None = None
+    arguments: str | None = None
+    output: str | list[InputPart] | None = None
+
+    @property
+    def reference(self) -> str | None:
+        """The id of the item that this one stands for."""
+        return self.id if self.type == "item_reference" or (self.type is None and self.role is None) else None
+
+    def plain(self, place: int) -> Item:
+        """As an item of the conversation; *place* is where it is in the input, for errors."""
+        where = f"input[{place}]"
+        kind = self.type or "message"
+        if kind == "message":
+            if self.role is None or self.content is None:
+                raise InvalidRequest(f"{where}: a message has a role and a content.", param=where)
+            content = (self.content,) if isinstance(self.content, str) else _texts(self.content, f"{where}.content")
+            return Item("message", self.id or "", self.role, content)
+        if kind == "function_call":
+            if self.call_id is None or self.name is None:
+                raise InvalidRequest(f"{where}: a function_call has a call_id and a name.", param=where)
+            arguments = "{}" if self.arguments is None else self.arguments
+            return Item("function_call", self.id or "", call_id=self.call_id, name=self.name, arguments=arguments)
+        if kind == "function_call_output":
+            if self.call_id is None or self.output is None:
+                raise InvalidRequest(f"{where}: a function_call_output has a call_id and an output.", param=where)
+            output = self.output if isinstance(self.output, str) else "".join(_texts(self.output, f"{where}.output"))
+            return Item("function_call_output", self.id or "", call_id=self.call_id, output=output)
+        raise Unsupported(
+            f"Items of type {kind!r} are not supported: message, function_call, function_call_output and "
+            "item_reference are.",
+            param=where,
+        )
+
+
+def _texts(parts: list[InputPart], where: str) -> tuple[str, ...]:
+    for number, part in enumerate(parts):
+        if part.type not in ("input_text", "output_text", "text"):
+            param = f"{where}[{number}]"
+            raise Unsupported(f"{param}: parts of type {part.type!r} are not supported: text only.", param=param)
+    return tuple(part.text for part in parts)
+
+
+class FunctionTool(msgspec.Struct, frozen=True):
+    """A function, in the flat form of this API. ``strict`` makes no difference: a call's schema is always enforced."""
+
+    type: str
+    name: ToolName | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def view(self) -> dict[str, Any]:
+        return {
+            "type": "function",
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict is not False,
+        }
+
+
+class AllowedTool(msgspec.Struct, frozen=True):
+    type: str
+    name: ToolName | None = None
+
+
+class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that must be called, or (``allowed_tools``) those of the tools that may be or one of which must be."""
+
+    type: str
+    name: ToolName | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[AllowedTool] | None = None
+
+
+class TextFormat(msgspec.Struct, frozen=True):
+    """``strict`` makes no difference: a schema is always enforced."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def form(self) -> ResponseFormat | None:
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return ResponseFormat("json_object")
+        if self.schema is None:
+            raise InvalidRequest("A text.format of type json_schema needs its schema.", param="text.format.schema")
+        check_schema(self.schema, "text.format.schema")
+        return ResponseFormat("json_schema", self.schema)
+
+    def view(self) -> dict[str, Any]:
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {
+            "type": self.type,
+            "name": self.name,
+            "description": self.description,
+            "schema": self.schema,
+            "strict": self.strict is not False,
+        }
+
+
+class TextConfig(msgspec.Struct, frozen=True):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    effort: str | None = None
+    summary: str | None = None
+
+
+class CreateResponse(JobBody, kw_only=True, frozen=True):
+    """The body of ``POST /v1/responses``. What OpenAI has and this server cannot honour is refused, not dropped."""
+
+    model: ModelName
+    input: str | Annotated[list[InputItem], Meta(max_length=4096)] | None = None
+    instructions: str | None = None
+    previous_response_id: Identifier | None = None
+    max_output_tokens: MaxTokens | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    include: list[str] | None = None
+    top_logprobs: TopLogprobs | None = None
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    reasoning: Reasoning | None = None
+    service_tier: str | None = None
+    user: Identifier | None = None
+    safety_identifier: Identifier | None = None
+    prompt_cache_key: str | None = None
+    max_tool_calls: int | None = None
+    conversation: Any = None
+    prompt: Any = None
+    context_management: list[Any] | None = None
+    moderation: Any = None
+    response_format: Any = None
+
+    @property
+    def stored(self) -> bool:
+        return self.store is not False
+
+    def request(self, items: tuple[Item, ...], default_max_tokens: int) -> Request:
+        """What to generate behind *items*, the whole conversation."""
+        self._check()
+        turns = messages(self.instructions, items)
+        if not turns:
+            raise InvalidRequest("Give an 'input', a 'previous_response_id' or 'instructions'.", param="input")
+        wanted = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+        request = Request(
+            model=self.model,
+            messages=turns,
+            sampling=self.sampling(
+                max_tokens=self.max_output_tokens or default_max_tokens,
+                temperature=1.0,
+                logprobs=(self.top_logprobs or 0) if wanted else None,
+            ),
+        )
+        choice, name, allowed = self._choice()
+        return structured(
+            request,
+            self.text.format.form() if self.text is not None and self.text.format is not None else None,
+            tuple(
+                Tool(tool.name or "", tool.description or "", tool.parameters or {})
+                for tool in self.tools or ()
+                if allowed is None or tool.name in allowed
+            ),
+            choice=choice,
+            name=name,
+            parallel=self.parallel_tool_calls is not False,
+            where="tools[{}].parameters",
+        )
+
+    def view(self, items: tuple[Item, ...]) -> bytes:
+        """What the response echoes of it, for `Submission.view`."""
+        choice = self.tool_choice
+        form = self.text.format if self.text is not None else None
+        return msgspec.json.encode(
+            View(
+                items=items,
+                instructions=self.instructions,
+                previous_response_id=self.previous_response_id,
+                store=self.stored,
+                background=bool(self.background),
+                max_output_tokens=self.max_output_tokens,
+                max_tool_calls=self.max_tool_calls,
+                tools=tuple(tool.view() for tool in self.tools or ()),
+                tool_choice=msgspec.to_builtins(choice) if isinstance(choice, ToolChoice) else choice or "auto",
+                format=form.view() if form is not None else {},
+                user=self.user,
+                safety_identifier=self.safety_identifier,
+                prompt_cache_key=self.prompt_cache_key,
+            )
+        )
+
+    def _choice(self) -> tuple[Literal["none", "auto", "required"], str | None, frozenset[str] | None]:
+        """What is to be called: how, which one, and which may be (None: any)."""
+        choice = self.tool_choice
+        if not isinstance(choice, ToolChoice):
+            return choice or "auto", None, None
+        if choice.type == "function" and choice.name is not None:
+            return "required", choice.name, None
+        if choice.type == "allowed_tools" and choice.tools is not None:
+            known = {tool.name for tool in self.tools or ()}
+            allowed = frozenset(tool.name for tool in choice.tools if tool.name is not None)
+            if unknown := sorted(allowed - known):
+                raise InvalidRequest(
+                    f"tool_choice allows the tool {unknown[0]!r}, which is not given.", param="tool_choice"
+                )
+            return choice.mode or "auto", None, allowed
+        raise Unsupported(
+            'tool_choice is \'auto\', \'none\', \'required\', {"type": "function", "name": …} or {"type": '
+            '"allowed_tools", "mode": …, "tools": […]}.',
+            param="tool_choice",
+        )
+
+    def _check(self) -> None:
+        """Refuse what contradicts itself, and what would have to be ignored."""
+        if self.background and not self.stored:
+            raise InvalidRequest("background needs store: true.", param="background")
+        if self.max_tokens is not None:
+            raise Unsupported("max_tokens is called max_output_tokens here.", param="max_tokens")
+        if self.response_format is not None:
+            raise Unsupported("response_format is called text.format here.", param="response_format")
+        if (self.n or 1) != 1:
+            raise Unsupported("A response has one output: n is not supported.", param="n")
+        for number, tool in enumerate(self.tools or ()):
+            if tool.type != "function":
+                param = f"tools[{number}]"
+                raise Unsupported(
+                    f"{param}: tools of type {tool.type!r} are not supported: functions are.", param=param
+                )
+            if tool.name is None:
+                raise InvalidRequest(f"tools[{number}]: a function has a name.", param=f"tools[{number}].name")
+        if self.text is not None and self.text.verbosity not in (None, "medium"):
+            raise Unsupported("text.verbosity is 'medium': models here know no other.", param="text.verbosity")
+        if self.reasoning is not None and self.reasoning.effort not in (None, "none"):
+            raise Unsupported("reasoning.effort is not supported: leave it out.", param="reasoning.effort")
+        if self.truncation == "auto":
+            raise Unsupported(
+                "truncation 'auto' is not supported: leave old items out of the input instead.", param="truncation"
+            )
+        for name in ("conversation", "prompt", "context_management", "moderation"):
+            if getattr(self, name):
+                hint = ": use previous_response_id" if name == "conversation" else ""
+                raise Unsupported(f"{name} is not supported{hint}.", param=name)
+
+
+# ---------------------------------------------------------------------------------------------- routes
+
+
+async def create(call: Call) -> ASGIApp:
+    body = await call.body(CreateResponse)
+    gateway = call.gateway
+    items = await conversation(gateway.broker, call.tenant, body)
+    request = body.request(items, gateway.config.default_max_tokens)
+    job = await gateway.submit(request, wish(call, body, items))
+    view = _view(job)
+    after = _after(call)
+    if body.stream:
+        if after >= 0:
+            job = await gateway.broker.get(job.tenant, job.id)  # it may be another's: how far is it?
+        following = gateway.follow(job)
+        if view.background or after >= 0:
+            return _stream(call, following, view, after)
+        return await gateway.stream(following, lambda events: _blocks(call, job, view, events, after))
+    headers = {"x-penstock-job": job.id}
+    if view.background:
+        return json_reply(await _object(call, job, view), headers=headers)
+    completion = await gateway.fold(job, call.gone)
+    answer = whole(job, view, completion, await _ended_at(call, job))
+    await _delivered(call, job, view)
+    return json_reply(answer, headers=headers)
+
+
+async def retrieve(call: Call) -> ASGIApp:
+    """The response as it is, or (``?stream=true``) its events, from the first or beyond ``starting_after``."""
+    job, view = await _find(call.gateway.broker, call.tenant, call.path["id"])
+    stream = call.query.get("stream", "false")
+    if stream not in ("true", "false"):
+        raise InvalidRequest("stream is true or false.", param="stream")
+    if stream == "false":
+        return json_reply(await _object(call, job, view), headers={"x-penstock-job": job.id})
+    after = _after(call)
+    if job.status.terminal and "last-event-id" in call.headers:
+        events = call.gateway.broker.tail(job.tenant, job.id)
+        if after == await last_number(job, view, events):
+            return Response(status_code=204)  # everything was delivered: tells an EventSource to stop
+    return _stream(call, call.gateway.follow(job), view, after)
+
+
+async def cancel(call: Call) -> ASGIApp:
+    job, view = await _find(call.gateway.broker, call.tenant, call.path["id"])
+    if not view.background:
+        raise InvalidRequest("Cannot cancel a synchronous response: close its connection.", param="response_id")
+    if not job.status.terminal:
+        job = await call.gateway.broker.cancel(job.tenant, job.id)
+    return json_reply(await _object(call, job, view), headers={"x-penstock-job": job.id})
+
+
+async def compact(call: Call) -> ASGIApp:
+    raise NotFound("There is no compaction here: leave old items out of the input.")
+
+
+async def delete(call: Call) -> ASGIApp:
+    """Drop a response and its job, now; one that runs is cancelled."""
+    job, _ = await _find(call.gateway.broker, call.tenant, call.path["id"])
+    await call.gateway.broker.forget(job.tenant, job.id)
+    return json_reply({"id": response_id(job.id), "object": "response", "deleted": True})
+
+
+async def list_input_items(call: Call) -> ASGIApp:
+    job, view = await _find(call.gateway.broker, call.tenant, call.path["id"])
+    order, limit, after = call.query.get("order", "desc"), call.query.get("limit", "20"), call.query.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("order is asc or desc.", param="order")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= 100):
+        raise InvalidRequest("limit is between 1 and 100.", param="limit")
+    items = input_items(job, view)
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        place = next((place for place, item in enumerate(items) if item.id == after), None)
+        if place is None:
+            raise InvalidRequest(f"The response has no input item {after!r}.", param="after")
+        items = items[place + 1 :]
+    page = items[: int(limit)]
+    return json_reply(
+        {
+            "object": "list",
+            "data": [item.view() for item in page],
+            "first_id": page[0].id if page else None,
+            "last_id": page[-1].id if page else None,
+            "has_more": len(items) > len(page),
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------- requests
+
+
+async def _prepare(gateway: Gateway, tenant: str, body: CreateResponse) -> Prepared:
+    if body.background:
+        raise InvalidRequest("A line of a batch runs in the background anyway.", param="background")
+    items = await conversation(gateway.broker, tenant, body)
+    return Prepared(
+        body.request(items, gateway.config.default_max_tokens),
+        lambda job, completion: whole(job, _view(job), completion, job.ended_at),
+        body.view(items),
+    )
+
+
+#: What a batch can be made of, of these routes.
+OPERATIONS = {"/v1/responses": Operation(CreateResponse, _prepare)}
+
+
+def wish(call: Call, body: CreateResponse, items: tuple[Item, ...]) -> Submission:
+    """Everything of a response's job but the request itself."""
+    submitted = submission(
+        call,
+        body,
+        user=body.user_id or body.user or body.safety_identifier,
+        on_disconnect="continue" if body.background else "cancel",
+        priority=Priority.BATCH if body.service_tier == "flex" else Priority.NORMAL,
+    )
+    keep = None if body.stored else UNSTORED_KEEP
+    return msgspec.structs.replace(submitted, view=body.view(items), keep=keep)
+
+
+async def conversation(broker: Broker, tenant: str, body: CreateResponse) -> tuple[Item, ...]:
+    """The whole input of a request: that of the response before it, its output, and what is new."""
+    items: list[Item] = []
+    if body.previous_response_id is not None:
+        items = await _before(broker, tenant, body.previous_response_id)
+    if isinstance(body.input, str):
+        return (*items, Item("message", role="user", content=(body.input,)))
+    for place, item in enumerate(body.input or ()):
+        if item.reference is not None:
+            items.append(await _referenced(broker, tenant, item.reference))
+        else:
+            items.append(item.plain(place))
+    return tuple(items)
+
+
+async def _before(broker: Broker, tenant: str, previous: str) -> list[Item]:
+    """The conversation up to the end of an earlier response."""
+    try:
+        job, view = await _find(broker, tenant, previous)
+    except NotFound as error:
+        gone = " Its retention is over." if isinstance(error, ExpiredResult) else ""
+        raise PreviousResponseNotFound(
+            f"Previous response with id {previous!r} not found.{gone}", param="previous_response_id"
+        ) from error
+    completion = await _completion(broker, job) if job.status.terminal else None
+    status = ended_status(completion.ended) if completion is not None and completion.ended is not None else None
+    if completion is None or status not in ("completed", "incomplete"):
+        raise InvalidRequest(
+            f"Previous response with id {previous!r} is {status or 'not completed yet'}: only one that has an output "
+            "can be continued.",
+            param="previous_response_id",
+        )
+    return [*input_items(job, view), *output_items(whole(job, view, completion, None)["output"])]
+
+
+async def _referenced(broker: Broker, tenant: str, reference: str) -> Item:
+    job = owner(reference)
+    try:
+        if job is not None:
+            found, view = await _find(broker, tenant, response_id(job))
+            items = input_items(found, view)
+            if found.status.terminal:
+                items += output_items(whole(found, view, await _completion(broker, found), None)["output"])
+            for item in items:
+                if item.id == reference:
+                    return item
+    except NotFound:
+        pass
+    raise NotFound(
+        f"Item with id {reference!r} not found. Items are kept with responses that are stored: send the item itself.",
+        param="input",
+    )
+
+
+# ---------------------------------------------------------------------------------------------- replies
+
+
+async def _find(broker: Broker, tenant: str, response: str) -> tuple[Job, View]:
+    """A stored response's job and view. Raises `NotFound`, `ExpiredResult`."""
+    missing = NotFound(f"Response with id {response!r} not found.", param="response_id")
+    if (job := job_id(response)) is None:
+        raise missing
+    try:
+        found = await broker.get(tenant, job)
+    except ExpiredResult:
+        raise ExpiredResult(f"Response with id {response!r}: its retention is over.", param="response_id") from None
+    except NotFound:
+        raise missing from None
+    view = view_of(found)
+    if view is None or not view.store:
+        raise missing
+    return found, view
+
+
+async def _completion(broker: Broker, job: Job) -> Completion:
+    return fold([event async for event in broker.tail(job.tenant, job.id)])
+
+
+async def _object(call: Call, job: Job, view: View) -> dict[str, Any]:
+    """A response as it is now."""
+    if not job.status.terminal:
+        return response_object(job, view, status_of(job))
+    return whole(job, view, await _completion(call.gateway.broker, job), job.ended_at)
+
+
+def _view(job: Job) -> View:
+    view = view_of(job)
+    assert view is not None
+    return view
+
+
+async def _ended_at(call: Call, job: Job) -> float | None:
+    """When *job* ended, which its log does not say."""
+    try:
+        return (await call.gateway.broker.get(job.tenant, job.id)).ended_at
+    except PenstockError:  # it has gone, or the store has: nobody can ask again
+        return call.gateway.catalogue.now()
+
+
+async def _delivered(call: Call, job: Job, view: View) -> None:
+    """Forget what was not to be stored."""
+    if not view.store:
+        with contextlib.suppress(PenstockError):  # its retention does it in a moment
+            await call.gateway.broker.forget(job.tenant, job.id)
+
+
+def _stream(call: Call, following: Following, view: View, after: int) -> EventStream:
+    """The events of a response as they are, whatever becomes of it."""
+    return EventStream(
+        call.gateway.streams,
+        _blocks(call, following.job, view, aiter(following), after),
+        headers={"x-penstock-job": following.job.id},
+        on_close=following.close,
+    )
+
+
+async def _blocks(call: Call, job: Job, view: View, events: AsyncIterator[Event], after: int) -> AsyncIterator[bytes]:
+    async for block in render(job, view, events, lambda: _ended_at(call, job), after):
+        yield block
+    await _delivered(call, job, view)  # whoever asks for more has been given everything
+
+
+def _after(call: Call) -> int:
+    """The number of the last event that was seen; -1 if none was: ``Last-Event-ID``, or ``?starting_after=``."""
+    text = call.headers.get("last-event-id") or call.query.get("starting_after") or ""
+    if text == "":
+        return -1
+    if not text.isascii() or not text.isdigit() or len(text) > 15:
+        raise InvalidRequest(
+            "starting_after (or Last-Event-ID) is a sequence_number: a whole number from 0.", param="starting_after"
+        )
+    return int(text)
