@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -259,11 +259,18 @@ async def messages(call: Call) -> ASGIApp:
     headers = {"request-id": call.request_id}
     if body.stream:
         after = call.last_event_id or 0
-        writer = MessageWriter(call, job, after)
+        broker = call.gateway.broker
+        writer = MessageWriter(
+            job,
+            call.request_id,
+            after=after,
+            look=partial(broker.get, job.tenant, job.id),
+            replay=partial(broker.tail, job.tenant, job.id),
+        )
         return await call.gateway.stream(call.gateway.follow(job, after), writer.render, headers)
     completion = await call.gateway.fold(job, call.gone)
     assert completion.ended is not None
-    return json_reply(_reply(job, completion.texts[0], completion.ended), headers={"x-penstock-job": job.id, **headers})
+    return json_reply(reply(job, completion.texts[0], completion.ended), headers={"x-penstock-job": job.id, **headers})
 
 
 async def count_tokens(call: Call) -> ASGIApp:
@@ -332,13 +339,26 @@ class Blocks:
 
 
 class MessageWriter:
-    """Writes one job as Anthropic's stream behind position *after*: a run's last event has its position as ``id:``."""
+    """Writes one job as Anthropic's stream: the last event of each run of tokens has their position as its ``id:``.
 
-    def __init__(self, call: Call, job: Job, after: int) -> None:
-        self._broker = call.gateway.broker
-        self._request_id = call.request_id
+    *request_id* is told with errors. A reader who has seen all *after* gets what comes behind it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        request_id: str,
+        *,
+        after: int,
+        look: Callable[[], Awaitable[Job]],
+        replay: Callable[[], AsyncIterator[Event]],
+    ) -> None:
+        """*look* gives the job as it stands, *replay* its log from the beginning."""
         self._job = job
+        self._request_id = request_id
         self._after = after
+        self._look = look
+        self._replay = replay
         self._blocks = Blocks(job)
 
     async def render(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
@@ -362,7 +382,7 @@ class MessageWriter:
     async def _opening(self, first: Event) -> list[dict[str, Any]]:
         """The event before the first block. A reader who has seen it is taken to where it was instead."""
         if self._after:
-            events = self._broker.tail(self._job.tenant, self._job.id)
+            events = self._replay()
             async with contextlib.aclosing(events):  # type: ignore[type-var]
                 async for event in events:
                     if isinstance(event, Ended) or event.position > self._after:
@@ -380,7 +400,7 @@ class MessageWriter:
         if isinstance(first, Ended):
             return first.usage.prompt_tokens
         with contextlib.suppress(PenstockError):
-            return (await self._broker.get(self._job.tenant, self._job.id)).prompt_tokens or 0
+            return (await self._look()).prompt_tokens or 0
         return 0
 
     def _end(self, ended: Ended, opening: list[dict[str, Any]]) -> bytes:
@@ -399,7 +419,7 @@ def _frames(events: list[dict[str, Any]], position: int) -> bytes:
     return b"".join(frame(event["type"], event) for event in others) + frame(last["type"], last, position)
 
 
-def _reply(job: Job, text: str, ended: Ended) -> dict[str, Any]:
+def reply(job: Job, text: str, ended: Ended) -> dict[str, Any]:
     """The message in one piece: a fold of its events."""
     blocks = Blocks(job)
     content: list[dict[str, Any]] = []

@@ -1,0 +1,212 @@
+"""Anthropic's stream without a server: the golden event sequences, and that cuts and resumes make no difference.
+
+The files in ``golden`` are what a client gets, byte for byte. After a change that is meant:
+``PENSTOCK_GOLDEN=write python -m pytest tests/unit/gateway/test_anthropic.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.core.errors import ErrorInfo, LogRewound
+from penstock.core.events import Ended, Event, Tokens
+from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage
+from penstock.gateway.routes.anthropic import MessageWriter, reply
+from tests.support.sse import Event as Seen
+from tests.support.sse import Parser
+
+GOLDEN = Path(__file__).parent / "golden"
+TOOLS = (Tool("weather", "", {"type": "object"}), Tool("wait", "", {"type": "object"}))
+
+
+def job(**fields: Any) -> Job:
+    request = Request(model="millrace", messages=(Message("user", "Hi"),), sampling=Sampling(max_tokens=9), **fields)
+    return Job(id="job_" + "1".zfill(32), tenant="t", request=request, created_at=1.0, prompt_tokens=7)
+
+
+def runs(*texts: list[str]) -> list[Event]:
+    """Each list of tokens' texts as a run of its own."""
+    events: list[Event] = []
+    position = 1
+    for run in texts:
+        events.append(Tokens(position, 1, list(range(len(run))), run))
+        position += len(run)
+    return events
+
+
+def log(*texts: list[str], reason: str = "stop", error: ErrorInfo | None = None) -> list[Event]:
+    count = sum(map(len, texts))
+    status = Status.COMPLETED if error is None else Status.FAILED
+    reasons = (reason,) if error is None else ()
+    return [*runs(*texts), Ended(count + 1, 1, status, reasons, Usage(7, count), error)]
+
+
+async def follow(events: list[Event], after: int = 0) -> AsyncIterator[Event]:
+    for event in events:
+        if isinstance(event, Ended):
+            if event.position > after:
+                yield event
+        elif event.last > after:
+            yield event.after(after)
+
+
+def written(job: Job, events: list[Event], after: int = 0) -> bytes:
+    async def look() -> Job:
+        return job
+
+    async def render() -> bytes:
+        writer = MessageWriter(job, "req_1", after=after, look=look, replay=lambda: follow(events))
+        return b"".join([block async for block in writer.render(follow(events, after))])
+
+    return asyncio.run(render())
+
+
+def parse(raw: bytes) -> list[Seen]:
+    parser = Parser()
+    events = parser.feed(raw)
+    assert raw.isascii()
+    assert parser.empty_blocks == 0
+    assert [event.retry is not None for event in events] == ([True] + [False] * len(events))[: len(events)]
+    for event in events:
+        assert event.data["type"] == event.event
+    return events
+
+
+def message(events: list[Seen]) -> dict[str, Any]:
+    """A stream put together as clients do it: what a reply in one piece would have been."""
+    result: dict[str, Any] = {}
+    open_block: int | None = None
+    for event in events:
+        data = event.data
+        match event.event:
+            case "message_start":
+                assert not result
+                result = data["message"]
+            case "content_block_start":
+                assert open_block is None
+                assert data["index"] == len(result["content"])
+                open_block = data["index"]
+                result["content"].append(data["content_block"])
+            case "content_block_delta":
+                assert data["index"] == open_block
+                block, delta = result["content"][data["index"]], data["delta"]
+                if delta["type"] == "text_delta":
+                    block["text"] += delta["text"]
+                else:
+                    block["json"] = block.get("json", "") + delta["partial_json"]
+            case "content_block_stop":
+                assert data["index"] == open_block
+                open_block = None
+                block = result["content"][data["index"]]
+                if "json" in block:
+                    block["input"] = json.loads(block.pop("json"))
+            case "message_delta":
+                assert open_block is None
+                result |= data["delta"]
+                result["usage"] |= data["usage"]
+    assert events[-1].event == "message_stop"
+    return result
+
+
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ulm"}}</tool_call>'
+FORCED = ['{"name": "weather",', ' "arguments": {"ci', 'ty": "Ul', 'm"}', "}", ""]
+CASES: dict[str, tuple[Job, list[Event]]] = {
+    "text": (job(), log(["A", " river"], [" is"], ["", "."])),
+    "length": (job(), log(["A river"], reason="length")),
+    "nothing": (job(), log([""])),
+    "calls": (
+        job(tools=TOOLS),
+        log(["Let me", " see. "], ["<tool", CALL[5:]], ["\n", CALL.replace("weather", "wait")], reason="tool_calls"),
+    ),
+    "forced": (job(tools=TOOLS, tool_choice="required"), log(FORCED[:2], FORCED[2:4], FORCED[4:], reason="tool_calls")),
+    "error": (job(), log(["A"], error=ErrorInfo("The engine failed.", "server_error", None, "engine_error"))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_stream_is_the_golden_one(name: str) -> None:
+    raw = written(*CASES[name])
+    file = GOLDEN / f"anthropic_{name}.sse"
+    if os.environ.get("PENSTOCK_GOLDEN") == "write":
+        file.write_bytes(raw)
+    assert raw.decode() == file.read_bytes().decode()
+
+
+def test_every_golden_file_is_of_a_case() -> None:
+    assert {file.name for file in GOLDEN.glob("anthropic_*")} == {f"anthropic_{name}.sse" for name in CASES}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "error"])
+def test_a_reply_in_one_piece_is_the_fold_of_its_stream(name: str) -> None:
+    of, events = CASES[name]
+    *tokens, ended = events
+    assert isinstance(ended, Ended)
+    text = "".join(text for run in tokens if isinstance(run, Tokens) for text in run.texts)
+    assert message(parse(written(of, events))) == msgspec.to_builtins(reply(of, text, ended))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resume_behind_any_id_goes_on_with_what_was_not_seen(name: str) -> None:
+    of, events = CASES[name]
+    whole = parse(written(of, events))
+    for i, event in enumerate(whole):
+        if event.id is not None:
+            rest = written(of, events, after=int(event.id))
+            assert [later.data for later in parse(rest)] == [later.data for later in whole[i + 1 :]]
+    assert written(of, events, after=int(whole[-1].id or 0)) == b""
+
+
+PIECES = st.sampled_from(
+    ["A", " river\n", "", "é\u2028", "<", "<tool", CALL, CALL.replace("Ulm", "</tool_call>"), "{", " ", "wait", "{}\n"]
+)
+
+
+@given(st.lists(st.lists(PIECES, min_size=1, max_size=4), min_size=1, max_size=5), st.booleans())
+def test_however_the_runs_fall_the_message_is_the_same(texts: list[list[str]], tools: bool) -> None:
+    of = job(tools=TOOLS) if tools else job()
+    text = "".join("".join(run) for run in texts)
+    events = log(*texts, reason="stop")
+    ended = events[-1]
+    assert isinstance(ended, Ended)
+    expected = msgspec.to_builtins(reply(of, text, ended))
+    assert message(parse(written(of, events))) == expected
+    if not tools:
+        assert "".join(block["text"] for block in expected["content"]) == text
+
+
+def test_a_call_that_was_cut_has_no_arguments() -> None:
+    cut = log(FORCED[:2], reason="length")
+    of = job(tools=TOOLS, tool_choice="required")
+    ended = cut[-1]
+    assert isinstance(ended, Ended)
+    answer = reply(of, "".join(FORCED[:2]), ended)
+    assert [(block["name"], block["input"]) for block in answer["content"]] == [("weather", {})]
+    assert answer["stop_reason"] == "max_tokens"
+
+
+def test_a_log_that_rewinds_is_an_error() -> None:
+    async def rewinding() -> AsyncIterator[Event]:
+        yield Tokens(1, 1, [1], ["A"])
+        raise LogRewound("The store lost it.")
+
+    async def look() -> Job:
+        return job()
+
+    async def render() -> bytes:
+        writer = MessageWriter(job(), "req_1", after=0, look=look, replay=rewinding)
+        return b"".join([block async for block in writer.render(rewinding())])
+
+    last = parse(asyncio.run(render()))[-1]
+    assert last.event == "error"
+    assert last.data["error"]["code"] == "log_rewound"
+    assert last.id is None
