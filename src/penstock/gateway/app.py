@@ -33,6 +33,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/chat/completions", openai.chat_completions),
     ("POST", "/v1/completions", openai.completions),
     ("POST", "/v1/responses", responses.create),
+    ("POST", "/v1/responses/compact", responses.compact),
     ("GET", "/v1/responses/{id}", responses.retrieve),
     ("DELETE", "/v1/responses/{id}", responses.delete),
     ("POST", "/v1/responses/{id}/cancel", responses.cancel),
@@ -176,7 +177,7 @@ class OriginCheck:
             origin = headers.get(b"origin")
             if self._foreign(headers, origin) and not self.allowed & {origin, "*"}:
                 error = Forbidden(
-                    f"Pages of {str(origin)[:100]} may not do this. If they are yours, add that origin to allowed_origins."
+                    f"Pages of {str(origin)[:100]} may not do this. If they are yours, name them in allowed_origins."
                 )
                 await error_reply(error)(scope, receive, send)
                 return

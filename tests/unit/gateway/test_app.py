@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,3 +183,57 @@ class TestBugs:
         async with asyncio.timeout(30):
             await create_app(gateway)(scope, receive, send)  # type: ignore[arg-type]
         assert (await gateway.broker.stats()).queued == 0
+
+
+class TestOrigins:
+    async def ask(self, gateway: Gateway, method: str = "POST", **headers: str) -> httpx.Response:
+        async with as_tenant(gateway, "one") as client:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            return await client.request(
+                method, "/v1/jobs", json={"prompt": "x"} if method == "POST" else None, headers=named
+            )
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            {"sec_fetch_site": "same-origin", "origin": "http://localhost"},
+            {"sec_fetch_site": "none"},
+            {"origin": "http://localhost"},
+            # Behind a proxy that changes Host, a browser's own word counts.
+            {"sec_fetch_site": "same-origin", "origin": "https://llm.example"},
+        ],
+    )
+    async def test_its_own_pages_and_other_clients_may(self, gateway: Gateway, headers: dict[str, str]) -> None:
+        assert (await self.ask(gateway, **headers)).status_code == 202
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"sec_fetch_site": "cross-site"},
+            {"sec_fetch_site": "same-site", "origin": "http://localhost"},
+            {"origin": "https://elsewhere.example"},
+            {"origin": "http://localhost:3000"},
+            {"origin": "null"},
+        ],
+    )
+    async def test_pages_of_others_may_change_nothing(self, gateway: Gateway, headers: dict[str, str]) -> None:
+        reply = await self.ask(gateway, **headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "forbidden")
+        reading = await self.ask(gateway, "GET", **headers)
+        assert reading.status_code == 200
+        assert reading.json()["data"] == []
+        assert "access-control-allow-origin" not in reading.headers
+
+    async def test_those_that_are_allowed_may(self, gateway: Gateway) -> None:
+        gateway.config = msgspec.structs.replace(gateway.config, allowed_origins=("https://app.example",))
+        headers = {"sec_fetch_site": "cross-site", "origin": "https://app.example"}
+        reply = await self.ask(gateway, **headers)
+        assert reply.status_code == 202
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+        assert "x-penstock-job" in reply.headers["access-control-expose-headers"].lower()
+        asked = await self.ask(gateway, "OPTIONS", access_control_request_method="DELETE", **headers)
+        assert asked.status_code == 200
+        assert "DELETE" in asked.headers["access-control-allow-methods"]
+        other = {"sec_fetch_site": "cross-site", "origin": "https://app.example.evil"}
+        assert (await self.ask(gateway, **other)).status_code == 403
