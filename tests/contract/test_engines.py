@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from tests.support.encoder import encoder
 from tests.support.gguf import bundled_gguf
 from tests.support.torch import NO_TORCH, TORCH
 
 from penstock.core.errors import EngineDied, ModelLoadError
 from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.testing.engine import EngineContract, forever, lease, run
+from penstock.testing.engine import EngineContract, TaskContract, forever, lease, run
 
 
 async def started(spec: EngineSpec, **settings: float) -> AsyncIterator[EngineProcess]:
@@ -28,6 +29,11 @@ async def started(spec: EngineSpec, **settings: float) -> AsyncIterator[EnginePr
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundled_gguf(tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder(tmp_path_factory.mktemp("encoder"))
 
 
 class TestSynthetic(EngineContract):
@@ -43,6 +49,15 @@ class TestOpenVINO(EngineContract):
     @pytest.fixture
     async def engine(self) -> AsyncIterator[EngineProcess]:
         async for engine in started(EngineSpec("openvino", "millrace")):
+            yield engine
+
+
+class TestOpenVINOEmbedding(TaskContract):
+    """A small encoder at f32."""
+
+    @pytest.fixture
+    async def engine(self, encoder_folder: Path) -> AsyncIterator[EngineProcess]:
+        async for engine in started(EngineSpec("openvino", "encoder", str(encoder_folder))):
             yield engine
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -44,6 +44,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     unsupported: tuple[str, ...] = ()
     """Request fields this model's engine cannot honour; asking for one is a 400 ``unsupported``."""
     tasks: tuple[Task, ...] = ("generate",)
+    dimensions: int = 0
+    """Of a vector, where it embeds and this is known."""
 
     def may(self, task: Task) -> bool:
         """Can it be asked for *task*? Of a model that was never loaded (``context_length`` 0) nobody knows."""
@@ -127,6 +129,14 @@ class Finish(msgspec.Struct, frozen=True):
 
     finish_reasons: tuple[str, ...] = ()
     error: ErrorInfo | None = None
+    stops: tuple[str | None, ...] = ()
+    """The stop string that ended each choice. Empty where none did, or the engine is not told."""
+
+    @classmethod
+    def of(cls, ends: Iterable[tuple[str, str | None]]) -> Finish:
+        """Of each choice the reason and the stop string, if it was one."""
+        reasons, stops = zip(*ends, strict=True)
+        return cls(reasons, stops=stops if any(stops) else ())
 
 
 class Append(msgspec.Struct, frozen=True):

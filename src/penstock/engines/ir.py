@@ -1,7 +1,7 @@
-"""Builds an OpenVINO model from a Llama-shaped Hugging Face folder: safetensors and config.json, no torch.
+"""Builds an OpenVINO model from a Hugging Face folder: safetensors and config.json, no torch.
 
-Llama, Mistral, Qwen2 and Qwen3 are the same network up to biases, head norms and rotary scaling. Whatever else a
-config asks for is refused, never ignored: a network that is nearly right writes nonsense.
+Llama, Mistral, Qwen2 and Qwen3 are the same network up to biases, head norms and rotary scaling; encoders are in
+`ir_encoder`. Whatever else a config asks for is refused, never ignored: a network that is nearly right writes nonsense.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from penstock.core.errors import ModelLoadError
 from penstock.engines._ov import ov
 from penstock.engines.backend import Progress
+from penstock.engines.ir_encoder import PREFIXES, build_encoder
 
 op = ov.opset13
 
@@ -39,6 +40,9 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 )
 
 
@@ -60,10 +64,12 @@ def built(folder: Path, cache: Path, progress: Progress) -> Path:
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
     try:
         with _Weights(folder) as weights:
-            model = build(config, weights)
+            encoder = (config.get("architectures") or [""])[0] in PREFIXES
+            model = build_encoder(config, weights) if encoder else build(config, weights)
             ov.save_model(model, scratch / "openvino_model.xml", compress_to_fp16=False)
         for name in TEXT_FILES:
             if (folder / name).is_file():
+                (scratch / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, scratch / name)
         scratch.chmod(0o755)
         try:

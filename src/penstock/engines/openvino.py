@@ -5,6 +5,9 @@ blocks are and how tokens are drawn is decided by us (`batching`), not by GenAI'
 (GenAI has no logit bias and no alternatives' log-probabilities, and its penalties and random numbers start anew in a
 continued reply), and because it is faster in large batches.
 
+Exported encoders embed (`embedding`), with our tokens and our pooling: GenAI's pipeline for that takes texts only, does
+not tell how many tokens they had, and cuts those that are too long without a word.
+
 With ``precision=f32`` activations and the cache are float32. Greedy replies were then the same alone, in a batch,
 after a resume, and with or without prefix caching, in every reply that was compared. Seeded ones draw from the same
 random numbers, but the attention kernel's last bits depend on the batch, and now and then (2 of 64 replies of 150
@@ -24,12 +27,13 @@ import psutil
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines._ov import ov, paged_attention_transformation
-from penstock.engines.backend import Progress
+from penstock.engines.backend import Backend, Progress
 from penstock.engines.batching import ContinuousBatching
+from penstock.engines.embedding import POOLINGS, EmbeddingBackend, pool, pooling_of, recipe_of
 from penstock.engines.kvcache import CACHE_SHARE
-from penstock.engines.models import resolve
+from penstock.engines.models import ModelFiles, resolve
 from penstock.engines.options import one_of, parse
-from penstock.engines.sampling import Floats
+from penstock.engines.sampling import Floats, Ints
 from penstock.engines.text import TextModel
 
 #: Weights up to this many bytes are computed in float32 unless the operator chooses otherwise.
@@ -47,6 +51,12 @@ class Options:
     ``slots`` full contexts need but at most a quarter of the memory. ``prefix_caching``: share the cache of equal
     prompt beginnings (a tenant could learn from timing that somebody else sent the same beginning). ``threads``: 0
     for all cores.
+
+    Of models that embed (`penstock.engines.embedding`): ``pooling``: cls, mean, last, or auto, what the folder says.
+    ``normalize``: vectors have the length 1. ``max_length``: tokens that an input may have, 0 for what the folder says;
+    ``truncate``: longer ones are cut instead of refused. ``query_instruction``, ``passage_instruction``: what is put
+    before a text; empty: what the folder says. ``matryoshka``: may vectors be cut to fewer dimensions? on, off, or
+    auto, what the folder says. ``step_tokens``: computed at once, with padding.
     """
 
     precision: str = "auto"
@@ -55,11 +65,37 @@ class Options:
     cache_gb: float = 0.0
     prefix_caching: bool = True
     threads: int = 0
+    pooling: str = "auto"
+    normalize: bool = True
+    max_length: int = 0
+    truncate: bool = False
+    query_instruction: str = ""
+    passage_instruction: str = ""
+    matryoshka: str = "auto"
+    step_tokens: int = 1024
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, "f32", "fast", "auto")
-        if self.slots < 1 or self.threads < 0 or self.cache_gb < 0:
-            raise ModelLoadError("Option slots must be at least 1; threads and cache_gb must not be negative.")
+        one_of("pooling", self.pooling, *POOLINGS, "auto")
+        one_of("matryoshka", self.matryoshka, "on", "off", "auto")
+        if self.slots < 1 or self.step_tokens < 1 or min(self.threads, self.cache_gb, self.max_length) < 0:
+            raise ModelLoadError(
+                "Options slots and step_tokens must be at least 1; threads, cache_gb and max_length not negative."
+            )
+
+    def properties(self, precision: str) -> dict[str, Any]:
+        """What the device is told of a model that is computed in *precision*."""
+        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
+        if precision == "f32":
+            properties |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+        if self.threads:
+            properties["INFERENCE_NUM_THREADS"] = self.threads
+        return properties
+
+    def precision_of(self, model_file: Path) -> str:
+        if self.precision != "auto":
+            return self.precision
+        return "f32" if model_file.with_suffix(".bin").stat().st_size <= SMALL else "fast"
 
 
 # ------------------------------------------------------------------------------------------ the network
@@ -90,19 +126,10 @@ class OpenVINONetwork:
                 f"{model_file} is not a plain decoder-only text model (it asks for {', '.join(strange) or 'no ids'}). "
                 "Serve it with another engine."
             )
-        precision = options.precision
-        if precision == "auto":
-            precision = "f32" if model_file.with_suffix(".bin").stat().st_size <= SMALL else "fast"
-        self.precision = precision
-        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
-        if precision == "f32":
-            properties |= {
-                "INFERENCE_PRECISION_HINT": "f32",
-                "KV_CACHE_PRECISION": "f32",
-                "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-            }
-        if options.threads:
-            properties["INFERENCE_NUM_THREADS"] = options.threads
+        self.precision = options.precision_of(model_file)
+        properties = options.properties(self.precision)
+        if self.precision == "f32":
+            properties["KV_CACHE_PRECISION"] = "f32"
         compiled = core.compile_model(model, options.device, properties)
         self._request = compiled.create_infer_request()
         self._ports = {port.get_any_name(): port for port in compiled.inputs}
@@ -158,13 +185,79 @@ def _gather_before_head(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> ContinuousBatching:
+#: What exported encoders call the vectors of tokens, and those of texts.
+TOKEN_VECTORS, TEXT_VECTORS = ("last_hidden_state", "token_embeddings"), "sentence_embedding"
+
+
+class OpenVINOEncoder:
+    """See `penstock.engines.embedding.Encoder`. Where the network makes the vectors of texts itself, they are taken,
+    unless another *pooling* than "auto" is asked for."""
+
+    def __init__(self, model_file: Path, folder: Path, options: Options) -> None:
+        core = ov.Core()
+        model = core.read_model(model_file)
+        names = {name for port in model.outputs for name in port.get_names()}
+        self._pooling = ""
+        output = TEXT_VECTORS
+        if TEXT_VECTORS not in names or options.pooling != "auto":
+            output = next(name for name in TOKEN_VECTORS if name in names)
+            self._pooling = pooling_of(folder) if options.pooling == "auto" else options.pooling
+        self._inputs = {port.get_any_name() for port in model.inputs}
+        if strange := sorted(self._inputs - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}):
+            raise ModelLoadError(
+                f"{model_file} is not a plain text encoder: it asks for {', '.join(strange)}. Export it with "
+                "optimum-intel (optimum-cli export openvino --task feature-extraction --model MODEL FOLDER)."
+            )
+        self.precision = options.precision_of(model_file)
+        compiled = core.compile_model(model, options.device, options.properties(self.precision))
+        self._request = compiled.create_infer_request()
+        self._output = compiled.output(output)
+        self.dimensions = int(self._output.partial_shape[-1].get_length())
+
+    def run(self, ids: Ints, mask: Ints) -> Floats:
+        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        given = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": np.zeros_like(ids),
+            "position_ids": np.ascontiguousarray(positions),
+        }
+        self._request.infer({name: ov.Tensor(given[name]) for name in self._inputs})
+        result: Floats = self._request.get_tensor(self._output).data
+        return pool(result, mask, self._pooling) if self._pooling else result
+
+
+def _embeds(model_file: Path) -> bool:
+    """Is it an encoder, and not a model that writes?"""
+    names = {name for port in ov.Core().read_model(model_file).outputs for name in port.get_names()}
+    return "logits" not in names and not names.isdisjoint({*TOKEN_VECTORS, TEXT_VECTORS})
+
+
+def _embedding(name: str, files: ModelFiles, text: TextModel, options: Options) -> EmbeddingBackend:
+    encoder = OpenVINOEncoder(files.ir, files.text, options)
+    recipe = recipe_of(
+        files.text,
+        text,
+        max_length=options.max_length,
+        prompts={"query": options.query_instruction, "document": options.passage_instruction},
+        normalize=options.normalize,
+        matryoshka=options.matryoshka,
+        truncate=options.truncate,
+    )
+    return EmbeddingBackend(
+        name, "openvino", text, encoder, recipe, slots=options.slots, step_tokens=options.step_tokens
+    )
+
+
+def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> Backend:
     """See `penstock.engines.backend.Loader`."""
     parsed = parse(Options, options, "openvino")
     files = resolve(name, path, progress)
     text = TextModel.load(files.text)
     progress("compiling the model", None)
     try:
+        if _embeds(files.ir):
+            return _embedding(name, files, text, parsed)
         network = OpenVINONetwork(files.ir, parsed, text.context_length)
     except RuntimeError as error:
         raise ModelLoadError(f"OpenVINO cannot load {files.ir} on {parsed.device}: {error}") from error

@@ -167,9 +167,11 @@ class _WindowDetokenizer:
 class StopStrings:
     """Finds stop strings across token borders, holding back only what may still become one."""
 
-    __slots__ = ("_firsts", "_held", "_longest", "_stops")
+    __slots__ = ("_firsts", "_held", "_longest", "_stops", "met")
 
     def __init__(self, stops: Sequence[str]) -> None:
+        self.met: str | None = None
+        """The one that was met."""
         self._stops = tuple(stops)
         self._longest = max(map(len, stops))
         self._firsts = frozenset(stop[0] for stop in stops)
@@ -185,7 +187,7 @@ class StopStrings:
         for stop in self._stops:
             start = held.find(stop)
             if start >= 0 and (first is None or (start + len(stop), start) < first):
-                first = (start + len(stop), start)
+                first, self.met = (start + len(stop), start), stop
         if first is not None:
             self._held = ""
             return held[: first[1]], True
@@ -266,6 +268,11 @@ class Reply:
     def left(self) -> int:
         """How many tokens may still come."""
         return self._limit - len(self.ids)
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return None if self._stops is None else self._stops.met
 
     def push(self, token: int) -> str:
         """The text that *token* completed (perhaps none); sets ``finish`` when the reply ends with it.
@@ -457,7 +464,7 @@ def _texts(value: Any) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ the model's text side
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -478,7 +485,7 @@ def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    source = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):  # several named ones: [{"name": "default", "template": …}, …]
         named = {entry["name"]: entry["template"] for entry in source}
         return named.get("default") or next(iter(named.values()), None)
@@ -557,11 +564,11 @@ class TextModel:
             tokenizer = tokenizer or Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelLoadError(f"{path} is not a tokenizer that this version can read: {error}") from error
-        tokenizer_config = _read_json(folder / "tokenizer_config.json")
+        tokenizer_config = read_json(folder / "tokenizer_config.json")
         return cls(
             tokenizer,
-            config=_read_json(folder / "config.json"),
-            generation_config=_read_json(folder / "generation_config.json"),
+            config=read_json(folder / "config.json"),
+            generation_config=read_json(folder / "generation_config.json"),
             tokenizer_config=tokenizer_config,
             chat_template=_chat_template_source(folder, tokenizer_config),
         )
@@ -604,7 +611,7 @@ class TextModel:
         if request.prompt_ids is not None:
             return self.known(request.prompt_ids, "tokens" if request.task == "tokenize" else "prompt")
         if request.prompt is not None:
-            self._check_size(len(request.prompt), "prompt")
+            self.check_size(len(request.prompt), "prompt")
             if not request.add_special_tokens:
                 return self._tokenize(request.prompt, special=False)
             return self.encode(request.prompt)
@@ -630,6 +637,10 @@ class TextModel:
         """*ids* with what they stand for."""
         names = [self.tokenizer.id_to_token(id) or "" for id in ids]
         return Tokenized(ids, names, self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def special_tail(self, ids: Sequence[int]) -> int:
+        """How many special tokens *ids* end with."""
+        return next((i for i, id in enumerate(reversed(ids)) if id not in self._special), len(ids))
 
     def check_bias(self, sampling: Sampling) -> None:
         """Raises `InvalidRequest` for a biased token beyond the vocabulary."""
@@ -664,7 +675,7 @@ class TextModel:
         if not self._chat.takes_tools:
             turns, shown = with_tools_as_text(turns, shown), []
         texts = [*_texts(turns), *_texts(shown)]
-        self._check_size(sum(map(len, texts)), "messages")
+        self.check_size(sum(map(len, texts)), "messages")
         for message in messages:
             # Templates put roles between the halves of a special token: <|{{ role }}|>.
             if not _ROLE.fullmatch(message.role):
@@ -712,7 +723,7 @@ class TextModel:
             return {self._defuse(name, mark): self._defuse_all(part, mark) for name, part in value.items()}
         return value
 
-    def _check_size(self, characters: int, param: str) -> None:
+    def check_size(self, characters: int, param: str) -> None:
         """Refuse at once what cannot fit: a tokenizer may take very long over a text of megabytes."""
         most = self.context_length * self._longest_token
         if characters > most:

@@ -28,8 +28,9 @@ import pytest
 
 from penstock.core.errors import EngineDied
 from penstock.core.events import Completion, Ended, Tokens, fold
-from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Tool, Usage
+from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, Usage
 from penstock.core.ports import Engine, Finish, Lease, Output
+from penstock.core.tasks import Tokenized, vector_values, vectors
 from penstock.core.tools import parse_tool_calls
 
 #: No test may wait longer than this for one engine step.
@@ -70,6 +71,20 @@ def lease(
     ids = list(prefix)
     logged = [""] * len(ids) if texts is None else list(texts)
     return Lease(Job(id="job", tenant="t", request=request), attempt, ids, logged, choices)
+
+
+def task_lease(
+    engine: Engine,
+    task: Task,
+    *,
+    prefix: Iterable[int] = (),
+    texts: Iterable[str] = (),
+    attempt: int = 1,
+    **fields: Any,
+) -> Lease:
+    """A lease of a request for something else than a reply; *fields* are those of `Request`."""
+    request = Request(model=engine.models[0].name, task=task, **fields)
+    return Lease(Job(id="job", tenant="t", request=request), attempt, list(prefix), list(texts))
 
 
 #: Small, so that a model that knows nothing of JSON comes to its end.
@@ -129,6 +144,22 @@ class Result:
     @property
     def text(self) -> str:
         return self.folded.texts[0]
+
+    @property
+    def tokenized(self) -> Tokenized:
+        """Of a request to tokenize."""
+        assert self.finish == Finish(("stop",)), self.finish
+        assert self.ids == [0]
+        return Tokenized.of(self.folded)
+
+    @property
+    def vectors(self) -> list[list[float]]:
+        """Of a request to embed, in the order of the inputs."""
+        assert self.finish == Finish(("stop",)), self.finish
+        return [vector_values(text) for text in vectors(self.folded)]
+
+    def vector_of(self, index: int) -> list[float]:
+        return vector_values(self.texts[self.ids.index(index)])
 
     @property
     def folded(self) -> Completion:
@@ -204,6 +235,11 @@ def needs_determinism(engine: Engine) -> None:
         pytest.skip("this engine does not promise determinism")
 
 
+def needs_task(engine: Engine, task: Task) -> None:
+    if task not in engine.models[0].tasks:
+        pytest.skip(f"this engine does not {task}")
+
+
 def needs(engine: Engine, *fields: str) -> None:
     missing = set(fields) & set(engine.models[0].unsupported)
     if missing:
@@ -222,9 +258,161 @@ PROMPTS = [
 ]
 
 
-class EngineContract:
+#: Of different lengths, as they are in life.
+INPUTS = (
+    "Once upon a time",
+    "In a house by the sea there lived an old man who had a boat and a dog",
+    "rain",
+    "The little fox ran to the river",
+    "x",
+)
+#: How far two components of one vector may be apart.
+VECTOR_TOLERANCE = 1e-4
+
+
+def close_to(vectors: list[list[float]], others: list[list[float]]) -> bool:
+    """Are they the same, but for what the last bits of float32 may differ in batches of other sizes?"""
+    return all(
+        len(ours) == len(theirs) and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < VECTOR_TOLERANCE
+        for ours, theirs in zip(vectors, others, strict=True)
+    )
+
+
+class TaskContract:
+    """What an engine promises of the tasks that it offers (`ModelInfo.tasks`): the suite of one that does not generate,
+    and a part of `EngineContract`."""
+
+    async def test_it_refuses_what_it_does_not_offer(self, engine: Engine) -> None:
+        offered = engine.models[0].tasks
+        asked = {"generate": {"prompt": "x"}, "tokenize": {"prompt": "x"}, "embed": {"inputs": ("x",)}}
+        missing = [task_lease(engine, task, **fields) for task, fields in asked.items() if task not in offered]
+        for result in await run(engine, *missing) if missing else []:
+            assert not result.ids
+            assert result.finish is not None
+            assert result.finish.error is not None
+            assert (result.finish.error.code, result.finish.error.param) == ("unsupported", "model")
+
+    # ------------------------------------------------------------------------------------ tokenize
+
+    async def test_a_prompt_as_tokens_and_back(self, engine: Engine) -> None:
+        needs_task(engine, "tokenize")
+        (result,) = await run(engine, task_lease(engine, "tokenize", prompt=PROMPTS[4]))
+        found = result.tokenized
+        assert len(found.tokens) == len(found.token_strs) == result.prompt_counts[0] > 5
+        assert all(found.token_strs)
+        assert PROMPTS[4].lower() in found.text.lower()
+        (back,) = await run(engine, task_lease(engine, "tokenize", prompt_ids=tuple(found.tokens)))
+        assert back.tokenized == found
+
+    async def test_a_prompt_without_special_tokens(self, engine: Engine) -> None:
+        needs_task(engine, "tokenize")
+        whole, bare = await run(
+            engine,
+            task_lease(engine, "tokenize", prompt="Rain"),
+            task_lease(engine, "tokenize", prompt="Rain", add_special_tokens=False),
+        )
+        assert bare.tokenized.tokens
+        assert set(bare.tokenized.tokens) <= set(whole.tokenized.tokens)
+
+    async def test_nothing_has_no_tokens(self, engine: Engine) -> None:
+        needs_task(engine, "tokenize")
+        (result,) = await run(engine, task_lease(engine, "tokenize", prompt_ids=()))
+        assert result.tokenized.tokens == []
+        assert result.tokenized.text == ""
+
+    async def test_ids_that_the_model_does_not_have_are_refused(self, engine: Engine) -> None:
+        needs_task(engine, "tokenize")
+        bad, good = await run(
+            engine,
+            task_lease(engine, "tokenize", prompt_ids=(5, 10_000_000)),
+            task_lease(engine, "tokenize", prompt_ids=(5, 6)),
+        )
+        assert bad.finish is not None
+        assert bad.finish.error is not None
+        assert bad.finish.error.code == "invalid_request"
+        assert good.tokenized.tokens == [5, 6]
+
+    # ------------------------------------------------------------------------------------ embed
+
+    async def test_every_input_has_a_vector(self, engine: Engine) -> None:
+        needs_task(engine, "embed")
+        (result,) = await run(engine, task_lease(engine, "embed", inputs=INPUTS))
+        assert sorted(result.ids) == list(range(len(INPUTS)))
+        assert result.finish == Finish(("stop",))
+        sizes = {len(vector) for vector in result.vectors}
+        assert len(sizes) == 1
+        assert sizes <= {engine.models[0].dimensions or next(iter(sizes))}
+        assert not close_to(result.vectors[:1], result.vectors[1:2])
+
+    async def test_a_vector_is_the_same_alone_and_among_others(self, engine: Engine) -> None:
+        needs_task(engine, "embed")
+        alone = [(await run(engine, task_lease(engine, "embed", inputs=(each,))))[0] for each in INPUTS]
+        first, second = await run(
+            engine,
+            task_lease(engine, "embed", inputs=INPUTS),
+            task_lease(engine, "embed", inputs=tuple(reversed(INPUTS))),
+        )
+        wanted = [result.vectors[0] for result in alone]
+        assert close_to(first.vectors, wanted)
+        assert close_to(second.vectors, wanted[::-1])
+        assert sum(result.prompt_counts[0] for result in alone) == first.prompt_counts[0] == second.prompt_counts[0]
+
+    async def test_token_ids_are_embedded_as_their_text_is(self, engine: Engine) -> None:
+        needs_task(engine, "embed")
+        needs_task(engine, "tokenize")
+        (found,) = await run(engine, task_lease(engine, "tokenize", prompt=INPUTS[1]))
+        (result,) = await run(engine, task_lease(engine, "embed", inputs=(INPUTS[1], tuple(found.tokenized.tokens))))
+        assert close_to(result.vectors[:1], result.vectors[1:])
+
+    async def test_an_embedding_goes_on_behind_what_is_logged(self, engine: Engine) -> None:
+        needs_task(engine, "embed")
+        (whole,) = await run(engine, task_lease(engine, "embed", inputs=INPUTS))
+        for cut in (1, len(INPUTS) - 1, len(INPUTS)):
+            logged: dict[str, Any] = {"prefix": whole.ids[:cut], "texts": whole.texts[:cut], "attempt": 2}
+            (rest,) = await run(engine, task_lease(engine, "embed", inputs=INPUTS, **logged))
+            assert sorted(whole.ids[:cut] + rest.ids) == list(range(len(INPUTS)))
+            assert rest.finish == Finish(("stop",))
+            assert close_to(rest.vectors, [whole.vector_of(index) for index in sorted(rest.ids)])
+
+    async def test_many_inputs_do_not_keep_one_waiting(self, engine: Engine) -> None:
+        needs_task(engine, "embed")
+        driver = Driver(engine)
+        many = driver.add(task_lease(engine, "embed", inputs=INPUTS * 300))
+        one = driver.add(task_lease(engine, "embed", inputs=INPUTS[:1]))
+        await driver.finish(one)
+        assert driver.results[many].finish is None
+        (result,) = await driver.finish(many)
+        assert sorted(result.ids) == list(range(300 * len(INPUTS)))
+
+    async def test_an_aborted_embedding_is_over(self, engine: Engine) -> None:
+        needs_task(engine, "embed")
+        driver = Driver(engine)
+        many = driver.add(task_lease(engine, "embed", inputs=INPUTS * 400))
+        driver.abort(many)
+        (result,) = await driver.finish(driver.add(task_lease(engine, "embed", inputs=INPUTS[:1])))
+        assert result.ids == [0]
+        assert len(driver.results[many].ids) < 400 * len(INPUTS)
+
+    async def test_too_long_an_input_is_refused_and_disturbs_nobody(self, engine: Engine) -> None:
+        needs_task(engine, "embed")
+        context = engine.models[0].context_length
+        bad, good = await run(
+            engine,
+            task_lease(engine, "embed", inputs=(INPUTS[0], tuple([7] * (context + 1)))),
+            task_lease(engine, "embed", inputs=INPUTS[:1]),
+        )
+        assert bad.finish is not None
+        assert bad.finish.error is not None
+        assert (bad.finish.error.code, bad.finish.error.param) == ("context_length_exceeded", "input")
+        assert str(context) in bad.finish.error.message
+        assert good.ids == [0]
+
+
+class EngineContract(TaskContract):
     guided_replies_resume = True
     """False for an engine over somebody else's server that has no way to go on inside a grammar."""
+    tells_stops = True
+    """False for an engine over somebody else's server that does not say which stop string ended a reply."""
 
     # ------------------------------------------------------------------------------------ the shape of a reply
 
@@ -291,9 +479,9 @@ class EngineContract:
         needs_determinism(engine)
         (free,) = await run(engine, lease(engine, max_tokens=40))
         stop = free.text[15:19]
-        (stopped,) = await run(engine, lease(engine, max_tokens=40, stop=(stop,)))
+        (stopped,) = await run(engine, lease(engine, max_tokens=40, stop=("no such words", stop)))
         assert stopped.text == free.text[: free.text.index(stop)]
-        assert stopped.finish == Finish(("stop",))
+        assert stopped.finish == Finish(("stop",), stops=(stop,) if self.tells_stops else ())
 
     async def test_a_biased_token_is_drawn(self, engine: Engine) -> None:
         needs(engine, "logit_bias")
@@ -386,6 +574,40 @@ class EngineContract:
         assert content is None
         assert call.name == "look_up"
         assert_obeys(call.arguments)
+
+    # ------------------------------------------------------------------------------------ tokens
+
+    async def test_the_tokens_of_a_prompt_are_those_that_a_reply_is_made_from(self, engine: Engine) -> None:
+        needs_task(engine, "tokenize")
+        needs_determinism(engine)
+        (found,) = await run(engine, task_lease(engine, "tokenize", prompt=PROMPTS[4]))
+        by_text, by_ids = await run(
+            engine, lease(engine, PROMPTS[4]), lease(engine, prompt_ids=tuple(found.tokenized.tokens))
+        )
+        assert by_ids.ids == by_text.ids
+        assert by_ids.prompt_counts == by_text.prompt_counts == found.prompt_counts
+
+    async def test_the_tokens_of_messages_are_those_that_a_reply_is_made_from(self, engine: Engine) -> None:
+        needs_task(engine, "tokenize")
+        if not engine.models[0].chat:
+            pytest.skip("no chat template")
+        asked = (Message("user", "What is the colour of <|end|> the sky?"),)
+        (found,) = await run(engine, task_lease(engine, "tokenize", messages=asked))
+        (reply,) = await run(engine, lease(engine, messages=asked))
+        assert found.prompt_counts == reply.prompt_counts == [len(found.tokenized.tokens)]
+        if engine.models[0].deterministic:
+            (by_ids,) = await run(engine, lease(engine, prompt_ids=tuple(found.tokenized.tokens)))
+            assert by_ids.ids == reply.ids
+
+    async def test_tokens_do_not_wait_for_replies(self, engine: Engine) -> None:
+        needs_task(engine, "tokenize")
+        driver = Driver(engine)
+        replies = [driver.add(lease(engine, max_tokens=400)) for _ in range(min(engine.slots, 16))]
+        (found,) = await driver.finish(driver.add(task_lease(engine, "tokenize", prompt="Rain")))
+        assert found.tokenized.tokens
+        assert any(driver.results[key].finish is None for key in replies)
+        for key in replies:
+            driver.abort(key)
 
     # ------------------------------------------------------------------------------------ batching
 
