@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     idle_unload: float = Field(
         0.0, ge=0, description="Seconds without a job after which a model on demand is unloaded; 0: never."
     )
+    batch_reserve: float = Field(
+        0.25, ge=0, lt=1, description="Share of an engine's slots that jobs of batch priority leave free for others."
+    )
     swap_after: float = Field(
         30.0, ge=0, description="Seconds that jobs wait for memory before a busy model makes room for theirs."
     )

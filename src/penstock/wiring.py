@@ -198,6 +198,7 @@ def build_manager(
             model.engine,
             lease_ttl=settings.lease_ttl,
             drain_timeout=settings.drain_timeout,
+            batch_reserve=settings.batch_reserve,
             on_ready=ready,
             about=model.about,
         )

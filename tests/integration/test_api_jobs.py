@@ -380,6 +380,19 @@ class TestDeadline:
 
 
 class TestPriority:
+    async def test_batch_jobs_leave_slots_for_others(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(rate=20, options={"slots": 4})
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+            batch = [await submit(http, priority="batch", max_tokens=100_000) for _ in range(5)]
+            for job in batch[:3]:
+                await running(http, job)
+            assert (await ended(http, await submit(http, max_tokens=1)))["status"] == "completed"
+            states = [(await http.get(f"/v1/jobs/{job}")).json()["status"] for job in batch]
+            assert states == ["running"] * 3 + ["queued"] * 2, "it waited for none of them to end"
+            await http.post(f"/v1/jobs/{batch[0]}/cancel")
+            await running(http, batch[3])
+            assert (await http.get(f"/v1/jobs/{batch[4]}")).json()["status"] == "queued"
+
     async def test_classes_are_served_in_order(self, make_server: Callable[..., Server]) -> None:
         server = make_server(rate=20, options={"slots": 1})
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:

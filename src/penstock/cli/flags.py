@@ -29,7 +29,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Files": ("files_dir", "max_file", "max_file_bytes_per_tenant", "file_ttl", "batch_window"),
     "HTTP": ("max_body", "default_max_tokens", "heartbeat", "send_deadline", "disconnect_grace"),
     "Engines": ("hang_timeout", "load_timeout"),
-    "Models": ("memory_budget", "idle_unload", "swap_after", "warm_processes"),
+    "Models": ("memory_budget", "idle_unload", "batch_reserve", "swap_after", "warm_processes"),
     "Shutdown": ("drain_timeout",),
 }
 

@@ -96,6 +96,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of main memory that its engine processes hold; 0: not measured."""
     standby: int = 0
     """Spare engine processes that have the model loaded."""
+    reserve: int = 0
+    """Slots that jobs of the batch class leave free, so that more urgent ones need not wait for one of them to end."""
     takes_suspects: bool = True
     """May it be given suspects of an engine's death now? Where it may not, a broker with other workers leaves them."""
     seen_at: float = 0.0
@@ -249,7 +251,8 @@ class Broker(Protocol):
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
         """Lease up to *limit* jobs for *models*, waiting up to *wait* seconds for the first.
 
-        Order: priority class, then Virtual Token Counter across tenants, then oldest first. Registers the worker.
+        Order: priority class, then Virtual Token Counter across tenants, then oldest first. Jobs of the batch class are
+        leased only while more than ``worker.reserve`` of *limit* are left. Registers the worker.
         """
         ...
 

@@ -782,6 +782,39 @@ class Service:
         return slots * (inputs * self.policy.input_cost + outputs * self.policy.output_cost) / weight
 
 
+class ReserveContract(_Contract):
+    """Jobs of the batch class leave some of a worker's slots free."""
+
+    async def claim(self, d: Driver, limit: int, reserve: int = 2, wait: float = 0.0) -> list[Lease]:
+        info = WorkerInfo(id="w1", models=(model(),), slots=8, reserve=reserve, seen_at=d.harness.clock.now())
+        async with asyncio.timeout(PATIENCE):
+            return await d.broker.claim(info, ["m"], limit, wait)
+
+    async def test_batch_jobs_leave_the_reserve(self, d: Driver) -> None:
+        await d.submit_many(9, priority=Priority.BATCH)
+        assert len(await self.claim(d, 5)) == 3
+        assert await self.claim(d, 2) == []
+        assert len(await self.claim(d, 3)) == 1
+        assert len(await self.claim(d, 2, reserve=0)) == 2
+
+    @total_order
+    @pytest.mark.parametrize("priority", [Priority.INTERACTIVE, Priority.NORMAL])
+    async def test_others_take_all_and_come_first(self, d: Driver, priority: Priority) -> None:
+        await d.submit_many(9, priority=Priority.BATCH)
+        await d.submit_many(4, priority=priority)
+        taken = [lease.job.priority for lease in await self.claim(d, 5)]
+        assert taken == [priority] * 4, "one slot is left, which is in the reserve"
+        await d.submit(priority=priority)
+        assert [lease.job.priority for lease in await self.claim(d, 1)] == [priority]
+
+    async def test_a_claim_that_waits_for_others_leaves_batch_jobs_alone(self, d: Driver) -> None:
+        waiting = asyncio.create_task(self.claim(d, 2, wait=PATIENCE))
+        await asyncio.sleep(0.01)
+        await d.submit(priority=Priority.BATCH)
+        urgent = await d.submit(priority=Priority.NORMAL)
+        assert [lease.job.id for lease in await waiting] == [urgent.id]
+
+
 class FairnessContract(_Contract):
     """The Virtual Token Counter: the next job is the one of the tenant who was served least ("Fairness in Serving
     Large Language Models", OSDI'24)."""
@@ -1197,6 +1230,16 @@ class AppendContract(_Contract):
         reasons = ("stop", "length", "tool_calls")
         await d.write(lease, 1, 2, choices=[0, 2], finish=Finish(reasons))
         assert (await d.get(lease)).finish_reasons == ended(await d.log(lease)).finish_reasons == reasons
+
+    async def test_a_finish_stores_which_stop_string_ended_a_choice(self, d: Driver) -> None:
+        lease = await d.start(request=Request(model="m", prompt="x", n=2))
+        await d.write(lease, 1, 2, choices=[0, 1], finish=Finish.of([("stop", "END"), ("length", None)]))
+        end = ended(await d.log(lease))
+        assert (end.finish_reasons, end.stop(0), end.stop(1)) == (("stop", "length"), "END", None)
+        other = await d.start()
+        await d.finish(other)
+        end = ended(await d.log(other))
+        assert end.stop() is None
 
     async def test_a_finish_with_an_error_fails_the_job(self, d: Driver) -> None:
         lease = await d.start()
@@ -3031,6 +3074,7 @@ class ModelContract(_Contract):
 class BrokerContract(
     SubmitContract,
     ClaimContract,
+    ReserveContract,
     FairnessContract,
     AppendContract,
     TailContract,

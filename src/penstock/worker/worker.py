@@ -28,6 +28,8 @@ log = structlog.get_logger("penstock.worker")
 #: continues where it died) — unless it was there at this many deaths.
 TRIAL_TOKENS = 16
 TRIAL_CRASHES = 3
+#: Seconds that a claim waits when only slots are free that batch jobs may not have.
+RESERVED_WAIT = 0.05
 #: How often a worker that is never idle takes suspects all the same, in seconds.
 ROOM_INTERVAL = 10.0
 
@@ -49,7 +51,10 @@ class _Active:
 
 
 class Worker:
-    """Runs jobs of one engine. ``run`` returns after `stop`, when everything is appended or given back."""
+    """Runs jobs of one engine. ``run`` returns after `stop`, when everything is appended or given back.
+
+    *batch_reserve*: the share of the engine's slots (rounded down) that jobs of the batch class leave free.
+    """
 
     def __init__(
         self,
@@ -59,12 +64,14 @@ class Worker:
         lease_ttl: float = 5.0,
         drain_timeout: float = 5.0,
         claim_wait: float = 1.0,
+        batch_reserve: float = 0.0,
         restart_backoff: float = 0.2,
         on_ready: Callable[[], None] = lambda: None,
         about: WorkerInfo | None = None,
     ) -> None:
         self.about = about or WorkerInfo(id=new_worker_id())
         """What to say of it beyond what it knows itself."""
+        self._batch_reserve = batch_reserve
         self._broker = broker
         self._engine = engine
         self._lease_ttl = lease_ttl
@@ -85,8 +92,10 @@ class Worker:
 
     @property
     def info(self) -> WorkerInfo:
+        slots = self._engine.slots
+        reserve = int(slots * self._batch_reserve)
         return msgspec.structs.replace(
-            self.about, models=self._engine.models, slots=self._engine.slots, state=self._state
+            self.about, models=self._engine.models, slots=slots, state=self._state, reserve=reserve
         )
 
     @property
@@ -163,7 +172,9 @@ class Worker:
                 continue
             models = [model.name for model in self._engine.models]
             info = msgspec.structs.replace(self.info, takes_suspects=self._takes_suspects())
-            self._claim = asyncio.ensure_future(self._broker.claim(info, models, free, self._claim_wait))
+            # A claim that leaves batch jobs alone must not wait for long: with the next free slot it could take one.
+            wait = self._claim_wait if free > info.reserve else min(self._claim_wait, RESERVED_WAIT)
+            self._claim = asyncio.ensure_future(self._broker.claim(info, models, free, wait))
             try:
                 await asyncio.wait([self._claim])
             except asyncio.CancelledError:

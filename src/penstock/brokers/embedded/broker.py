@@ -64,9 +64,10 @@ class _Running(msgspec.Struct):
 class _Claimant:
     """A `claim` that waits."""
 
-    def __init__(self, models: Collection[str], limit: int, future: asyncio.Future[list[Lease]]) -> None:
+    def __init__(self, models: Collection[str], limit: int, reserve: int, future: asyncio.Future[list[Lease]]) -> None:
         self.models = models
         self.limit = limit
+        self.reserve = reserve
         self.future = future
         self.gave_up = False
 
@@ -280,7 +281,7 @@ class EmbeddedBroker:
         self._workers[worker.id] = msgspec.structs.replace(worker, seen_at=self._clock.now())
         if limit <= 0 or not models:
             return []
-        claimant = _Claimant(models, limit, asyncio.get_running_loop().create_future())
+        claimant = _Claimant(models, limit, worker.reserve, asyncio.get_running_loop().create_future())
         try:
             await self._store.write(partial(self._offer, claimant, wait > 0))
             async with asyncio.timeout(wait if wait > 0 else None):
@@ -306,7 +307,7 @@ class EmbeddedBroker:
         """Serve *claimant*, or line it up in this very transaction: a job queued by the next operation finds it."""
         if claimant.gave_up:
             return
-        leases = self._take(tx, claimant.models, claimant.limit)
+        leases = self._take(tx, claimant)
         if leases or not may_wait:
             tx.then.append(partial(claimant.future.set_result, leases))
         else:
@@ -323,7 +324,7 @@ class EmbeddedBroker:
     def _serve_claimants(self, tx: Transaction) -> None:
         """Lease to waiting claimants in the very transaction that queued the job: one commit, not two."""
         for claimant in list(self._claimants):
-            leases = self._take(tx, claimant.models, claimant.limit)
+            leases = self._take(tx, claimant)
             if leases:
                 self._claimants.remove(claimant)
                 tx.undo.append(partial(self._claim_again, claimant))
@@ -336,22 +337,24 @@ class EmbeddedBroker:
         else:
             self._claimants.append(claimant)
 
-    def _take(self, tx: Transaction, models: Collection[str], limit: int) -> list[Lease]:
+    def _take(self, tx: Transaction, claimant: _Claimant) -> list[Lease]:
         conn, policy, now = tx.conn, self._policy, self._clock.now()
+        models, limit = claimant.models, claimant.limit
         leases: list[Lease] = []
         # 0 is no cap: an absurdly high one keeps the query simple.
         cap = policy.max_running_per_tenant or 2**62
         next_lane = (
             "SELECT model, priority, lanes.tenant FROM lanes JOIN tenants USING (tenant) "
-            f"WHERE lanes.queued > 0 AND model IN ({','.join('?' * len(models))}) AND tenants.running < ? "
-            "ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
+            f"WHERE lanes.queued > 0 AND model IN ({','.join('?' * len(models))}) AND priority <= ? "
+            "AND tenants.running < ? ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
         )
         next_job = (
             f"SELECT {_COLUMNS} FROM jobs WHERE status = 'queued' AND ready = 1 AND model = ? AND priority = ? "
             "AND tenant = ? ORDER BY head DESC, seq LIMIT 1"
         )
         while len(leases) < limit:
-            lane = conn.execute(next_lane, (*models, cap)).fetchone()
+            lowest = Priority.BATCH if limit - len(leases) > claimant.reserve else Priority.NORMAL
+            lane = conn.execute(next_lane, (*models, lowest, cap)).fetchone()
             if lane is None:
                 break
             model, priority, tenant = lane
@@ -432,7 +435,7 @@ class EmbeddedBroker:
             if append.finish is not None:
                 finish = append.finish
                 status = Status.COMPLETED if finish.error is None else Status.FAILED
-                self._end_running(tx, running, lease.job, status, finish.finish_reasons, finish.error)
+                self._end_running(tx, running, lease.job, status, finish.finish_reasons, finish.error, finish.stops)
         tx.conn.executemany("INSERT INTO log (job, pos, n, at, tokens) VALUES (?,?,?,?,?)", rows)
         for tenant, cost in charges.items():
             if cost:
@@ -477,6 +480,7 @@ class EmbeddedBroker:
         status: Status,
         finish_reasons: tuple[str, ...] = (),
         error: ErrorInfo | None = None,
+        stops: tuple[str | None, ...] = (),
     ) -> None:
         del self._running[job]
         tx.undo.append(partial(self._running.__setitem__, job, running))
@@ -484,9 +488,8 @@ class EmbeddedBroker:
         tx.queue_grew = tx.queue_grew or self._policy.max_running_per_tenant > 0
         self._count(tx, Status.RUNNING, status)
         usage = Usage(running.prompt_tokens or 0, running.head)
-        self._close_log(
-            tx, running.seq, job, Ended(running.head + 1, running.attempt, status, finish_reasons, usage, error)
-        )
+        ended = Ended(running.head + 1, running.attempt, status, finish_reasons, usage, error, stops)
+        self._close_log(tx, running.seq, job, ended)
 
     def _end_queued(
         self, tx: Transaction, row: sqlite3.Row | tuple[object, ...], status: Status, error: ErrorInfo

@@ -235,7 +235,7 @@ class RedisBroker:
         # Suspects first: they were there before, and they wait in lanes of their own.
         names = [*(f"{name}\0suspects" for name in models if worker.takes_suspects), *models]
         if limit <= 0 or not names:
-            await self._shards[0].run("claim", *self._claim_arguments(worker.id, registration, [], 0, "", ""))
+            await self._shards[0].run("claim", *self._claim_arguments(worker.id, registration, [], 0, 0, "", ""))
             return []
         until = loop.time() + wait
         number, bell = self._worker_numbers.setdefault(worker.id, len(self._worker_numbers)), asyncio.Event()
@@ -246,7 +246,9 @@ class RedisBroker:
                 load = max(0, worker.slots - limit) if left > 0 else ""
                 bell.clear()
                 leases = await self._uncancelled(
-                    self._take(worker.id, registration, names, limit, f"{self._inbox_id}/{number}", load)
+                    self._take(
+                        worker.id, registration, names, limit, worker.reserve, f"{self._inbox_id}/{number}", load
+                    )
                 )
                 if leases or left <= 0:
                     return leases
@@ -257,12 +259,26 @@ class RedisBroker:
             self._waiting[number].remove(bell)
 
     def _claim_arguments(
-        self, worker: str, registration: bytes, models: list[str], limit: int, claimant: str, load: int | str
+        self,
+        worker: str,
+        registration: bytes,
+        models: list[str],
+        limit: int,
+        reserve: int,
+        claimant: str,
+        load: int | str,
     ) -> list[bytes | str | int | float]:
-        return [secrets.token_hex(8), worker, registration, _pack(models), limit, claimant, load, _EXPIRED]
+        return [secrets.token_hex(8), worker, registration, _pack(models), limit, claimant, load, _EXPIRED, reserve]
 
     async def _take(
-        self, worker: str, registration: bytes, models: list[str], limit: int, claimant: str, load: int | str
+        self,
+        worker: str,
+        registration: bytes,
+        models: list[str],
+        limit: int,
+        reserve: int,
+        claimant: str,
+        load: int | str,
     ) -> list[Lease]:
         """Claim from one shard after the other, each time beginning with the next, until *limit* jobs are leased."""
         leases: list[Lease] = []
@@ -277,7 +293,13 @@ class RedisBroker:
             if registers:
                 self._registered[worker] = now
             arguments = self._claim_arguments(
-                worker if registers else "", registration, models, limit - len(leases), claimant, "" if leases else load
+                worker if registers else "",
+                registration,
+                models,
+                limit - len(leases),
+                reserve,
+                claimant,
+                "" if leases else load,
             )
             try:
                 leases += [_lease(*each) for each in await shard.run("claim", *arguments)]
@@ -290,7 +312,7 @@ class RedisBroker:
             raise failure
         if self._registered.get(worker, 0.0) < now - REGISTER_INTERVAL:
             self._registered[worker] = now
-            self._shards[0].post("claim", *self._claim_arguments(worker, registration, [], 0, "", ""))
+            self._shards[0].post("claim", *self._claim_arguments(worker, registration, [], 0, 0, "", ""))
         return leases
 
     async def _uncancelled(self, claim: Coroutine[Any, Any, list[Lease]]) -> list[Lease]:
@@ -341,7 +363,7 @@ class RedisBroker:
             row: list[object] = [
                 lease.job, lease.tenant, lease.attempt, append.position, len(append.ids),
                 append.prompt_tokens if append.prompt_tokens is not None else False,
-                False, False, False, False,
+                False, False, False, False, False,
             ]  # fmt: skip
             if append.ids:
                 row[6] = argument(
@@ -352,6 +374,8 @@ class RedisBroker:
                 row[8] = argument(finish.finish_reasons)
                 if finish.error is not None:
                     row[9] = argument(finish.error)
+                if finish.stops:
+                    row[10] = argument(finish.stops)
             rows.append(row)
         words = await shard.run("append", _pack(rows), _EXPIRED, *blobs)
         return {append.lease.job: Verdict(word.decode()) for append, word in zip(appends, words, strict=True)}

@@ -1,8 +1,8 @@
--- One engine step of all running jobs of a worker. ARGV: 3 the appends, 4 the error of an expired job, 5… runs, reasons and
--- errors, msgpack each. An append: {job, tenant, attempt, position, how many tokens, prompt tokens, run, status, reasons,
--- error}; the last four are numbers of arguments or a word, false for none. Fenced by attempt, deduplicated by position,
--- renews the leases. A run that overlaps the log is stored whole: its beginning is what readers have already. Answers a
--- word for each append.
+-- One engine step of all running jobs of a worker. ARGV: 3 the appends, 4 the error of an expired job, 5… runs, reasons,
+-- errors and stop strings, msgpack each. An append: {job, tenant, attempt, position, how many tokens, prompt tokens, run,
+-- status, reasons, error, stops}; the last five are numbers of arguments or a word, false for none. Fenced by attempt,
+-- deduplicated by position, renews the leases. A run that overlaps the log is stored whole: its beginning is what readers
+-- have already. Answers a word for each append.
 local now, lease_now = tick()
 local appends = cmsgpack.unpack(ARGV[3])
 local lease_until = lease_now + LEASE_TTL
@@ -60,7 +60,8 @@ for i, append in ipairs(appends) do
       sum[1] = sum[1] + cost / weight
     end
     if append[8] then
-      end_running(job, append[8], ARGV[append[9]], append[10] and ARGV[append[10]] or nil, now)
+      local error, stops = append[10] and ARGV[append[10]], append[11] and ARGV[append[11]]
+      end_running(job, append[8], ARGV[append[9]], error or nil, now, stops or nil)
     end
   end
 end

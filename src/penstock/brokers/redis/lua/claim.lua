@@ -1,9 +1,11 @@
 -- Lease up to *limit* jobs. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 what it takes
 -- (models, and MODEL\0suspects where it may run them), 7 limit,
--- 8 claimant (inbox/n), 9 how many jobs it runs ("" when it does not wait), 10 the error of an expired job.
+-- 8 claimant (inbox/n), 9 how many jobs it runs ("" when it does not wait), 10 the error of an expired job,
+-- 11 how much of the limit jobs of the batch class leave.
 -- Answers the leases, {attempt, record, log} each. Sent twice (same request), it answers the same leases.
 local now, lease_now = tick()
 local request, limit, claimant = ARGV[3], tonumber(ARGV[7]), ARGV[8]
+local free, reserve = limit, tonumber(ARGV[11])
 local models = cmsgpack.unpack(ARGV[6])
 local meta = base .. "meta"
 -- Seconds within which a claimant that was woken is expected.
@@ -57,8 +59,13 @@ local function top(priority, model)
   end
 end
 
-local function next_job()
-  for priority = 0, 2 do
+-- The last class of which there may be another job when *leased* are taken.
+local function lowest(leased)
+  return free - leased > reserve and 2 or 1
+end
+
+local function next_job(leased)
+  for priority = 0, lowest(leased) do
     local best, best_counter, best_served, best_model
     for _, model in ipairs(models) do
       local tenant, value, served = top(priority, model)
@@ -83,7 +90,7 @@ local function share()
   for _, model in ipairs(models) do
     local called = call("ZCOUNT", base .. "called:" .. model, lease_now - CALLED, "+inf")
     others = math.max(others, called + call("ZCARD", base .. "idle:" .. model))
-    for priority = 0, 2 do
+    for priority = 0, lowest(0) do
       ready = ready + tonumber(call("HGET", base .. "ready", class(priority, model)) or 0)
     end
   end
@@ -94,7 +101,7 @@ if limit > 1 then limit = math.min(limit, share()) end
 local epoch = call("HGET", meta, "epoch") or "0"
 local leases, given = {}, {}
 while #leases < limit do
-  local job = next_job()
+  local job = next_job(#leases)
   if not job then break end
   if job.dl and tonumber(job.dl) <= now then
     end_queued(job, "expired", ARGV[10], now)

@@ -330,11 +330,11 @@ local function recent_ends(now)
 end
 
 -- Close a log: exactly one terminal event, at the position after the last token.
-local function close_log(job, status, reasons, error, now)
+local function close_log(job, status, reasons, error, now, stops)
   local head = tonumber(job.h)
   local usage = { prompt_tokens = tonumber(job.pt or 0), completion_tokens = head }
-  local ended = "\150" .. pack(head + 1) .. pack(tonumber(job.a)) .. pack(status) .. (reasons or "\144") .. pack(usage)
-    .. (error or NIL)
+  local ended = "\151" .. pack(head + 1) .. pack(tonumber(job.a)) .. pack(status) .. (reasons or "\144") .. pack(usage)
+    .. (error or NIL) .. (stops or "\144")
   local key, log = base .. "job:" .. job.id, base .. "log:" .. job.id
   call("HSET", key, "s", status, "ea", now, "en", ended)
   call("HDEL", key, "rs")
@@ -350,8 +350,8 @@ local function close_log(job, status, reasons, error, now)
   tell(job.id, job.rs, nil, ended)
 end
 
-local function end_running(job, status, reasons, error, now)
-  close_log(job, status, reasons, error, now)
+local function end_running(job, status, reasons, error, now, stops)
+  close_log(job, status, reasons, error, now, stops)
   leave_running(job)
 end
 
