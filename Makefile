@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PORT ?= 8000
 TORCH ?= torch
 ARGS ?=
+# Files of tests run beside each other: they wait more than they work. WORKERS=0 for one after the other.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants clean
@@ -55,19 +58,19 @@ demo: $(STAMP) ## A stream that survives kill -9 of its server, shown
 	$(BIN)/python examples/survive_kill.py
 
 test: setup ## All tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-unit: setup ## Tests without processes
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(PYTEST) tests/unit $(ARGS)
 
 test-contract: setup ## The contract suites: every broker, every engine
-	$(BIN)/python -m pytest tests/contract $(ARGS)
+	$(PYTEST) tests/contract $(ARGS)
 
 test-integration: setup ## Real server processes and real SDKs
-	$(BIN)/python -m pytest tests/integration $(ARGS)
+	$(PYTEST) tests/integration $(ARGS)
 
 test-chaos: setup ## kill -9, SIGSTOP, dropped clients (short and seeded; python -m tests.chaos --help for long runs)
-	$(BIN)/python -m pytest tests/chaos $(ARGS)
+	$(PYTEST) tests/chaos $(ARGS)
 
 VLLM_PYTHON ?= .venv-peers/vllm/bin/python
 

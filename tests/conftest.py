@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.redis import RedisCluster, RedisServer
 from tests.support.server import Server
+
+
+# Engines of several tests share the processors: threads that wait for each other must not spin meanwhile.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture
