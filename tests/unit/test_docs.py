@@ -24,6 +24,7 @@ from penstock.gateway import openapi
 from penstock.gateway.app import ROUTES
 from penstock.gateway.routes.jobs import Generate, GenerateJob, complete_frame, end_frame, feed_frames, token_frames
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.sse import HEADERS
 from penstock.observability.metrics import Metrics
 from penstock.settings import OTHER_VARIABLES, PREFIX, ModelSettings, Settings
@@ -83,6 +84,12 @@ class TestApi:
         }
         section = read("api.md").split("## Request fields")[1].split("## Errors")[0]
         assert known <= set(re.findall(r"`(\w+)`", section))
+
+    def test_every_field_of_a_response_is_explained(self) -> None:
+        known = {field.encode_name for field in msgspec.structs.fields(CreateResponse)}
+        shared = read("api.md").split("## Request fields")[1].split("## Errors")[0]
+        own = read("responses.md").split("## Fields")[1].split("## What becomes of it")[0]
+        assert known <= set(re.findall(r"`(\w+)`", shared + own))
 
     def test_every_error_code_is_listed_with_its_status(self) -> None:
         listed = {code: int(row[1]) for code, row in table("api.md", 3).items() if row[1].isdigit()}

@@ -12,6 +12,7 @@ from penstock import __version__
 from penstock.gateway.routes.anthropic import CountTokens, CreateMessage
 from penstock.gateway.routes.batches import CreateBatch
 from penstock.gateway.routes.bodies import JobBody
+from penstock.gateway.routes.embeddings import CreateEmbeddings
 from penstock.gateway.routes.files import FileUpload
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.models import ManageModel
@@ -66,6 +67,7 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
     ("POST", "/v1/chat/completions"): ("OpenAI chat completions", ChatCompletion, 200, True, []),
     ("POST", "/v1/completions"): ("OpenAI completions", TextCompletion, 200, True, []),
     ("POST", "/v1/responses"): ("OpenAI responses; in the background, too", CreateResponse, 200, True, []),
+    ("POST", "/v1/responses/compact"): ("Not offered", None, 404, False, []),
     ("GET", "/v1/responses/{id}"): (
         "A response as it is, or its events; resumable",
         None,
@@ -120,6 +122,7 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
     ),
     ("GET", "/v1/batches/{id}"): ("A batch: how far it is, and where its results are", None, 200, False, _ID),
     ("POST", "/v1/batches/{id}/cancel"): ("Cancel a batch; idempotent", None, 200, False, _ID),
+    ("POST", "/v1/embeddings"): ("OpenAI embeddings", CreateEmbeddings, 200, False, []),
     ("POST", "/tokenize"): ("The tokens of a prompt or of messages", Tokenize, 200, False, []),
     ("POST", "/detokenize"): ("The text of token ids", Detokenize, 200, False, []),
     ("POST", "/v1/messages"): ("Anthropic Messages", CreateMessage, 200, True, []),
@@ -174,7 +177,7 @@ def document() -> dict[str, Any]:
         if path == "/v1/files/{id}/content":
             raw = {"schema": {"type": "string", "format": "binary"}}
             responses["200"]["content"] = {"application/octet-stream": raw}
-        if path == "/v1/jobs/{id}/events":
+        if path in ("/v1/jobs/{id}/events", "/v1/responses/{id}") and stream:
             responses["204"] = {"description": "Everything was delivered already"}
         responses |= {
             code: answer for code, answer in _failures(path, body, parameters).items() if code not in responses

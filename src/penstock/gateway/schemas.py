@@ -7,10 +7,10 @@ answer has no other fields, and one that is not always there is ``UNSET`` by def
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from penstock.core.job import Status
 from penstock.core.ports import ModelInfo
@@ -101,6 +101,8 @@ class JobResult(Answer):
     """Of each choice, where there are several."""
     tool_calls: list[ToolCallView] | UnsetType = UNSET
     """Those of the first choice, where there were tools to call."""
+    embeddings: list[str] | UnsetType = UNSET
+    """Of a job that embeds: base64 of float32, in the order of its inputs."""
 
 
 class Timings(Answer):
@@ -233,6 +235,7 @@ class ChatChoice(Answer):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -268,6 +271,7 @@ class ChatChunkChoice(Answer, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | UnsetType = UNSET
     finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -292,6 +296,7 @@ class TextChoice(Answer):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -309,6 +314,7 @@ class TextChunkChoice(Answer):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -451,6 +457,8 @@ class ModelView(Answer):
     deterministic: bool | UnsetType = UNSET
     chat: bool | UnsetType = UNSET
     tasks: list[str] | UnsetType = UNSET
+    dimensions: int | UnsetType = UNSET
+    """Of a vector, where it makes some."""
     unsupported: list[str] | UnsetType = UNSET
 
 
@@ -463,6 +471,26 @@ class ProgressEvent(Answer):
     state: str
     what: str
     fraction: float | None
+
+
+class Embedding(Answer):
+    """``embedding``: numbers, or as base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
 
 
 class Tokens(Answer):
@@ -702,6 +730,221 @@ class BatchList(Answer):
     has_more: bool
 
 
+# ---------------------------------------------------------------------------------------------- OpenAI: responses
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputText(Answer, tag_field="type", tag="output_text"):
+    text: str
+    annotations: Annotated[list[Any], Meta(max_length=0)]
+    logprobs: list[ChatTokenLogprob]
+
+
+class InputText(Answer, tag_field="type", tag="input_text"):
+    text: str
+
+
+class MessageItem(Answer, tag_field="type", tag="message"):
+    id: str
+    status: ItemStatus
+    role: str
+    content: list[OutputText | InputText]
+
+
+class FunctionCallItem(Answer, tag_field="type", tag="function_call"):
+    id: str
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class FunctionCallOutputItem(Answer, tag_field="type", tag="function_call_output"):
+    id: str
+    status: ItemStatus
+    call_id: str
+    output: str
+
+
+class ResponseFailure(Answer):
+    """``code`` is one of OpenAI's."""
+
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+    message: str
+    type: str
+    param: str | None
+
+
+class IncompleteDetails(Answer):
+    reason: Literal["max_output_tokens"]
+
+
+class ReasoningView(Answer):
+    effort: None
+    summary: None
+
+
+class TextFormatView(Answer, kw_only=True):
+    """Beyond the type: what a ``json_schema`` has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | UnsetType | None = UNSET
+    description: str | UnsetType | None = UNSET
+    schema: dict[str, Any] | UnsetType = UNSET
+    strict: bool | UnsetType = UNSET
+
+
+class TextView(Answer):
+    format: TextFormatView
+    verbosity: Literal["medium"]
+
+
+class FunctionToolView(Answer):
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
+class InputTokensDetails(Answer):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class ResponseUsage(Answer):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
+class ResponseView(Answer):
+    """A response: what was asked, how far it is, and what came of it. Times are seconds since the epoch."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    background: bool
+    completed_at: int | None
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    max_tool_calls: int | None
+    model: str
+    output: list[MessageItem | FunctionCallItem]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    prompt_cache_key: str | None
+    reasoning: ReasoningView
+    safety_identifier: str | None
+    service_tier: Literal["default", "flex"]
+    store: bool
+    temperature: float
+    text: TextView
+    tool_choice: str | dict[str, Any]
+    tools: list[FunctionToolView]
+    top_logprobs: int
+    top_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    truncation: Literal["disabled"]
+    usage: ResponseUsage | None
+    user: str | None
+    metadata: dict[str, str]
+
+
+class ResponseDeleted(Answer):
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+class InputItems(Answer):
+    object: Literal["list"]
+    data: list[MessageItem | FunctionCallItem | FunctionCallOutputItem]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseEvent(Answer):
+    """That the response was created, is queued, runs or ended."""
+
+    type: str
+    response: ResponseView
+    sequence_number: int
+
+
+class OutputItemEvent(Answer):
+    type: str
+    output_index: int
+    item: MessageItem | FunctionCallItem
+    sequence_number: int
+
+
+class ContentPartEvent(Answer):
+    type: str
+    item_id: str
+    output_index: int
+    content_index: int
+    part: OutputText
+    sequence_number: int
+
+
+class TextDeltaEvent(Answer):
+    type: str
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    logprobs: list[ChatTokenLogprob]
+    sequence_number: int
+
+
+class TextDoneEvent(Answer):
+    type: str
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+    logprobs: list[ChatTokenLogprob]
+    sequence_number: int
+
+
+class ArgumentsDeltaEvent(Answer):
+    type: str
+    item_id: str
+    output_index: int
+    delta: str
+    sequence_number: int
+
+
+class ArgumentsDoneEvent(Answer):
+    type: str
+    item_id: str
+    output_index: int
+    arguments: str
+    name: str
+    sequence_number: int
+
+
+class ResponseErrorEvent(Answer):
+    """The log was rewound: no part of the sequence."""
+
+    type: Literal["error"]
+    code: str
+    message: str
+    param: str | None
+    error: Error
+    sequence_number: int
+
+
 # ---------------------------------------------------------------------------------------------- who answers what
 
 Key = tuple[str, str]
@@ -717,6 +960,12 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("POST", "/v1/generate"): {200: Generated},
     ("POST", "/v1/chat/completions"): {200: ChatReply},
     ("POST", "/v1/completions"): {200: TextReply},
+    ("POST", "/v1/responses"): {200: ResponseView},
+    ("POST", "/v1/responses/compact"): {404: ErrorBody},
+    ("GET", "/v1/responses/{id}"): {200: ResponseView},
+    ("DELETE", "/v1/responses/{id}"): {200: ResponseDeleted},
+    ("POST", "/v1/responses/{id}/cancel"): {200: ResponseView},
+    ("GET", "/v1/responses/{id}/input_items"): {200: InputItems},
     ("POST", "/v1/files"): {200: FileView},
     ("GET", "/v1/files"): {200: FileList},
     ("GET", "/v1/files/{id}"): {200: FileView},
@@ -727,6 +976,7 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("POST", "/v1/batches/{id}/cancel"): {200: BatchView},
     ("POST", "/v1/messages"): {200: MessageView},
     ("POST", "/v1/messages/count_tokens"): {200: InputTokens},
+    ("POST", "/v1/embeddings"): {200: Embeddings},
     ("POST", "/tokenize"): {200: Tokens},
     ("POST", "/detokenize"): {200: Detokenized},
     ("GET", "/v1/models"): {200: ModelList},
@@ -746,6 +996,28 @@ ANSWERS: dict[Key, dict[int, Any]] = {
 
 _JOB_EVENTS = {"token": TokenEvent, "done": DoneEvent, "error": ErrorEvent}
 _USER_EVENTS = {"token": UserTokenEvent, "job_complete": JobCompleteEvent, "error": UserErrorEvent}
+_RESPONSE_EVENTS = {
+    **dict.fromkeys(
+        (
+            "response.created",
+            "response.queued",
+            "response.in_progress",
+            "response.completed",
+            "response.incomplete",
+            "response.failed",
+        ),
+        ResponseEvent,
+    ),
+    "response.output_item.added": OutputItemEvent,
+    "response.output_item.done": OutputItemEvent,
+    "response.content_part.added": ContentPartEvent,
+    "response.content_part.done": ContentPartEvent,
+    "response.output_text.delta": TextDeltaEvent,
+    "response.output_text.done": TextDoneEvent,
+    "response.function_call_arguments.delta": ArgumentsDeltaEvent,
+    "response.function_call_arguments.done": ArgumentsDoneEvent,
+    "error": ResponseErrorEvent,
+}
 _MODEL_EVENTS = {"progress": ProgressEvent, "done": ModelView, "error": ErrorBody}
 
 #: What a route that streams sends: the data of each event by its name ("message" for one without, as in browsers).
@@ -758,6 +1030,8 @@ EVENTS: dict[Key, dict[str, Any]] = {
     ("POST", "/api/v1/req"): _JOB_EVENTS,
     ("POST", "/v1/chat/completions"): {"message": ChatChunk},
     ("POST", "/v1/completions"): {"message": TextChunk},
+    ("POST", "/v1/responses"): _RESPONSE_EVENTS,
+    ("GET", "/v1/responses/{id}"): _RESPONSE_EVENTS,
     ("POST", "/v1/messages"): {
         "message_start": MessageStartEvent,
         "content_block_start": BlockStartEvent,

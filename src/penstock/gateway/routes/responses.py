@@ -149,7 +149,7 @@ class AllowedTool(msgspec.Struct, frozen=True):
     name: ToolName | None = None
 
 
-class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+class FunctionChoice(msgspec.Struct, frozen=True, omit_defaults=True):
     """A function that must be called, or (``allowed_tools``) those of the tools that may be or one of which must be."""
 
     type: str
@@ -208,7 +208,7 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
     previous_response_id: Identifier | None = None
     max_output_tokens: MaxTokens | None = None
     tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     include: list[str] | None = None
@@ -278,7 +278,7 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
                 max_output_tokens=self.max_output_tokens,
                 max_tool_calls=self.max_tool_calls,
                 tools=tuple(tool.view() for tool in self.tools or ()),
-                tool_choice=msgspec.to_builtins(choice) if isinstance(choice, ToolChoice) else choice or "auto",
+                tool_choice=msgspec.to_builtins(choice) if isinstance(choice, FunctionChoice) else choice or "auto",
                 format=form.view() if form is not None else {},
                 user=self.user,
                 safety_identifier=self.safety_identifier,
@@ -289,7 +289,7 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
     def _choice(self) -> tuple[Literal["none", "auto", "required"], str | None, frozenset[str] | None]:
         """What is to be called: how, which one, and which may be (None: any)."""
         choice = self.tool_choice
-        if not isinstance(choice, ToolChoice):
+        if not isinstance(choice, FunctionChoice):
             return choice or "auto", None, None
         if choice.type == "function" and choice.name is not None:
             return "required", choice.name, None
