@@ -370,8 +370,9 @@ class TestRequests:
 
     @pytest.mark.parametrize(
         "path",
-        ["/", "/metrics", "/health", "/docs", "/openapi.json", "//metrics", "/v1/../metrics", "/v1/%2e%2e/metrics",
-         "/v1/x%2f..%2f..%2fmetrics", "/metrics/"],
+        ["/index.html", "/metrics", "/health", "/docs", "/openapi.json", "//metrics", "/v1/../metrics",
+         "/v1/%2e%2e/metrics",
+         "/v1/x%2f..%2f..%2fmetrics", "/static/../metrics", "/static/%2e%2e/metrics", "/metrics/"],
     )  # fmt: skip
     async def test_what_is_not_public(self, nginx: Nginx, path: str) -> None:
         async with await send(nginx.url + path) as answer:  # by hand: clients tidy such paths up
@@ -385,7 +386,7 @@ class TestRequests:
             check_error(await proxied.post(f"/v1/models/a/b/{action}"), 404, "not_found")
 
     async def test_what_is(self, proxied: httpx.AsyncClient) -> None:
-        for path in ("/healthz", "/readyz", "/v1/models", "/v1/jobs"):
+        for path in ("/healthz", "/readyz", "/v1/models", "/v1/jobs", "/", "/static/style.css"):
             assert (await proxied.get(path)).status_code == 200, path
 
     async def test_the_gateways_errors_are_their_own(self, proxied: httpx.AsyncClient) -> None:

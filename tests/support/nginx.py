@@ -103,7 +103,7 @@ class Nginx:
         if self.process.poll() is not None:
             raise RuntimeError(f"nginx exited with {self.process.returncode}: {self.errors()}")
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(self.url, trust_env=False, timeout=PATIENCE).status_code == 404
+            return httpx.get(f"{self.url}/nothing", trust_env=False, timeout=PATIENCE).status_code == 404
         return False
 
     def errors(self) -> str:

@@ -64,6 +64,7 @@ async def health(call: Call) -> ASGIApp:
     queued = Counter[str]()
     for (name, _), count in stats.depth.items() if stats is not None else ():
         queued[name] += count
+    view["manageable"] = call.gateway.models is not None and call.gateway.config.manageable
     view["models"] = [
         {
             "id": name,

@@ -1,0 +1,72 @@
+// The public API. Addresses are relative, so that the page works behind any path.
+
+/** An answer that is an error: `status`, `code` and what to do about it. `status` 0: nobody answered. */
+export class ApiError extends Error {
+  constructor(status, info, retryAfter = null) {
+    super(info.message);
+    this.status = status;
+    this.code = info.code ?? "";
+    this.param = info.param ?? null;
+    /** Seconds after which to ask again, where the server said so. */
+    this.retryAfter = retryAfter;
+  }
+
+  /** Could the same request do better a moment later? */
+  get passing() {
+    return this.status === 0 || this.status === 429 || this.status === 502 || this.status === 503;
+  }
+}
+
+/** The JSON that `path` answers. Throws `ApiError`. */
+export async function call(method, path, { body, headers = {}, signal } = {}) {
+  const response = await request(method, path, { body, headers, signal });
+  return response.status === 204 ? null : await response.json();
+}
+
+/** The text that `path` answers. Throws `ApiError`. */
+export async function text(path, { signal } = {}) {
+  return await (await request("GET", path, { signal })).text();
+}
+
+/** A successful response. Throws `ApiError`. */
+export async function request(method, path, { body, headers = {}, signal } = {}) {
+  let response;
+  try {
+    response = await fetch(path, {
+      method,
+      headers: body === undefined ? headers : { "content-type": "application/json", ...headers },
+      body: body === undefined ? undefined : JSON.stringify(body),
+      signal,
+      cache: "no-store",
+    });
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new ApiError(0, { message: "The server cannot be reached." });
+  }
+  if (response.ok) return response;
+  let info = { message: `The server answered ${response.status}.` };
+  try {
+    info = (await response.json()).error ?? info;
+  } catch {
+    // Not ours: some proxy's page.
+  }
+  const wait = Number(response.headers.get("retry-after-ms"));
+  throw new ApiError(response.status, info, wait > 0 ? wait / 1000 : null);
+}
+
+/** Waits `seconds`; sooner if `signal` is aborted. */
+export function pause(seconds, signal) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, seconds * 1000);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
+  });
+}
+
+/** Seconds to wait before the attempt after `failures` in a row: doubled each time, spread out, 15 at most. */
+export const backoff = (failures) => Math.min(15, 0.5 * 2 ** failures) * (0.5 + Math.random() / 2);
+
+/** Random, also where the page is not on a secure origin (crypto.randomUUID is not there). */
+export function randomId(prefix, bytes = 12) {
+  const random = crypto.getRandomValues(new Uint8Array(bytes));
+  return prefix + Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}

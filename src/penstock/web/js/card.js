@@ -1,0 +1,148 @@
+// One conversation on the page. It is drawn at most once a frame, and a text that grew is only appended to.
+
+import { copyWith, count, duration, el, plural, setText, short } from "./ui.js";
+
+const ENDS = {
+  completed: "Done",
+  failed: "Failed",
+  cancelled: "Stopped",
+  expired: "Too late",
+  refused: "Refused",
+  gone: "No longer kept",
+};
+
+export class CardView {
+  #card;
+  #turns = [];
+  #status = el("span", { class: "chip" });
+  #log = el("div", { class: "log", tabindex: "0", role: "group" });
+  #figures = el("p", { class: "figures" });
+  #stop;
+  #buttons;
+  #followUp = null;
+
+  /** `actions`: `stop(run)`, `remove(card)`, `reuse(card)`, `reply(card, text)`. */
+  constructor(card, actions) {
+    const { record } = card;
+    const title = `${record.kind === "chat" ? "Chat" : "Completion"} with ${record.model}`;
+    const id = `title-${record.key}`;
+    this.#card = card;
+    this.#log.setAttribute("aria-label", `${title}: text`);
+    this.#stop = el("button", { type: "button", class: "quiet danger", text: "Stop", onclick: () => actions.stop(card.runs.at(-1)) });
+    this.#buttons = el("div", { class: "buttons" },
+      this.#stop,
+      el("button", { type: "button", class: "quiet", text: "Copy", onclick: (event) => copyWith(event.currentTarget, this.#card.runs.at(-1).text) }),
+      el("button", { type: "button", class: "quiet", text: "Reuse", title: "Put this request into the form again", onclick: () => actions.reuse(card) }),
+      el("a", { class: "quiet button", text: "Log", hidden: true }),
+      el("button", { type: "button", class: "quiet", text: "Remove", onclick: () => actions.remove(card) }),
+    );
+    this.element = el("article", { class: "card", "aria-labelledby": id },
+      el("header", {},
+        el("h3", { id }, record.model, el("small", { text: record.kind })),
+        this.#status,
+      ),
+      this.#log,
+      el("footer", {}, this.#figures, this.#buttons),
+    );
+    if (record.kind === "chat") this.#addFollowUp(actions);
+    for (const button of this.#buttons.children) button.setAttribute("aria-describedby", id);
+  }
+
+  #addFollowUp(actions) {
+    const field = el("input", { type: "text", name: "text", placeholder: "Follow up…", "aria-label": "Follow up" });
+    const button = el("button", { type: "submit", class: "quiet", text: "Send" });
+    this.#followUp = el("form", { class: "follow-up", autocomplete: "off", onsubmit: (event) => {
+      event.preventDefault();
+      const text = field.value.trim();
+      if (!text || button.disabled) return;
+      field.value = "";
+      actions.reply(this.#card, text);
+    } }, field, button);
+    this.element.append(this.#followUp);
+  }
+
+  draw() {
+    const { runs, record } = this.#card;
+    const atEnd = this.#log.scrollHeight - this.#log.scrollTop - this.#log.clientHeight < 24;
+    runs.forEach((run, index) => (this.#turns[index] ??= this.#addTurn(run)).draw());
+    if (atEnd) this.#log.scrollTop = this.#log.scrollHeight;
+    const run = runs.at(-1);
+    const [state, words] = standing(run);
+    this.element.dataset.state = state;
+    setText(this.#status, words);
+    setText(this.#figures, figures(run));
+    this.#log.setAttribute("aria-busy", String(run.live));
+    this.#stop.hidden = !run.live;
+    this.#stop.disabled = run.stopping;
+    setText(this.#stop, run.stopping ? "Stopping…" : "Stop");
+    const link = this.#buttons.querySelector("a");
+    link.hidden = !run.turn.job;
+    if (run.turn.job) link.href = `#jobs/${run.turn.job}`;
+    if (this.#followUp) {
+      // Not while a reply is written, unless somebody is in it already; nor where there is nothing to go on from.
+      const able = !run.live && run.turn.end.status !== "refused";
+      this.#followUp.hidden = !able && !this.#followUp.contains(document.activeElement);
+      this.#followUp.querySelector("button").disabled = !able;
+    }
+    this.element.dataset.kind = record.kind;
+  }
+
+  #addTurn(run) {
+    const turn = new TurnView(run);
+    this.#log.append(...turn.elements);
+    return turn;
+  }
+}
+
+class TurnView {
+  #run;
+  #shown = "";
+  #node = document.createTextNode("");
+  #reply = el("div", { class: "reply" });
+  #note = el("p", { class: "note", hidden: true });
+
+  constructor(run) {
+    this.#run = run;
+    const prompt = el("div", { class: "prompt", text: run.turn.text });
+    this.#reply.append(this.#node, el("span", { class: "caret", "aria-hidden": "true" }));
+    this.elements = [prompt, this.#reply, this.#note];
+  }
+
+  draw() {
+    const { text, live, turn, notice, attempts } = this.#run;
+    if (text !== this.#shown) {
+      if (text.startsWith(this.#shown)) this.#node.appendData(text.slice(this.#shown.length));
+      else this.#node.data = text;
+      this.#shown = text;
+    }
+    this.#reply.classList.toggle("live", live);
+    const notes = [];
+    if (notice) notes.push(notice);
+    if (turn.end?.error) notes.push(turn.end.error.message);
+    if (attempts.length > 1) {
+      const later = attempts.slice(1).map(({ attempt, from }) => `attempt ${attempt} from token ${count(from)} on`);
+      notes.push(`Survived: ${later.join(", ")}.`);
+    }
+    this.#note.hidden = notes.length === 0;
+    setText(this.#note, notes.join(" "));
+    this.#note.classList.toggle("bad", Boolean(turn.end?.error) && turn.end.status !== "cancelled");
+  }
+}
+
+/** A run's state for the style sheet, and in words. */
+function standing(run) {
+  if (run.phase === "sending") return ["sending", run.stopping ? "Stopping" : "Sending"];
+  if (run.phase === "queued") return ["queued", run.position ? `Queued, place ${count(run.position)}` : "Waiting"];
+  if (run.phase === "running") return ["running", "Running"];
+  const { status, finish_reason } = run.turn.end;
+  const why = status === "completed" && finish_reason ? `: ${finish_reason}` : "";
+  return [status, `${ENDS[status] ?? status}${why}`];
+}
+
+function figures(run) {
+  const parts = [];
+  if (run.tokens > 0) parts.push(plural(run.tokens, "token"));
+  if (run.firstTokenAfter !== null) parts.push(`first after ${duration(Math.max(0, run.firstTokenAfter))}`);
+  if (run.rate !== null) parts.push(`${short(run.rate)} tokens/s`);
+  return parts.join(" · ");
+}

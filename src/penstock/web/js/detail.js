@@ -1,0 +1,274 @@
+// One job: what it is, its timeline, and its log as it is written, with the attempts that wrote it.
+
+import { ApiError, call } from "./api.js";
+import { Gap, Log } from "./log.js";
+import { readLog } from "./sse.js";
+import { announce, clock, copyWith, count, duration, el, isEnded, plural, setText } from "./ui.js";
+
+/** Tokens that the list of them shows: the latest. A page with a million elements helps nobody. */
+const SHOWN = 2000;
+
+export class Detail {
+  #place;
+  #listChanged;
+  #id = "";
+  #over = new AbortController();
+
+  constructor(place, listChanged) {
+    this.#place = place;
+    this.#listChanged = listChanged;
+  }
+
+  /** Opens the job `id`; "" closes. */
+  show(id) {
+    if (id === this.#id) return;
+    this.#over.abort();
+    this.#over = new AbortController();
+    this.#id = id;
+    this.#place.hidden = !id;
+    this.#place.replaceChildren();
+    if (id) this.#open(id, this.#over.signal);
+  }
+
+  async #open(id, signal) {
+    const title = el("h2", { id: "detail-title", tabindex: "-1" }, "Job ", el("code", { text: id }));
+    const close = el("a", { class: "quiet button", href: "#jobs", text: "Close" });
+    const facts = el("div", {});
+    const log = new LogView();
+    const act = (text, action, kind = "") => el("button", { type: "button", class: `quiet ${kind}`, text, onclick: action });
+    const cancel = act("Cancel", () => this.#cancel(id, facts, cancel), "danger");
+    const remove = act("Delete", () => this.#delete(id, facts), "danger");
+    this.#place.append(
+      el("header", {}, title, close),
+      facts,
+      el("div", { class: "buttons" },
+        act("Copy id", (event) => copyWith(event.currentTarget, id)),
+        act("Copy text", (event) => copyWith(event.currentTarget, log.text)),
+        cancel,
+        remove,
+      ),
+      log.element,
+    );
+    title.focus({ preventScroll: true });
+    if (this.#place.getBoundingClientRect().top > innerHeight - 120) this.#place.scrollIntoView();
+    const look = async () => {
+      const job = await call("GET", `v1/jobs/${id}`, { signal });
+      facts.replaceChildren(...describe(job, log.firstAt));
+      cancel.hidden = isEnded(job.status);
+      return job;
+    };
+    try {
+      log.isNew = (await look()).tokens === 0;
+      let last = Date.now();
+      for await (const { id: position, event, data } of readLog(`v1/jobs/${id}/events`, { signal, onState: (state) => log.state(state) })) {
+        if (event === "token") log.token(Number(position), data);
+        else if (data.error?.code === "log_rewound") log.rewound(data.error.message);
+        else log.end();
+        if (Date.now() - last > 1000) {
+          last = Date.now();
+          await look();
+        }
+      }
+      if (!signal.aborted) {
+        log.end();
+        await look();
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof ApiError) && !(error instanceof Gap)) throw error;
+      facts.append(el("p", { class: "error", role: "alert", text: error.message }));
+    }
+  }
+
+  async #cancel(id, facts, button) {
+    button.disabled = true;
+    try {
+      await call("POST", `v1/jobs/${id}/cancel`);
+      announce("Cancelled");
+    } catch (error) {
+      facts.append(el("p", { class: "error", role: "alert", text: error.message }));
+    }
+    button.disabled = false;
+    this.#listChanged();
+  }
+
+  async #delete(id, facts) {
+    if (!confirm("Delete this job, its log and its result? One that runs is cancelled.")) return;
+    try {
+      await call("DELETE", `v1/jobs/${id}`);
+      announce("Deleted");
+      location.hash = "jobs";
+    } catch (error) {
+      facts.append(el("p", { class: "error", role: "alert", text: error.message }));
+    }
+    this.#listChanged();
+  }
+}
+
+/** What is known of a job, its timeline and its error. */
+function describe(job, firstSeen) {
+  const parts = [
+    ["Status", el("span", { class: "chip", "data-state": job.status, text: job.status })],
+    ["Model", job.model],
+    ["User", job.user_id ?? "–"],
+    ["Priority", job.priority],
+    ["Tokens", count(job.tokens) + (job.usage ? ` after a prompt of ${count(job.usage.prompt_tokens)}` : "")],
+    ["Attempt", count(job.attempt)],
+  ];
+  if (job.position_in_queue) parts.push(["Place in the queue", count(job.position_in_queue)]);
+  if (job.finish_reason) parts.push(["Ended by", job.finish_reason]);
+  if (job.timings?.tokens_per_second) parts.push(["Rate", `${job.timings.tokens_per_second.toFixed(1)} tokens/s`]);
+  if (job.deadline_at) parts.push(["Deadline", clock(job.deadline_at)]);
+  for (const [name, value] of Object.entries(job.metadata)) parts.push([name, value]);
+  return [
+    el("dl", { class: "facts" }, ...parts.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", {}, value)))),
+    timeline(job, firstSeen),
+    ...(job.error ? [el("p", { class: "error", text: `${job.error.message} (${job.error.code})` })] : []),
+  ];
+}
+
+/** Created, started, first token, ended: as a bar in proportion, and as a list. */
+function timeline(job, firstSeen) {
+  const end = job.ended_at ?? Date.now() / 1000;
+  const afterwards = job.timings?.time_to_first_token;
+  const first = afterwards !== null && afterwards !== undefined ? job.created_at + afterwards : job.ended_at ? null : firstSeen;
+  const moments = [
+    ["created", "Created", job.created_at],
+    ["started", "Started", job.started_at],
+    ["first", "First token", first],
+    ["ended", "Ended", job.ended_at],
+  ].filter(([, , at]) => at !== null && at !== undefined);
+  const names = { created: "waited", started: "until the first token", first: "wrote" };
+  const bar = el("div", { class: "timeline", role: "img" });
+  const spoken = [];
+  moments.forEach(([kind, , at], index) => {
+    const until = moments[index + 1]?.[2] ?? end;
+    if (kind === "ended" || (kind === "created" && moments.length === 2 && job.ended_at)) return;
+    const part = el("span", { class: `part ${kind}` });
+    part.style.flexGrow = String(Math.max(0.0001, until - at));
+    bar.append(part);
+    spoken.push(`${names[kind]} ${duration(Math.max(0, until - at))}`);
+  });
+  bar.setAttribute("aria-label", `Timeline: ${spoken.join(", ")}`);
+  const list = moments.map(([kind, name, at], index) => el("li", { class: kind },
+    el("span", { text: name }),
+    el("time", { datetime: new Date(at * 1000).toISOString(), text: clock(at) }),
+    el("small", { text: index ? `+${duration(Math.max(0, at - moments[0][2]))}` : "" }),
+  ));
+  return el("div", { class: "times" }, bar, el("ol", {}, ...list));
+}
+
+/** The log itself: as text, or token by token; a mark where another attempt went on. */
+class LogView {
+  #log = new Log({ keepTokens: true });
+  #frame = 0;
+  #drawn = 0;
+  #asTokens = false;
+  #state = el("p", { class: "hint" });
+  #note = el("p", { class: "note", hidden: true });
+  #text = el("div", { class: "log whole", tabindex: "0", role: "group", "aria-label": "Log" });
+  /** Was it opened before its first token? Only then does the arrival of that say when it was written. */
+  isNew = false;
+  firstAt = null;
+
+  constructor() {
+    const way = (name, label, checked) => el("label", {},
+      el("input", { type: "radio", name: "log-as", value: name, checked, onchange: () => this.#show(name) }), el("span", { text: label }));
+    this.element = el("div", { class: "log-view" },
+      el("div", { class: "strip" },
+        el("h3", { text: "Log" }), this.#state,
+        el("fieldset", { class: "segments small" }, el("legend", { class: "away", text: "Show the log as" }),
+          way("text", "Text", true), way("tokens", "Tokens", false)),
+      ),
+      this.#note,
+      this.#text,
+    );
+  }
+
+  get text() {
+    return this.#log.texts.join("\n\n");
+  }
+
+  token(position, data) {
+    if (!this.#log.add(position, data)) return;
+    if (position === 1 && this.isNew) this.firstAt = Date.now() / 1000;
+    this.#schedule();
+  }
+
+  rewound(message) {
+    this.#log.reset();
+    this.#note.hidden = false;
+    this.#note.textContent = message;
+    this.#show();
+  }
+
+  end() {
+    this.#log.end({});
+    this.#schedule();
+  }
+
+  state(state) {
+    this.element.dataset.connection = state;
+    this.#schedule();
+  }
+
+  #show(as) {
+    if (as) this.#asTokens = as === "tokens";
+    this.#drawn = 0;
+    this.#text.replaceChildren();
+    this.#text.classList.toggle("tokens", this.#asTokens);
+    this.#schedule();
+  }
+
+  #schedule() {
+    if (this.#frame === 0) this.#frame = requestAnimationFrame(() => this.#draw());
+  }
+
+  #draw() {
+    this.#frame = 0;
+    const { tokens, attempts, ended } = this.#log;
+    const live = this.element.dataset.connection === "waiting" ? "reconnecting" : "live";
+    const tries = attempts.length > 1 ? `, ${plural(attempts.length, "attempt")}` : "";
+    setText(this.#state, `${plural(tokens.length, "token")}${tries}, ${ended ? "complete" : live}`);
+    const atEnd = this.#text.scrollHeight - this.#text.scrollTop - this.#text.clientHeight < 24;
+    if (this.#asTokens) this.#drawTokens(tokens);
+    else this.#drawText(tokens);
+    if (atEnd && !ended) this.#text.scrollTop = this.#text.scrollHeight;
+    if (ended && tokens.length === 0) setText(this.#text, "(nothing)");
+  }
+
+  #drawText(tokens) {
+    for (const { position, token, attempt, index } of tokens.slice(this.#drawn)) {
+      let part = this.#text.lastElementChild;
+      if (part?.dataset.attempt !== String(attempt) || part.dataset.index !== String(index)) {
+        if (position > 1 && part?.dataset.attempt !== String(attempt)) this.#text.append(mark(attempt, position));
+        part = this.#text.querySelector(`[data-attempt="${attempt}"][data-index="${index}"]`);
+        if (!part) this.#text.append((part = attemptPart(attempt, index)));
+      }
+      part.firstChild.appendData(token);
+    }
+    this.#drawn = tokens.length;
+  }
+
+  #drawTokens(tokens) {
+    for (const { position, token, token_id, attempt, index } of tokens.slice(Math.max(this.#drawn, tokens.length - SHOWN))) {
+      if (position > 1 && tokens[position - 2].attempt !== attempt) this.#text.append(mark(attempt, position));
+      const choice = index ? `, choice ${index + 1}` : "";
+      this.#text.append(el("span", {
+        class: "token", text: token || "∅", "data-attempt": String(attempt),
+        title: `Position ${position}, token ${token_id}, attempt ${attempt}${choice}`,
+      }));
+    }
+    while (this.#text.childElementCount > SHOWN * 1.2) this.#text.firstElementChild.remove();
+    this.#drawn = tokens.length;
+  }
+}
+
+function attemptPart(attempt, index) {
+  const part = el("span", { class: "part", "data-attempt": String(attempt), "data-index": String(index) });
+  part.append(document.createTextNode(""));
+  return part;
+}
+
+const mark = (attempt, position) =>
+  el("span", { class: "mark", text: `attempt ${attempt} from ${count(position)}` });

@@ -1,0 +1,428 @@
+// What a user has running: conversations, their jobs, and the one feed that carries all of their tokens.
+// Nothing here knows of the page. A reload builds it anew from the remembered job ids and the server's logs.
+
+import { ApiError, backoff, call, pause, randomId } from "./api.js";
+import { Feed } from "./feed.js";
+import { Gap, Log } from "./log.js";
+import { forgetCard, hearCards, loadCards, saveCard } from "./store.js";
+import { isEnded } from "./ui.js";
+
+/** Milliseconds of silence after which a run is asked for: what the feed should have told may have gone missing. */
+const SILENCE = 5000;
+/** Milliseconds over which the rate of tokens is taken. */
+const RATE_OVER = 3000;
+
+/** One turn of a conversation and the job that answers it. `turn` is what is remembered of it. */
+export class Run {
+  /** "sending" (not yet accepted), "queued", "running", "ended" */
+  phase = "sending";
+  log = new Log();
+  /** Place in the queue, as far as it is known. */
+  position = null;
+  /** What a person should know while it waits. */
+  notice = "";
+  stopping = false;
+  heardAt = 0;
+  firstAt = null;
+  #samples = [];
+  #stuckAt = -1;
+
+  constructor(card, turn) {
+    this.card = card;
+    this.turn = turn;
+    if (turn.end) this.phase = "ended";
+    else if (turn.job) this.phase = "queued";
+  }
+
+  get live() {
+    return this.phase !== "ended";
+  }
+
+  get text() {
+    return this.turn.reply ?? this.log.text;
+  }
+
+  get attempts() {
+    return this.turn.end?.attempts ?? this.log.attempts;
+  }
+
+  get tokens() {
+    return this.turn.end?.usage?.completion_tokens ?? this.log.head;
+  }
+
+  /** Seconds from the submit to the first token: the server's own figure once it has ended, until then as seen here. */
+  get firstTokenAfter() {
+    if (this.turn.end?.timings) return this.turn.end.timings.time_to_first_token;
+    return this.firstAt === null || !this.sentAt ? null : (this.firstAt - this.sentAt) / 1000;
+  }
+
+  /** Tokens a second: of the last moments while it runs, of the whole once it has ended. */
+  get rate() {
+    if (!this.live) return this.turn.end?.timings?.tokens_per_second ?? null;
+    const [first, last] = [this.#samples[0], this.#samples.at(-1)];
+    if (!first || last.at - first.at < 400) return null;
+    return (1000 * (last.head - first.head)) / (last.at - first.at);
+  }
+
+  sample(now) {
+    if (this.log.head === 0) return;
+    this.#samples.push({ at: now, head: this.log.head });
+    while (now - this.#samples[0].at > RATE_OVER) this.#samples.shift();
+  }
+
+  /** What comes now is a replay, not a rate. */
+  forgetRate() {
+    this.#samples = [];
+  }
+
+  /** The server has tokens that did not come: true the second time that nothing has come in between. */
+  isStuck(tokens) {
+    if (tokens <= this.log.head) return false;
+    const stuck = this.#stuckAt === this.log.head;
+    this.#stuckAt = this.log.head;
+    return stuck;
+  }
+}
+
+export class Runs {
+  /** Conversations by their key: `{record, runs}`, the oldest first. `record` is what is remembered. */
+  cards = new Map();
+  #user;
+  #on;
+  #feed;
+  #logs = new Map(); // by job, also of jobs that no answer has named yet
+  #runs = new Map(); // by job
+  #over = new AbortController();
+  #unhear;
+
+  /** `on.changed(card)`, `on.removed(card)`, `on.state(state)` of the connection, `on.ended(run)` for each end seen. */
+  constructor(user, on) {
+    this.#user = user;
+    this.#on = on;
+    for (const record of loadCards(user)) this.#adopt(record);
+    this.#feed = new Feed(user, {
+      token: (data) => this.#token(data),
+      end: (data) => this.#end(data),
+      rewound: (data) => this.#rewound(data),
+      open: () => this.#opened(),
+      state: on.state,
+    });
+    this.#unhear = hearCards(user, (key, record) => this.#heard(key, record));
+    this.#watch();
+    this.#sampling();
+  }
+
+  close() {
+    this.#over.abort();
+    this.#feed.close();
+    this.#unhear();
+  }
+
+  all() {
+    return [...this.cards.values()].flatMap((card) => card.runs);
+  }
+
+  // -------------------------------------------------------------------------------------------- what people do
+
+  /** Starts a conversation. `record`: `{kind: "chat" | "completion", model, system, params}`. */
+  start(record, text) {
+    const card = this.#adopt({ ...record, key: randomId("card_"), created: Date.now(), turns: [] });
+    this.reply(card, text);
+    return card;
+  }
+
+  /** The next turn of a conversation. */
+  reply(card, text) {
+    const turn = { key: randomId("turn_", 16), text, job: null, reply: null, end: null };
+    card.record.turns.push(turn);
+    const run = new Run(card, turn);
+    card.runs.push(run);
+    run.sentAt = Date.now();
+    this.#save(card); // before it is sent: a reload in this moment sends it again, with the same key
+    this.#send(run);
+  }
+
+  /** Cancels a run; one whose submit is not answered yet as soon as it is. */
+  async stop(run) {
+    if (!run.live) return;
+    run.stopping = true;
+    this.#changed(run);
+    if (run.turn.job) await this.#cancel(run);
+  }
+
+  /** Forgets a conversation here; what still runs is cancelled. */
+  remove(card) {
+    for (const run of card.runs) {
+      this.stop(run);
+      this.#runs.delete(run.turn.job);
+      this.#logs.delete(run.turn.job);
+    }
+    this.cards.delete(card.record.key);
+    forgetCard(this.#user, card.record);
+    this.#on.removed(card);
+  }
+
+  // -------------------------------------------------------------------------------------------- submit, cancel
+
+  async #send(run) {
+    let failures = 0;
+    while (!this.#over.signal.aborted) {
+      try {
+        const job = await call("POST", "v1/jobs", {
+          body: body(run, this.#user),
+          headers: { "idempotency-key": run.turn.key },
+          signal: this.#over.signal,
+        });
+        this.#accepted(run, job);
+        return;
+      } catch (error) {
+        if (!(error instanceof ApiError)) return; // closed meanwhile
+        if (!error.passing) {
+          this.#finish(run, { status: "refused", error: { message: error.message, code: error.code } });
+          return;
+        }
+        run.notice = error.message;
+        this.#changed(run);
+        // It may have been accepted all the same. The same key finds that job again.
+        await pause(error.retryAfter ?? backoff(++failures), this.#over.signal);
+        if (!this.cards.has(run.card.record.key) && failures > 3) return;
+      }
+    }
+  }
+
+  #accepted(run, job) {
+    run.turn.job = job.id;
+    run.notice = "";
+    run.phase = "queued";
+    run.position = job.position_in_queue;
+    if (this.cards.has(run.card.record.key)) this.#follow(run);
+    if (run.stopping) this.#cancel(run);
+    if (isEnded(job.status)) this.#ask(run);
+    if (!this.all().some(({ phase }) => phase === "sending")) {
+      for (const [id, log] of this.#logs) if (log.ended && !this.#runs.has(id)) this.#logs.delete(id);
+    }
+  }
+
+  /** From now on what the feed says of its job is this run's; some of it may have come before the answer did. */
+  #follow(run) {
+    const job = run.turn.job;
+    run.log = this.#logs.get(job) ?? run.log;
+    run.heardAt = Date.now();
+    this.#logs.set(job, run.log);
+    this.#runs.set(job, run);
+    if (run.log.head > 0) this.#begun(run);
+    this.#save(run.card);
+    if (run.log.ended) this.#settle(run, run.log.ended);
+  }
+
+  async #cancel(run) {
+    for (let failures = 0; run.live && !this.#over.signal.aborted; failures++) {
+      try {
+        const job = await call("POST", `v1/jobs/${run.turn.job}/cancel`, { signal: this.#over.signal });
+        if (isEnded(job.status)) this.#learn(run, job);
+        return;
+      } catch (error) {
+        if (!(error instanceof ApiError) || !error.passing) return;
+        await pause(error.retryAfter ?? backoff(failures), this.#over.signal);
+      }
+    }
+  }
+
+  // -------------------------------------------------------------------------------------------- what the feed says
+
+  #token({ job_id: job, position, ...token }) {
+    let log = this.#logs.get(job);
+    if (!log) this.#logs.set(job, (log = new Log()));
+    try {
+      if (!log.add(position, token)) return;
+    } catch (error) {
+      if (!(error instanceof Gap)) throw error;
+      this.#feed.reopen({ anew: true });
+      return;
+    }
+    const run = this.#runs.get(job);
+    if (run) this.#begun(run);
+  }
+
+  #begun(run) {
+    run.heardAt = Date.now();
+    run.firstAt ??= run.heardAt;
+    run.phase = "running";
+    run.position = null;
+    this.#changed(run);
+  }
+
+  #end(data) {
+    const run = this.#runs.get(data.job_id);
+    if (run) this.#settle(run, data);
+    else if (this.all().some(({ phase }) => phase === "sending")) {
+      const log = this.#logs.get(data.job_id) ?? new Log(); // perhaps of the job whose answer is on its way
+      log.end(data);
+      this.#logs.set(data.job_id, log);
+    } else this.#logs.delete(data.job_id);
+  }
+
+  #rewound({ job_id: job }) {
+    this.#logs.get(job)?.reset();
+    const run = this.#runs.get(job);
+    if (!run) return;
+    run.notice = "The server lost the end of this log; it is written anew.";
+    run.forgetRate();
+    this.#changed(run);
+  }
+
+  #opened() {
+    for (const run of this.all().filter(({ live }) => live)) {
+      run.forgetRate();
+      // What ended while nobody listened may not be told any more: ask soon, unless something comes.
+      run.heardAt = Math.min(run.heardAt, Date.now() - SILENCE + 1000);
+    }
+  }
+
+  /** A run's end, from its terminal event. */
+  #settle(run, data) {
+    const { status, finish_reason, error, usage } = data;
+    this.#finish(run, { status, finish_reason, error, usage, attempts: run.log.attempts });
+    this.#ask(run); // the server's own timings
+  }
+
+  #finish(run, end) {
+    if (!run.live) return;
+    run.phase = "ended";
+    run.notice = "";
+    run.turn.reply = run.log.text;
+    run.turn.end = end;
+    this.#runs.delete(run.turn.job);
+    this.#logs.delete(run.turn.job);
+    this.#save(run.card);
+    if (this.cards.has(run.card.record.key)) this.#on.ended(run);
+  }
+
+  // -------------------------------------------------------------------------------------------- what it asks for
+
+  /** Ask for a run's job: how it stands, or, once it has ended, everything. */
+  async #ask(run) {
+    try {
+      this.#learn(run, await call("GET", `v1/jobs/${run.turn.job}`, { signal: this.#over.signal }));
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 404) {
+        const { code, message } = error;
+        this.#finish(run, { status: "gone", error: { code, message }, attempts: run.log.attempts });
+      }
+    }
+  }
+
+  #learn(run, job) {
+    run.heardAt = Date.now();
+    if (!isEnded(job.status)) {
+      run.phase = job.status === "running" || run.log.head > 0 ? "running" : "queued";
+      run.position = job.position_in_queue;
+      if (run.isStuck(job.tokens)) this.#feed.reopen();
+      this.#changed(run);
+      return;
+    }
+    const { status, finish_reason, error, usage, timings } = job;
+    const attempts = run.attempts.length ? run.attempts : [{ attempt: job.attempt, from: 1 }];
+    if (run.live) this.#finish(run, { status, finish_reason, error, usage, timings, attempts });
+    run.turn.reply = job.result.text;
+    run.turn.end.timings = timings;
+    this.#save(run.card);
+  }
+
+  /** Once a second, while there is something to wait for and somebody may be looking. */
+  async #watch() {
+    while (!this.#over.signal.aborted) {
+      await pause(1, this.#over.signal);
+      const live = [...this.#runs.values()].filter((run) => run.live);
+      if (document.hidden || live.length === 0) continue;
+      if (live.some(({ phase }) => phase === "queued")) await this.#askForPlaces(live);
+      const silent = live.filter((run) => run.live && Date.now() - run.heardAt > SILENCE);
+      await Promise.all(silent.map((run) => this.#ask(run)));
+    }
+  }
+
+  async #askForPlaces(live) {
+    const query = new URLSearchParams({ status: "queued", user_id: this.#user, limit: "500" });
+    let waiting;
+    try {
+      waiting = (await call("GET", `v1/jobs?${query}`, { signal: this.#over.signal })).data;
+    } catch {
+      return; // the connection's state says it
+    }
+    const places = new Map(waiting.map((job) => [job.id, job.position_in_queue]));
+    for (const run of live.filter(({ phase }) => phase === "queued")) {
+      run.position = places.get(run.turn.job) ?? null;
+      if (places.has(run.turn.job)) run.heardAt = Date.now();
+      this.#changed(run);
+    }
+  }
+
+  async #sampling() {
+    while (!this.#over.signal.aborted) {
+      await pause(0.5, this.#over.signal);
+      for (const run of this.#runs.values()) {
+        if (run.phase !== "running") continue;
+        run.sample(Date.now());
+        this.#changed(run);
+      }
+    }
+  }
+
+  // -------------------------------------------------------------------------------------------- what is remembered
+
+  #adopt(record) {
+    const card = { record, runs: [] };
+    card.runs = record.turns.map((turn) => new Run(card, turn));
+    this.cards.set(record.key, card);
+    for (const run of card.runs.filter(({ live }) => live)) {
+      if (run.turn.job) {
+        this.#logs.set(run.turn.job, run.log);
+        this.#runs.set(run.turn.job, run);
+      } else this.#send(run);
+    }
+    return card;
+  }
+
+  /** Another tab of this user has started, continued, ended or removed a conversation. */
+  #heard(key, record) {
+    const card = this.cards.get(key);
+    if (!record) {
+      this.cards.delete(key);
+      if (card) this.#on.removed(card);
+    } else if (!card) {
+      if (record.turns.every(({ job, end }) => job || end)) this.#on.changed(this.#adopt(record));
+    } else if (record.turns.length > card.runs.length && record.turns.at(-1).job) {
+      for (const turn of record.turns.slice(card.runs.length)) {
+        card.record.turns.push(turn);
+        const run = new Run(card, turn);
+        card.runs.push(run);
+        if (run.live) this.#follow(run);
+      }
+      this.#on.changed(card);
+    }
+  }
+
+  #save(card) {
+    if (!this.cards.has(card.record.key)) return; // removed meanwhile
+    saveCard(this.#user, card.record);
+    this.#on.changed(card);
+  }
+
+  #changed(run) {
+    if (this.cards.has(run.card.record.key)) this.#on.changed(run.card);
+  }
+}
+
+/** What is submitted for a run: the same whenever it is asked, for the idempotency key's sake. */
+function body(run, user) {
+  const { kind, model, system, params, turns } = run.card.record;
+  const shared = { model, user_id: user, ...params };
+  if (kind === "completion") return { ...shared, prompt: run.turn.text };
+  const messages = system ? [{ role: "system", content: system }] : [];
+  for (const turn of turns) {
+    messages.push({ role: "user", content: turn.text });
+    if (turn === run.turn) break;
+    messages.push({ role: "assistant", content: turn.reply ?? "" });
+  }
+  return { ...shared, messages };
+}

@@ -1,0 +1,110 @@
+// Elements, numbers and words: what every view needs. Text from outside is only ever set as text.
+
+/**
+ * An element. In `attributes`: "class", "text", functions (listeners, as `onclick`), booleans (set or left out),
+ * anything else as an attribute.
+ */
+export function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "text") element.textContent = value;
+    else if (typeof value === "function") element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export const $ = (selector, within = document) => within.querySelector(selector);
+
+/** Sets text only where it changes: assistive technology and selections notice every write. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+let announcing = 0;
+
+/** Say one thing to who does not see the page. Never tokens: a stream of them would drown everything else. */
+export function announce(text) {
+  const region = $("#announcer");
+  region.textContent = "";
+  cancelAnimationFrame(announcing);
+  announcing = requestAnimationFrame(() => (region.textContent = text)); // an equal text is said again
+}
+
+/** Copies text; false where the browser does not let this page. */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** What a copy button does: copies, and says on itself for a moment whether that worked. */
+export async function copyWith(button, text) {
+  const label = button.textContent;
+  const done = await copy(text);
+  button.textContent = done ? "Copied" : "Not allowed";
+  announce(done ? "Copied" : "The browser does not allow copying here");
+  setTimeout(() => (button.textContent = label), 1200);
+}
+
+// ---------------------------------------------------------------------------------------------- numbers
+
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+
+/** 1,234 */
+export const count = (number) => whole.format(number);
+
+/** A number in three digits or so: 0.42, 7.3, 48, 1,234 */
+export function short(number) {
+  if (number >= 100) return whole.format(number);
+  return number >= 10 ? number.toFixed(0) : number >= 1 || number === 0 ? trim(number.toFixed(1)) : number.toFixed(2);
+}
+
+const trim = (text) => text.replace(/\.0$/, "");
+
+/** Seconds as 850 µs, 12 ms, 1.4 s, 3 min 5 s. */
+export function duration(seconds) {
+  if (seconds === 0) return "0 s";
+  if (seconds < 0.001) return `${Math.max(0, Math.round(seconds * 1e6))} µs`;
+  if (seconds < 1) return `${seconds < 0.01 ? (seconds * 1000).toFixed(1) : Math.round(seconds * 1000)} ms`;
+  if (seconds < 60) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+  return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
+}
+
+/** Bytes as 812 KiB, 96 MiB, 1.5 GiB. */
+export function bytes(number) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let unit = 0;
+  while (number >= 1000 && unit < units.length - 1) {
+    number /= 1024;
+    unit += 1;
+  }
+  return `${short(number)} ${units[unit]}`;
+}
+
+/** Seconds since the epoch as "12 s ago". */
+export function ago(time) {
+  const seconds = Math.max(0, Date.now() / 1000 - time);
+  if (seconds < 1) return "now";
+  if (seconds < 60) return `${Math.floor(seconds)} s ago`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;
+  if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ago`;
+  return new Date(time * 1000).toLocaleDateString();
+}
+
+/** Seconds since the epoch as 20:15:03.127 */
+export function clock(time) {
+  const date = new Date(time * 1000);
+  const pad = (number, digits = 2) => String(number).padStart(digits, "0");
+  return `${pad(date.getHours())}:${pad(date.getMinutes())}:${pad(date.getSeconds())}.${pad(date.getMilliseconds(), 3)}`;
+}
+
+export const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+
+export const isEnded = (status) => ["completed", "failed", "cancelled", "expired"].includes(status);
