@@ -17,26 +17,28 @@ export class ApiError extends Error {
   }
 }
 
-/** The JSON that `path` answers. Throws `ApiError`. */
-export async function call(method, path, { body, headers = {}, signal } = {}) {
-  const response = await request(method, path, { body, headers, signal });
+/** The JSON that `path` answers `within` seconds. Throws `ApiError`. */
+export async function call(method, path, { within = 20, ...options } = {}) {
+  const response = await request(method, path, { within, ...options });
   return response.status === 204 ? null : await response.json();
 }
 
 /** The text that `path` answers. Throws `ApiError`. */
 export async function text(path, { signal } = {}) {
-  return await (await request("GET", path, { signal })).text();
+  return await (await request("GET", path, { signal, within: 20 })).text();
 }
 
-/** A successful response. Throws `ApiError`. */
-export async function request(method, path, { body, headers = {}, signal } = {}) {
+/** A successful response, given up after `within` seconds, if any. Throws `ApiError`. */
+export async function request(method, path, { body, headers = {}, signal, within } = {}) {
+  // A connection that is dead without a word would hold a request for ever.
+  const limits = [signal, within ? AbortSignal.timeout(within * 1000) : undefined].filter(Boolean);
   let response;
   try {
     response = await fetch(path, {
       method,
       headers: body === undefined ? headers : { "content-type": "application/json", ...headers },
       body: body === undefined ? undefined : JSON.stringify(body),
-      signal,
+      signal: AbortSignal.any(limits),
       cache: "no-store",
     });
   } catch (error) {

@@ -186,7 +186,7 @@ export class Now {
     this.#busy.add(id);
     this.#look();
     try {
-      await call("POST", `v1/models/${id.split("/").map(encodeURIComponent).join("/")}/${action}`);
+      await call("POST", `v1/models/${id.split("/").map(encodeURIComponent).join("/")}/${action}`, { within: 0 });
       announce(`${id} is ${action}ed`);
     } catch (error) {
       this.#say(error.message);

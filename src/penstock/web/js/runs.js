@@ -113,6 +113,7 @@ export class Runs {
   }
 
   close() {
+    this.#on = { changed() {}, removed() {}, state() {}, ended() {} }; // what is still under way is nobody's any more
     this.#over.abort();
     this.#feed.close();
     this.#unhear();
