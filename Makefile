@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants clean
+.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants test-browser screenshots clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -78,6 +78,12 @@ test-vllm: ## The vllm engine on a real vLLM (VLLM_PYTHON=… has one; else its 
 	test -x $(VLLM_PYTHON) || $(MAKE) peers PEERS=vllm
 	$(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check pytest pytest-asyncio pytest-timeout
 	$(VLLM_PYTHON) -m pytest tests/contract/test_vllm_engine.py $(ARGS)
+
+test-browser: setup ## The page in a headless Chromium
+	$(BIN)/python -m pytest tests/browser $(ARGS)
+
+screenshots: setup ## Take the pictures of the page in docs/images
+	$(BIN)/python -m tests.browser.screenshots
 
 mutants: setup ## Break the code on purpose: every mutant must make a test fail
 	$(BIN)/python -m tests.chaos.mutants $(ARGS)

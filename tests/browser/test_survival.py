@@ -127,7 +127,7 @@ async def test_prompts_sent_while_the_server_is_away(make_server: Callable[..., 
 
 async def test_the_network_is_pulled(server: Server, visit: Open) -> None:
     """Cut in the middle of a token, nobody there for a while, and then a line that swallows everything."""
-    async with Proxy(server.port) as network:
+    async with Proxy(server.port, redis=False) as network:
         tab = await visit(f"http://127.0.0.1:{network.port}")
         tab.cut = True
         card = await tab.ask("far away", model="paced", max_tokens=80)

@@ -21,9 +21,13 @@ Words = list[bytes]
 
 
 class Proxy:
-    """Listens on a loopback port of its own and passes everything on to *port* of the same host."""
+    """Listens on a loopback port of its own and passes everything on to *port* of the same host.
 
-    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+    Only with *redis* does it know what passes, for `lose_reply`.
+    """
+
+    def __init__(self, port: int, host: str = "127.0.0.1", *, redis: bool = True) -> None:
+        self.redis = redis
         self.host = host
         self.upstream = port
         self.port = free_port()
@@ -150,7 +154,7 @@ class _Connection:
         self._replies = Frames()
         self._unanswered: deque[Words | None] = deque()
         """One for each request on its way: its words, if its reply may have to be lost."""
-        self._counting = True
+        self._counting = self._proxy.redis
         self.mutilated = False
         self._cut = False
         self.gone = asyncio.Event()

@@ -27,11 +27,12 @@ export class Detail {
     this.#id = id;
     this.#place.hidden = !id;
     this.#place.replaceChildren();
+    this.#place.setAttribute("aria-label", `Job ${id}`);
     if (id) this.#open(id, this.#over.signal);
   }
 
   async #open(id, signal) {
-    const title = el("h2", { id: "detail-title", tabindex: "-1" }, "Job ", el("code", { text: id }));
+    const title = el("h2", { tabindex: "-1" }, "Job ", el("code", { text: id }));
     const close = el("a", { class: "quiet button", href: "#jobs", text: "Close" });
     const facts = el("div", {});
     const log = new LogView();
