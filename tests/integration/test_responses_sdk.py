@@ -569,6 +569,39 @@ class TestConversations:
             sdk.responses.create(model="synthetic", input=[{"type": "item_reference", "id": "msg_nope"}])
 
 
+class TestBatches:
+    def test_a_batch_of_responses(self, sdk: openai.OpenAI) -> None:
+        first = sdk.responses.create(model="synthetic", input="one two", max_output_tokens=1)
+        bodies: list[dict[str, Any]] = [
+            {"model": "synthetic", "input": "x", "max_output_tokens": 3, "metadata": {"a": "b"}},
+            {"model": "synthetic", "input": "x", "max_output_tokens": 1, "previous_response_id": first.id},
+            {"model": "synthetic", "input": "x", "previous_response_id": "resp_nope"},
+            {"model": "synthetic", "input": "x", "background": True},
+        ]
+        lines = [
+            json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/responses", "body": body})
+            for number, body in enumerate(bodies)
+        ]
+        file = sdk.files.create(file=("lines.jsonl", "\n".join(lines).encode()), purpose="batch")
+        batch = sdk.batches.create(input_file_id=file.id, endpoint="/v1/responses", completion_window="24h")
+        wait_for(lambda: sdk.batches.retrieve(batch.id).status == "completed", "the end of the batch")
+        batch = sdk.batches.retrieve(batch.id)
+        assert batch.output_file_id is not None
+        assert batch.error_file_id is not None
+        results = {
+            line["custom_id"]: line["response"]
+            for id in (batch.output_file_id, batch.error_file_id)
+            for line in map(json.loads, sdk.files.content(id).text.splitlines())
+        }
+        assert results["0"]["body"]["output"][0]["content"][0]["text"] == text_of(3)
+        assert results["0"]["body"]["metadata"] == {"a": "b"}
+        assert results["1"]["body"]["usage"]["input_tokens"] == 4
+        assert results["1"]["body"]["previous_response_id"] == first.id
+        assert results["2"]["body"]["error"]["code"] == "previous_response_not_found"
+        assert results["3"]["body"]["error"]["param"] == "background"
+        assert results["0"]["body"]["store"] is False, "a batch's results are in its files only"
+
+
 class TestFaults:
     def test_a_killed_engine_leaves_no_gap(self, box: Server, sdk: openai.OpenAI) -> None:
         seen: list[Any] = []

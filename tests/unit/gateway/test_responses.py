@@ -62,7 +62,6 @@ def job(view: View, *, tools: tuple[Tool, ...] = (), **fields: Any) -> Job:
             "request": request,
             "created_at": 100.5,
             "view": msgspec.json.encode(view),
-            "metadata": {"k": "v"},
             **fields,
         }
     )
@@ -126,7 +125,13 @@ class TestTheSequence:
     @pytest.mark.parametrize(
         ("name", "texts", "end", "fields", "view"),
         [
-            ("text", ["A", "", " river"], (Status.COMPLETED, ("stop",), None), {}, View(items=())),
+            (
+                "text",
+                ["A", "", " river"],
+                (Status.COMPLETED, ("stop",), None),
+                {},
+                View(metadata={"k": "v"}, store=False),
+            ),
             (
                 "calls",
                 ["Well", ". ", CALL, "\n", CALL],

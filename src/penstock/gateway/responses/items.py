@@ -65,6 +65,7 @@ class View(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="object", 
     tool_choice: str | dict[str, Any] = "auto"
     format: dict[str, Any] = {}
     """What the text has to be, where that is not just text."""
+    metadata: dict[str, str] = {}
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -235,7 +236,7 @@ def response_object(
         "truncation": "disabled",
         "usage": _usage(ended.usage) if ended is not None else None,
         "user": view.user,
-        "metadata": job.metadata,
+        "metadata": view.metadata,
     }
 
 

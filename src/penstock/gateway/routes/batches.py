@@ -13,12 +13,12 @@ from penstock.core.job import Metadata
 from penstock.gateway.batch_runner import BatchRunner
 from penstock.gateway.batches import Batch
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes import openai
+from penstock.gateway.routes import embeddings, openai, responses
 from penstock.gateway.routes.bodies import Operation
 from penstock.gateway.routes.files import expiry, list_view, paging
 
 #: What a batch can be made of.
-OPERATIONS: dict[str, Operation] = {**openai.OPERATIONS}
+OPERATIONS: dict[str, Operation] = {**embeddings.OPERATIONS, **openai.OPERATIONS, **responses.OPERATIONS}
 
 _MOMENTS = (
     "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled",

@@ -280,6 +280,7 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
                 tools=tuple(tool.view() for tool in self.tools or ()),
                 tool_choice=msgspec.to_builtins(choice) if isinstance(choice, FunctionChoice) else choice or "auto",
                 format=form.view() if form is not None else {},
+                metadata=self.metadata or {},
                 user=self.user,
                 safety_identifier=self.safety_identifier,
                 prompt_cache_key=self.prompt_cache_key,
@@ -438,8 +439,8 @@ async def _prepare(gateway: Gateway, tenant: str, body: CreateResponse) -> Prepa
     items = await conversation(gateway.broker, tenant, body)
     return Prepared(
         body.request(items, gateway.config.default_max_tokens),
-        lambda job, completion: whole(job, _view(job), completion, job.ended_at),
-        body.view(items),
+        lambda job, completion: whole(job, _view(job), completion, job.ended_at or gateway.catalogue.now()),
+        msgspec.structs.replace(body, store=False).view(items),  # results are in the batch's files only
     )
 
 
