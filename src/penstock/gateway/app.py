@@ -14,7 +14,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import Forbidden, InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, error_reply
-from penstock.gateway.routes import anthropic, batches, files, jobs, models, openai, ops, page, responses, seeds, tokens
+from penstock.gateway.routes import (
+    anthropic,
+    batches,
+    embeddings,
+    files,
+    jobs,
+    models,
+    openai,
+    ops,
+    page,
+    responses,
+    seeds,
+    tokens,
+)
 from penstock.gateway.service import Gateway
 
 Middleware = Callable[[ASGIApp], ASGIApp]
@@ -47,6 +60,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/batches", batches.list_batches),
     ("GET", "/v1/batches/{id}", batches.show),
     ("POST", "/v1/batches/{id}/cancel", batches.cancel),
+    ("POST", "/v1/embeddings", embeddings.embeddings),
     ("POST", "/tokenize", tokens.tokenize),
     ("POST", "/detokenize", tokens.detokenize),
     ("POST", "/v1/messages", anthropic.messages),

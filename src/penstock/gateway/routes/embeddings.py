@@ -1,0 +1,91 @@
+"""OpenAI's embeddings, over jobs like any other. Judged by the official SDKs unchanged."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+from starlette.types import ASGIApp
+
+from penstock.core.errors import InvalidRequest
+from penstock.core.events import Completion
+from penstock.core.job import Identifier, Job, ModelName, Request
+from penstock.core.tasks import vector_values, vectors
+from penstock.gateway.http import Call, json_reply
+from penstock.gateway.routes.bodies import JobBody, Operation, Prepared, TokenId, TokenIds, submission
+from penstock.gateway.service import Gateway
+
+#: Inputs that one call may bring; OpenAI has the same.
+MAX_INPUTS = 2048
+
+Text = Annotated[str, Meta(min_length=1)]
+
+
+class CreateEmbeddings(JobBody, kw_only=True, frozen=True):
+    """The body of ``POST /v1/embeddings``: a text, several, or the token ids of one or of several."""
+
+    model: ModelName
+    input: Text | Annotated[list[Text | TokenId | TokenIds], Meta(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    input_type: Literal["query", "document", "passage"] | None = None
+    user: Identifier | None = None
+
+    def request(self) -> Request:
+        return Request(
+            model=self.model,
+            task="embed",
+            inputs=self._inputs(),
+            input_type="document" if self.input_type == "passage" else self.input_type,
+            dimensions=self.dimensions,
+        )
+
+    def _inputs(self) -> tuple[str | tuple[int, ...], ...]:
+        if isinstance(self.input, str):
+            return (self.input,)
+        ids = tuple(each for each in self.input if isinstance(each, int))
+        if len(ids) == len(self.input):
+            return (ids,)
+        if ids:
+            raise InvalidRequest(
+                "input is a text or a list of token ids, or a list of such; not texts and ids in one.", param="input"
+            )
+        if len(self.input) > MAX_INPUTS:
+            raise InvalidRequest(
+                f"There are {len(self.input)} inputs; one call takes {MAX_INPUTS}. A batch takes any number.",
+                param="input",
+            )
+        return tuple(tuple(each) if isinstance(each, list) else str(each) for each in self.input)
+
+    def reply(self, job: Job, completion: Completion) -> dict[str, Any]:
+        """What the folded log of *job* is as JSON."""
+        assert completion.ended is not None
+        tokens = completion.ended.usage.prompt_tokens
+        found: list[Any] = vectors(completion)
+        if self.encoding_format != "base64":
+            found = [vector_values(text) for text in found]
+        return {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(found)],
+            "model": job.request.model,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+
+async def embeddings(call: Call) -> ASGIApp:
+    body = await call.body(CreateEmbeddings)
+    wish = submission(call, body, user=body.user_id or body.user, on_disconnect="cancel")
+    if wish.idempotency_key is None:  # nobody can ask for it again: many vectors need not lie about for an hour
+        job, completion = await call.gateway.ask(body.request(), wish, call.gone)
+        return json_reply(body.reply(job, completion))
+    job = await call.gateway.submit(body.request(), wish)
+    completion = await call.gateway.fold(job, call.gone)
+    return json_reply(body.reply(job, completion), headers={"x-penstock-job": job.id})
+
+
+async def _prepare(gateway: Gateway, tenant: str, body: CreateEmbeddings) -> Prepared:
+    return Prepared(body.request(), body.reply)
+
+
+#: What a batch can be made of.
+OPERATIONS = {"/v1/embeddings": Operation(CreateEmbeddings, _prepare)}
