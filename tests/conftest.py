@@ -11,7 +11,6 @@ import pytest
 from tests.support.redis import RedisCluster, RedisServer
 from tests.support.server import Server
 
-
 # Engines of several tests share the processors: threads that wait for each other must not spin meanwhile.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

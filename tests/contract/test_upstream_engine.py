@@ -92,9 +92,10 @@ class TestUpstreamPenstock(EngineContract):
 
 
 class TestUpstreamLlama(EngineContract):
-    """llama.cpp's server, which tells how many tokens it gave, but not which."""
+    """llama.cpp's server, which tells how many tokens it gave, but not which, nor which stop string ended them."""
 
     guided_replies_resume = False
+    tells_stops = False
 
     @pytest.fixture
     async def engine(self, llama: LlamaServer) -> AsyncIterator[EngineProcess]:

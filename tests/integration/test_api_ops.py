@@ -166,6 +166,7 @@ class TestDescription:
         assert document["openapi"].startswith("3.")
         described = {(method.upper(), path) for path, operations in document["paths"].items() for method in operations}
         about_itself = {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/metrics")}
+        about_itself |= {("GET", "/"), ("GET", "/static/{path}")}
         served = {(method, path.replace(":path", "")) for method, path, _ in ROUTES}
         assert described - about_itself == served - about_itself
 

@@ -25,7 +25,7 @@ from playwright.async_api import (
 from tests.support.api import poll
 from tests.support.server import PATIENCE
 
-expect.set_options(timeout=float(os.environ.get("EXPECT_S", PATIENCE)) * 1000)
+expect.set_options(timeout=PATIENCE * 1000)
 
 
 def chromium_binary() -> str:

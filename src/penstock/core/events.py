@@ -63,7 +63,10 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):
-    """The terminal event. ``finish_reasons`` has one entry per choice when ``status`` is completed."""
+    """The terminal event. ``finish_reasons`` has one entry per choice when ``status`` is completed.
+
+    So has ``stops`` if a stop string ended any of them: which one, or None.
+    """
 
     position: int
     attempt: int
@@ -71,10 +74,15 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     finish_reasons: tuple[str, ...] = ()
     usage: Usage = Usage()
     error: ErrorInfo | None = None
+    stops: tuple[str | None, ...] = ()
 
     @property
     def finish_reason(self) -> str | None:
         return self.finish_reasons[0] if self.finish_reasons else None
+
+    def stop(self, choice: int = 0) -> str | None:
+        """The stop string that ended the *choice*, where one did and the engine could tell."""
+        return self.stops[choice] if self.stops else None
 
 
 Event = Tokens | Ended

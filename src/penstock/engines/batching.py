@@ -376,7 +376,9 @@ class ContinuousBatching:
         if failed is not None:
             output.finish = Finish(error=failed.info)
         else:
-            output.finish = Finish(tuple(sequence.reply.finish or "stop" for sequence in job.sequences))
+            output.finish = Finish.of(
+                (sequence.reply.finish or "stop", sequence.reply.stop) for sequence in job.sequences
+            )
         return output
 
     def warm_up(self, seconds: float) -> Iterator[None]:

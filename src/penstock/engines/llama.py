@@ -270,7 +270,7 @@ class LlamaBackend(ThreadedBackend):
             guide = guides[choice]
             reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guide)
             if reply.finish is not None:
-                self.mailbox.put(*job.end(choice, reply.finish))
+                self.mailbox.put(*job.end(choice, reply.finish, reply.stop))
                 continue
             self._threads.submit(_Sequence(self, job, request, choice, reply, prefix, guide).run, prompt)
 
@@ -398,7 +398,7 @@ class _Sequence:
         if (error := followed(self._guide)) is not None:
             self._fail(error)
         else:
-            self._mailbox.put(*self._job.end(self._choice, self._reply.finish))
+            self._mailbox.put(*self._job.end(self._choice, self._reply.finish, self._reply.stop))
 
     def _fail(self, error: PenstockError) -> None:
         if not self._job.over:

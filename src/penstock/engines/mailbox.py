@@ -77,7 +77,7 @@ class Choices:
         self.over = False
         self._prompt_tokens = prompt_tokens
         self._told = False
-        self._reasons = [""] * n
+        self._ends: list[tuple[str, str | None]] = [("", None)] * n
         self._open = n
         self._lock = threading.Lock()
 
@@ -90,7 +90,7 @@ class Choices:
         prompt_tokens: int | None = None,
     ) -> Output:
         """New tokens of *choice*; *prompt_tokens* where they were not known before."""
-        output = Output(self.key, ids, texts, [choice] * len(ids) if len(self._reasons) > 1 else None, logprobs)
+        output = Output(self.key, ids, texts, [choice] * len(ids) if len(self._ends) > 1 else None, logprobs)
         with self._lock:
             if self._prompt_tokens is None:
                 self._prompt_tokens = prompt_tokens
@@ -99,10 +99,13 @@ class Choices:
                 output.prompt_tokens = self._prompt_tokens
         return output
 
-    def end(self, choice: int, reason: str) -> list[Output]:
-        """*choice* has ended: the output that says so of the whole request, if it was the last one."""
+    def end(self, choice: int, reason: str, stop: str | None) -> list[Output]:
+        """*choice* has ended: the output that says so of the whole request, if it was the last one.
+
+        *stop*: the stop string that ended it, if one did.
+        """
         with self._lock:
-            self._reasons[choice] = reason
+            self._ends[choice] = (reason, stop)
             self._open -= 1
             if self._open or self.over:
                 return []
@@ -111,7 +114,7 @@ class Choices:
                 Output(
                     self.key,
                     prompt_tokens=None if told else self._prompt_tokens,
-                    finish=Finish(tuple(self._reasons)),
+                    finish=Finish.of(self._ends),
                 )
             ]
 

@@ -54,7 +54,7 @@ class Row:
             self._job.over = True
             self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
         else:
-            self._mailbox.put(*self._job.end(self._choice, self.reply.finish or "stop"))
+            self._mailbox.put(*self._job.end(self._choice, self.reply.finish or "stop", self.reply.stop))
 
 
 class StaticBatching(ThreadedBackend):

@@ -313,7 +313,7 @@ class VLLMBackend:
         del self._jobs[job.key]
         if job.prompt_tokens is not None:
             output.prompt_tokens = job.prompt_tokens
-        output.finish = Finish(tuple(sequence.reply.finish or "stop" for sequence in job.sequences))
+        output.finish = Finish.of((sequence.reply.finish or "stop", sequence.reply.stop) for sequence in job.sequences)
         return output
 
     def _fail(self, job: _Job, output: Output, reason: str) -> None:

@@ -147,8 +147,8 @@ class BatchRunner:
                 if run is None and self._resting.get(batch.id, 0.0) <= time.monotonic():
                     run = crew.runs[batch.id] = _Run(self, crew, tenant, batch.id)
                     run.task = asyncio.create_task(self._care(run), name=f"batch: {batch.id}")
-                elif run is not None and batch.status == "cancelling":
-                    run.stop("cancelled")
+                elif run is not None:
+                    run.heed(batch)
         for tenant, crew in list(self._crews.items()):
             if not crew.runs and not any(id in self._resting for id in self.store.ids(tenant)):
                 del self._crews[tenant]
@@ -268,6 +268,13 @@ class _Run:
         self._logs: dict[bool, LineLog] = {}
         self._saved_at = 0.0
 
+    def heed(self, batch: Batch) -> None:
+        """What *batch*, as it is in the store, says of going on."""
+        if batch.status == "cancelling":
+            self.stop("cancelled")
+        elif batch.expires_at <= self._clock.now():
+            self.stop("expired")
+
     def stop(self, outcome: Outcome) -> None:
         """No more lines are begun, and those that run are cancelled."""
         if not self._over.is_set():
@@ -278,10 +285,7 @@ class _Run:
         batch = self.batch = await in_thread(self.runner.store.get, self.tenant, self.id)
         if batch.ended:
             return  # by who had the lock before
-        if batch.status == "cancelling":
-            self.stop("cancelled")
-        left = max(0.0, batch.expires_at - self._clock.now())
-        timer = asyncio.get_running_loop().call_later(left, self.stop, "expired")
+        self.heed(batch)
         try:
             if batch.state == "validating":
                 await self._validate()
@@ -290,7 +294,6 @@ class _Run:
             if batch.state == "finalizing":
                 await self._finish()
         finally:
-            timer.cancel()
             for log_file in self._logs.values():
                 log_file.close()
             for _ in range(self._slots):

@@ -157,7 +157,7 @@ FAILURES: dict[str, type] = {"Error": ErrorBody, "MessageError": MessageErrorBod
 
 @functools.cache
 def document() -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+    """The OpenAPI document; of version 3.2, the first that can say what the events of a stream are."""
     bodies = {body for _, body, *_ in OPERATIONS.values() if body is not None}
     answers = {kind for answers in ANSWERS.values() for kind in answers.values()}
     events = {kind for events in EVENTS.values() for kind in events.values()}
@@ -173,7 +173,7 @@ def document() -> dict[str, Any]:
         if stream:
             answer = responses.setdefault("200", {"description": summary, "content": {}})
             kinds_of = {name: schema_of[kind] for name, kind in EVENTS.get((method, path), {}).items()}
-            answer["content"]["text/event-stream"] = {"schema": _events(kinds_of)}
+            answer["content"]["text/event-stream"] = {"itemSchema": _event(kinds_of, schema_of[ErrorBody])}
         if path == "/v1/files/{id}/content":
             raw = {"schema": {"type": "string", "format": "binary"}}
             responses["200"]["content"] = {"application/octet-stream": raw}
@@ -191,7 +191,7 @@ def document() -> dict[str, Any]:
             operation["requestBody"] = {"required": required, "content": {media: {"schema": schema_of[body]}}}
         paths.setdefault(path.replace(":path", ""), {})[method.lower()] = operation
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {
             "title": "Penstock",
             "version": __version__,
@@ -209,14 +209,24 @@ def document() -> dict[str, Any]:
     }
 
 
-def _events(data: dict[str, Any]) -> dict[str, Any]:
-    """A stream as OpenAPI 3.1 can say it: a text. ``x-events`` has the schema of each event's data by its name."""
-    named = ", ".join(f"`{name}`" for name in data)
-    return {
-        "type": "string",
-        "description": f"Server-sent events (docs/protocol.md). Each has JSON as its data: {named}.",
-        "x-events": data,
-    }
+def _event(data: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    """One event of a stream, given the schema of the data of each by its name. One without a name has a chunk of
+    OpenAI's, an error, or the end."""
+    options = []
+    for name, schema in data.items():
+        unnamed = name == "message"
+        content = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+        if unnamed:
+            content["contentSchema"] = {"anyOf": [schema, error]}
+        text = {"anyOf": [{"const": "[DONE]"}, content]} if unnamed else content
+        options.append(
+            {
+                "type": "object",
+                "properties": {"event": {"const": name}, "data": text, "id": {"type": "string"}},
+                "required": ["data"] if unnamed else ["event", "data"],
+            }
+        )
+    return {"description": "A server-sent event (docs/protocol.md)", "anyOf": options}
 
 
 def _failures(path: str, body: type | None, parameters: list[dict[str, Any]]) -> dict[str, Any]:

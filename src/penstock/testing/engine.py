@@ -284,7 +284,11 @@ class TaskContract:
 
     async def test_it_refuses_what_it_does_not_offer(self, engine: Engine) -> None:
         offered = engine.models[0].tasks
-        asked = {"generate": {"prompt": "x"}, "tokenize": {"prompt": "x"}, "embed": {"inputs": ("x",)}}
+        asked: dict[Task, dict[str, Any]] = {
+            "generate": {"prompt": "x"},
+            "tokenize": {"prompt": "x"},
+            "embed": {"inputs": ("x",)},
+        }
         missing = [task_lease(engine, task, **fields) for task, fields in asked.items() if task not in offered]
         for result in await run(engine, *missing) if missing else []:
             assert not result.ids

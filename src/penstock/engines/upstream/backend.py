@@ -355,7 +355,7 @@ def _is_json(text: str) -> bool:
 
 
 def _finish(replies: list[Reply]) -> Finish:
-    return Finish(tuple(reply.finish or "stop" for reply in replies))
+    return Finish.of((reply.finish or "stop", reply.stop) for reply in replies)
 
 
 def _retryable(message: str) -> EngineError:

@@ -58,6 +58,10 @@ class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
+    stop_reason: Any = None
+    """vLLM's: the stop string that ended it, or a token's id."""
+    matched_stop: Any = None
+    """SGLang's name for it."""
     logprobs: msgspec.Raw = msgspec.Raw(b"null")
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -143,6 +147,8 @@ class Reply:
         """Where a server told them."""
         self.prompt_tokens: int | None = None
         self.finish: str | None = "length" if len(self.ids) >= limit else None
+        self.stop: str | None = None
+        """The stop string that ended it, where one did and the server told which."""
         self._logprobs = logprobs
         self.begin()
 
@@ -192,6 +198,8 @@ class Reply:
                         text = (text or "") + self._call(delta.tool_calls)
                 if choice.finish_reason is not None:
                     self._reason = choice.finish_reason
+                    stop = choice.stop_reason or choice.matched_stop
+                    self.stop = stop if isinstance(stop, str) else None
                     if self._tool is not None:
                         text = (text or "") + self._end_call()
                 if (ids := choice.token_ids) is None:

@@ -464,9 +464,12 @@ _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 def _stop(ended: Ended | None) -> dict[str, Any]:
-    """Why the message ends (None: it has not). A log does not tell a stop sequence from an end that the model chose."""
-    reason = None if ended is None else _REASONS.get(ended.finish_reason or "", "end_turn")
-    return {"stop_reason": reason, "stop_sequence": None, "stop_details": None, "container": None}
+    """Why the message ends (None: it has not). A call is one, however its text ends."""
+    reason = stop = None
+    if ended is not None:
+        stop = ended.stop() if ended.finish_reason == "stop" else None
+        reason = _REASONS.get(ended.finish_reason or "", "end_turn" if stop is None else "stop_sequence")
+    return {"stop_reason": reason, "stop_sequence": stop, "stop_details": None, "container": None}
 
 
 def _usage(job: Job, input_tokens: int, output_tokens: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
 from penstock.core.events import Ended, Event, Tokens, fold
 from penstock.core.job import Job, ModelName, Request, Status, ToolCall, TopLogprobs
 from penstock.core.ports import Query
+from penstock.core.tasks import vectors
 from penstock.core.tools import named, parse_tool_calls
 from penstock.gateway.feed import Cursor, Rendering, feed
 from penstock.gateway.http import Call, json_reply
@@ -297,7 +298,10 @@ async def job_view(call: Call, job: Job) -> dict[str, Any]:
     events = [event async for event in call.gateway.broker.tail(job.tenant, job.id)]
     completion = fold(events, job.request.n)
     assert completion.ended is not None
-    view["result"] = {"text": completion.texts[0], **_tool_calls(job, completion.texts)}
+    if job.request.task == "embed":
+        view["result"] = {"text": "", "embeddings": vectors(completion)}
+    else:
+        view["result"] = {"text": completion.texts[0], **_tool_calls(job, completion.texts)}
     if job.request.n > 1:
         view["result"]["texts"] = completion.texts
         view["finish_reasons"] = job.finish_reasons

@@ -104,6 +104,9 @@ def _model(call: Call, name: str) -> dict[str, Any]:
             "precision": info.precision,
             "deterministic": info.deterministic,
             "chat": info.chat,
+            "tasks": info.tasks,
             "unsupported": info.unsupported,
         }
+        if info.dimensions:
+            view["dimensions"] = info.dimensions
     return view

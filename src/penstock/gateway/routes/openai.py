@@ -254,7 +254,7 @@ class Dialect:
             return f"id: {ended.position}\ndata: " + ascii_json({"error": ended.error}) + "\n\n"
         blocks = self._opening() if first and ended.position == 1 else ""
         for i, reason in enumerate(ended.finish_reasons):
-            blocks += self.chunk(f"[{self._finish(i, reason)}]")
+            blocks += self.chunk(f"[{self._with_stop(self._finish(i, reason), ended.stop(i))}]")
         if self.include_usage:
             blocks += self.chunk("[]", ascii_json(usage_view(ended)))
         # The end's position belongs to its last block: who saw less of it gets all of it again.
@@ -268,7 +268,9 @@ class Dialect:
             "created": int(self.job.created_at),
             "model": self.job.request.model,
             "choices": [
-                self._choice(i, text, completion, reason) | ({"token_ids": completion.ids[i]} if self.token_ids else {})
+                self._choice(i, text, completion, reason)
+                | ({"stop_reason": stop} if (stop := completion.ended.stop(i)) is not None else {})
+                | ({"token_ids": completion.ids[i]} if self.token_ids else {})
                 for i, (text, reason) in enumerate(zip(completion.texts, completion.ended.finish_reasons, strict=True))
             ],
             "usage": usage_view(completion.ended),
@@ -276,6 +278,10 @@ class Dialect:
 
     def _with_ids(self, choice: str, ids: list[int]) -> str:
         return f'{choice[:-1]},"token_ids":[{",".join(map(str, ids))}]}}' if self.token_ids else choice
+
+    def _with_stop(self, choice: str, stop: str | None) -> str:
+        """The choice's last entry, with the stop string that ended it (as vLLM tells it)."""
+        return choice if stop is None else f'{choice[:-1]},"stop_reason":{json_string(stop)}}}'
 
     def _opening(self) -> str:
         return ""
