@@ -1,5 +1,5 @@
-"""schemathesis reads ``/openapi.json`` and asks what it allows, and what it does not: nothing breaks the server, and every
-answer is one that the document describes."""
+"""schemathesis reads ``/openapi.json`` and asks what it allows, and what it does not: nothing breaks the server, and
+every answer is one that the document describes."""
 
 from __future__ import annotations
 

@@ -66,6 +66,9 @@ PROGRESS = 1.0
 KEEP = 3 * 86400.0
 #: Results that go to the disk together, at most.
 GROUP = 1024
+#: Seconds between two tries of a line that a full queue does not take. It is one line that tries, so not the many
+#: seconds that clients are told.
+KNOCK = 0.5
 #: Lines that are read at once.
 CHUNK = 32
 
@@ -186,6 +189,7 @@ class _Crew:
     def __init__(self, lock: int, window: int) -> None:
         self.lock = lock
         self.slots = asyncio.Semaphore(window)
+        self.turn = asyncio.Lock()
         self.runs: dict[str, _Run] = {}
 
     async def close(self) -> None:
@@ -462,21 +466,32 @@ class _Run:
             view=view,
             keep=KEEP,
         )
-        while True:
-            left = max(0.001, self.batch.expires_at - self._clock.now())
-            wish = msgspec.structs.replace(wish, deadline=left if deadline is None else min(left, deadline))
-            try:
-                job = await self.runner.gateway.submit(request, wish)
-                break
-            except PASSING as error:
-                if await self._pause(error.retry_after or 1.0):
-                    raise _NotRunError from None
-            except BrokerUnavailable as error:  # it may have been accepted: it has to be known
-                await asyncio.sleep(_spread(error.retry_after or 1.0))
+        try:
+            job = await self._offer(request, wish, deadline)
+        except PASSING:
+            async with self.crew.turn:  # one line knocks again and again, and when it is let in so may the next ones be
+                while True:
+                    if self._over.is_set():
+                        raise _NotRunError from None
+                    try:
+                        job = await self._offer(request, wish, deadline)
+                        break
+                    except PASSING as error:
+                        await self._pause(min(KNOCK, error.retry_after or KNOCK))
         self._jobs.add(job.id)
         if self._over.is_set():
             await self._cancel(job.id)
         return job
+
+    async def _offer(self, request: Any, wish: Submission, deadline: float | None) -> Job:
+        """Submit, whether or not the broker is there."""
+        while True:
+            left = max(0.001, self.batch.expires_at - self._clock.now())
+            wish = msgspec.structs.replace(wish, deadline=left if deadline is None else min(left, deadline))
+            try:
+                return await self.runner.gateway.submit(request, wish)
+            except BrokerUnavailable as error:  # it may have been accepted: it has to be known
+                await asyncio.sleep(_spread(error.retry_after or 1.0))
 
     async def _follow(self, job: Job) -> list[Any]:
         """A job's log when it has ended."""

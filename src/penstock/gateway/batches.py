@@ -249,11 +249,11 @@ _AT = re.compile(r" - at `\$\.(\w+)")
 def read_lines(path: Path, limit: int) -> Iterator[tuple[int, bytes]]:
     """(number, text) of every line that is not blank; of one that is longer than *limit* bytes, the beginning."""
     with path.open("rb") as file:
+        if file.read(3) != b"\xef\xbb\xbf":  # some editors' mark at the beginning
+            file.seek(0)
         number = 0
         while text := file.readline(limit + 1):
             number += 1
-            if number == 1:
-                text = text.removeprefix(b"\xef\xbb\xbf")
             rest = text if len(text) > limit else b""
             while rest and not rest.endswith(b"\n"):
                 rest = file.readline(1 << 20)

@@ -1,4 +1,4 @@
-"""Batches in process, over a real broker: what makes an input, and a runner that dies anywhere loses and repeats nothing."""
+"""Batches in process, over a real broker: what an input is, and that a runner which dies loses and repeats nothing."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ class TestInput:
         [
             (b'{"custom_id": "x"', "invalid_json_line", None),
             (b"nonsense", "invalid_json_line", None),
-            (b'{"custom_id":"x","method":"POST","url":"/v1/chat/completions","body":{"model":}}', "invalid_json_line", None),
+            (b'{"custom_id":"x","method":"POST","url":"/v1/completions","body":{"model":}}', "invalid_json_line", None),
             (b"\xff\xfe", "invalid_json_line", None),
             (b"[1, 2]", "invalid_request", None),
             (b'"text"', "invalid_request", None),
             ({**line(2), "custom_id": 7}, "invalid_request", "custom_id"),
             ({**line(2), "custom_id": ""}, "invalid_request", "custom_id"),
-            ({key: value for key, value in line(2).items() if key != "custom_id"}, "missing_required_parameter", "custom_id"),
+            ({k: v for k, v in line(2).items() if k != "custom_id"}, "missing_required_parameter", "custom_id"),
             ({key: value for key, value in line(2).items() if key != "method"}, "missing_required_parameter", "method"),
             ({key: value for key, value in line(2).items() if key != "url"}, "missing_required_parameter", "url"),
             ({key: value for key, value in line(2).items() if key != "body"}, "missing_required_parameter", "body"),
@@ -443,7 +443,7 @@ class TestDeaths:
                         house.working = rng.random() < 0.8
                         place = house.store.place("t", batch.id)
                         for name in ("output.jsonl", "errors.jsonl"):
-                            if (place / name).exists() and not house.store.get("t", batch.id).ended:
+                            if (place / name).exists() and house.store.get("t", batch.id).state == "in_progress":
                                 with (place / name).open("ab") as file:
                                     file.write(torn.replace(b"\n", b""))
                     house.working = True

@@ -1,0 +1,218 @@
+"""Files and batches by the official ``openai`` Python SDK, unchanged; and what kills do to a batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import Batch
+
+from tests.support.api import text_of
+from tests.support.fleet import GatewayProcess, WorkerProcess
+from tests.support.redis import RedisServer
+from tests.support.server import PATIENCE, Server, model, wait_for
+
+CHAT = "/v1/chat/completions"
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=PATIENCE, max_retries=0)
+
+
+@pytest.fixture
+def sdk(server: Server) -> Iterator[openai.OpenAI]:
+    with client(server.url) as made:
+        yield made
+
+
+def line(number: int, url: str = CHAT, **body: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {"model": "synthetic", "max_tokens": 3, **body}
+    if url == CHAT:
+        fields.setdefault("messages", [{"role": "user", "content": f"say {number}"}])
+    return {"custom_id": f"id-{number}", "method": "POST", "url": url, "body": fields}
+
+
+def jsonl(lines: Iterable[Any]) -> bytes:
+    return b"".join(json.dumps(each).encode() + b"\n" for each in lines)
+
+
+def start(sdk: openai.OpenAI, lines: Iterable[Any], endpoint: Any = CHAT, **fields: Any) -> Batch:
+    file = sdk.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
+    return sdk.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **fields)
+
+
+def end(sdk: openai.OpenAI, batch: Batch) -> Batch:
+    def ended() -> Batch | None:
+        found = sdk.batches.retrieve(batch.id)
+        return found if found.status in ENDED else None
+
+    found: Batch = wait_for(ended, "the batch ends")
+    return found
+
+
+def results(sdk: openai.OpenAI, file: str | None) -> dict[str, Any]:
+    assert file is not None
+    entries = [json.loads(each) for each in sdk.files.content(file).text.splitlines()]
+    found = {entry["custom_id"]: entry for entry in entries}
+    assert len(found) == len(entries), "a line has two results"
+    return found
+
+
+class TestFiles:
+    def test_a_file_comes_and_goes(self, sdk: openai.OpenAI) -> None:
+        data = jsonl([line(1), line(2)])
+        made = sdk.files.create(file=("requests.jsonl", data), purpose="batch")
+        assert (made.object, made.bytes, made.filename, made.purpose) == ("file", len(data), "requests.jsonl", "batch")
+        assert sdk.files.retrieve(made.id) == made
+        assert sdk.files.content(made.id).content == data
+        assert made.id in [each.id for each in sdk.files.list(purpose="batch", limit=10)]
+        assert sdk.files.delete(made.id).deleted
+        for call in (sdk.files.retrieve, sdk.files.content, sdk.files.delete):
+            with pytest.raises(openai.NotFoundError):
+                call(made.id)
+
+    def test_lists_are_paged(self, sdk: openai.OpenAI) -> None:
+        made = [sdk.files.create(file=(f"{n}.jsonl", b"{}\n"), purpose="batch").id for n in range(5)]
+        page = sdk.files.list(limit=2, order="desc")
+        assert [each.id for each in page.data] == made[:2:-1]
+        everything = [each.id for each in sdk.files.list(limit=2, order="desc")]
+        assert everything[:5] == made[::-1]
+        for id in made:
+            sdk.files.delete(id)
+
+    async def test_what_is_no_upload_is_refused(self, http: httpx.AsyncClient) -> None:
+        file = {"file": ("x", b"{}")}
+        for fields, files, code in (
+            ({}, file, "invalid_request"),
+            ({"purpose": "batch"}, None, "invalid_request"),
+            ({"purpose": "nonsense"}, file, "unsupported"),
+        ):
+            reply = await http.post("/v1/files", data=fields, files=files)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (400, code), reply.text
+
+    def test_an_upload_beyond_the_limit_leaves_nothing(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(settings={"max_file": 1 << 20})
+        with client(server.url) as sdk:
+            with pytest.raises(openai.APIStatusError) as caught:
+                sdk.files.create(file=("big.jsonl", b"x" * (1 << 20) + b"yy"), purpose="batch")
+            assert caught.value.status_code == 413
+            assert list(sdk.files.list()) == []
+        left = [path for path in (server.data_dir / "files").rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in left) < 1000, left
+
+
+class TestBatches:
+    def test_chat_completions(self, sdk: openai.OpenAI) -> None:
+        batch = start(sdk, (line(n) for n in range(20)), metadata={"night": "one"})
+        assert (batch.object, batch.endpoint, batch.completion_window) == ("batch", CHAT, "24h")
+        batch = end(sdk, batch)
+        assert batch.status == "completed"
+        assert batch.metadata == {"night": "one"}
+        assert batch.error_file_id is None
+        counts = batch.request_counts
+        assert counts is not None
+        assert (counts.total, counts.completed, counts.failed) == (20, 20, 0)
+        output = results(sdk, batch.output_file_id)
+        assert output.keys() == {f"id-{n}" for n in range(20)}
+        for entry in output.values():
+            assert entry["error"] is None
+            assert entry["response"]["status_code"] == 200
+            reply = openai.types.chat.ChatCompletion.model_validate(entry["response"]["body"])
+            assert reply.choices[0].message.content == text_of(3)
+        assert batch.id in [each.id for each in sdk.batches.list(limit=5)]
+
+    def test_completions(self, sdk: openai.OpenAI) -> None:
+        lines = (line(n, "/v1/completions", prompt="say it") for n in range(3))
+        batch = end(sdk, start(sdk, lines, "/v1/completions"))
+        (first, *_) = results(sdk, batch.output_file_id).values()
+        assert first["response"]["body"]["choices"][0]["text"] == text_of(3)
+
+    def test_a_line_that_fails_takes_no_other_along(self, sdk: openai.OpenAI) -> None:
+        lines = [line(n, **({"temperature": 9} if n == 2 else {})) for n in range(4)]
+        batch = end(sdk, start(sdk, lines))
+        assert batch.status == "completed"
+        assert results(sdk, batch.output_file_id).keys() == {"id-0", "id-1", "id-3"}
+        ((_, failed),) = results(sdk, batch.error_file_id).items()
+        assert failed["custom_id"] == "id-2"
+        assert failed["response"]["status_code"] == 400
+        assert failed["response"]["body"]["error"]["param"] == "temperature"
+
+    def test_an_input_with_faults_is_not_run_and_each_is_named(self, sdk: openai.OpenAI) -> None:
+        lines = [line(1), {**line(2), "url": "/v1/completions"}, {**line(1), "method": "GET"}]
+        batch = end(sdk, start(sdk, lines))
+        assert batch.status == "failed"
+        assert batch.output_file_id is None
+        assert batch.errors is not None
+        found = {(each.line, each.code) for each in batch.errors.data or []}
+        assert found == {(2, "url_mismatch"), (3, "duplicate_custom_id"), (3, "invalid_method")}
+
+    def test_a_cancelled_batch_keeps_what_is_done(self, sdk: openai.OpenAI) -> None:
+        batch = start(sdk, (line(n, model="paced", max_tokens=100_000) for n in range(3)))
+        wait_for(lambda: sdk.batches.retrieve(batch.id).status == "in_progress", "it runs")
+        assert sdk.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+        batch = end(sdk, batch)
+        assert batch.status == "cancelled"
+        assert {entry["error"]["code"] for entry in results(sdk, batch.error_file_id).values()} == {"batch_cancelled"}
+
+    def test_what_cannot_be_a_batch_is_refused(self, sdk: openai.OpenAI) -> None:
+        file = sdk.files.create(file=("in.jsonl", jsonl([line(1)])), purpose="batch")
+        with pytest.raises(openai.BadRequestError):
+            sdk.batches.create(input_file_id=file.id, endpoint="/v1/moderations", completion_window="24h")
+        with pytest.raises(openai.NotFoundError):
+            sdk.batches.create(input_file_id="file-" + "0" * 32, endpoint=CHAT, completion_window="24h")
+
+
+class TestFaults:
+    def test_kills_run_no_line_twice_and_lose_none(self, make_server: Callable[..., Server]) -> None:
+        lines = 300
+        server = make_server(rate=200, options={"slots": 16}, settings={"lease_ttl": 1.0})
+        with client(server.url) as sdk:
+            batch = start(sdk, (line(n, max_tokens=10) for n in range(lines)))
+            for done in (20, 120, 220):
+
+                def far_enough(done: int = done) -> bool:
+                    counts = sdk.batches.retrieve(batch.id).request_counts
+                    return counts is not None and counts.completed >= done
+
+                wait_for(far_enough, f"{done} lines are done")
+                server.kill9()
+                server.start()
+            batch = end(sdk, batch)
+            assert batch.status == "completed"
+            output = results(sdk, batch.output_file_id)
+            assert output.keys() == {f"id-{n}" for n in range(lines)}
+            jobs = {entry["response"]["body"]["id"] for entry in output.values()}
+            assert len(jobs) == lines
+            # Each job that ever ended is in the request log of the life that ran it: none beside those of the output.
+            ended = {each["job_id"] for each in server.log_lines() if each.get("event") == "job_ended"}
+            assert {"job_" + id.removeprefix("chatcmpl-") for id in jobs} >= ended
+            assert httpx.get(f"{server.url}/v1/jobs", trust_env=False).json()["data"] == [], (
+                "lines leave no jobs behind"
+            )
+
+    def test_another_gateway_goes_on(self, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> None:
+        folder = tmp_path_factory.mktemp("batches")
+        shared = {"files_dir": str(folder / "files"), "broker_prefix": "batches-two-gateways", "lease_ttl": 1.0}
+        settings = {**shared, "models": [model(rate=200, slots=16)]}
+        first = GatewayProcess(folder / "one", redis_server.url, settings=settings)
+        second = GatewayProcess(folder / "two", redis_server.url, settings=settings)
+        worker = WorkerProcess(folder / "worker", redis_server.url, settings=settings)
+        try:
+            for process in (worker, first, second):
+                process.start()
+            with client(first.url) as sdk:
+                batch = start(sdk, (line(n, max_tokens=10) for n in range(200)))
+            with client(second.url) as sdk:
+                wait_for(lambda: sdk.batches.retrieve(batch.id).status == "in_progress", "it runs")
+                first.kill9()
+                batch = end(sdk, batch)
+                assert batch.status == "completed"
+                assert results(sdk, batch.output_file_id).keys() == {f"id-{n}" for n in range(200)}
+        finally:
+            for process in (first, second, worker):
+                process.stop()
