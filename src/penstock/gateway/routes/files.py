@@ -278,9 +278,10 @@ async def _body(call: Call) -> AsyncIterator[bytes]:
         message = await call.receive()
         if message["type"] == "http.disconnect":
             raise InvalidRequest("The client left before the body was complete.")
+        last = not message.get("more_body", False)
+        call.scope["penstock.body_read"] = last  # before the yield: whoever refuses this part does not come back
         yield message.get("body", b"")
-        if not message.get("more_body", False):
-            call.scope["penstock.body_read"] = True
+        if last:
             return
 
 
