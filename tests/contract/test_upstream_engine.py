@@ -88,7 +88,7 @@ class TestUpstreamPenstock(EngineContract):
         stop = free.text[15:19]
         (stopped,) = await run(engine, lease(engine, max_tokens=40, stop=(stop,)))
         assert stopped.text == free.text[: free.text.index(stop)]
-        assert stopped.finish == Finish(("stop",))
+        assert stopped.finish == Finish(("stop",), stops=(stop,))
 
 
 class TestUpstreamLlama(EngineContract):

@@ -202,7 +202,7 @@ class TestErrors:
 
     def test_a_route_that_is_not_served(self, sdk: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError):
-            sdk.embeddings.create(model="synthetic", input="x")
+            sdk.moderations.create(input="x")
 
     def test_a_failure_mid_stream_is_raised(self, sdk: openai.OpenAI, server: Server) -> None:
         stream = sdk.completions.create(model="paced", prompt="a", max_tokens=100_000, stream=True)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import penstock
 from tests.support.api import check_error
-from tests.support.server import PATIENCE, Server, model, wait_for
+from tests.support.server import PATIENCE, Server, model
 
 MODEL = "millrace"
 FOLDER = Path(penstock.__file__).parent / "bundled" / MODEL
@@ -138,23 +138,3 @@ async def test_what_is_wrong_is_named(
 ) -> None:
     reply = await http.post(path, content=json.dumps(body))
     check_error(reply, 404 if code == "model_not_found" else 400, code, param)
-
-
-def test_an_upstream_passes_it_on(box: Server, tmp_path: Path) -> None:
-    behind = model(MODEL, engine="upstream", path=box.url)
-    front = Server(tmp_path, models=[behind])
-    try:
-        front.start()
-        for asked in ({"prompt": TEXT, "return_token_strs": True}, {"messages": ASK}, {"prompt": ""}):
-            answers = [httpx.post(f"{url}/tokenize", json={"model": MODEL, **asked}) for url in (front.url, box.url)]
-            assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
-            assert answers[0].json() == answers[1].json()
-        tokens = answers[0].json()["tokens"] + [300, 301]
-        texts = [
-            httpx.post(f"{url}/detokenize", json={"model": MODEL, "tokens": tokens}).json()
-            for url in (front.url, box.url)
-        ]
-        assert texts[0] == texts[1]
-        wait_for(lambda: front.get("/v1/jobs").json()["data"] == [], "the jobs to be dropped")
-    finally:
-        front.stop()
