@@ -190,6 +190,7 @@ class TestFaults:
             assert len(jobs) == lines
             # Each job that ever ended is in the request log of the life that ran it: none beside those of the output.
             ended = {each["job_id"] for each in server.log_lines() if each.get("event") == "job_ended"}
+            assert len(ended) > lines // 2  # a kill may tear the last lines of a log
             assert {"job_" + id.removeprefix("chatcmpl-") for id in jobs} >= ended
             assert httpx.get(f"{server.url}/v1/jobs", trust_env=False).json()["data"] == [], (
                 "lines leave no jobs behind"
