@@ -127,7 +127,9 @@ export class Runs {
 
   /** Starts a conversation. `record`: `{kind: "chat" | "completion", model, system, params}`. */
   start(record, text) {
-    const card = this.#adopt({ ...record, key: randomId("card_"), created: Date.now(), turns: [] });
+    const newest = Math.max(0, ...[...this.cards.values()].map((card) => card.record.created));
+    const created = Math.max(Date.now(), newest + 1); // several started in one millisecond keep their order
+    const card = this.#adopt({ ...record, key: randomId("card_"), created, turns: [] });
     this.reply(card, text);
     return card;
   }
