@@ -173,7 +173,7 @@ def compare(
         str, typer.Argument(help="vs_engine, vs_transformers, synthetic … (see `targets`), or a path to a .toml.")
     ],
     rounds: Annotated[int, typer.Option(help="Turns of each target.")] = 5,
-    shape: Annotated[str, typer.Option(help="S or M.")] = "S",
+    shape: Annotated[str, typer.Option(help="S, M or L.")] = "S",
     concurrency: Annotated[list[int] | None, typer.Option("--concurrency", "-c", help="Only these cells.")] = None,
     targets: Annotated[list[str] | None, typer.Option("--target", help="Only these targets (repeatable).")] = None,
     baseline: Annotated[str, typer.Option(help="The target that ratios refer to.")] = "",

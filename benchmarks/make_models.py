@@ -1,11 +1,11 @@
-"""Make the benchmark models: Llama shapes S (4.2M parameters) and M (110M) with random weights, a BPE tokenizer and a
-chat template. Speed depends on the shape, not on what the weights say. For llama.cpp, the same weights as GGUF files
-beside the folders: S.gguf (f32) and S-q8_0.gguf.
+"""Make the benchmark models: Llama shapes S (4.2M parameters) and M (110M), and for GPUs L (1.1B, that of TinyLlama,
+2.2 GB), with random weights, a BPE tokenizer and a chat template. Speed depends on the shape, not on what the weights
+say. For llama.cpp, the same weights as GGUF files beside the folders: S.gguf (f32) and S-q8_0.gguf.
 
 It needs torch, transformers and gguf, which Penstock does not: run it with a Python that has them and Penstock, in the
 repository's root.
 
-    python -m benchmarks.make_models [OUTPUT] [--shape S] [--shape M] [--only gguf]
+    python -m benchmarks.make_models [OUTPUT] [--shape S] [--shape M] [--shape L] [--only gguf]
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ class Shape:
     intermediate_size: int
     layers: int
     heads: int
+    kv_heads: int
     tied: bool
     spread: float
     """Standard deviation of the weights: wide enough that greedy choices are not razor-thin."""
+    dtype: str = "float32"
 
 
 SHAPES = {
-    "S": Shape(2048, 256, 688, 4, 4, tied=False, spread=0.08),
-    "M": Shape(32000, 768, 2048, 12, 12, tied=True, spread=0.05),
+    "S": Shape(2048, 256, 688, 4, 4, 4, tied=False, spread=0.08),
+    "M": Shape(32000, 768, 2048, 12, 12, 12, tied=True, spread=0.05),
+    "L": Shape(32000, 2048, 5632, 22, 32, 4, tied=False, spread=0.03, dtype="bfloat16"),
 }
 
 
 def make_model(shape: Shape, folder: Path) -> int:
     """Write config and weights; returns the number of parameters."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,16 +56,15 @@ def make_model(shape: Shape, folder: Path) -> int:
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=shape.tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
         initializer_range=shape.spread,
-        dtype="float32",
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
     model.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -113,10 +115,10 @@ def _sentences(number: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", nargs="?", type=Path, default=Path(__file__).parent / "models")
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable; all by default")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable; S and M by default")
     parser.add_argument("--only", choices=("folders", "gguf"), help="both by default; gguf converts what is there")
     arguments = parser.parse_args()
-    for name in arguments.shape or SHAPES:
+    for name in arguments.shape or ("S", "M"):
         folder = arguments.output / name
         if arguments.only != "gguf":
             folder.mkdir(parents=True, exist_ok=True)
