@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import InvalidRequest
-from penstock.core.ports import Append, Finish, WorkerInfo
+from penstock.core.job import Sampling
+from penstock.core.ports import Append, Finish, Query, WorkerInfo
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
 from penstock.gateway.http import decode
@@ -84,6 +86,75 @@ async def work(gateway: Gateway) -> None:
     """Complete everything that is queued, with two tokens each."""
     for lease in await gateway.broker.claim(WorkerInfo(id="w", slots=50), ["m"], 50, 0):
         await gateway.broker.append([Append(lease.key, 1, [1, 2], ["a", "b"], finish=Finish(("stop",)))])
+
+
+BOUNDS: list[tuple[str, Any]] = [
+    ("max_tokens", 1), ("max_tokens", 1_000_000), ("temperature", 0), ("temperature", 2), ("top_p", 1e-9),
+    ("top_p", 1), ("top_k", 0), ("top_k", 100_000), ("min_p", 0), ("min_p", 1), ("seed", -(2**63)), ("seed", 2**63 - 1),
+    ("stop", "x"), ("stop", ["x" * 256] * 16), ("presence_penalty", -2), ("presence_penalty", 2),
+    ("frequency_penalty", -2), ("frequency_penalty", 2), ("repetition_penalty", 1e-9), ("repetition_penalty", 10),
+    ("logit_bias", {str(token): (-1) ** token * 100 for token in range(300)}), ("logprobs", 0), ("logprobs", 20),
+    ("n", 1), ("n", 8), ("model", "m"), ("prompt", ""), ("prompt", [0, 2**31 - 1]), ("user_id", "u" * 256),
+    ("priority", "interactive"), ("priority", "normal"), ("priority", "batch"), ("deadline", 604_800),
+    ("request_id", "r" * 256), ("metadata", {f"{i:064}": "v" * 512 for i in range(16)}),
+]  # fmt: skip
+
+
+class TestFields:
+    @pytest.mark.parametrize(("field", "value"), BOUNDS, ids=lambda value: str(value)[:24])
+    async def test_each_reaches_the_job_up_to_its_bounds(self, gateway: Gateway, field: str, value: Any) -> None:
+        """The broker keeps all of a job (contract suite), and the engine is given what the broker has."""
+        async with as_tenant(gateway, "t") as http:
+            reply = await http.post("/v1/jobs", json={"prompt": "x", field: value})
+            assert reply.status_code == 202, reply.text
+        job = await gateway.broker.get("t", reply.json()["id"])
+        match field:
+            case "prompt":
+                assert (job.request.prompt, job.request.prompt_ids) in [(value, None), (None, tuple(value))]
+            case "n" | "model":
+                assert getattr(job.request, field) == value
+            case "user_id":
+                assert job.user == value
+            case "priority":
+                assert job.priority.name.lower() == value
+            case "deadline":
+                assert job.deadline_at == pytest.approx(job.created_at + value, abs=60)
+            case "request_id":
+                assert job.idempotency_key == value
+            case "metadata":
+                assert job.metadata == value
+            case "stop":
+                assert job.request.sampling.stop == ((value,) if isinstance(value, str) else tuple(value))
+            case "logit_bias":
+                assert {str(token): bias for token, bias in job.request.sampling.logit_bias.items()} == value
+            case _:
+                assert getattr(job.request.sampling, field) == value
+
+    @pytest.mark.parametrize(
+        ("route", "body", "max_tokens", "temperature"),
+        [
+            ("/v1/jobs", {"prompt": "x"}, 64, 0.7),
+            ("/v1/generate", {"prompt": "x"}, 64, 0.7),
+            ("/generate", {"prompt": "x"}, 64, 0.7),
+            ("/v1/completions", {"model": "m", "prompt": "x"}, 16, 1.0),
+            ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}]}, 2048, 1.0),
+            ("/v1/responses", {"model": "m", "input": "x"}, 2048, 1.0),
+        ],
+    )
+    async def test_the_defaults_of_each_route(
+        self, gateway: Gateway, route: str, body: dict[str, Any], max_tokens: int, temperature: float
+    ) -> None:
+        async with as_tenant(gateway, "t") as http:
+            asking = asyncio.create_task(http.post(route, json=body))
+            async with asyncio.timeout(30):
+                while not (jobs := (await gateway.broker.list(Query(tenant="t"))).jobs):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            sampling = jobs[0].request.sampling
+            await work(gateway)
+            assert (await asking).status_code in (200, 202)
+        assert (sampling.max_tokens, sampling.temperature) == (max_tokens, temperature)
+        neutral = Sampling(max_tokens=max_tokens, temperature=temperature)
+        assert sampling == neutral, "all else is off"
 
 
 class TestTenants:
