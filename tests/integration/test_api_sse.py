@@ -21,6 +21,15 @@ STREAMED = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
 ]
 
+#: Every route that answers with a stream of one job, and its whole body but for the model: three tokens.
+EVERY = [
+    *((route, {**body, "max_tokens": 3, "stream": True}) for route, body in STREAMED),
+    ("/v1/responses", {"input": "x", "max_output_tokens": 3, "stream": True}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}),
+    ("/generate_stream", {"prompt": "x", "max_tokens": 3}),
+    ("/api/v1/req", {"prompt": "x", "max_tokens": 3}),
+]
+
 
 async def finished(http: httpx.AsyncClient, tokens: int = 8, **fields: object) -> str:
     job = await submit(http, max_tokens=tokens, **fields)
@@ -61,9 +70,9 @@ class TestBytes:
             '"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5}}\n\n'
         )
 
-    @pytest.mark.parametrize(("route", "body"), STREAMED, ids=[route for route, _ in STREAMED])
+    @pytest.mark.parametrize(("route", "body"), EVERY, ids=[route for route, _ in EVERY])
     async def test_the_headers(self, server: Server, route: str, body: dict[str, object]) -> None:
-        fields = {"model": "synthetic", "max_tokens": 3, "stream": True, **body}
+        fields = {"model": "synthetic", **body}
         headers = {"accept-encoding": "gzip, br, deflate"}
         async with await open_stream(server.url + route, "POST", json_body=fields, headers=headers) as stream:
             await stream.rest()
@@ -119,6 +128,17 @@ class TestBytes:
         assert set(events[-1].data) == {"error"}
         assert events[-1].data["error"]["code"] == "cancelled"
 
+    async def test_a_failure_in_a_native_stream_is_its_error_event(
+        self, server: Server, http: httpx.AsyncClient
+    ) -> None:
+        body = {"model": "paced", "prompt": "x", "stream": True, "max_tokens": 100_000}
+        async with await open_stream(f"{server.url}/v1/generate", "POST", json_body=body) as stream:
+            events = await stream.take(3)
+            await http.post(f"/v1/jobs/{stream.headers['x-penstock-job']}/cancel")
+            events += await stream.rest()
+        check_log(events, job=stream.headers["x-penstock-job"])
+        assert (events[-1].event, events[-1].data["error"]["code"]) == ("error", "cancelled")
+
     async def test_an_early_position_of_the_tokens_is_their_id(self, server: Server, http: httpx.AsyncClient) -> None:
         job = await finished(http, 50)
         async with await open_stream(f"{server.url}/v1/jobs/{job}/events") as stream:
@@ -126,6 +146,39 @@ class TestBytes:
         assert [event.id for event in events] == [str(position) for position in range(1, 52)]
         assert [event.data["token_id"] for event in events[:-1]] == list(range(1, 51))
         assert "".join(event.data["token"] for event in events[:-1]) == text_of(50)
+
+
+class TestChunks:
+    """What a chunk of OpenAI's has and has not: SDKs take a field that is missing for null."""
+
+    @pytest.mark.parametrize("n", [1, 2])
+    @pytest.mark.parametrize("usage", [True, False], ids=["usage", "no-usage"])
+    @pytest.mark.parametrize(("route", "body"), STREAMED[1:], ids=[route for route, _ in STREAMED[1:]])
+    async def test_the_chunks_of_a_reply(
+        self, server: Server, route: str, body: dict[str, object], usage: bool, n: int
+    ) -> None:
+        fields = {"model": "paced", "max_tokens": 4, "n": n, "stream": True, **body}
+        if usage:
+            fields["stream_options"] = {"include_usage": True}
+        async with await open_stream(server.url + route, "POST", json_body=fields) as stream:
+            *events, done = await stream.rest()
+        assert done.text == "[DONE]"
+        assert stream.raw.endswith(b"data: [DONE]\n\n")
+        chunks = [event.data for event in events]
+        assert len({chunk["id"] for chunk in chunks}) == len({chunk["created"] for chunk in chunks}) == 1
+        if usage:
+            last = chunks.pop()
+            assert last["choices"] == []
+            assert last["usage"]["completion_tokens"] == 4 * n
+            assert all("usage" in chunk and chunk["usage"] is None for chunk in chunks)
+        else:
+            assert not any("usage" in chunk for chunk in chunks)
+        for index in range(n):
+            mine = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+            if route == "/v1/chat/completions":
+                assert mine[0]["delta"]["role"] == "assistant"
+                assert not any("role" in choice["delta"] for choice in mine[1:])
+            assert [choice["finish_reason"] for choice in mine] == [None] * (len(mine) - 1) + ["length"]
 
 
 def check_headers(stream: Stream) -> None:
@@ -278,13 +331,16 @@ class TestResume:
             events += await stream.rest()
         check_log(events)
 
-    async def test_every_openai_stream_is_resumable_as_a_job(self, server: Server) -> None:
-        body = {"model": "synthetic", "messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": 5}
-        async with await open_stream(f"{server.url}/v1/chat/completions", "POST", json_body=body) as stream:
+    @pytest.mark.parametrize(("route", "body"), EVERY, ids=[route for route, _ in EVERY])
+    async def test_every_streamed_reply_is_resumable_as_a_job(
+        self, server: Server, route: str, body: dict[str, object]
+    ) -> None:
+        async with await open_stream(server.url + route, "POST", json_body={"model": "synthetic", **body}) as stream:
             await stream.rest()
             job = stream.headers["x-penstock-job"]
         async with await open_stream(f"{server.url}/v1/jobs/{job}/events", after=2) as stream:
-            check_log(await stream.rest(), after=2, job=job)
+            (token,) = check_log(await stream.rest(), after=2, job=job)
+        assert token.text == "3@1 "
 
     async def test_fifty_readers_see_the_same(self, server: Server, http: httpx.AsyncClient) -> None:
         job = await submit(http, model="paced", max_tokens=30)
@@ -306,12 +362,19 @@ class TestResume:
 
 class TestRetention:
     async def test_an_expired_result_says_so(self, make_server: Callable[..., Server]) -> None:
+        """Whichever way it is asked for."""
         server = make_server(rate=0, settings={"result_ttl": 0.5})
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
-            job = await submit(http, max_tokens=1)
+            reply = await http.post("/v1/responses", json={"model": "synthetic", "input": "x", "max_output_tokens": 1})
+            response = reply.json()["id"]
+            job = "job_" + response.removeprefix("resp_")
             reply = await poll(lambda: http.get(f"/v1/jobs/{job}"), lambda reply: reply.status_code != 200)
             check_error(reply, 404, "expired_result")
             check_error(await http.get(f"/v1/jobs/{job}/events"), 404, "expired_result")
             check_error(await http.get(f"/v1/jobs/{job}/events", headers={"last-event-id": "2"}), 404, "expired_result")
             check_error(await http.post(f"/v1/jobs/{job}/cancel"), 404, "expired_result")
+            for path in (f"/result/{job}", f"/status/{job}", f"/v1/responses/{response}"):
+                check_error(await http.get(path), 404, "expired_result")
+            for query in ("?stream=true", "?stream=true&starting_after=2", "/input_items"):
+                check_error(await http.get(f"/v1/responses/{response}{query}"), 404, "expired_result")
             assert (await http.get("/v1/jobs")).json()["data"] == []
