@@ -62,6 +62,7 @@ class TestSubmit:
         assert view["finish_reason"] == "length"
         assert view["attempt"] == 1
         assert view["metadata"] == {"k": "v"}
+        assert view["position_in_queue"] is None
         assert view["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
         timings = view["timings"]
         assert set(timings) == {
@@ -273,11 +274,11 @@ class TestIdempotency:
         assert sorted({reply.status_code for reply in replies}) == [202, 422]
         assert len({reply.json()["id"] for reply in replies if reply.status_code == 202}) == 1
 
-    @pytest.mark.parametrize("route", ["/v1/generate", "/v1/completions"])
+    @pytest.mark.parametrize("route", ["/v1/generate", "/v1/completions", "/v1/chat/completions"])
     async def test_a_duplicate_stream_attaches_to_the_running_log(
         self, server: Server, http: httpx.AsyncClient, route: str
     ) -> None:
-        body = {"model": "paced", "prompt": "x", "max_tokens": 25, "stream": True}
+        body = {**_endless(route), "max_tokens": 25}
         headers = {"idempotency-key": unique("key")}
         async with await open_stream(server.url + route, "POST", json_body=body, headers=headers) as first:
             early = await first.take(2)
@@ -309,7 +310,11 @@ def _text(events: list[Any]) -> str:
     for data in events:
         if data == "[DONE]" or ("usage" in data and "choices" not in data):
             continue
-        parts.append(data["token"] if "token" in data else data["choices"][0]["text"])
+        if "token" in data:
+            parts.append(data["token"])
+        else:
+            choice = data["choices"][0]
+            parts.append(choice["text"] if "text" in choice else choice["delta"].get("content", ""))
     return "".join(parts)
 
 

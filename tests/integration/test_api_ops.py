@@ -236,6 +236,30 @@ class TestSigterm:
             # A chat whose server went is no chat that nobody wants: it goes on too, and can be read as a job.
             assert (await ended(http, chat))["status"] == "completed"
 
+    async def test_nothing_is_accepted_any_more(self, make_server: Callable[..., Server]) -> None:
+        """While what runs is still being finished."""
+        server = make_server(rate=50, settings={"drain_timeout": 30})
+        async with client(server) as http:
+            await running(http, await submit(http, max_tokens=100_000))
+            await http.get("/healthz")  # a connection that is kept
+            server.signal(signal.SIGTERM)
+
+            async def refused() -> bool:
+                try:
+                    reply = await http.post("/v1/jobs", json={"prompt": "x"})
+                except httpx.TransportError:
+                    return True
+                if reply.status_code == 503:
+                    check_error(reply, 503, "broker_unavailable")
+                    return True
+                assert reply.status_code == 202, reply.text
+                return False
+
+            await poll(refused, bool)
+            assert [await refused() for _ in range(5)] == [True] * 5
+            assert server.process is not None
+            assert server.process.poll() is None, "it has not gone yet: it refuses"
+
     async def test_short_jobs_are_finished_first(self, make_server: Callable[..., Server]) -> None:
         server = make_server(rate=50, settings={"drain_timeout": 30})
         async with client(server) as http:

@@ -18,6 +18,7 @@ from penstock.gateway.app import create_app
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.worker.worker import Worker
 from tests.support.api import check_error, ended, poll, running, submit, text_of
+from tests.support.http import send
 from tests.support.server import PATIENCE, Server
 from tests.support.sse import open_stream
 
@@ -277,6 +278,24 @@ class TestBasicGenerate:
     async def test_several(self, http: httpx.AsyncClient) -> None:
         answer = (await http.post("/basic_generate", json={"prompts": ["a", "b c"], "max_tokens": 1})).json()
         assert [result["usage"]["prompt_tokens"] for result in answer["results"]] == [1, 2]
+
+
+@pytest.mark.parametrize("route", ["/generate", "/basic_generate"])
+async def test_who_does_not_wait_for_several_cancels_them(http: httpx.AsyncClient, server: Server, route: str) -> None:
+    user = f"leaver-{route.strip('/')}"
+    body = {"prompts": ["a", "b"], "max_tokens": 100_000, "model": "paced", "user_id": user}
+    asking = asyncio.create_task(send(server.url + route, "POST", json_body=body))
+
+    async def jobs() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (await http.get("/v1/jobs", params={"user_id": user})).json()["data"]
+        return found
+
+    for job in await poll(jobs, lambda seen: len(seen) == 2):
+        await running(http, job["id"])
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    for job in await jobs():
+        assert (await ended(http, job["id"]))["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("route", ["/generate_stream", "/api/v1/req"])

@@ -127,6 +127,26 @@ async def test_logit_bias_forces_and_forbids(bundled: Server, http: httpx.AsyncC
     assert await ids(logit_bias={str(other): 100}, ignore_eos=True) == [other] * 8
 
 
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1}], ids=str)
+async def test_a_filter_that_leaves_the_likeliest_is_greedy(http: httpx.AsyncClient, fields: dict[str, Any]) -> None:
+    async def text(**fields: Any) -> str:
+        reply = await http.post("/v1/generate", json={"prompt": PROMPT, "max_tokens": 30, **fields})
+        return str(reply.json()["text"])
+
+    greedy = await text(temperature=0)
+    assert await text(temperature=2, seed=1) != greedy
+    assert await text(temperature=2, seed=1, **fields) == greedy
+
+
+@pytest.mark.parametrize("field", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+async def test_a_penalty_makes_repetitions_rarer(http: httpx.AsyncClient, field: str) -> None:
+    async def kinds(**fields: Any) -> int:
+        body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True, **fields}
+        return len(set((await http.post("/v1/generate", json=body)).json()["text"].split()))
+
+    assert await kinds(**{field: 2}) > await kinds()
+
+
 async def test_logprobs_are_those_of_the_tokens(sdk: openai.AsyncOpenAI) -> None:
     reply = await sdk.chat.completions.create(
         model=MODEL, messages=ASK, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3
