@@ -198,8 +198,9 @@ class TestReaders:
         async with client(server) as http:
             big = await submit(http, max_tokens=50_000)
             await ended(http, big)
-            # A replay of 6 MB into sockets that nobody reads.
-            stuck = [await open_stream(f"{server.url}/v1/jobs/{big}/events", limit=1024) for _ in range(3)]
+            # A replay of 6 MB into each of thirty sockets that nobody reads: it waits in the store, not in memory.
+            before = psutil.Process(server.pid).memory_info().rss
+            stuck = [await open_stream(f"{server.url}/v1/jobs/{big}/events", limit=1024) for _ in range(30)]
             for stream in stuck:
                 stream.answer._writer.transport.pause_reading()  # type: ignore[attr-defined]
 
@@ -209,8 +210,11 @@ class TestReaders:
                     check_log(await stream.rest(), job=job)
 
             await asyncio.gather(*(other(number) for number in range(20)))
+            assert psutil.Process(server.pid).memory_info().rss - before < 64 << 20
             await poll(lambda: http.get("/metrics"), lambda reply: "llm_sse_connections 0.0" in reply.text)
-            for stream in stuck:
+            for stream in stuck[3:]:
+                await stream.__aexit__(None, None, None)
+            for stream in stuck[:3]:
                 stream.answer._writer.transport.resume_reading()  # type: ignore[attr-defined]
                 events = await stream.rest()
                 assert stream.torn

@@ -1586,6 +1586,21 @@ class TailContract(_Contract):
         check_log(joined)
         assert ids(joined) == [1, 2, 3, 4, 5]
 
+    async def test_a_long_log_is_followed_across_a_restart(self, d: Driver) -> None:
+        lease = await d.start()
+        for start in range(0, 5000, 100):
+            await d.write(lease, *range(start, start + 100))
+        await d.crash()
+        await d.lose_leases()
+        lease = await d.next()
+        followed = d.broker.tail("acme", lease.job.id)
+        events: list[Event] = [await anext(followed)]
+        await d.finish(lease, 5000)
+        async with asyncio.timeout(PATIENCE):
+            events += [event async for event in followed]
+        check_log(events)
+        assert ids(events) == list(range(5001))
+
     async def test_readers_that_leave_early_leave_nothing_behind(self, d: Driver) -> None:
         """A thousand readers come and go, half of them while they wait: no task and no object stays."""
         lease = await d.start()

@@ -45,6 +45,8 @@ from penstock.core.ports import (
 
 #: Rows that one sweep changes at most, so that it never holds the writer for long.
 SWEEP_LIMIT = 500
+#: Tokens after which a replay waits for its reader to take them: nobody's slowness fills the memory.
+READ_AT_ONCE = 4096
 
 
 class _Running(msgspec.Struct):
@@ -651,20 +653,29 @@ class EmbeddedBroker:
     async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
         live = self._live.get(job)
         if live is None or live.tenant != tenant:
-            for i, event in enumerate(await self._store.read(partial(_read_log, tenant, job, after)), 1):
+            async for event in self._replay(tenant, job, after):
                 yield event
-                if i % 32 == 0:
-                    await asyncio.sleep(0)  # a long replay must not hold up everybody else
             return
         if after > live.head:
             raise rewound(after, live.head)
         if after < live.base:
-            base = live.base
-            for event in await self._store.read(lambda conn: _read_tokens(conn, _find(conn, tenant, job), after, base)):
+            async for event in self._replay(tenant, job, after, live.base):
                 yield event
             after = live.base
         async for event in live.follow(after):
             yield event
+
+    async def _replay(self, tenant: str, job: str, after: int, until: int | None = None) -> AsyncIterator[Event]:
+        """What is on the disk beyond *after*: up to the position *until*, or all of a job that has ended."""
+        while events := await self._store.read(partial(_read_log, tenant, job, after, until)):
+            for i, event in enumerate(events, 1):
+                yield event
+                if i % 32 == 0:
+                    await asyncio.sleep(0)  # a long replay must not hold up everybody else
+            last = events[-1]
+            if isinstance(last, Ended) or last.last == until:
+                return
+            after = last.last
 
     def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
         feed: asyncio.Queue[str] = asyncio.Queue()
@@ -828,9 +839,11 @@ def _logged(conn: sqlite3.Connection, seq: int) -> tuple[int, tuple[list[int], l
     return len(ids), (ids, texts, choices if multiple else None)
 
 
-def _read_log(tenant: str, job: str, after: int, conn: sqlite3.Connection) -> list[Event]:
-    """An ended job's log beyond *after*."""
+def _read_log(tenant: str, job: str, after: int, until: int | None, conn: sqlite3.Connection) -> list[Event]:
+    """The next part of a log beyond *after*: up to *until*, or (None) to the end of a job that has ended."""
     row = _find(conn, tenant, job)
+    if until is not None:
+        return [*_read_tokens(conn, row, after, until)]
     if row[21] is None:  # cannot be: jobs that have not ended are live
         raise NotFound("No such job.")
     ended = _ended.decode(row[21])  # type: ignore[arg-type]
@@ -838,16 +851,25 @@ def _read_log(tenant: str, job: str, after: int, conn: sqlite3.Connection) -> li
         raise rewound(after, ended.position)
     if after == ended.position:
         return []
-    return [*_read_tokens(conn, row, after, ended.position), ended]
+    runs = _read_tokens(conn, row, after, ended.position)
+    whole = not runs or runs[-1].last == ended.position - 1
+    return [*runs, ended] if whole else [*runs]
 
 
-def _read_tokens(conn: sqlite3.Connection, row: _Row, after: int, until: int) -> list[Event]:
-    events: list[Event] = []
+def _read_tokens(conn: sqlite3.Connection, row: _Row, after: int, until: int) -> list[Tokens]:
+    """The next runs beyond *after*, up to `READ_AT_ONCE`."""
+    runs: list[Tokens] = []
+    size = 0
     for (blob,) in conn.execute(
-        "SELECT tokens FROM log WHERE job = ? AND pos <= ? AND pos + n - 1 > ? ORDER BY pos", (row[0], until, after)
+        "SELECT tokens FROM log WHERE job = :job AND pos <= :until AND pos + n - 1 > :after AND pos >= "
+        "coalesce((SELECT max(pos) FROM log WHERE job = :job AND pos <= :after), 0) ORDER BY pos",
+        {"job": row[0], "until": until, "after": after},
     ):
-        events.append(_tokens.decode(blob).after(after))
-    return events
+        runs.append(run := _tokens.decode(blob).after(after))
+        size += len(run.ids)
+        if size >= READ_AT_ONCE:
+            break
+    return runs
 
 
 def _list(query: Query, conn: sqlite3.Connection) -> Page:
