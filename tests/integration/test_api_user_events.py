@@ -6,7 +6,7 @@ import asyncio
 import random
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpx
@@ -14,7 +14,7 @@ import pytest
 
 from penstock.testing.oracle import Token, check_log
 from tests.support.api import check_error, ended, running, submit
-from tests.support.server import Server
+from tests.support.server import PATIENCE, Server
 from tests.support.sse import Event, Parser, Stream, open_stream
 
 
@@ -165,6 +165,22 @@ async def test_what_ended_while_away_is_told_on_return(server: Server, http: htt
         await ended(http, job)
     async with await open_stream(url(server, user), after=cursor) as stream:
         check_jobs(events + await collect(stream, 3), {first: 2, **away})
+
+
+async def test_a_cursor_survives_kill_9_of_the_server(make_server: Callable[..., Server]) -> None:
+    server = make_server(rate=50)
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+        async with await open_stream(url(server, "u")) as stream:
+            expected = {await submit(http, user_id="u", max_tokens=tokens): tokens for tokens in (2, 60, 80)}
+            events = await collect(stream, 1)
+            events += await stream.take(10)
+            server.kill9()
+            events += await stream.rest()
+        server.restart()
+        async with await open_stream(url(server, "u"), after=events[-1].id) as stream:
+            events += await collect(stream, 2)
+    check_jobs(events, expected)
+    assert max(event.data["attempt"] for event in events if event.event == "token") == 2
 
 
 async def test_what_ended_before_the_first_connection_is_never_told(server: Server, http: httpx.AsyncClient) -> None:

@@ -95,6 +95,28 @@ class TestFiles:
             reply = await http.post("/v1/files", data=fields, files=files)
             assert (reply.status_code, reply.json()["error"]["code"]) == (400, code), reply.text
 
+    def test_how_long_one_is_kept(self, sdk: openai.OpenAI) -> None:
+        """An hour to thirty days; thirty, if nothing is said."""
+        plain = sdk.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
+        assert plain.expires_at is not None
+        assert plain.expires_at - plain.created_at == 30 * 86_400
+        for seconds in (3600, 30 * 86_400):
+            kept = sdk.files.create(
+                file=("in.jsonl", b"{}\n"),
+                purpose="batch",
+                expires_after={"anchor": "created_at", "seconds": seconds},
+            )
+            assert kept.expires_at is not None
+            assert kept.expires_at - kept.created_at == seconds
+        for seconds in (3599, 30 * 86_400 + 1):
+            with pytest.raises(openai.BadRequestError) as caught:
+                sdk.files.create(
+                    file=("in.jsonl", b"{}\n"),
+                    purpose="batch",
+                    expires_after={"anchor": "created_at", "seconds": seconds},
+                )
+            assert caught.value.param == "expires_after.seconds"
+
     def test_an_upload_beyond_the_limit_leaves_nothing(self, make_server: Callable[..., Server]) -> None:
         server = make_server(settings={"max_file": 1 << 20})
         with client(server.url) as sdk:
@@ -165,6 +187,10 @@ class TestBatches:
             sdk.batches.create(input_file_id=file.id, endpoint="/v1/moderations", completion_window="24h")
         with pytest.raises(openai.NotFoundError):
             sdk.batches.create(input_file_id="file-" + "0" * 32, endpoint=CHAT, completion_window="24h")
+        window: Any = "1h"
+        with pytest.raises(openai.BadRequestError) as caught:
+            sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window=window)
+        assert caught.value.param == "completion_window"
 
 
 class TestFaults:
