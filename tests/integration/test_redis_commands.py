@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from penstock.testing.oracle import check_log, check_views
-from tests.support.api import ended, poll, running, submit, text_of
+from tests.support.api import check_error, ended, poll, running, submit, text_of
 from tests.support.fleet import GatewayProcess, WorkerProcess
 from tests.support.redis import RedisServer
 from tests.support.server import PATIENCE, Process, Server, wait_for
@@ -375,6 +375,30 @@ class TestStart:
         wait_for(lambda: "Trying again in" in process.errors(), "an attempt")
         await stop(process)
         assert "Traceback" not in process.errors() + process.output()
+
+    async def test_a_gateway_says_that_its_broker_is_away(
+        self, make_redis: Callable[..., RedisServer], start: Make
+    ) -> None:
+        """Alive, not ready, and refusing; all by itself well again."""
+        redis = make_redis()
+        redis.start()
+        gateway = start(GatewayProcess, redis.url, settings={"broker_timeout": 0.5}, args=["--model", "synthetic"])
+        async with client(gateway) as http:
+
+            async def reachable() -> bool:
+                return bool((await http.get("/readyz")).json()["checks"]["broker"])
+
+            await poll(reachable, bool)
+            redis.kill9()
+            await poll(reachable, lambda seen: not seen)
+            assert (await http.get("/readyz")).status_code == 503
+            assert (await http.get("/healthz")).status_code == 200
+            view = (await http.get("/health")).json()
+            assert (view["status"], view["broker"]["connected"]) == ("degraded", False)
+            check_error(await http.post("/v1/jobs", json={"prompt": "x"}), 503, "broker_unavailable")
+            redis.start()
+            await poll(reachable, bool)
+            assert (await http.post("/v1/jobs", json={"prompt": "x"})).status_code == 202
 
     async def test_a_worker_is_ended_while_redis_is_away(
         self, make_redis: Callable[..., RedisServer], start: Make
