@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+from tests.support.encoder import SIZE, TEXTS, Reference, encoder
+from tests.support.gguf import encoder_gguf
 from tests.support.llama_server import LlamaServer
 from tests.support.server import Server, model
 
 from penstock.core.job import Message
 from penstock.core.ports import Finish
 from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.testing.engine import EngineContract, lease, run
+from penstock.testing.engine import EngineContract, TaskContract, lease, run, task_lease
 
 
 async def started(url: str, name: str = "millrace") -> AsyncIterator[EngineProcess]:
@@ -22,8 +26,16 @@ async def started(url: str, name: str = "millrace") -> AsyncIterator[EngineProce
 
 
 @pytest.fixture(scope="module")
-def penstock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    models = [model("millrace", engine="openvino", precision="f32")]
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def penstock(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Iterator[Server]:
+    models = [
+        model("millrace", engine="openvino", precision="f32"),
+        model("encoder", engine="openvino", path=str(encoder_folder), matryoshka="on"),
+    ]
     server = Server(tmp_path_factory.mktemp("penstock"), models=models).start()
     yield server
     server.stop()
@@ -89,6 +101,92 @@ class TestUpstreamPenstock(EngineContract):
         (stopped,) = await run(engine, lease(engine, max_tokens=40, stop=(stop,)))
         assert stopped.text == free.text[: free.text.index(stop)]
         assert stopped.finish == Finish(("stop",), stops=(stop,))
+
+
+class Embedding(TaskContract):
+    """A small encoder somewhere else, whose vectors numpy computes as well."""
+
+    vector_error = 1e-5
+
+    async def test_it_knows_what_the_server_can(self, engine: EngineProcess) -> None:
+        (info,) = engine.models
+        assert info.tasks == ("embed", "tokenize")
+        assert info.dimensions == SIZE
+
+    async def test_the_vectors_are_those_of_the_texts(self, engine: EngineProcess, encoder_folder: Path) -> None:
+        reference = Reference(encoder_folder)
+        (result,) = await run(engine, task_lease(engine, "embed", inputs=tuple(TEXTS) * 20))  # in several calls
+        wanted = reference.vectors(TEXTS)
+        np.testing.assert_allclose(np.array(result.vectors), np.tile(wanted, (20, 1)), atol=self.vector_error)
+        assert result.prompt_counts == [20 * sum(len(reference.ids(text)) for text in TEXTS)]
+
+    async def test_the_tokens_are_those_of_the_text(self, engine: EngineProcess, encoder_folder: Path) -> None:
+        (result,) = await run(engine, task_lease(engine, "tokenize", prompt=TEXTS[2]))
+        assert result.tokenized.tokens == Reference(encoder_folder).ids(TEXTS[2])
+
+    async def test_too_long_a_text_is_refused_and_no_fault_of_the_server(self, engine: EngineProcess) -> None:
+        texts = [tuple(["the mill"] * 40 + ["the mill by the river " * 30])] * 4
+        bad = await run(engine, *(task_lease(engine, "embed", inputs=inputs) for inputs in texts))
+        for result in bad:
+            assert result.finish is not None
+            assert result.finish.error is not None
+            assert (result.finish.error.code, result.finish.error.param) == ("context_length_exceeded", "input")
+            assert "inputs 32 to 40" in result.finish.error.message
+        (good,) = await run(engine, task_lease(engine, "embed", inputs=("the mill",)))
+        assert good.ids == [0]
+
+
+class TestUpstreamPenstockEmbedding(Embedding):
+    @pytest.fixture
+    async def engine(self, penstock: Server) -> AsyncIterator[EngineProcess]:
+        async for engine in started(penstock.url, "encoder"):
+            yield engine
+
+    async def test_fields_are_passed_on(self, engine: EngineProcess) -> None:
+        asked = {"inputs": tuple(TEXTS), "input_type": "query"}
+        cut, bad = await run(
+            engine,
+            task_lease(engine, "embed", dimensions=16, **asked),
+            task_lease(engine, "embed", dimensions=SIZE + 1, **asked),
+        )
+        assert {len(vector) for vector in cut.vectors} == {16}
+        assert bad.finish is not None
+        assert bad.finish.error is not None
+        assert (bad.finish.error.code, bad.finish.error.param) == ("invalid_request", "dimensions")
+
+
+class TestUpstreamLlamaEmbedding(Embedding):
+    """The same encoder in llama.cpp, whose activation function is a table."""
+
+    vector_error = 1e-3
+    vector_tolerance = 1e-3
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def embedding(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Iterator[LlamaServer]:
+        folder = tmp_path_factory.mktemp("llama-embedding")
+        with LlamaServer(folder, embedding=encoder_gguf(encoder_folder, folder / "encoder.gguf")) as server:
+            yield server
+
+    @pytest.fixture
+    async def engine(self, embedding: LlamaServer) -> AsyncIterator[EngineProcess]:
+        async for engine in started(embedding.url):
+            yield engine
+
+    async def test_what_the_server_would_ignore_is_refused(self, engine: EngineProcess) -> None:
+        inputs = ("the mill",)
+        whole, cut, query = await run(
+            engine,
+            task_lease(engine, "embed", inputs=inputs, dimensions=SIZE),
+            task_lease(engine, "embed", inputs=inputs, dimensions=16),
+            task_lease(engine, "embed", inputs=inputs, input_type="query"),
+        )
+        assert len(whole.vectors[0]) == SIZE
+        for result, param in ((cut, "dimensions"), (query, "input_type")):
+            assert result.finish is not None
+            assert result.finish.error is not None
+            assert (result.finish.error.code, result.finish.error.param) == ("unsupported", param)
+            assert not result.ids
 
 
 class TestUpstreamLlama(EngineContract):

@@ -139,3 +139,75 @@ def _add_tokenizer(writer: Any, model: Path, config: dict[str, Any]) -> None:
     writer.add_add_space_prefix(False)
     if template := settings.get("chat_template"):
         writer.add_chat_template(template)
+
+
+# ------------------------------------------------------------------------------------------ encoders
+
+_ENCODER_NAMES = {
+    "embeddings.word_embeddings": "token_embd",
+    "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types",
+    "embeddings.LayerNorm": "token_embd_norm",
+}
+_ENCODER_LAYER_NAMES = {
+    "attention.self.query": "attn_q",
+    "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "output.LayerNorm": "layer_output_norm",
+}
+
+
+def encoder_gguf(model: Path, target: Path) -> Path:
+    """Write the folder of a BERT (`tests.support.encoder`) to *target*, with the mean of its tokens' vectors."""
+    config = json.loads((model / "config.json").read_text())
+    writer = gguf.GGUFWriter(target, "bert")
+    writer.add_name(model.name)
+    writer.add_file_type(FILE_TYPES["f32"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    names = sorted(vocabulary, key=lambda name: vocabulary[name])
+    special = [name.startswith("[") and name.endswith("]") for name in names]
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    # Where a word begins is written out, instead of where it goes on.
+    writer.add_token_list(
+        [
+            name if control else name[2:] if name.startswith("##") else f"\u2581{name}"
+            for name, control in zip(names, special, strict=True)
+        ]
+    )
+    writer.add_token_types([gguf.TokenType.CONTROL if control else gguf.TokenType.NORMAL for control in special])
+    writer.add_token_type_count(config["type_vocab_size"])
+    writer.add_pad_token_id(vocabulary["[PAD]"])
+    writer.add_unk_token_id(vocabulary["[UNK]"])
+    writer.add_bos_token_id(vocabulary["[CLS]"])
+    writer.add_sep_token_id(vocabulary["[SEP]"])
+    writer.add_add_bos_token(True)
+    writer.add_add_sep_token(True)
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, "numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                base, _, kind = name.rpartition(".")
+                if (layer := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", base)) is not None:
+                    base = f"blk.{layer[1]}.{_ENCODER_LAYER_NAMES[layer[2]]}"
+                elif base.startswith("pooler"):
+                    continue
+                else:
+                    base = _ENCODER_NAMES[base]
+                writer.add_tensor(f"{base}.{kind}", tensors.get_tensor(name).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

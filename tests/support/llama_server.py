@@ -1,4 +1,4 @@
-"""llama.cpp's own HTTP server, with the model in the box: ``python -m tests.support.llama_server GGUF PORT SLOTS``."""
+"""llama.cpp's own HTTP server: ``python -m tests.support.llama_server GGUF PORT SLOTS EMBEDDING``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ CONTEXT = 1024
 
 
 class LlamaServer:
-    """A context manager; ``url`` answers inside it."""
+    """A context manager; ``url`` answers inside it.
 
-    def __init__(self, folder: Path, slots: int = 4) -> None:
+    With the model in the box, or with *embedding*, a GGUF file that is served for its vectors alone.
+    """
+
+    def __init__(self, folder: Path, slots: int = 4, embedding: Path | None = None) -> None:
         self._folder = folder
         self._slots = slots
+        self._embedding = embedding
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -39,10 +43,11 @@ class LlamaServer:
         self.stop()
 
     def start(self) -> None:
-        weights = bundled_gguf(self._folder)
+        weights = self._embedding or bundled_gguf(self._folder)
+        told = [str(weights), str(self.port), str(self._slots), str(int(self._embedding is not None))]
         with (self._folder / "llama.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.llama_server", str(weights), str(self.port), str(self._slots)],
+                [sys.executable, "-m", "tests.support.llama_server", *told],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -67,13 +72,14 @@ class LlamaServer:
             self.process.wait()
 
 
-def serve(weights: str, port: int, slots: int) -> None:
+def serve(weights: str, port: int, slots: int, embedding: bool) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = weights
     params.hostnames = ["127.0.0.1"]
     params.port = port
+    params.embedding = embedding
     params.n_parallel = slots
     params.n_ctx = CONTEXT * slots
     params.kv_unified = False
@@ -86,4 +92,4 @@ def serve(weights: str, port: int, slots: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")

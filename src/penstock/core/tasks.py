@@ -19,11 +19,11 @@ from penstock.core.events import Completion
 
 
 class Tokenized(msgspec.Struct, frozen=True):
-    """A prompt's token ids, what the vocabulary calls each of them, and the text that they stand for, special tokens
-    written out."""
+    """A prompt's token ids, what the vocabulary calls each of them (None where somebody else's server does not tell),
+    and the text that they stand for, special tokens written out."""
 
     tokens: list[int]
-    token_strs: list[str]
+    token_strs: list[str] | None
     text: str
 
     def encode(self) -> str:

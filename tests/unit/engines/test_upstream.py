@@ -23,6 +23,7 @@ from penstock.core.errors import (
 from penstock.core.events import Prefix, fold
 from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
 from penstock.core.ports import Finish, Output
+from penstock.core.tasks import vector_text
 from penstock.engines.upstream.backend import UpstreamBackend, load
 from penstock.engines.upstream.dialects import Told
 from penstock.engines.upstream.options import Address, addresses
@@ -48,12 +49,15 @@ class Upstream:
         self.paths: list[str] = []
         self.tokens = 90
         """Of any prompt, if it is asked."""
+        self.embeds = False
+        self.asked_for_vectors: list[dict[str, Any]] = []
         self.cut_off = asyncio.Event()
         self.url = ""
 
     async def start(self) -> None:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/embeddings", self._embed)
         app.router.add_post("/v1/{route:.*}", self._post)
         app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -71,6 +75,16 @@ class Upstream:
     async def _tokenize(self, request: web.Request) -> web.Response:
         assert (await request.json())["prompt"]
         return web.json_response({"count": self.tokens, "tokens": []})
+
+    async def _embed(self, request: web.Request) -> web.StreamResponse:
+        """A vector of an input is its length and its first number; the first is what the engine's probe asks for."""
+        if not self.embeds:
+            raise web.HTTPNotFound
+        body = await request.json()
+        self.asked_for_vectors.append(body)
+        if self.script and len(self.asked_for_vectors) > 1:
+            return await self.script.popleft()(self, request, body)
+        return await vectors()(self, request, body)
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -119,6 +133,24 @@ def words(piece: int = 0) -> Act:
             await response.write(each)
             await asyncio.sleep(0)
         return response
+
+    return act
+
+
+def vectors(base64: bool = True) -> Act:
+    """Proper vectors, of a number for each token (or character) of an input."""
+
+    async def act(server: Upstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        found = [
+            [float(len(each)), float(int(each[1:] or 0) if isinstance(each, str) else each[0])]
+            for each in body["input"]
+        ]
+        wanted = body.get("encoding_format") == "base64" and base64
+        data = [
+            {"object": "embedding", "index": i, "embedding": vector_text(each) if wanted else each}
+            for i, each in enumerate(found)
+        ]
+        return web.json_response({"data": data[::-1], "usage": {"prompt_tokens": 2 * len(data)}})
 
     return act
 
@@ -342,7 +374,13 @@ async def test_what_is_neutral_is_not_sent(engine_of: MakeEngine) -> None:
     server = Upstream("somebody")
     await server.start()
     engine = await engine_of(server)
-    assert set(engine.backend.info.unsupported) == {"ignore_eos", "min_p", "repetition_penalty", "top_k"}
+    assert set(engine.backend.info.unsupported) == {
+        "ignore_eos",
+        "input_type",
+        "min_p",
+        "repetition_penalty",
+        "top_k",
+    }
     await engine.run(ask(temperature=1.0, stop=("END",), logit_bias={5: 1.5}))
     (body,) = server.bodies
     await server.stop()

@@ -1,12 +1,13 @@
 """An engine over any OpenAI-compatible server, or several replicas of one: what it streams goes into the log.
 
-A reply that a replica did not finish goes on at another, from what was logged.
+A reply that a replica did not finish goes on at another, from what was logged; so do the vectors of many inputs.
 
 ===========  ===========================================================================================
 options      what the operator says
 dialects     what a request looks like for each kind of server, and what a refusal means
 stream       chunks into tokens: the hot path
-replicas     health, circuit breakers, the choice among replicas
+answers      what is no stream: vectors, and the tokens of a prompt
+replicas     what each can do, health, circuit breakers, the choice among them
 backend      calls, retries, failover
 ===========  ===========================================================================================
 """

@@ -4,23 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
 
-from penstock.core.errors import ContextLengthExceeded, EngineError, Unsupported
+from penstock.core.errors import (
+    ContextLengthExceeded,
+    EngineError,
+    InvalidRequest,
+    PenstockError,
+    RequestTooLarge,
+    Unsupported,
+)
 from penstock.core.events import Prefix
-from penstock.core.job import Request
+from penstock.core.job import Request, Task
 from penstock.core.ports import Finish, ModelInfo, Output
-from penstock.engines.backend import Progress
+from penstock.core.tasks import Tokenized
+from penstock.engines.backend import Progress, tokenized_output
 from penstock.engines.mailbox import AsyncBackend
 from penstock.engines.options import parse
+from penstock.engines.upstream.answers import (
+    Template,
+    Text,
+    Tokens,
+    detokenize_body,
+    embedding_body,
+    pieces_body,
+    read,
+    read_pieces,
+    read_vectors,
+    template_body,
+    tokenize_body,
+)
 from penstock.engines.upstream.dialects import Dialect, Told, body, endpoint
-from penstock.engines.upstream.options import Options, addresses
-from penstock.engines.upstream.replicas import Replica, Replicas, backoff, read_answer, reason
+from penstock.engines.upstream.options import TASKS, Options, addresses
+from penstock.engines.upstream.replicas import (
+    MAX_RESULT,
+    Broken,
+    Replica,
+    Replicas,
+    Tries,
+    Unable,
+    read_answer,
+    reason,
+)
 from penstock.engines.upstream.stream import Lines, Reply, StreamError
+
+T = TypeVar("T")
 
 #: Context length where neither the servers nor the operator tell one. It only bounds what is refused before it is sent.
 DEFAULT_CONTEXT = 131_072
@@ -29,30 +63,13 @@ MAX_RETRY_AFTER = 30.0
 NEW_LIMIT = "max_completion_tokens"
 #: Seconds for a connection that has told everything to end properly, so that it can be used again.
 LINGER = 1.0
-
-
-class Broken(Exception):
-    """A call came to nothing, or to an end too early; another replica, or the same one later, may do better.
-
-    ``lost``: the server cannot be reached. ``retry_after``: seconds it asked for (it is well, but busy).
-    """
-
-    def __init__(self, why: str, *, lost: bool = False, retry_after: float | None = None) -> None:
-        super().__init__(why)
-        self.lost = lost
-        self.retry_after = retry_after
-
-
-class _Count(msgspec.Struct):
-    """What vLLM's ``/tokenize`` answers, less the tokens."""
-
-    count: int
+#: Calls at once for the inputs of one request: several replicas share it, and one has the next call when it answers.
+ABREAST = 4
 
 
 class UpstreamBackend(AsyncBackend):
     def __init__(self, name: str, path: str | None, options: Options, progress: Progress) -> None:
         replicas = [Replica(address) for address in addresses(path)]
-        self._secret = options.secret
         self._options = options
         super().__init__()
         self.slots = options.slots
@@ -70,9 +87,13 @@ class UpstreamBackend(AsyncBackend):
             engine="upstream",
             context_length=options.context or min((c.context for c in cards if c.context), default=DEFAULT_CONTEXT),
             precision=next((card.precision for card in cards), ""),
+            vocab_size=min((card.vocab_size for card in cards if card.vocab_size), default=0),
             chat=all(card.chat for card in cards),
             unsupported=tuple(sorted(unsupported.union(*(card.unsupported for card in cards)))),
+            tasks=tuple(task for task in TASKS if self._replicas.able(task)),
+            dimensions=next((each.dimensions for each in up if each.dimensions), 0),
         )
+        self._dimensions = self.info.dimensions
 
     async def _connect(self, name: str, replicas: list[Replica], progress: Progress) -> None:
         options = self._options
@@ -81,7 +102,7 @@ class UpstreamBackend(AsyncBackend):
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=options.connect_timeout, sock_read=options.idle_timeout
             ),
-            headers={"Authorization": f"Bearer {self._secret}"} if self._secret else {},
+            headers={"Authorization": f"Bearer {secret}"} if (secret := options.secret) else {},
             cookie_jar=aiohttp.DummyCookieJar(),
             json_serialize=lambda value: msgspec.json.encode(value).decode(),
             read_bufsize=1 << 18,
@@ -109,6 +130,15 @@ class UpstreamBackend(AsyncBackend):
     # ------------------------------------------------------------------------------------ AsyncBackend
 
     def check(self, request: Request) -> None:
+        match request.task:
+            case "embed":
+                self._check_inputs(request)
+            case "tokenize":
+                self._check_ids(request)
+            case _:
+                self._check_prompt(request)
+
+    def _check_prompt(self, request: Request) -> None:
         if request.prompt_ids is not None and len(request.prompt_ids) >= self.info.context_length:
             raise ContextLengthExceeded(
                 f"The prompt has {len(request.prompt_ids)} tokens; the model's context holds "
@@ -120,13 +150,37 @@ class UpstreamBackend(AsyncBackend):
         if request.continue_final and self._options.continuation != "text":
             self._refuse({"openai"}, "continue a final message", "continue_final_message")
 
+    def _check_inputs(self, request: Request) -> None:
+        for index, ids in enumerate(request.inputs or ()):
+            if not isinstance(ids, str) and len(ids) > self.info.context_length:
+                raise ContextLengthExceeded(
+                    f"Input {index} has {len(ids)} tokens; the model takes {self.info.context_length}. Cut it into "
+                    "pieces.",
+                    param="input",
+                )
+
+    def _check_ids(self, request: Request) -> None:
+        """llama.cpp stumbles over ids that it does not have; it says how many it has."""
+        last = self.info.vocab_size - 1
+        if last > 0 and request.prompt_ids and not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) <= last:
+            raise InvalidRequest(f"Token ids must be in 0 … {last}.", param="tokens")
+
     def _refuse(self, kinds: set[str], what: str, param: str) -> None:
         """Raise `Unsupported` where a replica is of one of *kinds*."""
         for dialect in self._dialects:
             if dialect.name in kinds:
                 raise Unsupported(f"The upstream server, of the kind {dialect.name!r}, does not {what}.", param=param)
 
-    async def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
+    def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
+        match request.task:
+            case "embed":
+                return self._embed(key, request, prefixes[0])
+            case "tokenize":
+                return self._tokenize(key, request)
+            case _:
+                return self._reply(key, request, prefixes)
+
+    async def _reply(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncGenerator[Output]:
         limit = request.sampling.max_tokens
         alone = len(prefixes) == 1
         replies = [
@@ -154,45 +208,24 @@ class UpstreamBackend(AsyncBackend):
 
     async def _run(self, request: Request, choice: int, reply: Reply) -> AsyncGenerator[Output]:
         """Call until the reply has ended, on one replica after another."""
-        failures = 0
-        failed: set[Replica] = set()
-        why = "all of them are down"
+        tries = Tries(self._replicas, "generate")
         if reply.ids and request.response_format is not None and _is_json("".join(reply.texts)):
             reply.finish = "stop"  # only its end was not told
         while reply.finish is None:
-            replica = self._replicas.choose(failed)
-            if replica is None:
-                # All have failed, or none may have a request: once more, after a pause.
-                failures += 1
-                if failures > self._options.retries:
-                    raise _retryable(f"No upstream server can serve this: {why}.")
-                failed.clear()
-                await asyncio.sleep(max(backoff(failures), self._replicas.pause()))
-                continue
+            replica = await tries.next()
             before = len(reply.ids)
-            replica.begin()
-            try:
+            with tries.on(replica):
                 async with contextlib.aclosing(self._call(replica, request, choice, reply)) as outputs:
                     async for output in outputs:
                         yield output
-            except Broken as error:
-                why = f"{replica.address}: {self._without_key(str(error))}"
-                if error.retry_after is not None:
-                    replica.busy(error.retry_after)
-                else:
-                    replica.failed(str(error))
-                    if error.lost:
-                        replica.lost(str(error))
-                failed.add(replica)
+            if reply.finish is None:  # it broke
                 if len(reply.ids) > before:
-                    failures = 0
+                    tries.progressed()
                 if len(reply.ids) >= reply.limit:
                     reply.finish = "length"
-            finally:
-                replica.end()
 
     async def _call(self, replica: Replica, request: Request, choice: int, reply: Reply) -> AsyncGenerator[Output]:
-        """One call to one replica. Raises `Broken`, or what refuses the request."""
+        """One call to one replica. Raises `Broken`, `Unable`, or what refuses the request."""
         dialect = replica.dialect
         assert dialect is not None
         by_ids = self._by_ids(dialect, request, reply)
@@ -201,7 +234,7 @@ class UpstreamBackend(AsyncBackend):
             sent[replica.limit_field] = sent.pop("max_tokens")
         reply.begin()
         cut = False
-        try:
+        with self._hearing():
             while True:
                 async with self._session.post(
                     replica.address.api + endpoint(request), json=sent, allow_redirects=False
@@ -226,6 +259,12 @@ class UpstreamBackend(AsyncBackend):
                             sent["max_tokens"] = room
                             continue
                     raise told.refusal(replica.model)
+
+    @contextlib.contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """Around a call: what its failures are."""
+        try:
+            yield
         except TimeoutError:
             raise Broken(f"silent for {self._options.idle_timeout:.0f} s") from None
         except aiohttp.ClientError as error:
@@ -237,14 +276,9 @@ class UpstreamBackend(AsyncBackend):
         """How many there are, as far as it can be found out: else as many as there is room for."""
         if isinstance(prompt, list):
             return len(prompt)
-        with contextlib.suppress(msgspec.MsgspecError):
-            async with self._session.post(
-                f"{replica.address.root}/tokenize",
-                json={"model": replica.model, "prompt": prompt},
-                allow_redirects=False,
-            ) as response:
-                if response.status == 200:
-                    return msgspec.json.decode(await read_answer(response), type=_Count).count
+        with contextlib.suppress(Broken, Unable, StreamError, PenstockError):
+            sent = {"model": replica.model, "prompt": prompt}
+            return read(await self._ask(replica, f"{replica.address.root}/tokenize", sent), Tokens).count
         return self.info.context_length
 
     async def _read(self, replica: Replica, response: aiohttp.ClientResponse, reply: Reply) -> AsyncGenerator[Output]:
@@ -309,41 +343,142 @@ class UpstreamBackend(AsyncBackend):
             raise _lost("its prompt is token ids, and those of the reply are not all known")
         return False
 
+    # ------------------------------------------------------------------------------------ calls with one answer
+
+    async def _answered(self, task: Task, ask: Callable[[Replica], Awaitable[T]]) -> T:
+        """What *ask* gets from one replica or another."""
+        tries = Tries(self._replicas, task)
+        while True:
+            replica = await tries.next()
+            with tries.on(replica):
+                return await ask(replica)
+
+    async def _ask(self, replica: Replica, url: str, sent: dict[str, Any]) -> bytes:
+        """The answer to one call. Raises `Broken`, `Unable`, or what refuses the request."""
+        with self._hearing():
+            async with self._session.post(url, json=sent, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise (await self._refused(replica, response)).refusal(replica.model)
+                answer = await read_answer(response, MAX_RESULT)
+        replica.succeeded()
+        return answer
+
+    async def _embed(self, key: int, request: Request, prefix: Prefix) -> AsyncGenerator[Output]:
+        """The inputs in calls of `Options.batch`, several at once; what has come of them is in the log at once."""
+        inputs, logged = request.inputs or (), set(prefix.ids)
+        left = [index for index in range(len(inputs)) if index not in logged]
+        calls: deque[list[int]] = deque()
+        for kind in (str, tuple):  # most servers take no mixture
+            some = [index for index in left if isinstance(inputs[index], kind)]
+            calls.extend(some[at : at + self._options.batch] for at in range(0, len(some), self._options.batch))
+        tokens = 0
+        streams = [self._embed_some(key, request, calls) for _ in range(min(ABREAST, len(calls)))]
+        async with contextlib.aclosing(_merge(streams)) as outputs:
+            async for output in outputs:
+                tokens += output.prompt_tokens or 0
+                output.prompt_tokens = None  # told once, of all
+                yield output
+        if logged:  # by an earlier attempt, that told nobody: as many as their length says beside the others
+            tokens += round(_guess(request, sorted(logged)) * (tokens / _guess(request, left) if left else 1))
+        yield Output(key, prompt_tokens=tokens, finish=Finish(("stop",)))
+
+    async def _embed_some(self, key: int, request: Request, calls: deque[list[int]]) -> AsyncGenerator[Output]:
+        """Take from *calls* (the inputs' indexes of each) until none is left."""
+        while calls:
+            indexes = calls.popleft()
+            try:
+                yield await self._answered("embed", partial(self._vectors, key=key, request=request, indexes=indexes))
+            except RequestTooLarge:
+                if len(indexes) == 1:
+                    raise
+                half = len(indexes) // 2
+                calls.extendleft((indexes[half:], indexes[:half]))
+            except InvalidRequest as error:
+                error.param = error.param or "input"
+                if len(indexes) < len(request.inputs or ()):  # it may name an input, by its place in the call
+                    error.message += f" (This was said of the inputs {indexes[0]} to {indexes[-1]}, counted from 0.)"
+                raise
+
+    async def _vectors(self, replica: Replica, *, key: int, request: Request, indexes: list[int]) -> Output:
+        """The vectors of the inputs at *indexes*; ``prompt_tokens``: of these inputs."""
+        sent = embedding_body(replica.model, request, indexes, floats=replica.floats)
+        try:
+            answer = await self._ask(replica, f"{replica.address.api}/embeddings", sent)
+        except InvalidRequest as error:
+            if replica.floats or "encoding_format" not in f"{error.param} {error.message}":
+                raise
+            replica.floats = True
+            return await self._vectors(replica, key=key, request=request, indexes=indexes)
+        with self._hearing():
+            texts, size, tokens = read_vectors(answer, len(indexes))
+        if request.dimensions is None:
+            self._dimensions = self._dimensions or size
+            if size != self._dimensions:
+                raise Broken(f"it has vectors of {size} dimensions, others of {self._dimensions}")
+        elif size != request.dimensions:
+            raise Unsupported(
+                f"The upstream server gives vectors of {size} dimensions, whatever is asked for.", param="dimensions"
+            )
+        return Output(key, list(indexes), texts, prompt_tokens=_guess(request, indexes) if tokens is None else tokens)
+
+    async def _tokenize(self, key: int, request: Request) -> AsyncGenerator[Output]:
+        found = await self._answered("tokenize", partial(self._tokens, request=request))
+        yield tokenized_output(key, found)
+
+    async def _tokens(self, replica: Replica, *, request: Request) -> Tokenized:
+        dialect, root, model = replica.dialect, replica.address.root, replica.model
+        assert dialect is not None
+        with self._hearing():
+            if dialect.name == "llama":
+                prompt = None
+                if request.messages is not None:
+                    answer = await self._ask(replica, f"{root}/apply-template", template_body(model, request))
+                    prompt = read(answer, Template).prompt
+                return read_pieces(await self._ask(replica, f"{root}/tokenize", pieces_body(model, request, prompt)))
+            ids, names = list(request.prompt_ids or ()), None
+            if request.prompt_ids is None:
+                found = read(await self._ask(replica, f"{root}/tokenize", tokenize_body(model, request)), Tokens)
+                ids, names = found.tokens, found.token_strs
+            text = Text(prompt="")
+            if ids:
+                text = read(await self._ask(replica, f"{root}/detokenize", detokenize_body(dialect, model, ids)), Text)
+        return Tokenized(ids, names, text.prompt or text.text or "")
+
     # ------------------------------------------------------------------------------------ what servers answer
 
     async def _refused(self, replica: Replica, response: aiohttp.ClientResponse) -> Told:
-        """What an answer that is no stream says, if it is for the client. Raises `Broken` and `EngineError` if not."""
+        """What a refusal says, if it is for the client. Raises `Broken`, `Unable` and `EngineError` if not."""
         status = response.status
         if status in (401, 403):
             raise EngineError(
                 f"The upstream server refuses Penstock's key (HTTP {status}). Its operator has to set it."
             )
         if status < 400:
-            raise EngineError(f"The upstream server answers HTTP {status} where a stream is due. Its address is wrong.")
+            raise EngineError(f"The upstream server answers HTTP {status} where a reply is due. Its address is wrong.")
         answer = await read_answer(response)
         try:
             value = msgspec.json.decode(answer)
         except msgspec.MsgspecError:
             value = answer.decode("utf-8", "replace")
         told = Told.read(value)
-        message = self._without_key(told.message)
+        message = self._replicas.without_key(told.message)
+        told = Told(message, told.kind, status, told.param)
+        if told.about_route:
+            raise Unable(f"HTTP {status}: {message}")
         if status == 429 or (status == 503 and "Retry-After" in response.headers):
             raise Broken(f"HTTP {status}: {message}", retry_after=_seconds(response.headers.get("Retry-After")))
-        if status >= 500 or status in (408, 409, 425):
+        if (status >= 500 and not told.about_batch) or status in (408, 409, 425):
             raise Broken(f"HTTP {status}: {message}")
-        return Told(message, told.kind, status, told.param)
+        return told
 
     def _failure(self, told: Told, replica: Replica) -> Exception:
         """An error in the middle of a stream."""
-        told = Told(self._without_key(told.message), told.kind, told.status, told.param)
+        told = Told(self._replicas.without_key(told.message), told.kind, told.status, told.param)
         if "poisoned" in told.kind:
             return EngineError(told.message)
         if told.about_context or 400 <= told.status < 500 or "invalid_request" in told.kind:
             return told.refusal(replica.model)
         return Broken(told.message)
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._secret, "***") if self._secret else text
 
 
 def _is_json(text: str) -> bool:
@@ -358,10 +493,10 @@ def _finish(replies: list[Reply]) -> Finish:
     return Finish.of((reply.finish or "stop", reply.stop) for reply in replies)
 
 
-def _retryable(message: str) -> EngineError:
-    error = EngineError(message)
-    error.retryable = True
-    return error
+def _guess(request: Request, indexes: list[int]) -> int:
+    """About how many tokens the inputs at *indexes* have."""
+    inputs = request.inputs or ()
+    return msgspec.structs.replace(request, inputs=tuple(inputs[i] for i in indexes)).estimated_prompt_tokens
 
 
 def _lost(why: str) -> EngineError:

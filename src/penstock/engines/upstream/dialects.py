@@ -10,8 +10,15 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, PenstockError, Unsupported
-from penstock.core.job import Message, Request
+from penstock.core.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    PenstockError,
+    RequestTooLarge,
+    Unsupported,
+)
+from penstock.core.job import Message, Request, Task, Tool
 from penstock.engines.upstream.stream import Reply
 
 
@@ -27,9 +34,9 @@ class Dialect:
 
 
 DIALECTS = {
-    "openai": Dialect("openai", unsupported=("ignore_eos", "min_p", "repetition_penalty", "top_k")),
-    "vllm": Dialect("vllm", tells_ids=True, begun_chat=True),
-    "llama": Dialect("llama", begun_chat=True),
+    "openai": Dialect("openai", unsupported=("ignore_eos", "input_type", "min_p", "repetition_penalty", "top_k")),
+    "vllm": Dialect("vllm", tells_ids=True, begun_chat=True, unsupported=("input_type",)),
+    "llama": Dialect("llama", begun_chat=True, unsupported=("input_type",)),
     "penstock": Dialect("penstock", tells_ids=True, begun_chat=True),
 }
 OWNERS = {"penstock": "penstock", "vllm": "vllm", "llamacpp": "llama"}
@@ -41,6 +48,7 @@ OWNERS = {"penstock": "penstock", "vllm": "vllm", "llamacpp": "llama"}
 class _Meta(msgspec.Struct):
     n_ctx: int | None = None
     n_ctx_train: int | None = None
+    n_vocab: int | None = None
 
 
 class ModelCard(msgspec.Struct):
@@ -54,6 +62,14 @@ class ModelCard(msgspec.Struct):
     precision: str = ""
     chat: bool = True
     unsupported: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    """Empty: it does not say. (A Penstock does, of a model that was loaded once.)"""
+    dimensions: int = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """0: not told."""
+        return (self.meta is not None and self.meta.n_vocab) or 0
 
     @property
     def context(self) -> int:
@@ -93,7 +109,7 @@ def body(
     }
     text = "" if by_ids else "".join(reply.texts)
     if request.messages is not None:
-        sent |= _chat(request, text) | _tools(dialect, request)
+        sent |= chat(request, text) | _tools(dialect, request)
     elif by_ids:
         prompt = request.prompt_ids if request.prompt_ids is not None else reply.prompt_ids
         sent["prompt"] = [*(prompt or ()), *reply.ids]
@@ -115,7 +131,8 @@ def body(
     return sent
 
 
-def _chat(request: Request, text: str) -> dict[str, Any]:
+def chat(request: Request, text: str) -> dict[str, Any]:
+    """The messages, and that the last one is the reply's beginning, where it is (*text* goes on with it)."""
     messages = [_message(message) for message in request.messages or ()]
     sent: dict[str, Any] = {"messages": messages}
     if request.continue_final:
@@ -148,16 +165,21 @@ def _tools(dialect: Dialect, request: Request) -> dict[str, Any]:
             tools = tuple(tool for tool in tools if tool.name == request.tool_name)
         else:
             sent["tool_choice"] = {"type": "function", "function": {"name": request.tool_name}}
-    sent["tools"] = [
+    sent["tools"] = tool_views(tools)
+    if not request.parallel_tool_calls:
+        sent["parallel_tool_calls"] = False
+    return sent
+
+
+def tool_views(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """*tools* as OpenAI's API has them."""
+    return [
         {
             "type": "function",
             "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
         }
         for tool in tools
     ]
-    if not request.parallel_tool_calls:
-        sent["parallel_tool_calls"] = False
-    return sent
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -222,7 +244,11 @@ def _seed(seed: int, choice: int, logged: int) -> int:
 
 # ------------------------------------------------------------------------------------------ refusals
 
-_CONTEXT = re.compile(r"context (length|size|window)|maximum.{0,20}tokens|n_ctx", re.IGNORECASE)
+_CONTEXT = re.compile(
+    # The last two are of an input to embed, at text-embeddings-inference and at llama.cpp.
+    r"context (length|size|window)|maximum.{0,20}tokens|n_ctx|must have less than \d+ tokens|too large to process",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -258,6 +284,21 @@ class Told:
         )
 
     @property
+    def about_batch(self) -> bool:
+        """Is an input to embed more than llama.cpp computes at once? It says so with a 500, as if it were broken."""
+        return "too large to process" in self.message
+
+    @property
+    def about_model(self) -> bool:
+        """Is it the model that the server does not have?"""
+        return "model_not_found" in self.kind or (self.status == 404 and "model" in self.message.lower())
+
+    @property
+    def about_route(self) -> bool:
+        """Is it the route, or what it is for?"""
+        return self.status in (405, 501) or (self.status == 404 and not self.about_model)
+
+    @property
     def about_limit(self) -> bool:
         """Is ``max_tokens`` more than it can give (perhaps because the prompt leaves no room)?"""
         return self.about_context or self.param == "max_tokens"
@@ -268,10 +309,12 @@ class Told:
             return ContextLengthExceeded(self.message, param=self.param)
         if "unsupported" in self.kind:
             return Unsupported(self.message, param=self.param)
-        if "model_not_found" in self.kind or (self.status == 404 and "model" in self.message.lower()):
+        if self.about_model:
             return ModelNotFound(
                 f"The upstream server does not have the model {model!r}: {self.message}", param="model"
             )
+        if self.status == 413:
+            return RequestTooLarge(f"It is more than the upstream server takes: {self.message}", param=self.param)
         return InvalidRequest(self.message, param=self.param)
 
 

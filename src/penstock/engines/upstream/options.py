@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from penstock.core.errors import ModelLoadError
+from penstock.core.job import Task
 from penstock.engines.options import one_of
+
+TASKS: tuple[Task, ...] = ("generate", "embed", "tokenize")
+#: Inputs that one call may bring, at OpenAI.
+MAX_BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class Options:
     tokens, where the servers do not tell. ``connect_timeout``: seconds. ``idle_timeout``: seconds of silence after
     which a replica is taken for dead. ``retries``: rounds over all replicas, without a token, before a job goes back
     to the queue. ``dialect``: auto, openai, vllm, llama or penstock. ``continuation`` of an interrupted reply: auto,
-    ids, text or none.
+    ids, text or none. ``tasks`` that the model can do: auto, or some of generate, embed and tokenize, by commas.
+    ``batch``: inputs to embed in one call.
     """
 
     model: str = ""
@@ -33,14 +39,29 @@ class Options:
     retries: int = 4
     dialect: str = "auto"
     continuation: str = "auto"
+    tasks: str = "auto"
+    batch: int = 32
 
     def __post_init__(self) -> None:
         one_of("dialect", self.dialect, "auto", "openai", "vllm", "llama", "penstock")
         one_of("continuation", self.continuation, "auto", "ids", "text", "none")
         if self.slots < 1 or self.context < 0 or self.retries < 0:
             raise ModelLoadError("Option slots must be at least 1; context and retries must not be negative.")
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise ModelLoadError(f"Option batch must be in 1 … {MAX_BATCH}.")
+        self.told_tasks  # noqa: B018  # raises where it is no list of tasks
         if self.connect_timeout <= 0 or self.idle_timeout <= 0:
             raise ModelLoadError("Options connect_timeout and idle_timeout are seconds, more than 0.")
+
+    @property
+    def told_tasks(self) -> tuple[Task, ...]:
+        """What the operator says; empty: that the server be asked. Raises `ModelLoadError`."""
+        if self.tasks == "auto":
+            return ()
+        said = {each.strip() for each in self.tasks.split(",")}
+        if not said <= set(TASKS):
+            raise ModelLoadError(f"Option tasks is auto, or some of {', '.join(TASKS)}; not {self.tasks!r}.")
+        return tuple(task for task in TASKS if task in said)
 
     @property
     def secret(self) -> str:

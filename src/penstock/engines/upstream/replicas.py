@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import aiohttp
 import msgspec
 
-from penstock.core.errors import ModelLoadError
+from penstock.core.errors import EngineError, ModelLoadError, Unsupported
+from penstock.core.job import Task
+from penstock.engines.upstream.answers import read_vectors
 from penstock.engines.upstream.dialects import DIALECTS, OWNERS, Dialect, ModelCard, describe, read_models
-from penstock.engines.upstream.options import Address, Options
+from penstock.engines.upstream.options import TASKS, Address, Options
+from penstock.engines.upstream.stream import StreamError
 
 #: Failed requests in a row after which a replica gets none for a while.
 TRIP = 3
@@ -23,12 +28,30 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 HEALTH_INTERVAL = 5.0
 #: Seconds that a probe may take, once connected.
 PROBE_TIMEOUT = 10.0
-#: Bytes of an answer that is not a stream.
-MAX_ANSWER = 1 << 20
+#: Seconds for the first vector or token that a server is asked for; it may have to load the model for it.
+TASK_TIMEOUT = 60.0
+#: Bytes of an answer that is an error or a list of models, and of one that is what was asked for.
+MAX_ANSWER, MAX_RESULT = 1 << 20, 64 << 20
 
 
 class Unreachable(Exception):
     """A probe failed; with what a person should know."""
+
+
+class Broken(Exception):
+    """A call came to nothing, or to an end too early; another replica, or the same one later, may do better.
+
+    ``lost``: the server cannot be reached. ``retry_after``: seconds it asked for (it is well, but busy).
+    """
+
+    def __init__(self, why: str, *, lost: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(why)
+        self.lost = lost
+        self.retry_after = retry_after
+
+
+class Unable(Exception):
+    """The server is well, and has no route for this; another replica may."""
 
 
 def backoff(failures: int) -> float:
@@ -50,7 +73,13 @@ class Replica:
         self.model = ""
         self.limit_field = "max_tokens"
         """What its chat calls the limit: OpenAI's newer models want ``max_completion_tokens``, and say so."""
+        self.floats = False
+        """Does it give vectors as numbers only?"""
         self.card: ModelCard | None = None
+        self.tasks: tuple[Task, ...] = ()
+        """What it can do, once this is known."""
+        self.dimensions = 0
+        """Of a vector; 0: not known."""
         self.streams = 0
         self.failures = 0
         self.down = False
@@ -85,7 +114,7 @@ class Replica:
         self.heard_at = self._clock()
         if self.failures:
             if self.open:
-                self._say("is back")
+                self.say("is back")
             self.failures = 0
 
     def failed(self, why: str) -> None:
@@ -96,13 +125,13 @@ class Replica:
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(16, self.failures - TRIP))
             self._shut_until = self._clock() + pause * random.uniform(0.5, 1)
             if self.failures == TRIP:
-                self._say(f"is out of service: {why}")
+                self.say(f"is out of service: {why}")
 
     def lost(self, why: str) -> None:
         """It cannot be reached."""
         if not self.down:
             self.down = True
-            self._say(f"is down: {why}")
+            self.say(f"is down: {why}")
 
     def found(self) -> None:
         """It answered a health check."""
@@ -110,7 +139,7 @@ class Replica:
         if self.down:
             self.down = False
             self.failures = 0
-            self._say("is up again")
+            self.say("is up again")
 
     def busy(self, seconds: float) -> None:
         """It asked not to be asked for so long."""
@@ -120,7 +149,8 @@ class Replica:
         """Seconds until it may have a request, by what is known now."""
         return max(0.0, self._busy_until - self._clock(), self._shut_until - self._clock() if self.open else 0.0)
 
-    def _say(self, what: str) -> None:
+    def say(self, what: str) -> None:
+        """To the operator."""
         print(f"upstream {self.address} {what}", file=sys.stderr, flush=True)
 
 
@@ -132,15 +162,25 @@ class Replicas:
         self._session = session
         self._name = name
         self._options = options
+        self._secret = options.secret
+        self.retries = options.retries
 
-    def choose(self, without: Collection[Replica] = ()) -> Replica | None:
-        """The least loaded of those that may have a request, but none of *without*."""
-        free = [each for each in self.all if each not in without and each.available()]
+    def able(self, task: Task) -> list[Replica]:
+        """Those that can do *task*, whether they are up or not."""
+        return [each for each in self.all if task in each.tasks]
+
+    def choose(self, task: Task, without: Collection[Replica] = ()) -> Replica | None:
+        """The least loaded of those that may have a request to do *task*, but none of *without*."""
+        free = [each for each in self.able(task) if each not in without and each.available()]
         return min(free, key=lambda each: (each.failures, each.streams, random.random()), default=None)
 
     def pause(self) -> float:
         """Seconds until one of those that are up may have a request."""
         return min((each.wait() for each in self.all if not each.down), default=0.0)
+
+    def without_key(self, text: str) -> str:
+        """*text* of a server, which may quote the key."""
+        return text.replace(self._secret, "***") if self._secret else text
 
     # ---------------------------------------------------------------------------- probes
 
@@ -186,7 +226,9 @@ class Replicas:
         if dialect == "auto":
             owners = {OWNERS.get(card.owned_by, "") for card in cards[:1]}
             dialect = next(iter(owners), "") or await self._recognise(replica)
+        away = replica.dialect is None or replica.down  # it may have come back as another
         replica.dialect = DIALECTS[dialect]
+        await self._settle_tasks(replica, replica.dialect, ask=away)
         replica.found()
 
     def _settle_model(self, replica: Replica, cards: list[ModelCard]) -> None:
@@ -215,10 +257,86 @@ class Replicas:
                     return name
         return "openai"
 
-    async def _get(self, url: str) -> tuple[int, bytes]:
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT, sock_connect=self._options.connect_timeout)
+    # ---------------------------------------------------------------------------- what a server can do
+
+    async def _settle_tasks(self, replica: Replica, dialect: Dialect, *, ask: bool) -> None:
+        """What the operator says, or the server: its card, or (*ask*) its answers to one small request each.
+
+        Servers that embed do nothing else at vLLM and llama.cpp; others are asked for a token as well. Where an answer
+        says neither yes nor no, it stays as it was, at first: it generates.
+        """
+        if told := self._options.told_tasks:
+            replica.tasks = told
+        elif dialect.name == "penstock":
+            card = replica.card
+            replica.tasks = (card and card.tasks) or TASKS  # until it has loaded the model, it refuses for itself
+            replica.dimensions = card.dimensions if card else 0
+        elif ask:
+            before: tuple[Task, ...] = replica.tasks or ("generate",)
+            embeds, tokenizes = await asyncio.gather(self._embeds(replica), self._tokenizes(replica, dialect))
+            generates: bool | None = not embeds
+            if embeds and dialect.name == "openai":
+                generates = await self._generates(replica)
+            answers = {"generate": generates, "embed": embeds, "tokenize": tokenizes}
+            replica.tasks = tuple(
+                task for task in TASKS if (task in before if answers[task] is None else answers[task])
+            )
+
+    async def _embeds(self, replica: Replica) -> bool | None:
+        sent = {"model": replica.model, "input": ["x"]}
+        able, answer = await self._can(replica, f"{replica.address.api}/embeddings", sent)
+        if able:
+            try:
+                _, replica.dimensions, _ = read_vectors(answer, 1)
+            except StreamError:
+                return False
+        return able
+
+    async def _tokenizes(self, replica: Replica, dialect: Dialect) -> bool | None:
+        field = "content" if dialect.name == "llama" else "prompt"
+        able, answer = await self._can(
+            replica, f"{replica.address.root}/tokenize", {"model": replica.model, field: "x"}
+        )
+        return able and b'"tokens"' in answer
+
+    async def _generates(self, replica: Replica) -> bool | None:
+        sent = {"model": replica.model, "max_tokens": 1}
+        able, _ = await self._can(
+            replica, f"{replica.address.api}/chat/completions", sent | {"messages": [{"role": "user", "content": "x"}]}
+        )
+        if able is False:
+            able, _ = await self._can(replica, f"{replica.address.api}/completions", sent | {"prompt": "x"})
+        return able
+
+    async def _can(self, replica: Replica, url: str, sent: dict[str, Any]) -> tuple[bool | None, bytes]:
+        """Does the server do what it is asked, and its answer. None: it cannot be told now."""
         try:
-            async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
+            status, answer = await self._fetch("POST", url, TASK_TIMEOUT, sent)
+        except Unreachable as error:
+            why = str(error)
+        else:
+            if status == 200:
+                return True, answer
+            if status not in (408, 425, 429) and (status < 500 or status == 501):
+                return False, b""
+            why = f"HTTP {status}"
+        route = url.removeprefix(replica.address.root)
+        replica.say(f"does not tell whether it has {route} ({why}): see the option tasks")
+        return None, b""
+
+    # ---------------------------------------------------------------------------- calls
+
+    async def _get(self, url: str) -> tuple[int, bytes]:
+        return await self._fetch("GET", url, PROBE_TIMEOUT)
+
+    async def _fetch(
+        self, method: str, url: str, seconds: float, sent: dict[str, Any] | None = None
+    ) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=self._options.connect_timeout)
+        try:
+            async with self._session.request(
+                method, url, json=sent, timeout=timeout, allow_redirects=False
+            ) as response:
                 return response.status, await read_answer(response)
         except TimeoutError:
             raise Unreachable("no answer in time") from None
@@ -238,10 +356,66 @@ class Replicas:
                 replica.lost(str(error))
 
 
-async def read_answer(response: aiohttp.ClientResponse) -> bytes:
-    """The body of an answer that is no stream; what is too long for one is cut off."""
+class Tries:
+    """The calls that one piece of work takes, on one replica after another, until one succeeds."""
+
+    def __init__(self, replicas: Replicas, task: Task) -> None:
+        self._replicas = replicas
+        self._task = task
+        self._failures = 0
+        self._failed: set[Replica] = set()
+        self._unable: set[Replica] = set()
+        self._why = "none that can is up"
+
+    async def next(self) -> Replica:
+        """Who is called next, after a pause where one is due.
+
+        Raises an `EngineError` to be tried again from the queue when none can serve, `Unsupported` when none ever can.
+        """
+        while (replica := self._replicas.choose(self._task, self._failed | self._unable)) is None:
+            if self._unable and self._unable.issuperset(self._replicas.able(self._task)):
+                raise Unsupported(f"The upstream server cannot {self._task}: {self._why}.", param="model")
+            # All have failed, or none may have a request: once more, after a pause.
+            self._failures += 1
+            if self._failures > self._replicas.retries:
+                error = EngineError(f"No upstream server can serve this: {self._why}.")
+                error.retryable = True
+                raise error
+            self._failed.clear()
+            await asyncio.sleep(max(backoff(self._failures), self._replicas.pause()))
+        return replica
+
+    @contextlib.contextmanager
+    def on(self, replica: Replica) -> Iterator[None]:
+        """Around a call to *replica*: takes in that it came to nothing."""
+        replica.begin()
+        try:
+            yield
+        except (Broken, Unable) as error:
+            why = str(error)
+            self._why = f"{replica.address}: {self._replicas.without_key(why)}"
+            if isinstance(error, Unable):
+                self._unable.add(replica)
+                return
+            self._failed.add(replica)
+            if error.retry_after is not None:
+                replica.busy(error.retry_after)
+            else:
+                replica.failed(why)
+                if error.lost:
+                    replica.lost(why)
+        finally:
+            replica.end()
+
+    def progressed(self) -> None:
+        """Something came before it broke: retries are for those who get nothing."""
+        self._failures = 0
+
+
+async def read_answer(response: aiohttp.ClientResponse, most: int = MAX_ANSWER) -> bytes:
+    """The body of an answer that is no stream; what is longer than *most* is cut off."""
     parts: list[bytes] = []
-    while sum(map(len, parts)) < MAX_ANSWER and (part := await response.content.readany()):
+    while sum(map(len, parts)) < most and (part := await response.content.readany()):
         parts.append(part)
     return b"".join(parts)
 

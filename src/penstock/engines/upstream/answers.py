@@ -1,0 +1,163 @@
+"""Calls with one answer, which is no stream: vectors of inputs, and tokens of a prompt."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any, TypeVar
+
+import msgspec
+
+from penstock.core.job import Request
+from penstock.core.tasks import Tokenized, vector_text
+from penstock.engines.upstream.dialects import Dialect, chat, tool_views
+from penstock.engines.upstream.stream import StreamError, Usage
+
+T = TypeVar("T")
+
+
+def read(answer: bytes, kind: type[T]) -> T:
+    """*answer* as a *kind*. Raises `StreamError` for what is none."""
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except msgspec.MsgspecError as error:
+        raise StreamError(f"an answer that cannot be read ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------ vectors
+
+
+def embedding_body(model: str, request: Request, indexes: list[int], *, floats: bool) -> dict[str, Any]:
+    """The request's JSON for the inputs at *indexes*.
+
+    Vectors are asked for in base64: it is a quarter of the bytes, and what the log has (`penstock.core.tasks`), so that
+    no number of them is ever parsed. *floats*: the server refuses that, and has its own form.
+    """
+    inputs = request.inputs or ()
+    sent: dict[str, Any] = {"model": model, "input": [inputs[index] for index in indexes]}
+    if not floats:
+        sent["encoding_format"] = "base64"
+    if request.dimensions is not None:
+        sent["dimensions"] = request.dimensions
+    if request.input_type is not None:
+        sent["input_type"] = request.input_type
+    return sent
+
+
+class _Vector(msgspec.Struct, gc=False):
+    index: int
+    embedding: str | list[float]
+
+
+class _Vectors(msgspec.Struct):
+    data: list[_Vector]
+    usage: Usage | None = None
+
+
+def read_vectors(answer: bytes, count: int) -> tuple[list[str], int, int | None]:
+    """*count* vectors as texts of the log, in the order of their inputs; how many dimensions they have; and the tokens
+    of the inputs, where they are told. Raises `StreamError`."""
+    found = read(answer, _Vectors)
+    by_index = {each.index: each.embedding for each in found.data}
+    if len(found.data) != count or sorted(by_index) != list(range(count)):
+        raise StreamError(f"{len(found.data)} vectors for {count} inputs, or some without their index")
+    texts, sizes = [], set()
+    for _, vector in sorted(by_index.items()):
+        text = vector if isinstance(vector, str) else vector_text(vector)
+        texts.append(text)
+        sizes.add(_bytes_of(text))
+    size = sizes.pop()
+    if sizes or not size or size % 4:
+        raise StreamError("vectors of different sizes, or that are no float32 in base64")
+    return texts, size // 4, found.usage.prompt_tokens if found.usage is not None else None
+
+
+def _bytes_of(text: str) -> int:
+    try:
+        return len(base64.b64decode(text, validate=True))
+    except binascii.Error as error:
+        raise StreamError(f"a vector that is no base64 ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+
+class Tokens(msgspec.Struct):
+    """What vLLM, SGLang and Penstock answer to ``/tokenize``."""
+
+    count: int
+    tokens: list[int] = []
+    token_strs: list[str] | None = None
+
+
+class Text(msgspec.Struct):
+    """To ``/detokenize``; ``text`` is SGLang's name for it."""
+
+    prompt: str | None = None
+    text: str | None = None
+
+
+class Template(msgspec.Struct):
+    """What llama.cpp answers to ``/apply-template``."""
+
+    prompt: str
+
+
+class _Piece(msgspec.Struct, gc=False):
+    id: int
+    piece: str | list[int]
+    """Its bytes where they are no text by themselves."""
+
+
+class _Pieces(msgspec.Struct):
+    tokens: list[_Piece]
+
+
+def tokenize_body(model: str, request: Request) -> dict[str, Any]:
+    """The JSON for ``/tokenize`` as vLLM has it."""
+    sent: dict[str, Any] = {"model": model, "return_token_strs": True}
+    if request.messages is None:
+        return sent | {"prompt": request.prompt, "add_special_tokens": request.add_special_tokens}
+    if request.callable_tools:
+        sent["tools"] = tool_views(request.callable_tools)
+    return sent | chat(request, "")
+
+
+def detokenize_body(dialect: Dialect, model: str, ids: list[int]) -> dict[str, Any]:
+    """The JSON for ``/detokenize``."""
+    sent: dict[str, Any] = {"model": model, "tokens": ids}
+    if dialect.name == "openai":
+        sent["skip_special_tokens"] = False  # SGLang would leave them out
+    return sent
+
+
+def template_body(model: str, request: Request) -> dict[str, Any]:
+    """The JSON for llama.cpp's ``/apply-template``."""
+    tools = {"tools": tool_views(request.callable_tools)} if request.callable_tools else {}
+    return {"model": model, **chat(request, ""), **tools}
+
+
+def pieces_body(model: str, request: Request, prompt: str | None) -> dict[str, Any]:
+    """The JSON for ``/tokenize`` as llama.cpp has it, which takes ids as well. *prompt*: the messages', written out."""
+    content = prompt if request.messages is not None else request.prompt
+    return {
+        "model": model,
+        "content": list(request.prompt_ids or ()) if content is None else content,
+        "add_special": content is not None and request.add_special_tokens,
+        "parse_special": True,  # as in the prompt of a completion
+        "with_pieces": True,
+    }
+
+
+def read_pieces(answer: bytes) -> Tokenized:
+    """Raises `StreamError`."""
+    pieces = read(answer, _Pieces).tokens
+    names = [
+        each.piece if isinstance(each.piece, str) else "".join(f"<0x{byte:02X}>" for byte in each.piece)
+        for each in pieces
+    ]
+    try:
+        whole = b"".join(each.piece.encode() if isinstance(each.piece, str) else bytes(each.piece) for each in pieces)
+    except ValueError as error:
+        raise StreamError(f"a token's bytes that are none ({error})") from error
+    return Tokenized([each.id for each in pieces], names, whole.decode("utf-8", "replace"))
