@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import InvalidRequest
-from penstock.core.job import Sampling
+from penstock.core.job import Priority, Sampling
 from penstock.core.ports import Append, Finish, Query, WorkerInfo
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
@@ -129,6 +129,22 @@ class TestFields:
                 assert {str(token): bias for token, bias in job.request.sampling.logit_bias.items()} == value
             case _:
                 assert getattr(job.request.sampling, field) == value
+
+    async def test_openais_names_for_ours(self, gateway: Gateway) -> None:
+        body = {
+            "model": "m", "messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 5, "user": "ann",
+            "service_tier": "flex", "logprobs": True, "top_logprobs": 20,
+        }  # fmt: skip
+        async with as_tenant(gateway, "t") as http:
+            asking = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            async with asyncio.timeout(30):
+                while not (jobs := (await gateway.broker.list(Query(tenant="t"))).jobs):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            await work(gateway)
+            await asking
+        sampling = jobs[0].request.sampling
+        assert (sampling.max_tokens, sampling.logprobs) == (5, 20)
+        assert (jobs[0].user, jobs[0].priority) == ("ann", Priority.BATCH)
 
     @pytest.mark.parametrize(
         ("route", "body", "max_tokens", "temperature"),
