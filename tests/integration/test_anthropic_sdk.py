@@ -196,7 +196,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("content", "says"),
         [
-            ([{"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}], "'image'"),
+            ([{"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}], "text only"),
             ([{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "x"}}], "'document'"),
             ([{"type": "thinking", "thinking": "x", "signature": "y"}], "'thinking'"),
             ([{"type": "tool_use", "id": "x", "name": "wait", "input": {}}], "'tool_use'"),

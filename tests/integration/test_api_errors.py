@@ -201,7 +201,6 @@ class TestFields:
             {"prompt": ["x"]},
             {"messages": [{"content": "x"}]},
             {"messages": [{"role": "", "content": "x"}]},
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         ],
         ids=str,
     )
@@ -209,6 +208,18 @@ class TestFields:
         self, http: httpx.AsyncClient, route: str, prompts: dict[str, Any]
     ) -> None:
         check_error(await http.post(route, json={"max_tokens": 1, **prompts}), 400, "invalid_request")
+
+    @pytest.mark.parametrize("route", [*NATIVE, "/v1/chat/completions"])
+    async def test_an_image_is_refused_and_named(self, http: httpx.AsyncClient, route: str) -> None:
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+        content = [{"type": "text", "text": "What is this?"}, image]
+        body = {
+            "model": "synthetic",
+            "messages": [{"role": "user", "content": "Hello."}, {"role": "user", "content": content}],
+        }
+        error = check_error(await http.post(route, json=body), 400, "unsupported", "messages[1].content[1]")
+        assert "'image_url'" in error["message"]
+        assert "text only" in error["message"]
 
     @pytest.mark.parametrize("route", [*NATIVE, *OPENAI])
     async def test_an_unknown_model_is_404(self, http: httpx.AsyncClient, route: str) -> None:

@@ -228,6 +228,7 @@ class AssistantMessage(Answer, kw_only=True):
     content: str | None
     tool_calls: list[ToolCallView] | UnsetType = UNSET
     refusal: None
+    annotations: Annotated[list[Any], Meta(max_length=0)]
 
 
 class ChatChoice(Answer):

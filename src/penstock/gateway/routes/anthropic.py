@@ -30,7 +30,7 @@ from penstock.core.job import (
 )
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, check_schema
 from penstock.gateway.http import Call, error_reply, json_reply
-from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, structured, submission
+from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, not_text, structured, submission
 from penstock.gateway.routes.tokens import tokens_of
 from penstock.gateway.sse import frame
 
@@ -224,7 +224,7 @@ def _text(content: str | list[Block], where: str) -> str:
         return content
     for block in content:
         if block.type != "text":
-            raise Unsupported(f"{where}: content blocks of type {block.type!r} are not supported here.", param=where)
+            raise not_text(where, block.type)
         if block.text is None:
             raise InvalidRequest(f"{where}: a text block needs its text.", param=where)
     return "".join(block.text or "" for block in content)

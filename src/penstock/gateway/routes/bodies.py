@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from penstock.core.errors import InvalidRequest
+from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.events import Completion
 from penstock.core.job import (
     Choices,
@@ -78,24 +78,36 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_calls: Annotated[list[AssistantCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Identifier | None = None
 
-    def plain(self) -> Message:
+    def plain(self, where: str) -> Message:
+        """*where* the message is, for errors: ``messages[3]``."""
         if self.role == "tool" and self.tool_call_id is None:
             raise InvalidRequest(
-                "A message of the role 'tool' needs the tool_call_id that it answers.", param="messages"
+                f"{where}: a message of the role 'tool' needs the tool_call_id that it answers.", param=where
             )
         calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
-        return Message(self.role, self._text(), calls, self.tool_call_id)
+        return Message(self.role, self._text(where), calls, self.tool_call_id)
 
-    def _text(self) -> str:
-        if isinstance(self.content, list):
-            other = next((part.type for part in self.content if part.type not in ("text", "input_text")), None)
-            if other is not None:
-                raise InvalidRequest(f"Content parts of type {other!r} are not supported: text only.", param="messages")
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+    def _text(self, where: str) -> str:
+        if not isinstance(self.content, list):
+            return self.content or ""
+        for number, part in enumerate(self.content):
+            if part.type not in ("text", "input_text"):
+                raise not_text(f"{where}.content[{number}]", part.type)
+        return "".join(part.text for part in self.content)
 
 
 ChatMessages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
+
+
+def plain(messages: ChatMessages) -> tuple[Message, ...]:
+    return tuple(message.plain(f"messages[{number}]") for number, message in enumerate(messages))
+
+
+def not_text(where: str, kind: str) -> Unsupported:
+    """The error for an image, a sound or a file in a message: a part of the type *kind* at *where*."""
+    return Unsupported(
+        f"{where}: content of type {kind!r} is not supported. Models here read text only: leave it out.", param=where
+    )
 
 
 class FunctionBody(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from penstock.core.tasks import vectors
 from penstock.core.tools import named, parse_tool_calls
 from penstock.gateway.feed import Cursor, Rendering, feed
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import ChatMessages, StructuredBody, TokenIds, submission
+from penstock.gateway.routes.bodies import ChatMessages, StructuredBody, TokenIds, plain, submission
 from penstock.gateway.sse import EventStream, ascii_json, frame, json_string
 
 
@@ -36,7 +36,7 @@ class GenerateJob(StructuredBody, kw_only=True, frozen=True, forbid_unknown_fiel
             model=self.model or call.gateway.catalogue.default,
             prompt=self.prompt if isinstance(self.prompt, str) else None,
             prompt_ids=tuple(ids) if ids is not None else None,
-            messages=tuple(message.plain() for message in self.messages) if self.messages is not None else None,
+            messages=None if self.messages is None else plain(self.messages),
             sampling=self.sampling(max_tokens=64, temperature=0.7, logprobs=self.logprobs),
             n=self.n or 1,
         )

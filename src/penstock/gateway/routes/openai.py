@@ -22,6 +22,7 @@ from penstock.gateway.routes.bodies import (
     Prepared,
     StructuredBody,
     TokenId,
+    plain,
     submission,
 )
 from penstock.gateway.routes.jobs import tool_call_view, usage_view
@@ -70,7 +71,7 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
         request = Request(
             model=self.model,
-            messages=tuple(message.plain() for message in self.messages),
+            messages=plain(self.messages),
             sampling=self.sampling(
                 max_tokens=self.max_completion_tokens or default_max_tokens,
                 temperature=1.0,
@@ -321,7 +322,7 @@ class ChatDialect(Dialect):
         logprobs = completion.logprobs[index]
         return {
             "index": index,
-            "message": {"role": "assistant", **self._message(index, text), "refusal": None},
+            "message": {"role": "assistant", **self._message(index, text), "refusal": None, "annotations": []},
             "logprobs": _chat_logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
         }

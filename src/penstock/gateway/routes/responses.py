@@ -56,6 +56,7 @@ from penstock.gateway.routes.bodies import (
     Prepared,
     Role,
     ToolName,
+    not_text,
     structured,
     submission,
 )
@@ -120,8 +121,7 @@ class InputItem(msgspec.Struct, frozen=True):
 def _texts(parts: list[InputPart], where: str) -> tuple[str, ...]:
     for number, part in enumerate(parts):
         if part.type not in ("input_text", "output_text", "text"):
-            param = f"{where}[{number}]"
-            raise Unsupported(f"{param}: parts of type {part.type!r} are not supported: text only.", param=param)
+            raise not_text(f"{where}[{number}]", part.type)
     return tuple(part.text for part in parts)
 
 

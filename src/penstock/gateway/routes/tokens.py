@@ -13,7 +13,7 @@ from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import ModelName, Priority, Request
 from penstock.core.tasks import Tokenized
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import MAX_TOOLS, ChatMessages, StructuredBody, TokenId, ToolBody
+from penstock.gateway.routes.bodies import MAX_TOOLS, ChatMessages, StructuredBody, TokenId, ToolBody, plain
 from penstock.gateway.service import Submission
 
 
@@ -40,7 +40,7 @@ class Tokenize(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
             model=self.model or default_model,
             task="tokenize",
             prompt=self.prompt,
-            messages=None if self.messages is None else tuple(message.plain() for message in self.messages),
+            messages=None if self.messages is None else plain(self.messages),
             continue_final=self.continue_final_message,
             add_special_tokens=self.add_special_tokens is not False,
         )
