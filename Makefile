@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants test-browser screenshots clean
+.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants comply test-browser screenshots clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -87,6 +87,9 @@ screenshots: setup ## Take the pictures of the page in docs/images
 
 mutants: setup ## Break the code on purpose: every mutant must make a test fail
 	$(BIN)/python -m tests.chaos.mutants $(ARGS)
+
+comply: setup ## llm-comply's suites against the bundled model: fails where docs/compliance.md names no reason
+	$(BIN)/python -m tests.support.compliance
 
 check: lint ## Format, lint, types, layers
 	$(BIN)/mypy
