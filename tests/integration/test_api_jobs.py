@@ -352,6 +352,13 @@ class TestGenerate:
             )
             check_error(reply, 500, "engine_error")
 
+    async def test_a_job_that_is_cancelled_meanwhile_is_a_499(self, http: httpx.AsyncClient) -> None:
+        user = unique()
+        body = {"model": "paced", "prompt": "x", "max_tokens": 100_000, "user_id": user}
+        waiting = asyncio.create_task(http.post("/v1/generate", json=body))
+        await http.post(f"/v1/jobs/{await _job_of(http, user)}/cancel")
+        check_error(await waiting, 499, "cancelled")
+
 
 class TestDeadline:
     async def test_a_running_job_expires(self, server: Server, http: httpx.AsyncClient) -> None:

@@ -331,6 +331,20 @@ class TestResume:
             events += await stream.rest()
         check_log(events)
 
+    @pytest.mark.parametrize(("route", "body"), STREAMED, ids=[route for route, _ in STREAMED])
+    async def test_a_repeated_post_beyond_the_head_is_409_and_at_the_end_empty(
+        self, server: Server, http: httpx.AsyncClient, route: str, body: dict[str, object]
+    ) -> None:
+        """Its answer has a status of its own: an SDK that repeats a POST reads that, and no event."""
+        fields = {"model": "synthetic", "max_tokens": 3, "stream": True, **body}
+        key = {"idempotency-key": f"beyond {route}"}
+        async with await open_stream(server.url + route, "POST", json_body=fields, headers=key) as stream:
+            await stream.rest()
+        beyond = await http.post(route, json=fields, headers={**key, "last-event-id": "100"})
+        check_error(beyond, 409, "log_rewound")
+        at_end = await http.post(route, json=fields, headers={**key, "last-event-id": "4"})
+        assert (at_end.status_code, at_end.content) == (200, b"")
+
     @pytest.mark.parametrize(("route", "body"), EVERY, ids=[route for route, _ in EVERY])
     async def test_every_streamed_reply_is_resumable_as_a_job(
         self, server: Server, route: str, body: dict[str, object]
