@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -94,6 +96,76 @@ class TestApi:
     def test_every_error_code_is_listed_with_its_status(self) -> None:
         listed = {code: int(row[1]) for code, row in table("api.md", 3).items() if row[1].isdigit()}
         assert listed == STATUS_OF_CODE
+
+
+# ---------------------------------------------------------------------------------------------- rules and their tests
+
+
+@cache
+def definitions(file: Path) -> dict[str, ast.AST]:
+    """What *file* defines, by ``name`` or ``Class::name``."""
+    found: dict[str, ast.AST] = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found[node.name] = node
+        if isinstance(node, ast.ClassDef):
+            found |= {
+                f"{node.name}::{part.name}": part
+                for part in node.body
+                if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+    return found
+
+
+def is_test(file: Path, name: str) -> bool:
+    """Would pytest find *name* in *file*? A class has its own tests, and those of the contract that it takes on."""
+    here = definitions(file)
+    owner, _, test = name.rpartition("::")
+    if not test.startswith("test_"):
+        return False
+    if name in here or not owner:
+        return name in here
+    contracts = [ROOT / "src/penstock/testing" / f"{part}.py" for part in ("broker", "engine")]
+    bases = [ast.unparse(base) for base in getattr(here.get(owner), "bases", ())]
+    return any(
+        is_test(other, f"{base}::{test}")
+        for base in bases
+        for other in (file, *contracts)
+        if base in definitions(other)
+    )
+
+
+#: Routes that the specification's sections 3 to 5 don't have.
+BEYOND = re.compile(r" /(tokenize|detokenize|v1/(messages|embeddings|models/.*load|responses/compact)|docs|openapi)")
+
+
+class TestProof:
+    def test_every_rule_names_tests_and_each_exists(self) -> None:
+        rules = [row for row in rows("proof.md") if len(row) == 2 and row != ["rule", "shown by"]]
+        assert len(rules) > 150
+        for rule, shown in rules:
+            named = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)(\[[^`]+\])?`", shown)
+            assert named, f"no test shows: {rule}"
+            assert len(named) == shown.count("`") // 2, shown
+            for file, name, case in named:
+                assert is_test(ROOT / file, name), f"{file}::{name}"
+                if case:
+                    decorators = [
+                        ast.unparse(decorator)
+                        for part in (name, name.partition("::")[0])
+                        for decorator in getattr(definitions(ROOT / file)[part], "decorator_list", ())
+                    ]
+                    cases = case.strip("[]").split("-")
+                    assert all(any(each in decorator for decorator in decorators) for each in cases), f"{name}{case}"
+
+    def test_every_route_field_and_code_has_its_rule(self) -> None:
+        told = " ".join(row[0] for row in rows("proof.md") if len(row) == 2)
+        served = {f"{method} {path.replace(':path', '')}" for method, path, _ in ROUTES}
+        missing = {route for route in served if f"`{route}`" not in told and f"`{route}?" not in told}
+        assert not {route for route in missing if not BEYOND.search(route)}
+        fields = {field.encode_name for body in (GenerateJob, Generate) for field in msgspec.structs.fields(body)}
+        assert not {field for field in fields if f"`{field}`" not in told}
+        assert not {code for code in STATUS_OF_CODE if f"`{code}`" not in read("proof.md")}
 
 
 # ---------------------------------------------------------------------------------------------- protocol, states
