@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import penstock
 from tests.support.api import check_error
-from tests.support.server import PATIENCE, Server, model
+from tests.support.server import PATIENCE, Server, model, wait_for
 
 MODEL = "millrace"
 FOLDER = Path(penstock.__file__).parent / "bundled" / MODEL
@@ -138,3 +138,41 @@ async def test_what_is_wrong_is_named(
 ) -> None:
     reply = await http.post(path, content=json.dumps(body))
     check_error(reply, 404 if code == "model_not_found" else 400, code, param)
+
+
+async def test_an_upstream_passes_it_on(http: httpx.AsyncClient, box: Server, tmp_path: Path) -> None:
+    """A Penstock before the box answers what the box answers, refusals included."""
+    server = Server(tmp_path, models=[model("fox", engine="upstream", path=box.url, model=MODEL)])
+    try:
+        server.start()
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as front:
+
+            async def both(path: str, **body: Any) -> dict[str, Any]:
+                replies = [
+                    await client.post(path, json={"model": name, **body})
+                    for client, name in ((front, "fox"), (http, MODEL))
+                ]
+                assert replies[0].status_code == replies[1].status_code
+                answers: list[dict[str, Any]] = [reply.json() for reply in replies]
+                assert answers[0] == answers[1]
+                return answers[0]
+
+            tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+            begun = [*ASK, {"role": "assistant", "content": "A river"}]
+            await both("/tokenize", prompt=TEXT, return_token_strs=True)
+            await both("/tokenize", prompt="")
+            await both("/tokenize", prompt="<|user|>", add_special_tokens=False)
+            await both("/tokenize", prompt="the old mill by the river " * 200)
+            await both("/tokenize", messages=begun, continue_final_message=True)
+            await both("/tokenize", messages=ASK, tools=[tool])
+            tokens = (await both("/tokenize", messages=ASK))["tokens"]
+            text = await both("/detokenize", tokens=[*tokens, 300, 301])
+            assert text["prompt"].startswith("<|user|>What is a river?")
+            assert (await both("/detokenize", tokens=[10**8]))["error"]["param"] == "tokens"
+            counted = await front.post("/v1/messages/count_tokens", json={"model": "fox", "messages": ASK})
+            assert counted.json() == {"input_tokens": len(tokens)}
+            refused = await front.post("/v1/embeddings", json={"model": "fox", "input": "x"})
+            check_error(refused, 400, "unsupported", "model")
+        wait_for(lambda: server.get("/v1/jobs").json()["data"] == [], "the jobs to be dropped")
+    finally:
+        server.stop()

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import openai
 import pytest
 
 from penstock.testing.oracle import check_log, tokens_of
+from tests.support.api import check_error
+from tests.support.encoder import SIZE, TEXTS, Reference, encoder
 from tests.support.http import PATIENCE
 from tests.support.server import Server, model
 from tests.support.sse import Event, Parser
@@ -93,5 +97,96 @@ async def test_a_replica_dies_in_the_middle_of_all_streams(front: Server, replic
         assert {token.attempt for token in tokens} == {1}, "failover happens inside the attempt"
         if kind == "ids":
             assert "".join(token.text for token in tokens) == undisturbed[i % len(bodies)]
-    # Broken streams alone open its circuit; a refused connection, if one is tried before that, tells that it is down.
+    assert_noticed(front)
+
+
+def assert_noticed(front: Server) -> None:
+    """Broken calls alone open its circuit; a refused connection, if one is tried before that, tells that it is down."""
     assert "is out of service" in front.errors() or "is down" in front.errors()
+
+
+# ------------------------------------------------------------------------------------------ embeddings
+
+CLIENTS, CALLS, INPUTS = 8, 8, 200
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[list[Server]]:
+    """Two replicas, and the server before them."""
+    home = tmp_path_factory.mktemp("encoders")
+    replicas = [
+        Server(home / name, models=[model("bge", engine="openvino", path=str(folder))]) for name in ("one", "two")
+    ]
+    urls = ",".join(each.url for each in replicas)
+    # What the servers call the model is nobody else's business.
+    named = model("encoder", engine="upstream", path=urls, model="bge", batch=20)
+    front = Server(home / "front", models=[model(rate=1000), named])
+    try:
+        for each in replicas:
+            each.start()
+        yield [front.start(), *replicas]
+    finally:
+        for each in (front, *replicas):
+            each.stop()
+
+
+def test_it_says_what_the_server_can(encoders: list[Server]) -> None:
+    front, behind, _ = encoders
+    card = front.get("/v1/models/encoder").json()
+    assert (card["engine"], card["tasks"], card["dimensions"]) == ("upstream", ["embed", "tokenize"], SIZE)
+    for server, name in ((front, "encoder"), (behind, "bge")):  # whoever refuses it, it is the same refusal
+        body = {"model": name, "prompt": "x"}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE, trust_env=False)
+        assert "it can embed and tokenize" in check_error(reply, 400, "unsupported", "model")["message"]
+
+
+async def test_the_sdk_gets_the_vectors_of_the_server_behind(encoders: list[Server], folder: Path) -> None:
+    reference = Reference(folder)
+    async with openai.AsyncOpenAI(base_url=f"{encoders[0].url}/v1", api_key="none", timeout=PATIENCE) as sdk:
+        for asked in ({}, {"encoding_format": "float"}):
+            answer = await sdk.embeddings.create(model="encoder", input=TEXTS, **asked)  # type: ignore[arg-type]
+            found = np.array([each.embedding for each in answer.data])
+            np.testing.assert_allclose(found, reference.vectors(TEXTS), atol=1e-5)
+            assert answer.usage.prompt_tokens == sum(len(reference.ids(text)) for text in TEXTS)
+            assert answer.model == "encoder"
+        with pytest.raises(openai.BadRequestError) as caught:
+            await sdk.embeddings.create(model="encoder", input=[*TEXTS * 5, "the old mill by the river " * 40])
+        assert caught.value.code == "context_length_exceeded"
+        assert caught.value.param == "input"
+
+
+async def test_a_replica_dies_in_the_middle_of_embeddings(encoders: list[Server], folder: Path) -> None:
+    front, *replicas = encoders
+    wanted = np.tile(Reference(folder).vectors(TEXTS), (INPUTS // len(TEXTS), 1))
+    body = {"model": "encoder", "input": TEXTS * (INPUTS // len(TEXTS))}
+    answers: list[dict[str, Any]] = []
+    middle = asyncio.Event()
+
+    async def embed(client: httpx.AsyncClient) -> None:
+        for _ in range(CALLS):
+            reply = await client.post("/v1/embeddings", json=body)
+            assert reply.status_code == 200, reply.text
+            answers.append(reply.json())
+            if len(answers) == CLIENTS:
+                middle.set()
+
+    async with httpx.AsyncClient(base_url=front.url, timeout=PATIENCE, trust_env=False) as client:
+        working = [asyncio.create_task(embed(client)) for _ in range(CLIENTS)]
+        await middle.wait()
+        await asyncio.to_thread(replicas[0].kill9)
+        assert len(answers) < CLIENTS * CALLS, "all were over before the kill"
+        await asyncio.gather(*working)
+    assert len(answers) == CLIENTS * CALLS
+    for answer in answers:
+        assert answer["usage"] == answers[0]["usage"]
+        assert [each["index"] for each in answer["data"]] == list(range(INPUTS))
+        np.testing.assert_allclose([each["embedding"] for each in answer["data"]], wanted, atol=1e-5)
+    assert_noticed(front)
+    jobs = [line for line in front.log_lines() if line.get("event") == "job_ended"]
+    assert len(jobs) >= len(answers)
+    assert {line["attempt"] for line in jobs} == {1}, "failover happens inside the attempt"

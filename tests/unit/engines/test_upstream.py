@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from tests.support.server import wait_for
 
 from penstock.core.errors import (
     ContextLengthExceeded,
@@ -20,10 +21,10 @@ from penstock.core.errors import (
     PenstockError,
     Unsupported,
 )
-from penstock.core.events import Prefix, fold
+from penstock.core.events import Prefix, Tokens, fold
 from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
 from penstock.core.ports import Finish, Output
-from penstock.core.tasks import vector_text
+from penstock.core.tasks import Tokenized, vector_text, vector_values
 from penstock.engines.upstream.backend import UpstreamBackend, load
 from penstock.engines.upstream.dialects import Told
 from penstock.engines.upstream.options import Address, addresses
@@ -60,6 +61,7 @@ class Upstream:
         app.router.add_post("/v1/embeddings", self._embed)
         app.router.add_post("/v1/{route:.*}", self._post)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -76,13 +78,21 @@ class Upstream:
         assert (await request.json())["prompt"]
         return web.json_response({"count": self.tokens, "tokens": []})
 
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        """As SGLang does."""
+        body = await request.json()
+        self.bodies.append(body)
+        if self.script:
+            return await self.script.popleft()(self, request, body)
+        return web.json_response({"text": " ".join(map(str, body["tokens"]))})
+
     async def _embed(self, request: web.Request) -> web.StreamResponse:
-        """A vector of an input is its length and its first number; the first is what the engine's probe asks for."""
+        """As `vectors` does, if it embeds at all."""
         if not self.embeds:
             raise web.HTTPNotFound
         body = await request.json()
         self.asked_for_vectors.append(body)
-        if self.script and len(self.asked_for_vectors) > 1:
+        if self.script:
             return await self.script.popleft()(self, request, body)
         return await vectors()(self, request, body)
 
@@ -137,20 +147,16 @@ def words(piece: int = 0) -> Act:
     return act
 
 
-def vectors(base64: bool = True) -> Act:
-    """Proper vectors, of a number for each token (or character) of an input."""
+def vectors(*, base64: bool = True, size: int = 2) -> Act:
+    """Proper vectors: an input's number (the one in its text, or its first id), *size* times."""
 
     async def act(server: Upstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        found = [
-            [float(len(each)), float(int(each[1:] or 0) if isinstance(each, str) else each[0])]
-            for each in body["input"]
-        ]
-        wanted = body.get("encoding_format") == "base64" and base64
-        data = [
-            {"object": "embedding", "index": i, "embedding": vector_text(each) if wanted else each}
-            for i, each in enumerate(found)
-        ]
-        return web.json_response({"data": data[::-1], "usage": {"prompt_tokens": 2 * len(data)}})
+        numbers = [float(each.strip("x") or 0) if isinstance(each, str) else float(each[0]) for each in body["input"]]
+        found: list[Any] = [[number] * size for number in numbers]
+        if base64 and body.get("encoding_format") == "base64":
+            found = [vector_text(each) for each in found]
+        data = [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(found)]
+        return web.json_response({"data": data[::-1], "usage": {"prompt_tokens": 3 * len(data)}})
 
     return act
 
@@ -238,15 +244,14 @@ class Engine:
         return self.keys
 
     def step(self) -> list[Output]:
-        select.select([self.backend.wakeup], [], [], 20)
+        ready, _, _ = select.select([self.backend.wakeup], [], [], 20)
+        assert ready, "nothing came"
         return self.backend.step()
 
     def finish(self, key: int) -> list[Output]:
         outputs: list[Output] = []
         while not outputs or outputs[-1].finish is None:
-            new = self.step()
-            assert new, "nothing came"
-            outputs += [output for output in new if output.key == key]
+            outputs += [output for output in self.step() if output.key == key]
         return outputs
 
 
@@ -520,6 +525,206 @@ async def test_an_abort_closes_the_connection(servers: list[Upstream], engine_of
     assert_complete(await engine.run(ask()))
 
 
+# ------------------------------------------------------------------------------------------ embeddings and tokens
+
+
+@pytest.fixture
+async def encoders(servers: list[Upstream]) -> list[Upstream]:
+    for server in servers:
+        server.embeds = True
+    return servers
+
+
+def embed(count: int = 10, **fields: Any) -> Request:
+    """Of inputs whose vectors are their numbers, from 0."""
+    return Request(model="m", task="embed", inputs=tuple(f"x{i}" for i in range(count)), **fields)
+
+
+def assert_embedded(outputs: list[Output], count: int = 10, *, tokens: int | None = None) -> None:
+    found = {index: text for output in outputs for index, text in zip(output.ids, output.texts, strict=True)}
+    assert sum(len(output.ids) for output in outputs) == count, "each of them once"
+    assert {index: vector_values(text)[0] for index, text in found.items()} == {i: float(i) for i in range(count)}
+    assert outputs[-1].finish == Finish(("stop",))
+    told = [output.prompt_tokens for output in outputs if output.prompt_tokens is not None]
+    assert told == [3 * count if tokens is None else tokens]
+
+
+async def test_vectors_come_in_base64_and_in_parts(encoders: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(*encoders, batch=3)
+    assert (engine.backend.info.tasks, engine.backend.info.dimensions) == (("embed", "tokenize"), 2)
+    for server in encoders:
+        server.asked_for_vectors.clear()
+    outputs = await engine.run(embed(20))
+    assert_embedded(outputs, 20)
+    asked = [body for server in encoders for body in server.asked_for_vectors]
+    assert sorted(len(body["input"]) for body in asked) == [2, 3, 3, 3, 3, 3, 3]
+    assert all(body["encoding_format"] == "base64" for body in asked)
+    assert all(server.asked_for_vectors for server in encoders), "they share the work"
+
+
+async def cut_short(server: Upstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    response = await server.opened(request)
+    await response.write(b'{"data": [')
+    assert request.transport is not None
+    request.transport.abort()
+    return response
+
+
+async def say_nothing(server: Upstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    await asyncio.sleep(30)
+    raise AssertionError
+
+
+A_VECTOR = {"index": 0, "embedding": "AAAAAAAAAAA="}
+NO_VECTORS: dict[str, Act] = {
+    "dies": cut_short,
+    "silent": say_nothing,
+    "500": answer(500),
+    "busy": answer(429, **{"Retry-After": "0"}),
+    "no JSON": answer(200, "vectors"),
+    "too few": answer(200, {"data": [A_VECTOR]}),
+    "no base64": answer(200, {"data": [{"index": i, "embedding": "?"} for i in range(5)]}),
+    "no float32": answer(200, {"data": [{"index": i, "embedding": "AAA="} for i in range(5)]}),
+    "other sizes": answer(200, {"data": [{"index": i, "embedding": [1.0] * (i + 1)} for i in range(5)]}),
+    "another size": vectors(size=3),
+}
+
+
+@pytest.mark.parametrize("how", NO_VECTORS)
+async def test_another_replica_embeds_what_one_did_not(
+    encoders: list[Upstream], engine_of: MakeEngine, how: str
+) -> None:
+    engine = await engine_of(*encoders, idle_timeout=0.5, batch=5)
+    for server in encoders:
+        server.script.append(NO_VECTORS[how])
+        server.asked_for_vectors.clear()
+    assert_embedded(await engine.run(embed()))
+    assert sum(len(server.asked_for_vectors) for server in encoders) == 4, "two calls, each a second time"
+
+
+async def test_inputs_that_are_logged_are_not_embedded_again(encoders: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(encoders[0])
+    encoders[0].asked_for_vectors.clear()
+    outputs = await engine.run(embed(), [Prefix([3, 0, 7], [vector_text([n, n]) for n in (3, 0, 7)])])
+    assert sorted(index for output in outputs for index in output.ids) == [1, 2, 4, 5, 6, 8, 9]
+    (body,) = encoders[0].asked_for_vectors
+    assert body["input"] == [f"x{i}" for i in (1, 2, 4, 5, 6, 8, 9)]
+    assert sum(output.prompt_tokens or 0 for output in outputs) == 30, "the logged ones count as much as the others"
+    (output,) = await engine.run(embed(1), [Prefix([0], [vector_text([0, 0])])])
+    assert output.finish == Finish(("stop",))
+    assert len(encoders[0].asked_for_vectors) == 1
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+async def test_a_server_that_has_numbers_only(encoders: list[Upstream], engine_of: MakeEngine, refuses: bool) -> None:
+    server = encoders[0]
+    engine = await engine_of(server)
+    server.asked_for_vectors.clear()
+    refusal = answer(400, {"error": {"message": "encoding_format must be float"}})
+    server.script += [refusal] if refuses else [vectors(base64=False)] * 2
+    for _ in range(2):
+        assert_embedded(await engine.run(embed()))
+    formats = [body.get("encoding_format") for body in server.asked_for_vectors]
+    assert formats == (["base64", None, None] if refuses else ["base64"] * 2)
+
+
+async def test_texts_and_ids_go_by_themselves(encoders: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(encoders[0])
+    encoders[0].asked_for_vectors.clear()
+    request = Request(model="m", task="embed", inputs=("x0", (1, 50), "x2", (3,)), dimensions=2)
+    assert_embedded(await engine.run(request), 4)
+    asked = [body["input"] for body in encoders[0].asked_for_vectors if body["dimensions"] == 2]
+    assert sorted(asked, key=str) == [["x0", "x2"], [[1, 50], [3]]]
+
+
+async def test_a_call_that_is_too_large_is_cut_in_two(encoders: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(encoders[0])
+    encoders[0].asked_for_vectors.clear()
+    encoders[0].script += [answer(413), answer(413)]
+    assert_embedded(await engine.run(embed()))
+    assert [len(body["input"]) for body in encoders[0].asked_for_vectors] == [10, 5, 2, 3, 5]
+    encoders[0].script.append(answer(413))
+    assert error_of(await engine.run(embed(1))).code == "request_too_large"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "code", "param"),
+    [
+        (400, {"message": "Input 3 is empty."}, "invalid_request", "input"),
+        (400, {"message": "maximum context length is 512 tokens"}, "context_length_exceeded", "input"),
+        (413, {"message": "`inputs` must have less than 512 tokens. Given: 600"}, "context_length_exceeded", "input"),
+        (500, {"message": "input (900 tokens) is too large to process."}, "context_length_exceeded", "input"),
+    ],
+)
+async def test_what_is_wrong_with_an_input_is_the_clients(
+    encoders: list[Upstream], engine_of: MakeEngine, status: int, error: dict[str, str], code: str, param: str
+) -> None:
+    engine = await engine_of(*encoders, batch=5)
+    for server in encoders:
+        server.asked_for_vectors.clear()
+    encoders[0].script.append(answer(status, {"error": error}))
+    encoders[1].script.append(answer(status, {"error": error}))
+    found = error_of(await engine.run(embed()))
+    assert (found.code, found.param) == (code, param)
+    assert found.message.startswith(error["message"])
+    assert "of the inputs 0 to 4" in found.message or "of the inputs 5 to 9" in found.message
+    assert sum(len(server.asked_for_vectors) for server in encoders) == 2, "nobody is asked again"
+
+
+async def test_vectors_that_cannot_be_cut(encoders: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(encoders[0])
+    assert_embedded(await engine.run(embed(dimensions=2)))
+    error = error_of(await engine.run(embed(dimensions=1)))
+    assert (error.code, error.param) == ("unsupported", "dimensions")
+    assert "2 dimensions" in error.message
+
+
+async def test_an_aborted_embedding_makes_no_more_calls(encoders: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(encoders[0], batch=1)
+    encoders[0].asked_for_vectors.clear()
+    key = engine.add(embed(2000))
+    await asyncio.to_thread(engine.step)
+    engine.backend.abort(key)
+    assert_embedded(await engine.run(embed(3)), 3)
+    assert len(encoders[0].asked_for_vectors) < 1000
+
+
+async def test_when_none_can_embed_now_the_job_goes_back_to_the_queue(
+    encoders: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(encoders[0], retries=1)
+    encoders[0].script += [answer(500)] * 2
+    outputs = await engine.run(embed())
+    assert "it is 500" in error_of(outputs).message
+    assert outputs[-1].retryable
+
+
+async def test_one_that_has_no_such_route_is_not_asked_twice(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    """Where the operator has said more than it can."""
+    engine = await engine_of(*servers, tasks="embed,generate")
+    assert engine.backend.info.tasks == ("generate", "embed")
+    outputs = await engine.run(embed())
+    assert (error_of(outputs).code, error_of(outputs).param) == ("unsupported", "model")
+    assert "404" in error_of(outputs).message
+    assert not outputs[-1].retryable
+    assert_complete(await engine.run(ask()))  # it is none the worse for it
+    servers[1].embeds = True
+    for _ in range(2 * TRIP):
+        assert_embedded(await engine.run(embed()))
+
+
+async def test_tokens_and_their_text(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    """As SGLang has them: without names."""
+    servers[0].owned_by = "sglang"
+    engine = await engine_of(*servers)
+    servers[0].script.append(answer(500))
+    servers[1].script.append(answer(500))
+    (output,) = await engine.run(Request(model="m", task="tokenize", prompt_ids=(7, 8)))
+    assert Tokenized.of(fold([Tokens(1, 1, output.ids, output.texts)], 1)) == Tokenized([7, 8], None, "7 8")
+    assert output.finish == Finish(("stop",))
+    assert sum(len(server.bodies) for server in servers) == 3
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 
@@ -615,6 +820,8 @@ def test_lines_are_put_together_and_bounded() -> None:
         ("http://x?a=1", {}, "has the form http"),
         ("http://127.0.0.1:9", {"slotz": "1"}, "did you mean 'slots'"),
         ("http://127.0.0.1:9", {"key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
+        ("http://127.0.0.1:9", {"tasks": "embed,sing"}, "some of generate, embed, tokenize; not 'embed,sing'"),
+        ("http://127.0.0.1:9", {"batch": "0"}, "batch must be in 1"),
         ("http://127.0.0.1:9", {"dialect": "klingon"}, "auto, openai, vllm, llama or penstock"),
         ("http://127.0.0.1:9", {}, "No upstream server of 'm' answers"),
     ],
@@ -654,6 +861,55 @@ async def test_servers_are_recognised(engine_of: MakeEngine, owner: str, dialect
     await server.stop()
     told = {"vllm": "return_token_ids", "penstock": "return_token_ids", "llama": "timings_per_token", "openai": ""}
     assert {"return_token_ids", "timings_per_token"} & set(server.bodies[0]) == {told[dialect]} - {""}
+
+
+@pytest.mark.parametrize(
+    ("owner", "script", "tasks"),
+    [
+        ("vllm", [answer(404)], ("generate", "tokenize")),
+        ("vllm", [answer(400)], ("generate", "tokenize")),
+        ("vllm", [vectors()], ("embed", "tokenize")),
+        ("acme", [answer(403)], ("generate", "tokenize")),
+        ("acme", [vectors(base64=False), answer(404), answer(400)], ("embed", "tokenize")),
+        ("acme", [vectors(base64=False), answer(404), words()], ("generate", "embed", "tokenize")),
+    ],
+)
+async def test_servers_are_asked_what_they_can(
+    servers: list[Upstream], engine_of: MakeEngine, owner: str, script: list[Act], tasks: tuple[str, ...]
+) -> None:
+    servers[0].owned_by, servers[0].embeds = owner, True
+    servers[0].script += script
+    assert (await engine_of(servers[0])).backend.info.tasks == tasks
+    assert not servers[0].script
+
+
+async def test_what_a_server_does_not_tell_is_said(
+    servers: list[Upstream], engine_of: MakeEngine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    servers[0].embeds = True
+    servers[0].script.append(answer(503))
+    engine = await engine_of(servers[0])
+    assert engine.backend.info.tasks == ("generate", "tokenize")
+    assert "does not tell whether it has /v1/embeddings (HTTP 503): see the option tasks" in capfd.readouterr().err
+
+
+async def test_who_was_away_is_asked_again(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    """It may have been started anew, as something else."""
+    engine = await engine_of(*servers)
+    replica, other = engine.backend._replicas.all
+    servers[0].embeds = servers[1].embeds = True
+    engine.backend.loop.call_soon_threadsafe(replica.lost, "gone")
+    await asyncio.to_thread(wait_for, lambda: replica.tasks == ("embed", "tokenize"), "the new tasks")
+    assert other.tasks == ("generate", "tokenize")
+    for _ in range(4):
+        assert_complete(await engine.run(ask()))  # only the other one is asked
+
+
+async def test_who_is_told_what_a_server_can_does_not_ask(encoders: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(encoders[0], tasks="embed")
+    assert engine.backend.info.tasks == ("embed",)
+    assert not encoders[0].asked_for_vectors
+    assert_embedded(await engine.run(embed()))
 
 
 # ------------------------------------------------------------------------------------------ the circuit breaker

@@ -228,8 +228,8 @@ class Replicas:
             dialect = next(iter(owners), "") or await self._recognise(replica)
         away = replica.dialect is None or replica.down  # it may have come back as another
         replica.dialect = DIALECTS[dialect]
-        await self._settle_tasks(replica, replica.dialect, ask=away)
         replica.found()
+        await self._settle_tasks(replica, replica.dialect, ask=away)
 
     def _settle_model(self, replica: Replica, cards: list[ModelCard]) -> None:
         wanted = self._options.model or self._name
