@@ -100,11 +100,13 @@ class ContinuousBatching:
         network: Network,
         *,
         slots: int,
+        step_tokens: int = STEP_TOKENS,
         deterministic: bool = False,
         prefix_caching: bool = False,
     ) -> None:
         text.vocab_size = min(text.vocab_size, network.vocab)
         self.slots = slots
+        self._step_tokens = step_tokens
         self.info = ModelInfo(
             name=name,
             engine=engine,
@@ -191,7 +193,7 @@ class ContinuousBatching:
             while sequence.slot >= 0 and not self._grow(sequence, 1):
                 self._preempt()
 
-        budget = STEP_TOKENS - len(self._decoding)
+        budget = self._step_tokens - len(self._decoding)
         prefills: list[tuple[_Sequence, int]] = []
         while self._waiting and self._free_slots and self._fits(self._waiting[0]):
             self._enter(self._waiting.popleft())

@@ -6,6 +6,7 @@ Pure bookkeeping over block numbers; the tensors themselves belong to the engine
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import psutil
 
@@ -32,7 +33,7 @@ class BlockPool:
         self.size = blocks
         self.block_size = block_size
         self._caching = caching
-        self._free = list(range(blocks - 1, -1, -1))
+        self._free = list(range(blocks))  # a heap: the lowest is given out first, so that those in use stay together
         self._users = [0] * blocks
         # The tree: (parent node, the block's tokens) → (node, block). Node numbers are never used twice, so what hung
         # below an evicted block can no longer be found.
@@ -49,7 +50,7 @@ class BlockPool:
     def allocate(self) -> int | None:
         """A block with one user, or None when all are in use."""
         if self._free:
-            block = self._free.pop()
+            block = heappop(self._free)
         elif self._idle:
             block = next(iter(self._idle))
             del self._idle[block]
@@ -67,7 +68,7 @@ class BlockPool:
                 if block in self._place:
                     self._idle[block] = None
                 else:
-                    self._free.append(block)
+                    heappush(self._free, block)
 
     def publish(self, parent: int, tokens: Sequence[int], block: int) -> int:
         """Make a full *block*, whose prefix is *parent*, findable; its node. The first of equal blocks is kept."""

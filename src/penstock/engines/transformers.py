@@ -4,7 +4,10 @@ The library's modules compute the network. What of it needs to know about batche
 that be replaced: the tokens of all running sequences go through the model as one row without padding, and `_attend`
 keeps their keys and values and lets each look back on its own. So batching, sampling, resuming and every field are the
 same as for other engines (`batching`), which the library's own continuous batching could not give: it has no seeds, no
-logit bias, no log-probabilities, no ``n``, and on a CPU it was the slower one.
+logit bias, no log-probabilities, no ``n``, and it was the slower one on a CPU and on a GPU.
+
+A GPU computes a step of a small model faster than Python asks for it. So there a step in which every sequence adds one
+token is recorded once for each rounded batch size and length (`_Recorded`) and replayed with new numbers (CUDA graphs).
 
 Not every architecture computes attention through that interface. Whether one does is found out at the start, on the
 model itself: its logits in two uneven steps of two sequences are compared with those of the unchanged model. Where they
@@ -40,11 +43,11 @@ from transformers import (
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import ModelInfo
 from penstock.engines.backend import Backend, Progress
-from penstock.engines.batching import ContinuousBatching
+from penstock.engines.batching import STEP_TOKENS, ContinuousBatching
 from penstock.engines.kvcache import fit_context
 from penstock.engines.models import weights_folder
 from penstock.engines.options import one_of, parse
-from penstock.engines.sampling import Floats, Sampler
+from penstock.engines.sampling import Floats, Ints, Sampler
 from penstock.engines.static import Row, StaticBatching
 from penstock.engines.text import TextModel
 
@@ -52,6 +55,10 @@ log = structlog.get_logger("penstock.engine")
 
 #: Weights up to this many bytes are computed in float32 on a CPU unless the operator chooses otherwise.
 SMALL = 2_000_000_000
+#: Devices whose steps are recorded (`_Recorded`).
+RECORDED = {"cuda"}
+#: Tokens that a step on a GPU computes at most: it has room for more beside the running sequences than a CPU.
+GPU_STEP_TOKENS = 2048
 #: How far logits may be from those of the unchanged model, in their standard deviations.
 TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 
@@ -99,7 +106,8 @@ class TorchNetwork:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
-        self._device = device
+        self.device = device
+        self._recording = device.type in RECORDED
         self.precision = _name(model.dtype)
         self.vocab = 0
         self.resize(2, 64)
@@ -109,6 +117,9 @@ class TorchNetwork:
         self.blocks = blocks
         self.block_size = block_size
         self._cache: dict[int, list[torch.Tensor]] = {}
+        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        #: Memory that all recorded steps share, since one runs at a time; it goes with the last of them.
+        self.pool: Any = None
 
     @property
     def token_bytes(self) -> int:
@@ -116,31 +127,63 @@ class TorchNetwork:
         return sum(part[0, :, 0].numel() * part.element_size() for pair in self._cache.values() for part in pair)
 
     def run(self, **inputs: np.ndarray[Any, Any]) -> Floats:
-        global _step
         with torch.inference_mode():
-            _step = _Step(self, inputs)
-            try:
-                logits = self._model(
-                    input_ids=self.tensor(inputs["input_ids"])[None],
-                    position_ids=self.tensor(inputs["position_ids"])[None],
-                    use_cache=False,
-                    logits_to_keep=self.tensor(inputs["sampled_tokens_indices"]),
-                ).logits[0]
-            finally:
-                _step = None
-            self.vocab = logits.shape[-1]
-            result: Floats = logits.float().cpu().numpy()
-            return result
+            if self._recording and len(inputs["input_ids"]) == len(inputs["past_lens"]):
+                try:
+                    logits = self._replay(inputs)
+                except RuntimeError as error:  # the model does something that cannot be recorded
+                    log.warning("cuda_graphs_off", reason=str(error))
+                    self._recording = False
+                    self._recorded.clear()
+                    logits = self._compute(inputs)
+            else:
+                logits = self._compute(inputs)
+        self.vocab = logits.shape[-1]
+        return logits
+
+    def _compute(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Floats:
+        logits = self.forward(
+            _Step(self, inputs),
+            self.tensor(inputs["input_ids"]),
+            self.tensor(inputs["position_ids"]),
+            self.tensor(inputs["sampled_tokens_indices"]),
+        )
+        result: Floats = logits.cpu().numpy()
+        return result
+
+    def _replay(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Floats:
+        rows, past = inputs["block_indices"], inputs["past_lens"]
+        width = min(_rounded(int(rows.max()) + 1), self.blocks)
+        length = min(max(_rounded(int(past.max()) + 1), SHORTEST), self.block_size)
+        if (recorded := self._recorded.get((width, length))) is None:
+            recorded = self._recorded[width, length] = _Recorded(self, width, length)
+        return recorded(inputs["input_ids"], past, rows)
+
+    def forward(
+        self, step: _Step | _Recorded, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits in float32, [kept, vocabulary]."""
+        global _step
+        _step = step
+        try:
+            logits: torch.Tensor = self._model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=kept
+            ).logits[0]
+        finally:
+            _step = None
+        return logits.float()
 
     def tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self._device)
+        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self.device)
 
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor, step: _Step) -> list[torch.Tensor]:
-        """The cache of *layer*, [blocks, heads, tokens, size] each, with the new tokens' *keys* and *values* in it
-        ([1, heads, tokens, size])."""
+    def store(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, step: _Step | _Recorded
+    ) -> list[torch.Tensor]:
+        """The cache of *layer*, [blocks + 1, heads, tokens, size] each, with the new tokens' *keys* and *values* in it
+        ([1, heads, tokens, size]). What is computed for nobody goes into the last row."""
         if (cache := self._cache.get(layer)) is None:
             cache = self._cache[layer] = [
-                _zeros(part, self.blocks, part.shape[1], self.block_size, part.shape[3]) for part in (keys, values)
+                _zeros(part, self.blocks + 1, part.shape[1], self.block_size, part.shape[3]) for part in (keys, values)
             ]
         for part, new in zip(cache, (keys, values), strict=True):
             part[step.token_rows, :, step.token_positions] = new[0].transpose(0, 1)
@@ -205,8 +248,78 @@ class _Step:
         return self._masks[window]
 
 
+#: The least length that steps are recorded for.
+SHORTEST = 64
+
+
+def _rounded(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+class _Recorded:
+    """A step in which sequences in the first *width* rows of the cache, of up to *length* tokens, add one token each;
+    rows without one compute something that nobody looks at. Recorded at the first call, replayed at every other."""
+
+    prefills = ()
+    where = gather = rows = None
+
+    def __init__(self, network: TorchNetwork, width: int, length: int) -> None:
+        self.network = network
+        self.tokens = self.singles = self.extent = width
+        self.longest = length
+        self._inputs = torch.zeros((4, width), dtype=torch.int64, device=network.device)
+        self._ids, self.token_positions, self.token_rows, lengths = self._inputs
+        self._lengths = lengths[:, None, None, None]
+        self._all = torch.arange(width, device=network.device)
+        self._masks: dict[int | None, torch.Tensor] = {}
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+
+    def __call__(self, ids: Ints, past: Ints, rows: Ints) -> Floats:
+        """Logits, a row for each of *ids*, the next tokens of the sequences in *rows* that have *past* tokens."""
+        inputs = np.zeros((4, self.tokens), np.int64)
+        inputs[2] = self.network.blocks
+        inputs[3] = 1
+        inputs[:, rows] = ids, past, rows, past + 1
+        self._inputs.copy_(torch.from_numpy(inputs))
+        if self._graph is None:
+            self._record()
+        else:
+            self._graph.replay()
+        assert self._logits is not None
+        logits: Floats = self._logits.cpu().numpy()
+        return logits if np.array_equal(rows, np.arange(self.tokens)) else logits[rows]
+
+    def _record(self) -> None:
+        # As torch asks for: first on a stream of its own, so that what libraries set up at first use is not recorded.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.network.pool, capture_error_mode="thread_local"):
+            self._logits = self.forward()
+        graph.replay()
+        self._graph, self.network.pool = graph, graph.pool()
+
+    def forward(self) -> torch.Tensor:
+        self._masks.clear()
+        return self.network.forward(self, self._ids, self.token_positions, self._all)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """As `_Step.mask`."""
+        if window not in self._masks:
+            index = torch.arange(self.longest, device=self._lengths.device)
+            mask = index < self._lengths
+            self._masks[window] = mask if window is None else mask & (index >= self._lengths - window)
+        return self._masks[window]
+
+
 #: What the model is computing now: the library hands attention functions nothing of ours.
-_step: _Step | None = None
+_step: _Step | _Recorded | None = None
 
 
 def _attend(
@@ -283,7 +396,8 @@ def _why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
     """Why continuous batching would go wrong for *model*; None when its logits are those of the unchanged model."""
     random = np.random.default_rng(0)
     texts = [random.integers(0, vocab, length) for length in (9, 6)]
-    cuts = [(5, 3), (9, 4), (9, 6)]  # what each has after each step: prefills, a chunk beside a single token, a chunk
+    # What each has after each step: prefills, a chunk beside a single token, single tokens, one alone.
+    cuts = [(4, 3), (8, 4), (9, 5), (9, 6)]
     try:
         with torch.inference_mode():
             wanted = [model(network.tensor(text)[None], use_cache=False).logits[0].float().cpu() for text in texts]
@@ -382,6 +496,8 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
     parsed = parse(Options, options, "transformers")
     folder = weights_folder(name, path, progress)
     device = _device(parsed.device)
+    # It makes a plan for every length, which took longer than all else of a step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     transformers.logging.set_verbosity_error()
@@ -416,7 +532,10 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         network.resize(parsed.slots, text.context_length)
         # On a CPU in float32 greedy replies were the same alone, in batches and after a resume.
         exact = device.type == "cpu" and model.dtype == torch.float32
-        return ContinuousBatching(name, "transformers", text, network, slots=parsed.slots, deterministic=exact)
+        tokens = STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
+        return ContinuousBatching(
+            name, "transformers", text, network, slots=parsed.slots, deterministic=exact, step_tokens=tokens
+        )
 
     if parsed.batching == "auto":
         log.warning("static_batching", model=name, reason=reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from penstock.engines.backend import Backend
 from penstock.engines.batching import ContinuousBatching
 from penstock.engines.static import StaticBatching
-from penstock.engines.transformers import load
+from penstock.engines.transformers import RECORDED, TorchNetwork, _Recorded, load
+
+#: Set it to cuda to run all of this on a GPU.
+DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -58,7 +62,7 @@ def model(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def loaded(folder: Path, **options: str) -> Backend:
-    return load("tiny", str(folder), {"slots": "8", "device": "cpu", **options}, lambda what, fraction: None)
+    return load("tiny", str(folder), {"slots": "8", "device": DEVICE, **options}, lambda what, fraction: None)
 
 
 def generate(backend: Backend, *requests: Request, prefix: Prefix | None = None) -> list[tuple[list[int], str]]:
@@ -95,7 +99,29 @@ def request(ids: tuple[int, ...], sampling: Sampling = GREEDY) -> Request:
 PROMPTS = [(5, 6, 7), tuple(range(40, 90)), (200, 100, 50, 25), (9,)]
 
 
-@pytest.mark.parametrize(
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Steps in the form that is recorded on a GPU, on any device; their widths and lengths. On a CPU each is computed
+    anew instead of replayed."""
+    shapes = []
+    replay = TorchNetwork._replay
+
+    def record(self: _Recorded) -> None:
+        self._logits = self.forward()
+
+    def note(self: TorchNetwork, inputs: Any) -> Any:
+        result = replay(self, inputs)
+        shapes[:] = self._recorded
+        return result
+
+    monkeypatch.setattr(TorchNetwork, "_replay", note)
+    if DEVICE not in RECORDED:
+        monkeypatch.setattr("penstock.engines.transformers.RECORDED", {DEVICE})
+        monkeypatch.setattr(_Recorded, "_record", record)
+    return shapes
+
+
+ARCHITECTURES = pytest.mark.parametrize(
     ("kind", "changes"),
     [
         ("llama", {}),
@@ -108,6 +134,9 @@ PROMPTS = [(5, 6, 7), tuple(range(40, 90)), (200, 100, 50, 25), (9,)]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+
+
+@ARCHITECTURES
 def test_architectures_are_batched_continuously_and_say_what_the_library_says(
     tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
@@ -124,6 +153,35 @@ def test_architectures_are_batched_continuously_and_say_what_the_library_says(
     whole = together[1][0]
     (rest, _), *_ = generate(backend, request(PROMPTS[1]), prefix=Prefix(whole[:5], [""] * 5))
     assert whole[:5] + rest == whole
+
+
+@ARCHITECTURES
+def test_steps_of_rounded_sizes_compute_the_same(
+    tmp_path: Path, kind: str, changes: dict[str, Any], recorded: list[tuple[int, int]]
+) -> None:
+    folder = model(tmp_path, kind, **changes)
+    backend = loaded(folder, batching="continuous")
+    for prompt, (ids, _) in zip(PROMPTS, generate(backend, *map(request, PROMPTS)), strict=True):
+        assert ids == plain(folder, prompt, 12), kind
+    assert recorded == [(4, 64)]
+    longer = Sampling(max_tokens=80, temperature=0.0, ignore_eos=True)
+    (ids, _), (others, _) = generate(backend, request(PROMPTS[0], longer), request(PROMPTS[1]))
+    assert ids == plain(folder, PROMPTS[0], 80)
+    assert others == plain(folder, PROMPTS[1], 12)
+    assert recorded == [(4, 64), (2, 64), (1, 64), (1, 128)]
+
+
+def test_a_model_that_cannot_be_recorded_is_computed_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: list[tuple[int, int]]
+) -> None:
+    def refuse(self: _Recorded) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(_Recorded, "_record", refuse)
+    folder = tiny_models.llama(tmp_path / "m")
+    backend = loaded(folder, batching="continuous")
+    assert generate(backend, request((5, 6, 7)))[0][0] == plain(folder, (5, 6, 7), 12)
+    assert recorded == []
 
 
 @pytest.mark.parametrize(
@@ -204,7 +262,7 @@ def test_json_is_held_to_its_schema_also_after_a_cut(tmp_path: Path, batching: s
 
 @pytest.mark.parametrize(("dtype", "precision"), [("auto", "f32"), ("bf16", "bf16")])
 def test_the_precision_is_chosen_and_told(tmp_path: Path, dtype: str, precision: str) -> None:
-    backend = loaded(tiny_models.llama(tmp_path / "m", dtype="BF16"), dtype=dtype)
+    backend = loaded(tiny_models.llama(tmp_path / "m", dtype="BF16"), dtype=dtype, device="cpu")
     assert backend.info.precision == precision
     assert backend.info.deterministic is (precision == "f32")
     assert len(generate(backend, request((5, 6, 7)))[0][0]) == 12
