@@ -395,7 +395,9 @@ class UpstreamBackend(AsyncBackend):
                 calls.extendleft((indexes[half:], indexes[:half]))
             except InvalidRequest as error:
                 error.param = error.param or "input"
-                if len(indexes) < len(request.inputs or ()):  # it may name an input, by its place in the call
+                if len(indexes) < len(request.inputs or ()) and not isinstance(
+                    error, Unsupported
+                ):  # it may name an input, by its place in the call
                     error.message += f" (This was said of the inputs {indexes[0]} to {indexes[-1]}, counted from 0.)"
                 raise
 

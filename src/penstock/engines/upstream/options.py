@@ -49,18 +49,15 @@ class Options:
             raise ModelLoadError("Option slots must be at least 1; context and retries must not be negative.")
         if not 1 <= self.batch <= MAX_BATCH:
             raise ModelLoadError(f"Option batch must be in 1 … {MAX_BATCH}.")
-        self.told_tasks  # noqa: B018  # raises where it is no list of tasks
+        if self.tasks != "auto" and not set(self.tasks.split(",")) <= set(TASKS):
+            raise ModelLoadError(f"Option tasks is auto, or some of {', '.join(TASKS)}; not {self.tasks!r}.")
         if self.connect_timeout <= 0 or self.idle_timeout <= 0:
             raise ModelLoadError("Options connect_timeout and idle_timeout are seconds, more than 0.")
 
     @property
     def told_tasks(self) -> tuple[Task, ...]:
-        """What the operator says; empty: that the server be asked. Raises `ModelLoadError`."""
-        if self.tasks == "auto":
-            return ()
-        said = {each.strip() for each in self.tasks.split(",")}
-        if not said <= set(TASKS):
-            raise ModelLoadError(f"Option tasks is auto, or some of {', '.join(TASKS)}; not {self.tasks!r}.")
+        """What the operator says; empty: that the server be asked."""
+        said = self.tasks.split(",")
         return tuple(task for task in TASKS if task in said)
 
     @property
