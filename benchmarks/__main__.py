@@ -427,6 +427,47 @@ def cold_start(
     _finish(markdown, report.write(out or RESULTS / "cold-start", document, markdown))
 
 
+@app.command()
+def batch(
+    lines: Annotated[int, typer.Option(help="Of the batch.")] = 2000,
+    line_tokens: Annotated[int, typer.Option(help="Tokens of the reply to each.")] = 192,
+    rate: Annotated[float, typer.Option(help="Interactive requests a second (Poisson arrivals).")] = 5.0,
+    duration: Annotated[float, typer.Option(help="Seconds of each measurement.")] = 20.0,
+    rounds: int = 3,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each interactive reply.")] = 64,
+    shape: str = "S",
+    settings: Settings = None,
+    out: Out = None,
+) -> None:
+    """Interactive requests with and without a batch beside them, and what the batch gets."""
+    from benchmarks.scenarios import batch as scenario
+
+    workload = Workload(dialect="chat", prompts="text", max_tokens=max_tokens)
+    with _progress() as bar:
+        task = bar.add_task("batch", total=rounds * len(scenario.ARMS))
+        try:
+            turns = scenario.measure(
+                _variables(shape, settings),
+                workload,
+                Plan(rate=rate, duration=duration),
+                rounds,
+                lines,
+                line_tokens,
+                lambda arm: bar.advance(task),
+            )
+        except TargetError as error:
+            _give_up(error)
+    markdown = scenario.markdown(turns, rounds, lines)
+    document = {
+        "environment": report.environment(),
+        "turns": {
+            arm: [asdict(turn) | {"load": report.result_json(turn.load)} for turn in each]
+            for arm, each in turns.items()
+        },
+    }
+    _finish(markdown, report.write(out or RESULTS / f"batch-{shape}", document, markdown))
+
+
 @app.command(name="targets")
 def list_targets() -> None:
     """What can be measured, and the scenarios that compare it."""
