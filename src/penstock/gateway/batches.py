@@ -209,7 +209,10 @@ class BatchStore:
             for id in self.ids(tenant):
                 with contextlib.suppress(NotFound, FileNotFoundError):
                     batch = self.get(tenant, id)
-                    if batch.ended and batch.moments[batch.state] + self.files.ttl < self.clock.now():
+                    if not batch.ended:
+                        continue
+                    self.clean(tenant, batch)  # whoever ran it may have died before
+                    if batch.moments[batch.state] + self.files.ttl < self.clock.now():
                         grave = self.files.folder(tenant, "tmp") / f"{id}.gone"
                         self.place(tenant, id).rename(grave)
                         remove(grave)

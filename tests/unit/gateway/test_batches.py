@@ -200,11 +200,13 @@ class TestStore:
         clock.advance(store.files.ttl + 1)
         store.sweep()
         store.get("t", batch.id)
+        assert (store.place("t", batch.id) / "input.jsonl").exists()
         batch.enter("completed", clock.now())
-        store.save("t", batch)
+        store.save("t", batch)  # and its runner died before it cleaned up
         clock.advance(store.files.ttl - 1)
         store.sweep()
         store.get("t", batch.id)
+        assert [path.name for path in store.place("t", batch.id).iterdir()] == ["batch.json"]
         clock.advance(2)
         store.sweep()
         with pytest.raises(NotFound):
@@ -310,6 +312,8 @@ class TestRunner:
         lines = [line(1), line(2, temperature=9), line(3), line(4, stream=True), line(5)]
         async with house.runner():
             batch = await house.end(house.batch(lines))
+            place = house.store.place("t", batch.id)
+            await house.until(batch, lambda _: [path.name for path in place.iterdir()] == ["batch.json"])
         output, errors = house.results(batch)
         assert batch.state == "completed"
         assert (batch.total, batch.completed, batch.failed) == (5, 2, 3)
@@ -328,8 +332,6 @@ class TestRunner:
         assert (batch.prompt_tokens, batch.completion_tokens) == (6, 4)
         assert await house.jobs_left() == 0
         assert house.jobs_ever() == 3
-        place = house.store.place("t", batch.id)
-        assert {path.name for path in place.iterdir()} == {"batch.json"}
 
     async def test_a_bad_input_runs_nothing(self, house: House) -> None:
         async with house.runner():
