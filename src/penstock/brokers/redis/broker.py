@@ -9,6 +9,7 @@ import secrets
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -77,6 +78,32 @@ Leased = TypeVar("Leased", Append, Release)
 Rows = list[Any]
 
 _EXPIRED, _CANCELLED, _POISONED = _pack(EXPIRED), _pack(CANCELLED), _pack(POISONED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What ``claim.lua`` is asked; by default that the worker is registered and gets nothing."""
+
+    worker: str
+    registration: bytes
+    names: Sequence[str] = ()
+    limit: int = 0
+    reserve: int = 0
+    claimant: str = ""
+    load: int | str = ""
+
+    def arguments(self) -> list[bytes | str | int | float]:
+        return [
+            secrets.token_hex(8),
+            self.worker,
+            self.registration,
+            _pack(self.names),
+            self.limit,
+            self.claimant,
+            self.load,
+            _EXPIRED,
+            self.reserve,
+        ]
 
 
 class RedisBroker:
@@ -154,6 +181,10 @@ class RedisBroker:
     def _shard(self, job: str) -> Shard:
         return self._shards[zlib.crc32(job.encode()) % len(self._shards)]
 
+    def _home(self, tenant: str, idempotency_key: str) -> Shard:
+        """Where the job is that was submitted under this key, if there is one."""
+        return self._shard(f"{tenant}\0{idempotency_key}")
+
     def _by_shard(self, leased: Sequence[Leased]) -> Iterable[tuple[Shard, Sequence[Leased]]]:
         parts: dict[Shard, list[Leased]] = defaultdict(list)
         for each in leased:
@@ -196,14 +227,13 @@ class RedisBroker:
         if kind == b"old":
             return self._job(rest[0], rest[1])
         if kind == b"mismatch":
-            raise IdempotencyMismatch(
-                "This idempotency key was used with a different request body. Use a new key for a new request."
-            )
+            raise IdempotencyMismatch
         raise self._overloaded(kind, *rest)
 
     def _placed_by_key(self, job: Job) -> Job:
         """*job* under an id in the shard that its idempotency key belongs to: the second submit must find the first."""
-        home = self._shard(f"{job.tenant}\0{job.idempotency_key}")
+        assert job.idempotency_key is not None
+        home = self._home(job.tenant, job.idempotency_key)
         while self._shard(job.id) is not home:
             job = msgspec.structs.replace(job, id=new_job_id())
         return job
@@ -235,7 +265,7 @@ class RedisBroker:
         # Suspects first: they were there before, and they wait in lanes of their own.
         names = [*(f"{name}\0suspects" for name in models if worker.takes_suspects), *models]
         if limit <= 0 or not names:
-            await self._shards[0].run("claim", *self._claim_arguments(worker.id, registration, [], 0, 0, "", ""))
+            await self._shards[0].run("claim", *_Claim(worker.id, registration).arguments())
             return []
         until = loop.time() + wait
         number, bell = self._worker_numbers.setdefault(worker.id, len(self._worker_numbers)), asyncio.Event()
@@ -243,13 +273,17 @@ class RedisBroker:
         try:
             while True:
                 left = min(CLAIM_POLL, until - loop.time())
-                load = max(0, worker.slots - limit) if left > 0 else ""
-                bell.clear()
-                leases = await self._uncancelled(
-                    self._take(
-                        worker.id, registration, names, limit, worker.reserve, f"{self._inbox_id}/{number}", load
-                    )
+                claim = _Claim(
+                    worker.id,
+                    registration,
+                    names,
+                    limit,
+                    reserve=worker.reserve,
+                    claimant=f"{self._inbox_id}/{number}",
+                    load=max(0, worker.slots - limit) if left > 0 else "",
                 )
+                bell.clear()
+                leases = await self._uncancelled(self._take(claim))
                 if leases or left <= 0:
                     return leases
                 with contextlib.suppress(TimeoutError):
@@ -258,29 +292,8 @@ class RedisBroker:
         finally:
             self._waiting[number].remove(bell)
 
-    def _claim_arguments(
-        self,
-        worker: str,
-        registration: bytes,
-        models: list[str],
-        limit: int,
-        reserve: int,
-        claimant: str,
-        load: int | str,
-    ) -> list[bytes | str | int | float]:
-        return [secrets.token_hex(8), worker, registration, _pack(models), limit, claimant, load, _EXPIRED, reserve]
-
-    async def _take(
-        self,
-        worker: str,
-        registration: bytes,
-        models: list[str],
-        limit: int,
-        reserve: int,
-        claimant: str,
-        load: int | str,
-    ) -> list[Lease]:
-        """Claim from one shard after the other, each time beginning with the next, until *limit* jobs are leased."""
+    async def _take(self, claim: _Claim) -> list[Lease]:
+        """Claim from one shard after the other, each time beginning with the next, until enough jobs are leased."""
         leases: list[Lease] = []
         answered, failure = False, None
         first = next(self._rotation)
@@ -291,28 +304,25 @@ class RedisBroker:
                 continue  # its jobs wait until it is back; the others' don't
             registers = shard.number == 0
             if registers:
-                self._registered[worker] = now
-            arguments = self._claim_arguments(
-                worker if registers else "",
-                registration,
-                models,
-                limit - len(leases),
-                reserve,
-                claimant,
-                "" if leases else load,
+                self._registered[claim.worker] = now
+            rest = replace(
+                claim,
+                worker=claim.worker if registers else "",
+                limit=claim.limit - len(leases),
+                load="" if leases else claim.load,
             )
             try:
-                leases += [_lease(*each) for each in await shard.run("claim", *arguments)]
+                leases += [_lease(*each) for each in await shard.run("claim", *rest.arguments())]
                 answered = True
             except BrokerUnavailable as error:
                 failure = error
-            if len(leases) >= limit:
+            if len(leases) >= claim.limit:
                 break
         if failure is not None and not answered:
             raise failure
-        if self._registered.get(worker, 0.0) < now - REGISTER_INTERVAL:
-            self._registered[worker] = now
-            self._shards[0].post("claim", *self._claim_arguments(worker, registration, [], 0, 0, "", ""))
+        if self._registered.get(claim.worker, 0.0) < now - REGISTER_INTERVAL:
+            self._registered[claim.worker] = now
+            self._shards[0].post("claim", *_Claim(claim.worker, claim.registration).arguments())
         return leases
 
     async def _uncancelled(self, claim: Coroutine[Any, Any, list[Lease]]) -> list[Lease]:
@@ -511,7 +521,9 @@ class RedisBroker:
     async def list(self, query: Query) -> Page:
         await self._settled()
         before = "+inf" if query.cursor is None else str(decode_cursor(query.cursor))
-        pages = await asyncio.gather(*(self._list(shard, query, before) for shard in self._shards))
+        key = query.idempotency_key
+        shards = self._shards if key is None else [self._home(query.tenant, key)]
+        pages = await asyncio.gather(*(self._list(shard, query, before) for shard in shards))
         found = sorted((row for page in pages for row in page), key=lambda row: -int(row[2]))
         jobs = found[: query.limit]
         return Page(
@@ -526,7 +538,7 @@ class RedisBroker:
         while before and len(found) <= query.limit:
             rows, next_before = await shard.run(
                 "list", query.tenant, query.user or "", statuses, query.model or "", before,
-                query.limit + 1 - len(found), LIST_SCAN,
+                query.limit + 1 - len(found), LIST_SCAN, query.idempotency_key or "",
             )  # fmt: skip
             found += rows
             before = next_before.decode()
