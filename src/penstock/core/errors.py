@@ -129,6 +129,14 @@ class IdempotencyMismatch(PenstockError):
     code = "idempotency_mismatch"
     type = "invalid_request_error"
 
+    def __init__(
+        self,
+        message: str = "This idempotency key was used with a different request body. Use a new key for a new request.",
+        *,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+
 
 class RateLimited(PenstockError):
     status = 429

@@ -185,6 +185,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None = None
     status: tuple[Status, ...] = ()
     model: str | None = None
+    idempotency_key: str | None = None
+    """At most one job was submitted under it."""
     cursor: str | None = None
     limit: int = 50
 

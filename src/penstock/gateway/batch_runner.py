@@ -47,7 +47,7 @@ from penstock.gateway.batches import (
 )
 from penstock.gateway.files import LineLog, StoredFile, new_id
 from penstock.gateway.http import decode
-from penstock.gateway.routes.bodies import Operation
+from penstock.gateway.routes.bodies import REFERENCE_GONE, Operation
 from penstock.gateway.service import Gateway, Submission
 
 log = structlog.get_logger("penstock.batches")
@@ -434,14 +434,14 @@ class _Run:
             body: Any = decode(bytes(line.body), operation.body)
             if getattr(body, "stream", False):
                 raise Unsupported("A line of a batch cannot be streamed.", param="stream")
-            prepared = await operation.prepare(self.runner.gateway, self.tenant, body)
-            job = await self._submit(number, line, body, prepared.request, prepared.view)
+            job = await self._submit(number, line, body, operation)
             events = await self._follow(job)
             completion = fold(events, job.request.n)
             assert completion.ended is not None
             if completion.ended.error is not None:
                 raise error_from_info(completion.ended.error)
-            written = self._answer(number, line, job, 200, prepared.reply(job, completion))
+            reply = operation.reply(self.runner.gateway, body, job, completion)
+            written = self._answer(number, line, job, 200, reply)
         except _NotRunError:
             written = self._not_run(number, line, job)
         except PenstockError as error:
@@ -452,7 +452,7 @@ class _Run:
             written = self._answer(number, line, job, broken.status, {"error": broken.info})
         await self._results.put(written)
 
-    async def _submit(self, number: int, line: Line, body: Any, request: Any, view: bytes) -> Job:
+    async def _submit(self, number: int, line: Line, body: Any, operation: Operation) -> Job:
         """The line's job, which it may have from before. Raises `PenstockError` for what cannot be run."""
         deadline = getattr(body, "deadline", None)
         wish = Submission(
@@ -463,18 +463,17 @@ class _Run:
             fingerprint=fingerprint([self.batch.endpoint, bytes(line.body)]),
             request_id=f"{self.id}.{number}",
             metadata={"batch_id": self.id, "custom_id": line.custom_id},
-            view=view,
             keep=KEEP,
         )
         try:
-            job = await self._offer(request, wish, deadline)
+            job = await self._offer(operation, body, wish, deadline)
         except PASSING:
             async with self.crew.turn:  # one line knocks again and again, and when it is let in so may the next ones be
                 while True:
                     if self._over.is_set():
                         raise _NotRunError from None
                     try:
-                        job = await self._offer(request, wish, deadline)
+                        job = await self._offer(operation, body, wish, deadline)
                         break
                     except PASSING as error:
                         await self._pause(min(KNOCK, error.retry_after or KNOCK))
@@ -483,13 +482,20 @@ class _Run:
             await self._cancel(job.id)
         return job
 
-    async def _offer(self, request: Any, wish: Submission, deadline: float | None) -> Job:
-        """Submit, whether or not the broker is there."""
+    async def _offer(self, operation: Operation, body: Any, wish: Submission, deadline: float | None) -> Job:
+        """Submit, whether or not the broker is there, and what the body refers to still."""
+        gateway = self.runner.gateway
         while True:
             left = max(0.001, self.batch.expires_at - self._clock.now())
             wish = msgspec.structs.replace(wish, deadline=left if deadline is None else min(left, deadline))
             try:
-                return await self.runner.gateway.submit(request, wish)
+                try:
+                    prepared = await operation.prepare(gateway, self.tenant, body)
+                except REFERENCE_GONE:
+                    if (known := await gateway.repeated(wish)) is None:
+                        raise
+                    return known
+                return await gateway.submit(prepared.request, msgspec.structs.replace(wish, view=prepared.view))
             except BrokerUnavailable as error:  # it may have been accepted: it has to be known
                 await asyncio.sleep(_spread(error.retry_after or 1.0))
 

@@ -14,6 +14,7 @@ import structlog
 
 from penstock.core.errors import (
     BrokerUnavailable,
+    IdempotencyMismatch,
     InvalidRequest,
     ModelNotFound,
     NoWorker,
@@ -29,6 +30,7 @@ from penstock.core.ports import (
     Clock,
     ModelControl,
     ModelInfo,
+    Query,
     QueueStats,
     SystemClock,
     WorkerInfo,
@@ -351,7 +353,12 @@ class Gateway:
         """Admit and store a job; returns once it is durable."""
         if self.streams.closing:
             raise BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
-        self.catalogue.check(request)
+        try:
+            self.catalogue.check(request)
+        except PenstockError:  # the model may have been there when the same was asked first
+            if (known := await self.repeated(submission)) is None:
+                raise
+            return known
         deadline = submission.deadline
         job = Job(
             id=new_job_id(),
@@ -372,6 +379,20 @@ class Gateway:
         if self.models is not None:
             self.models.nudge(request.model)
         return stored
+
+    async def repeated(self, submission: Submission) -> Job | None:
+        """The job that this is a repetition of, if it is: for what could not be accepted (any more) as a new one.
+
+        Raises `IdempotencyMismatch` if another request had its idempotency key.
+        """
+        if submission.idempotency_key is None:
+            return None
+        query = Query(tenant=submission.tenant, idempotency_key=submission.idempotency_key)
+        for job in (await self.broker.list(query)).jobs:
+            if job.fingerprint != submission.fingerprint:
+                raise IdempotencyMismatch
+            return job
+        return None
 
     def follow(self, job: Job, after: int = 0) -> Following:
         return Following(self, job, after)

@@ -2431,6 +2431,25 @@ class QueryContract(_Contract):
         assert await found(user="bob", model="m") == set()
         assert await found() == {ann.id, bob.id, none.id}
 
+    async def test_a_list_of_one_idempotency_key(self, d: Driver) -> None:
+        keyed = await d.submit(user="ann", idempotency_key="k")
+        other = await d.submit(user="ann", idempotency_key="l")
+        foreign = await d.submit("umbrella", idempotency_key="k")
+        await d.submit(user="ann")
+
+        async def found(tenant: str = "acme", **filters: Any) -> list[str]:
+            return [job.id for job in await d.jobs(tenant, idempotency_key="k", **filters)]
+
+        assert await found() == await found(user="ann", model="m", status=(Status.QUEUED,), limit=1) == [keyed.id]
+        assert await found("umbrella") == [foreign.id]
+        assert [job.id for job in await d.jobs(idempotency_key="l")] == [other.id]
+        for filters in ({"user": "bob"}, {"model": "big"}, {"status": (Status.RUNNING,)}):
+            assert await found(**filters) == []
+        assert await d.jobs(idempotency_key="nobody's") == []
+        assert (await d.jobs(idempotency_key="k"))[0].fingerprint == keyed.fingerprint
+        await d.broker.forget("acme", keyed.id)
+        assert await found() == []
+
     @pytest.mark.parametrize("ticking", [True, False])
     async def test_pages_have_no_gap_and_no_duplicate_while_jobs_arrive(self, d: Driver, ticking: bool) -> None:
         """Also when all jobs were submitted in the same instant."""

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Priority, Sampling
-from penstock.core.ports import Append, Finish, Query, WorkerInfo
+from penstock.core.ports import Append, Finish, Query, QueuePolicy, WorkerInfo
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
 from penstock.gateway.http import decode
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
 from penstock.gateway.service import Gateway, GatewayConfig
+from penstock.testing.clock import ManualClock
 
 KINDS = [GenerateJob, Generate, ChatCompletion, TextCompletion]
 FIELDS = ["model", "prompt", "messages", "max_tokens", "stop", "logit_bias", "metadata", "n", "stream", "x"]
@@ -270,6 +271,68 @@ class TestBugs:
         async with asyncio.timeout(30):
             await create_app(gateway)(scope, receive, send)  # type: ignore[arg-type]
         assert (await gateway.broker.stats()).queued == 0
+
+
+class TestRepeats:
+    """A request that is sent again under its key finds its job, also when it could not be accepted anew by now."""
+
+    @pytest.fixture
+    async def broker(self, tmp_path: Path) -> AsyncIterator[EmbeddedBroker]:
+        broker = EmbeddedBroker(tmp_path, clock=ManualClock(), policy=QueuePolicy(result_ttl=100))
+        await broker.open()
+        yield broker
+        await broker.close()
+
+    @contextlib.asynccontextmanager
+    async def client(
+        self, broker: EmbeddedBroker, *models: str
+    ) -> AsyncIterator[tuple[Gateway, httpx.AsyncClient, dict[str, str]]]:
+        gateway = Gateway(broker, GatewayConfig(models=models))
+        async with gateway.running(), as_tenant(gateway, "t") as http:
+            yield gateway, http, {"idempotency-key": "k"}
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_when_the_response_before_it_has_expired(self, broker: EmbeddedBroker, stream: bool) -> None:
+        clock: Any = broker._clock
+        async with self.client(broker, "m") as (gateway, http, key):
+            route = "/v1/responses"
+            first = (await http.post(route, json={"model": "m", "input": "x", "background": True})).json()["id"]
+            await work(gateway)
+            clock.advance(60)
+            body = {"model": "m", "input": "y", "previous_response_id": first, "stream": stream}
+            asking = asyncio.create_task(http.post(route, json=body, headers=key))
+            async with asyncio.timeout(30):
+                while not (await broker.stats()).queued:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            await work(gateway)
+            second = await asking
+            clock.advance(60)
+            await broker.sweep()
+            assert (await http.get(f"{route}/{first}")).json()["error"]["code"] == "expired_result"
+
+            again = await http.post(route, json=body, headers=key)
+            assert (again.status_code, again.text) == (200, second.text)
+            assert again.headers["x-penstock-job"] == second.headers["x-penstock-job"]
+            for other, headers, status, code in (
+                (body | {"input": "z"}, key, 422, "idempotency_mismatch"),
+                (body, {"idempotency-key": "new"}, 400, "previous_response_not_found"),
+                (body, {}, 400, "previous_response_not_found"),
+            ):
+                refused = await http.post(route, json=other, headers=headers)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+        assert len((await broker.list(Query(tenant="t"))).jobs) == 1
+
+    async def test_when_its_model_is_served_no_more(self, broker: EmbeddedBroker) -> None:
+        body = {"model": "m", "prompt": "x"}
+        async with self.client(broker, "m") as (_, http, key):
+            job = (await http.post("/v1/jobs", json=body, headers=key)).json()["id"]
+        async with self.client(broker, "other") as (_, http, key):
+            again = await http.post("/v1/jobs", json=body, headers=key)
+            assert (again.status_code, again.json()["id"]) == (202, job)
+            mismatch = await http.post("/v1/jobs", json=body | {"prompt": "y"}, headers=key)
+            assert mismatch.status_code == 422
+            unknown = await http.post("/v1/jobs", json=body, headers={"idempotency-key": "new"})
+            assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
 
 
 class TestOrigins:

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ErrorInfo, InvalidRequest, NotFound
-from penstock.core.job import Priority
+from penstock.core.job import Job, Message, Priority, Request, new_job_id
 from penstock.core.ports import Append, Finish, ModelInfo, QueuePolicy, WorkerInfo
 from penstock.gateway.batch_runner import BatchRunner
 from penstock.gateway.batches import MAX_ERRORS, MAX_LINES, WINDOW, Batch, BatchStore, check_input, read_lines
 from penstock.gateway.files import FileStore, StoredFile
+from penstock.gateway.responses.items import Item
 from penstock.gateway.routes.batches import OPERATIONS, view
+from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.testing.clock import ManualClock
 
@@ -275,6 +277,11 @@ class House:
                 await asyncio.sleep(0.005)
         return found
 
+    async def until_run(self, count: int) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while len(self.runs) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
     async def end(self, batch: Batch) -> Batch:
         return await self.until(batch, lambda found: found.ended)
 
@@ -460,6 +467,33 @@ class TestDeaths:
                     assert await house.jobs_left() == 0
 
         asyncio.run(story())
+
+    async def test_a_line_that_ran_needs_what_it_refers_to_no_more(self, house: House) -> None:
+        """Its runner dies before the result is written, and the response that it goes on from is dropped meanwhile."""
+        first = Job(
+            id=new_job_id(),
+            tenant="t",
+            request=Request(model="m", messages=(Message("user", "say 0"),)),
+            view=CreateResponse(model="m", input="say 0").view((Item("message", role="user", content=("say 0",)),)),
+        )
+        await house.broker.submit(first)
+        await house.until_run(1)
+        house.working = False
+        before = "resp_" + first.id.removeprefix("job_")
+        url = "/v1/responses"
+        lines = [line(n, url=url, input=f"say {n}", max_tokens=None, previous_response_id=before) for n in (1, 2)]
+        batch = house.store.create("t", url, put(house.store.files, lines))
+        async with house.runner():
+            await house.until(batch, lambda _: house.jobs_ever() == 3)
+        await house.broker.forget("t", first.id)
+        house.working = True
+        async with house.runner():
+            batch = await house.end(batch)
+        output, errors = house.results(batch)
+        assert (sorted(output), errors) == (["id-1", "id-2"], {})
+        (message,) = output["id-2"]["response"]["body"]["output"]
+        assert message["content"][0]["text"] == "asay 2"
+        assert house.jobs_ever() == 3
 
     async def test_two_runners_at_once(self, house: House) -> None:
         """One has the lock; when it goes the other one takes over."""

@@ -141,9 +141,7 @@ class EmbeddedBroker:
             ).fetchone()
             if row is not None:
                 if row[19] != job.fingerprint:
-                    raise IdempotencyMismatch(
-                        "This idempotency key was used with a different request body. Use a new key for a new request."
-                    )
+                    raise IdempotencyMismatch
                 return _read_job(tx.conn, row)
         self._admit(tx.conn, job.tenant)
         now = self._clock.now()
@@ -880,6 +878,9 @@ def _list(query: Query, conn: sqlite3.Connection) -> Page:
     if query.model is not None:
         where.append("model = ?")
         values.append(query.model)
+    if query.idempotency_key is not None:
+        where.append("idempotency_key = ?")
+        values.append(query.idempotency_key)
     if query.status:
         where.append(f"status IN ({','.join('?' * len(query.status))})")
         values.extend(query.status)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from penstock.core.errors import InvalidRequest, Unsupported
+from penstock.core.errors import InvalidRequest, NotFound, PreviousResponseNotFound, Unsupported
 from penstock.core.events import Completion
 from penstock.core.job import (
     Choices,
@@ -230,22 +230,27 @@ class StructuredBody(JobBody, kw_only=True, frozen=True):
         return ResponseFormat("json_schema", wanted.json_schema.schema)
 
 
+#: What a body may meet that refers to what is kept for a time only. A repeated one may have been answered before.
+REFERENCE_GONE = (PreviousResponseNotFound, NotFound)
+
+
 class Prepared(msgspec.Struct, frozen=True):
-    """A body's job: what to run, how to write what came of it, and what the route needs to show it again."""
+    """A body's job: what to run, and what the route needs to show it again."""
 
     request: Request
-    reply: Callable[[Job, Completion], Any]
     view: bytes = b""
 
 
 class Operation(msgspec.Struct, frozen=True):
     """One of OpenAI's POST routes without its HTTP, as a line of a batch has it: the type of its body, and its job.
 
-    ``prepare(gateway, tenant, body)`` raises `PenstockError` for what cannot be run.
+    ``prepare(gateway, tenant, body)`` raises `PenstockError` for what cannot be run, one of `REFERENCE_GONE` for what
+    perhaps could once. ``reply(gateway, body, job, completion)`` is what came of it as JSON.
     """
 
     body: type
     prepare: Callable[[Gateway, str, Any], Awaitable[Prepared]]
+    reply: Callable[[Gateway, Any, Job, Completion], Any]
 
 
 def structured(

@@ -84,8 +84,12 @@ async def embeddings(call: Call) -> ASGIApp:
 
 
 async def _prepare(gateway: Gateway, tenant: str, body: CreateEmbeddings) -> Prepared:
-    return Prepared(body.request(), body.reply)
+    return Prepared(body.request())
+
+
+def _write(gateway: Gateway, body: CreateEmbeddings, job: Job, completion: Completion) -> Any:
+    return body.reply(job, completion)
 
 
 #: What a batch can be made of.
-OPERATIONS = {"/v1/embeddings": Operation(CreateEmbeddings, _prepare)}
+OPERATIONS = {"/v1/embeddings": Operation(CreateEmbeddings, _prepare, _write)}

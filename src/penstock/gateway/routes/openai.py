@@ -138,7 +138,7 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
 async def chat_completions(call: Call) -> ASGIApp:
     body = await call.body(ChatCompletion)
     request = body.request(call.gateway.config.default_max_tokens)
-    return await _reply(call, body, request, ToolDialect if request.callable_tools else ChatDialect)
+    return await _reply(call, body, request, _chat_dialect(request))
 
 
 async def completions(call: Call) -> ASGIApp:
@@ -146,26 +146,31 @@ async def completions(call: Call) -> ASGIApp:
     return await _reply(call, body, body.request(), TextDialect)
 
 
+def _chat_dialect(request: Request) -> type[Dialect]:
+    return ToolDialect if request.callable_tools else ChatDialect
+
+
 async def _prepare_chat(gateway: Gateway, tenant: str, body: ChatCompletion) -> Prepared:
-    request = body.request(gateway.config.default_max_tokens)
-    return _prepare(body, request, ToolDialect if request.callable_tools else ChatDialect)
+    return Prepared(body.request(gateway.config.default_max_tokens))
 
 
 async def _prepare_text(gateway: Gateway, tenant: str, body: TextCompletion) -> Prepared:
-    return _prepare(body, body.request(), TextDialect)
+    return Prepared(body.request())
 
 
-def _prepare(body: OpenAIBody, request: Request, dialect: type[Dialect]) -> Prepared:
-    return Prepared(
-        request,
-        lambda job, completion: dialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion),
-    )
+def _write_chat(gateway: Gateway, body: ChatCompletion, job: Job, completion: Completion) -> Any:
+    dialect = _chat_dialect(job.request)
+    return dialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
+
+
+def _write_text(gateway: Gateway, body: TextCompletion, job: Job, completion: Completion) -> Any:
+    return TextDialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
 
 
 #: What a batch can be made of, of these routes.
 OPERATIONS = {
-    "/v1/chat/completions": Operation(ChatCompletion, _prepare_chat),
-    "/v1/completions": Operation(TextCompletion, _prepare_text),
+    "/v1/chat/completions": Operation(ChatCompletion, _prepare_chat, _write_chat),
+    "/v1/completions": Operation(TextCompletion, _prepare_text, _write_text),
 }
 
 

@@ -51,6 +51,7 @@ from penstock.gateway.responses.items import (
 from penstock.gateway.responses.stream import last_number, render, whole
 from penstock.gateway.routes.bodies import (
     MAX_TOOLS,
+    REFERENCE_GONE,
     JobBody,
     Operation,
     Prepared,
@@ -346,9 +347,7 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
 async def create(call: Call) -> ASGIApp:
     body = await call.body(CreateResponse)
     gateway = call.gateway
-    items = await conversation(gateway.broker, call.tenant, body)
-    request = body.request(items, gateway.config.default_max_tokens)
-    job = await gateway.submit(request, wish(call, body, items))
+    job = await _submit(call, body)
     view = _view(job)
     after = _after(call)
     if body.stream:
@@ -365,6 +364,20 @@ async def create(call: Call) -> ASGIApp:
     answer = whole(job, view, completion, await _ended_at(call, job))
     await _delivered(call, job, view)
     return json_reply(answer, headers=headers)
+
+
+async def _submit(call: Call, body: CreateResponse) -> Job:
+    """The job of a request; of a repeated one the first's, though what it refers to may be gone by now."""
+    gateway = call.gateway
+    submitted = wish(call, body)
+    try:
+        items = await conversation(gateway.broker, call.tenant, body)
+    except REFERENCE_GONE:
+        if (known := await gateway.repeated(submitted)) is None:
+            raise
+        return known
+    request = body.request(items, gateway.config.default_max_tokens)
+    return await gateway.submit(request, msgspec.structs.replace(submitted, view=body.view(items)))
 
 
 async def retrieve(call: Call) -> ASGIApp:
@@ -439,17 +452,20 @@ async def _prepare(gateway: Gateway, tenant: str, body: CreateResponse) -> Prepa
     items = await conversation(gateway.broker, tenant, body)
     return Prepared(
         body.request(items, gateway.config.default_max_tokens),
-        lambda job, completion: whole(job, _view(job), completion, job.ended_at or gateway.catalogue.now()),
         msgspec.structs.replace(body, store=False).view(items),  # results are in the batch's files only
     )
 
 
+def _write(gateway: Gateway, body: CreateResponse, job: Job, completion: Completion) -> Any:
+    return whole(job, _view(job), completion, job.ended_at or gateway.catalogue.now())
+
+
 #: What a batch can be made of, of these routes.
-OPERATIONS = {"/v1/responses": Operation(CreateResponse, _prepare)}
+OPERATIONS = {"/v1/responses": Operation(CreateResponse, _prepare, _write)}
 
 
-def wish(call: Call, body: CreateResponse, items: tuple[Item, ...]) -> Submission:
-    """Everything of a response's job but the request itself."""
+def wish(call: Call, body: CreateResponse) -> Submission:
+    """Everything of a response's job but the request itself and its view."""
     submitted = submission(
         call,
         body,
@@ -458,7 +474,7 @@ def wish(call: Call, body: CreateResponse, items: tuple[Item, ...]) -> Submissio
         priority=Priority.BATCH if body.service_tier == "flex" else Priority.NORMAL,
     )
     keep = None if body.stored else UNSTORED_KEEP
-    return msgspec.structs.replace(submitted, view=body.view(items), keep=keep)
+    return msgspec.structs.replace(submitted, keep=keep)
 
 
 async def conversation(broker: Broker, tenant: str, body: CreateResponse) -> tuple[Item, ...]:
