@@ -14,7 +14,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
+import structlog
 from starlette.types import Receive, Scope, Send
+
+from penstock.core.errors import PenstockError
+
+log = structlog.get_logger("penstock.gateway")
 
 #: One line feed: after an ``id`` some SDK decoders turn a blank line into an empty event.
 PING = b": ping\n"
@@ -128,8 +133,10 @@ class EventStream:
             assert self._task is not None
             self._task.uncancel()
             if self._finishing:
-                farewell = f"retry: {random.randint(500, 3000)}\n".encode()
-                await send({"type": "http.response.body", "body": farewell, "more_body": False})
+                await self._farewell()
+        except PenstockError as error:  # the job was deleted in the middle of a replay, or its retention ended
+            log.info("stream_cut", path=scope["path"], code=error.code)
+            await self._farewell()
         finally:
             self._streams.discard(self)
             watcher.cancel()
@@ -146,6 +153,12 @@ class EventStream:
         self.sent_at = self.sending_since = time.monotonic()
         await self._send({"type": "http.response.body", "body": block, "more_body": True})
         self.sending_since = None
+
+    async def _farewell(self) -> None:
+        """End the response properly. It is not complete: whoever resumes it later gets the rest, or is told why not."""
+        assert self._send is not None
+        retry = f"retry: {random.randint(500, 3000)}\n".encode()
+        await self._send({"type": "http.response.body", "body": retry, "more_body": False})
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

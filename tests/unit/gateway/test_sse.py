@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.errors import ErrorInfo
+from penstock.core.errors import ErrorInfo, NotFound
 from penstock.core.events import Ended, Event, Logprob, Tokens, TopLogprob
 from penstock.core.job import Job, Request, Status, Usage, new_job_id
 from penstock.gateway.routes.jobs import render
@@ -153,7 +153,7 @@ class Client:
 
     def connect(self, streams: Streams, source: AsyncIterator[bytes]) -> asyncio.Task[None]:
         stream = EventStream(streams, source, on_close=self.on_close)
-        return asyncio.create_task(stream({"type": "http"}, self.receive, self.send))  # type: ignore[arg-type]
+        return asyncio.create_task(stream({"type": "http", "path": "/"}, self.receive, self.send))  # type: ignore[arg-type]
 
 
 async def until(condition: Any) -> None:
@@ -279,6 +279,17 @@ class TestStreams:
         client = Client()
         with pytest.raises(RuntimeError, match="broken"):
             await client.connect(Streams(), source())
+        assert client.closed == [False]
+
+    async def test_a_log_that_is_dropped_in_the_middle_of_its_replay_ends_the_stream(self) -> None:
+        async def source() -> AsyncIterator[bytes]:
+            yield b"data: 1\n\n"
+            raise NotFound("No such job.")
+
+        client = Client()
+        await client.connect(Streams(), source())
+        assert client.body.startswith(b"data: 1\n\nretry: ")
+        assert client.finished
         assert client.closed == [False]
 
 
