@@ -20,8 +20,8 @@ from penstock.engines.backend import Progress
 from penstock.engines.process import EngineProcess, EngineSpec
 from penstock.engines.standby import Standby, WarmPool
 from penstock.gateway.app import WORKER_ROUTES, create_app
-from penstock.gateway.batch_runner import BatchRunner
-from penstock.gateway.batches import BatchStore
+from penstock.gateway.batches.runner import BatchRunner
+from penstock.gateway.batches.store import BatchStore
 from penstock.gateway.files import FileStore
 from penstock.gateway.routes.batches import OPERATIONS
 from penstock.gateway.service import Gateway, GatewayConfig

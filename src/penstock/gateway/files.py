@@ -13,6 +13,7 @@ before. Functions here block; the event loop calls them in threads. Times are se
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -22,12 +23,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import msgspec
 
 from penstock.core.errors import BrokerUnavailable, InsufficientStorage, NotFound, PenstockError, RequestTooLarge
 from penstock.core.ports import Clock, SystemClock
+
+T = TypeVar("T")
 
 #: How long a part of an upload may be without a write before it is taken for what a dead process left, in seconds.
 ABANDONED = 3600.0
@@ -390,3 +394,15 @@ def _abandoned(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return time.time() - path.stat().st_mtime > ABANDONED
     return False
+
+
+async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """In a thread, and to its end even if this is cancelled: nothing may still be written when a lock is let go of."""
+    doing = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        if not doing.cancelled():
+            doing.exception()
+        raise

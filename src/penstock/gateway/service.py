@@ -39,7 +39,7 @@ from penstock.gateway.files import FileStore
 from penstock.gateway.sse import EventStream, Streams
 
 if TYPE_CHECKING:
-    from penstock.gateway.batch_runner import BatchRunner
+    from penstock.gateway.batches.runner import BatchRunner
 
 log = structlog.get_logger("penstock.gateway")
 

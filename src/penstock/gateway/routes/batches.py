@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import Metadata
-from penstock.gateway.batch_runner import BatchRunner
-from penstock.gateway.batches import Batch
+from penstock.gateway.batches.runner import BatchRunner
+from penstock.gateway.batches.store import Batch
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes import embeddings, openai, responses
 from penstock.gateway.routes.bodies import Operation
-from penstock.gateway.routes.files import expiry, list_view, paging
+from penstock.gateway.routes.files import TTL, expiry, list_view, paging
 
 #: What a batch can be made of.
 OPERATIONS: dict[str, Operation] = {**embeddings.OPERATIONS, **openai.OPERATIONS, **responses.OPERATIONS}
@@ -27,14 +28,14 @@ _MOMENTS = (
 
 class ExpiresAfter(msgspec.Struct, frozen=True):
     anchor: Literal["created_at"]
-    seconds: int
+    seconds: Annotated[int, Meta(ge=TTL[0], le=TTL[1])]
 
 
 class CreateBatch(msgspec.Struct, kw_only=True, frozen=True):
     """The body of ``POST /v1/batches``."""
 
     input_file_id: str
-    endpoint: str
+    endpoint: Annotated[str, Meta(extra_json_schema={"enum": [*OPERATIONS]})]
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None

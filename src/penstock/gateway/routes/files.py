@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.responses import FileResponse
 from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge, Unsupported, UnsupportedEncoding
-from penstock.gateway.batch_runner import in_thread
-from penstock.gateway.files import FileStore, StoredFile, Upload
+from penstock.gateway.files import FileStore, StoredFile, Upload, in_thread
 from penstock.gateway.http import Call, json_reply
 
 PURPOSES = ("batch", "batch_output")
@@ -33,12 +33,14 @@ LINGER = (256 << 20, 30.0)
 
 
 class FileUpload(msgspec.Struct, frozen=True):
-    """The form of ``POST /v1/files``. ``expires_after[seconds]`` counts from the upload."""
+    """The form of ``POST /v1/files``. ``expires_after[seconds]`` counts from the upload; it comes with its anchor."""
 
     file: Annotated[str, msgspec.Meta(extra_json_schema={"format": "binary"})]
     purpose: Literal["batch"]
-    anchor: Literal["created_at"] | None = msgspec.field(name="expires_after[anchor]", default=None)
-    seconds: int | None = msgspec.field(name="expires_after[seconds]", default=None)
+    anchor: Literal["created_at"] | UnsetType = msgspec.field(name="expires_after[anchor]", default=UNSET)
+    seconds: Annotated[int, msgspec.Meta(ge=TTL[0], le=TTL[1])] | UnsetType = msgspec.field(
+        name="expires_after[seconds]", default=UNSET
+    )
 
 
 async def create(call: Call) -> ASGIApp:

@@ -1,4 +1,4 @@
-"""Batches: what is kept of each, and what makes a file the input of one. `batch_runner.py` runs them.
+"""Batches: what is kept of each, and what makes a file the input of one.
 
 ::
 

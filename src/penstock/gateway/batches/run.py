@@ -1,4 +1,4 @@
-"""Runs batches: each line is a job at batch priority, whose folded log becomes a line of the output.
+"""One batch from its input to its outputs: each line is a job at batch priority, whose folded log becomes a line.
 
 Nothing is kept in memory that a successor would need. What is done is in the output; a line that is not there is
 submitted (again) under the idempotency key that only it has, so the broker gives back the job that it had, if any. A
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import structlog
@@ -34,10 +33,9 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Ended, fold
 from penstock.core.job import Job, Priority, Status, fingerprint
-from penstock.gateway.batches import (
+from penstock.gateway.batches.store import (
     ENVELOPE,
     Batch,
-    BatchStore,
     Line,
     LineError,
     Outcome,
@@ -45,20 +43,19 @@ from penstock.gateway.batches import (
     decode_line,
     read_lines,
 )
-from penstock.gateway.files import LineLog, StoredFile, new_id
+from penstock.gateway.files import LineLog, StoredFile, in_thread, new_id
 from penstock.gateway.http import decode
 from penstock.gateway.routes.bodies import REFERENCE_GONE, Operation
-from penstock.gateway.service import Gateway, Submission
+from penstock.gateway.service import Submission
+
+if TYPE_CHECKING:
+    from penstock.gateway.batches.runner import BatchRunner, Crew
 
 log = structlog.get_logger("penstock.batches")
 
 T = TypeVar("T")
 
-#: Seconds between looks for batches that other processes took in, were asked to cancel, or left.
-INTERVAL = 2.0
-#: Seconds between looks for what has expired.
-SWEEP_INTERVAL = 600.0
-#: Seconds before something that the disk or a bug refused is tried again.
+#: Seconds before something that the disk refused is tried again.
 RETRY = 5.0
 #: Seconds between two saves of a batch's counts.
 PROGRESS = 1.0
@@ -83,122 +80,6 @@ _NOT_RUN = {
 
 class _NotRunError(Exception):
     """The batch was over before the line was run."""
-
-
-class BatchRunner:
-    """Runs the batches of every tenant whose lock it gets.
-
-    *operations*: what can be run, by endpoint. *window*: jobs that all of a tenant's batches have at once.
-    """
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        store: BatchStore,
-        operations: Mapping[str, Operation],
-        *,
-        window: int = 256,
-        interval: float = INTERVAL,
-    ) -> None:
-        self.gateway = gateway
-        self.store = store
-        self.operations = operations
-        self.window = window
-        self._interval = interval
-        self._crews: dict[str, _Crew] = {}
-        self._ended: set[str] = set()
-        self._resting: dict[str, float] = {}
-        self._nudged = asyncio.Event()
-
-    def nudge(self) -> None:
-        """Something has changed in this process: look at once."""
-        self._nudged.set()
-
-    async def run(self) -> None:
-        sweep_at = 0.0
-        try:
-            while True:
-                self._nudged.clear()
-                try:
-                    if time.monotonic() >= sweep_at:
-                        sweep_at = time.monotonic() + SWEEP_INTERVAL
-                        await in_thread(self._sweep)
-                    await self._look()
-                except (PenstockError, OSError) as error:
-                    log.warning("batches_unreadable", error=str(error))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._interval):
-                        await self._nudged.wait()
-        finally:
-            await asyncio.gather(*(crew.close() for crew in self._crews.values()))
-
-    def _sweep(self) -> None:
-        self.store.files.sweep()
-        self.store.sweep()
-
-    async def _look(self) -> None:
-        """Take what is to be done and not yet in anybody's hands; tell those in ours that they are to stop."""
-        for tenant, batches in (await in_thread(self._unfinished)).items():
-            crew = self._crews.get(tenant)
-            if crew is None:
-                lock = self.store.lock(tenant)
-                if lock is None:
-                    continue  # another process has them
-                crew = self._crews[tenant] = _Crew(lock, self.window)
-            for batch in batches:
-                run = crew.runs.get(batch.id)
-                if run is None and self._resting.get(batch.id, 0.0) <= time.monotonic():
-                    run = crew.runs[batch.id] = _Run(self, crew, tenant, batch.id)
-                    run.task = asyncio.create_task(self._care(run), name=f"batch: {batch.id}")
-                elif run is not None:
-                    run.heed(batch)
-        for tenant, crew in list(self._crews.items()):
-            if not crew.runs and not any(id in self._resting for id in self.store.ids(tenant)):
-                del self._crews[tenant]
-                await crew.close()
-
-    def _unfinished(self) -> dict[str, list[Batch]]:
-        found: dict[str, list[Batch]] = {}
-        for tenant in self.store.files.tenants():
-            ids = [id for id in self.store.ids(tenant) if id not in self._ended]
-            for id in sorted(ids):
-                with contextlib.suppress(PenstockError):  # dropped a moment ago
-                    batch = self.store.get(tenant, id)
-                    if batch.ended:
-                        self._ended.add(id)
-                    else:
-                        found.setdefault(tenant, []).append(batch)
-        return found
-
-    async def _care(self, run: _Run) -> None:
-        """A batch to its end. One that a bug stops is tried again, and disturbs no other."""
-        try:
-            await run()
-            self._resting.pop(run.id, None)
-        except Exception:
-            log.exception("batch_interrupted", batch_id=run.id, tenant=run.tenant)
-            self._resting[run.id] = time.monotonic() + RETRY
-        finally:
-            run.crew.runs.pop(run.id, None)
-            self.nudge()
-
-
-class _Crew:
-    """What a tenant's batches share here: the lock, and the window of their jobs."""
-
-    def __init__(self, lock: int, window: int) -> None:
-        self.lock = lock
-        self.slots = asyncio.Semaphore(window)
-        self.turn = asyncio.Lock()
-        self.runs: dict[str, _Run] = {}
-
-    async def close(self) -> None:
-        """Let go of the lock, after everything that was under it."""
-        tasks = [run.task for run in self.runs.values() if run.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        os.close(self.lock)
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -248,12 +129,12 @@ class _Written(msgspec.Struct, frozen=True):
     slot: bool = True
 
 
-class _Run:
+class Run:
     """One batch in this process's hands."""
 
     task: asyncio.Task[None] | None = None
 
-    def __init__(self, runner: BatchRunner, crew: _Crew, tenant: str, id: str) -> None:
+    def __init__(self, runner: BatchRunner, crew: Crew, tenant: str, id: str) -> None:
         self.runner = runner
         self.crew = crew
         self.tenant = tenant
@@ -652,18 +533,6 @@ class _Run:
             except OSError as error:
                 log.warning("batch_waits_for_the_disk", batch_id=self.id, tenant=self.tenant, error=str(error))
                 await asyncio.sleep(RETRY)
-
-
-async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """In a thread, and to its end even if this is cancelled: nothing may still be written when a lock is let go of."""
-    doing = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        await asyncio.wait([doing])
-        if not doing.cancelled():
-            doing.exception()
-        raise
 
 
 def _some(lines: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
