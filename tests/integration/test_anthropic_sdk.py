@@ -126,6 +126,12 @@ class TestMessages:
         with sdk.messages.stream(model="crawl", max_tokens=3, messages=HELLO) as stream:
             assert stream.get_final_text() == text_of(3)
 
+    def test_models(self, sdk: anthropic.Anthropic) -> None:
+        assert [model.id for model in sdk.models.list()] == ["synthetic", "paced", "crawl"]
+        assert sdk.models.retrieve("paced").id == "paced"
+        with pytest.raises(anthropic.NotFoundError):
+            sdk.models.retrieve("nobody")
+
     def test_the_beta_client(self, sdk: anthropic.Anthropic) -> None:
         reply = sdk.beta.messages.create(model="synthetic", max_tokens=2, messages=HELLO)
         assert reply.content[0].text == text_of(2)  # type: ignore[union-attr]
@@ -172,6 +178,7 @@ class TestErrors:
             ({"thinking": {"type": "adaptive"}}, anthropic.BadRequestError, "invalid_request_error", "Thinking"),
             ({"output_config": {"effort": "low"}}, anthropic.BadRequestError, "invalid_request_error", "effort"),
             ({"extra_body": {"context_management": {}}}, anthropic.BadRequestError, "invalid_request_error", "context"),
+            ({"extra_body": {"thread": {"type": "x"}}}, anthropic.BadRequestError, "invalid_request_error", "Threads"),
             ({"extra_body": {"n": 2}}, anthropic.BadRequestError, "invalid_request_error", "n is 1"),
             ({"extra_body": {"stop": ["x"]}}, anthropic.BadRequestError, "invalid_request_error", "stop_sequences"),
             ({"metadata": {"user_id": "a\nb"}}, anthropic.BadRequestError, "invalid_request_error", "user_id"),
@@ -226,6 +233,18 @@ class TestErrors:
             "request_id": reply.headers["x-request-id"],
         }
         check_error(await http.get("/v1/messages"), 405, "invalid_request")
+
+    def test_there_are_no_message_batches(self, sdk: anthropic.Anthropic) -> None:
+        batches = sdk.messages.batches
+        body: Any = {"model": "synthetic", "max_tokens": 1, "messages": HELLO}
+        for call in (
+            lambda: batches.create(requests=[{"custom_id": "a", "params": body}]),
+            batches.list,
+            lambda: batches.retrieve("msgbatch_1"),
+            lambda: batches.cancel("msgbatch_1"),
+        ):
+            with pytest.raises(anthropic.NotFoundError, match="Message Batches are not offered: POST /v1/batches runs"):
+                call()
 
     def test_a_failure_mid_stream_is_raised(self, sdk: anthropic.Anthropic, server: Server) -> None:
         with sdk.messages.stream(model="paced", max_tokens=100_000, messages=HELLO) as stream:
@@ -358,6 +377,30 @@ class TestTheModelInTheBox:
         assert last.usage.input_tokens > reply.usage.input_tokens
         with pytest.raises(anthropic.BadRequestError, match="tool_result"):
             boxed.messages.create(model="millrace", max_tokens=8, messages=[*HELLO, reply.to_param()])
+
+    def test_the_tool_runner(self, boxed: anthropic.Anthropic) -> None:
+        """The SDK's loop: it calls the function, sends what it gave, and stops where no more is to be called."""
+        seen = []
+
+        @anthropic.beta_tool
+        def weather(city: Literal["Ulm", "Rome"]) -> str:
+            """The weather in a city."""
+            seen.append(city)
+            return f"Rain in {city}."
+
+        for stream in (False, True):
+            runner = boxed.beta.messages.tool_runner(
+                model="millrace",
+                max_tokens=100,
+                messages=[{"role": "user", "content": "Weather?"}],
+                tools=[weather],
+                tool_choice={"type": "tool", "name": "weather"},
+                max_iterations=2,
+                stream=stream,
+            )
+            runner.until_done()
+        assert len(seen) >= 2
+        assert set(seen) <= {"Ulm", "Rome"}
 
     def test_a_streamed_call(self, boxed: anthropic.Anthropic) -> None:
         with boxed.messages.stream(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -85,6 +86,19 @@ class TestFiles:
         for id in made:
             sdk.files.delete(id)
 
+    def test_from_a_path_and_from_an_open_file(self, sdk: openai.OpenAI, tmp_path: Path) -> None:
+        data = jsonl([line(1), line(2)])
+        path = tmp_path / "in.jsonl"
+        path.write_bytes(data)
+        with path.open("rb") as opened:
+            made = [sdk.files.create(file=each, purpose="batch") for each in (path, opened)]
+        for file in made:
+            assert (file.filename, file.bytes) == ("in.jsonl", len(data))
+            assert sdk.files.wait_for_processing(file.id).status == "processed"
+            with sdk.files.with_streaming_response.content(file.id) as reply:
+                assert b"".join(reply.iter_bytes()) == data
+            sdk.files.delete(file.id)
+
     async def test_what_is_no_upload_is_refused(self, http: httpx.AsyncClient) -> None:
         file = {"file": ("x", b"{}")}
         for fields, files, code in (
@@ -153,6 +167,11 @@ class TestBatches:
         batch = end(sdk, start(sdk, lines, "/v1/completions"))
         (first, *_) = results(sdk, batch.output_file_id).values()
         assert first["response"]["body"]["choices"][0]["text"] == text_of(3)
+
+    def test_lists_are_paged(self, sdk: openai.OpenAI) -> None:
+        made = [start(sdk, [line(1)]).id for _ in range(5)]
+        listed = [batch.id for batch in sdk.batches.list(limit=2)]
+        assert listed[:5] == made[::-1]
 
     def test_a_line_that_fails_takes_no_other_along(self, sdk: openai.OpenAI) -> None:
         lines = [line(n, **({"temperature": 9} if n == 2 else {})) for n in range(4)]

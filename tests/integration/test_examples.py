@@ -21,7 +21,7 @@ from playwright.async_api import async_playwright, expect
 from tests.support.api import poll, running, submit
 from tests.support.nginx import nginx_binary, substitute
 from tests.support.server import PATIENCE, Server, free_port, model, wait_for
-from tests.support.tools import NODE_PROJECT, ROOT, command, frameworks, node
+from tests.support.tools import ROOT, command, frameworks, node
 
 EXAMPLES = ROOT / "examples"
 
@@ -35,17 +35,27 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.stop()
 
 
-def run(server: Server, *arguments: str | Path, cwd: Path = EXAMPLES) -> str:
-    """Run an example as a user would; what it printed. It must succeed, without a word on its standard error."""
+@contextmanager
+def running_example(server: Server, *arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """An example that runs as a user would run it; killed at the end if it still does. Its pipes are not buffered."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENSTOCK_", "OPENAI_"))}
     environment |= {"PENSTOCK_URL": server.url, "NO_PROXY": "127.0.0.1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [str(argument) for argument in arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == "", done.stderr
-    return done.stdout
+    command_line = [str(argument) for argument in arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command_line, cwd=EXAMPLES, env=environment, stdout=pipe, stderr=pipe, bufsize=0) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
+def run(server: Server, *arguments: str | Path) -> str:
+    """What an example printed. It must succeed, without a word on its standard error."""
+    with running_example(server, *arguments) as program:
+        out, err = program.communicate(timeout=PATIENCE)
+    assert program.returncode == 0, (out + err).decode()
+    assert err == b"", err.decode()
+    return out.decode()
 
 
 def newest_jobs(server: Server, count: int) -> list[dict[str, object]]:
@@ -68,16 +78,76 @@ def resumed(server: Server, printed: str) -> None:
     assert told == text + "\n"
 
 
-def test_openai_python(box: Server) -> None:
-    before = len(newest_jobs(box, 500))
-    resumed(box, run(box, sys.executable, "openai_python.py"))
-    assert len(newest_jobs(box, 500)) == before + 1
+#: OpenAI's SDKs: what runs an example of each, and what its name ends with.
+SDKS = {"python": (lambda: sys.executable, ".py"), "node": (node, ".js")}
 
 
-def test_openai_node(box: Server) -> None:
-    before = len(newest_jobs(box, 500))
-    resumed(box, run(box, node(), "chat.js", cwd=NODE_PROJECT))
-    assert len(newest_jobs(box, 500)) == before + 1
+@pytest.fixture(params=SDKS)
+def example(request: pytest.FixtureRequest) -> Callable[[str], list[str | Path]]:
+    """The command that runs the example of a name."""
+    program, suffix = SDKS[request.param]
+    folder = EXAMPLES / f"openai-{request.param}"
+    return lambda name: [program(), folder / f"{name}{suffix}"]
+
+
+Example = Callable[[str], list[str | Path]]
+
+
+class TestOpenAI:
+    """One set of examples for both SDKs."""
+
+    def test_chat(self, box: Server, example: Example) -> None:
+        before = len(newest_jobs(box, 500))
+        resumed(box, run(box, *example("chat")))
+        assert len(newest_jobs(box, 500)) == before + 1
+
+    def test_responses(self, box: Server, example: Example) -> None:
+        before = len(newest_jobs(box, 500))
+        first, second, rest = run(box, *example("responses")).split("\n")
+        assert (bool(first), bool(second), rest) == (True, True, "")
+        assert len(newest_jobs(box, 500)) == before, "it deleted what it made"
+
+    def test_background_streaming(self, box: Server, example: Example) -> None:
+        before = len(newest_jobs(box, 500))
+        head, _, told = run(box, *example("background_streaming")).partition("\n")
+        job = "job_" + head.removeprefix("response: resp_")
+        assert told == text_of(box, job) + "\n"
+        assert len(newest_jobs(box, 500)) == before + 1
+
+    def test_background_streaming_over_a_kill(self, make_server: Callable[..., Server], example: Example) -> None:
+        """The server dies while the example reads, and is started again: not an event is lost or repeated."""
+        server = make_server(rate=40)
+        with running_example(server, *example("background_streaming")) as program:
+            assert program.stdout is not None
+            head = program.stdout.readline()
+            read = b"".join(iter(lambda: program.stdout.read(1), b"9"))  # type: ignore[union-attr]
+            assert read.startswith(b"1@1 ")
+            server.kill9()
+            server.restart()
+            out, err = program.communicate(timeout=PATIENCE)
+        assert (program.returncode, err) == (0, b"")
+        text = text_of(server, "job_" + head.decode().strip().removeprefix("response: resp_"))
+        assert (read + b"9" + out).decode() == text + "\n"
+        positions, attempts = zip(*(word.split("@") for word in text.split()), strict=True)
+        assert positions == tuple(str(number) for number in range(1, 81))
+        assert set(attempts) == {"1", "2"}
+
+    def test_batches(self, box: Server, example: Example) -> None:
+        head, *answers = run(box, *example("batches")).splitlines()
+        assert box.get(f"/v1/batches/{head.removeprefix('batch: ')}").json()["status"] == "completed"
+        asked = {re.sub(r"\?.*", "?", answer) for answer in answers}
+        assert asked == {"What is a river?", "What is a mill?", "What is a fox?"}
+        assert box.get("/v1/files").json()["data"] == [], "it deleted its files"
+
+    def test_tools(self, box: Server, example: Example) -> None:
+        assert re.search(r'\{"city": "(Ulm|Rome)"\} → Rain in \1\.$', run(box, *example("tools")), re.MULTILINE)
+
+
+def test_anthropic_python(box: Server) -> None:
+    told, job, call, answer = run(box, sys.executable, "anthropic_python.py").splitlines()
+    assert told == text_of(box, job.removeprefix("job: "))
+    assert re.fullmatch(r"weather \{'city': '(Ulm|Rome)'\} → Rain in \1\.", call)
+    assert answer
 
 
 def test_langchain(box: Server) -> None:

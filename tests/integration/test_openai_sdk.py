@@ -266,6 +266,20 @@ class TestAsync:
         await stream.close()
         assert (await ended(http, job))["status"] == "cancelled"
 
+    async def test_what_is_timed_out_and_sent_again_under_its_key_is_one_job(
+        self, async_sdk: openai.AsyncOpenAI, http: httpx.AsyncClient
+    ) -> None:
+        reply = await async_sdk.with_options(timeout=0.3, max_retries=20).chat.completions.create(
+            model="crawl",
+            messages=HELLO,  # type: ignore[arg-type]
+            max_tokens=2,
+            user="impatient",
+            metadata={"on_disconnect": "continue"},
+            extra_headers={"Idempotency-Key": "impatient"},
+        )
+        assert reply.choices[0].message.content == text_of(2)
+        assert len((await http.get("/v1/jobs?user_id=impatient")).json()["data"]) == 1
+
     async def test_a_heartbeat_disturbs_no_decoder(self, async_sdk: openai.AsyncOpenAI) -> None:
         """Half a second between tokens, a ping in between: after an id, a wrong one would be a JSONDecodeError."""
         stream = await async_sdk.completions.create(model="crawl", prompt="x", max_tokens=4, stream=True)

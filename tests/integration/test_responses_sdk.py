@@ -514,6 +514,30 @@ class TestConversations:
         texts = [item.content[0].text for item in sdk.responses.input_items.list(third.id, order="asc")]  # type: ignore[union-attr]
         assert texts == ["one two", text_of(2), "four", text_of(1), "five"]
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_repeat_needs_what_it_goes_on_from_no_more(self, sdk: openai.OpenAI, stream: bool) -> None:
+        """The same key finds the same response, though nobody could make it anew."""
+        first = sdk.responses.create(model="synthetic", input="one", max_output_tokens=2)
+
+        def ask(key: str) -> Any:
+            reply: Any = sdk.responses.create(
+                model="synthetic",
+                input="two",
+                max_output_tokens=2,
+                previous_response_id=first.id,
+                stream=stream,
+                extra_headers={"Idempotency-Key": key},
+            )
+            return list(reply) if stream else reply.to_dict()
+
+        key = f"repeat-{first.id}"
+        second = ask(key)
+        sdk.responses.delete(first.id)
+        assert ask(key) == second
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(key + "-new")
+        assert caught.value.code == "previous_response_not_found"
+
     def test_what_has_no_output_cannot_go_on(self, sdk: openai.OpenAI) -> None:
         running = sdk.responses.create(model="crawl", input="x", max_output_tokens=500, background=True)
         for _ in range(2):

@@ -136,8 +136,15 @@ class ByMethod:
         await error_reply(error, {"allow": allowed})(scope, receive, send)
 
 
+#: What clients of other servers may ask for, by the beginning of its path, and what to do instead.
+_INSTEAD = {
+    "/v1/messages/batches": "Message Batches are not offered: POST /v1/batches runs files of OpenAI's requests.",
+}
+
+
 async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
-    await error_reply(NotFound(f"There is nothing at {scope['path']}. See /docs."))(scope, receive, send)
+    hint = next((hint for path, hint in _INSTEAD.items() if scope["path"].startswith(path)), "See /docs.")
+    await error_reply(NotFound(f"There is nothing at {scope['path']}. {hint}"))(scope, receive, send)
 
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")

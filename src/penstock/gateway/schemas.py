@@ -338,6 +338,8 @@ class MessageError(Answer):
     message: str
     param: str | None
     code: str | None
+    details: dict[str, Any] | UnsetType = UNSET
+    """Of a ``thread``, which is not kept: what Anthropic's SDK looks for to go on without it."""
 
 
 class MessageErrorBody(Answer):

@@ -124,9 +124,12 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
     thinking: dict[str, Any] | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = None
+    thread: dict[str, Any] | None = None
 
     def conversation(self) -> Request:
         """The conversation as a request, without how to sample."""
+        if self.thread is not None:
+            raise Unsupported("Threads are not kept here: leave thread out, and send all messages.", param="thread")
         if self.thinking is not None and self.thinking.get("type") != "disabled":
             raise Unsupported("Thinking is not supported: leave it out, or disable it.", param="thinking")
         config = self.output_config or OutputConfig()
@@ -494,8 +497,10 @@ _TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_erro
 def _error(error: ErrorInfo, status: int, request_id: str) -> dict[str, Any]:
     """A failure as Anthropic's clients know it: ours in an envelope, its ``type`` one of theirs."""
     kind = error.type if error.type != "server_error" else "api_error"
-    info = msgspec.structs.replace(error, type=_TYPES.get(status, kind))
-    return {"type": "error", "error": info, "request_id": request_id}
+    told: dict[str, Any] = msgspec.structs.asdict(error) | {"type": _TYPES.get(status, kind)}
+    if error.param == "thread":  # by this the SDK's tool runner knows that it has to go on without one
+        told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": told, "request_id": request_id}
 
 
 def _refusal(request_id: str, error: PenstockError) -> Response:

@@ -1,7 +1,7 @@
 """OpenAI's SDK for Python, unchanged: a chat is streamed, its connection lost in the middle, and gone on with.
 
     pip install openai
-    python examples/openai_python.py
+    python examples/openai-python/chat.py
 
 PENSTOCK_URL names another server than http://127.0.0.1:8000.
 """
