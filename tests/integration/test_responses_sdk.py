@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -480,8 +481,12 @@ class TestStored:
         assert (last.first_id, last.last_id, last.has_more) == (items[-1].id, items[-1].id, False)  # type: ignore[attr-defined]
 
     @pytest.mark.parametrize(
-        ("query", "param"), [("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=x", "after")]
-    )
+        ("query", "param"),
+        [
+            ("limit=0", "limit"), ("limit=x", "limit"), ("limit=" + "1" * 5000, "limit"), ("order=up", "order"),
+            ("after=x", "after"),
+        ],
+    )  # fmt: skip
     def test_input_items_wrong(self, sdk: openai.OpenAI, box: Server, query: str, param: str) -> None:
         reply = sdk.responses.create(model="synthetic", input="x", max_output_tokens=1)
         check_error(box.get(f"/v1/responses/{reply.id}/input_items?{query}"), 400, "invalid_request", param)
@@ -574,6 +579,31 @@ class TestConversations:
         )
         with pytest.raises(openai.BadRequestError, match="No tool output found for function call"):
             sdk.responses.create(model="millrace", input="And?", previous_response_id=first.id)
+
+    def test_what_a_request_refers_to_has_the_bounds_of_a_body(self, sdk: openai.OpenAI) -> None:
+        """A few bytes that name large items must not become more than a client could have sent."""
+        large = [sdk.responses.create(model="synthetic", input="x" * 400_000, max_output_tokens=1) for _ in range(3)]
+        ids = [sdk.responses.input_items.list(each.id).data[0].id or "" for each in large]
+        for count in (2, 3):
+            with contextlib.ExitStack() as stack:
+                if count == 3:
+                    caught = stack.enter_context(pytest.raises(openai.APIStatusError))
+                references: Any = [{"type": "item_reference", "id": id} for id in ids[:count]]
+                both = sdk.responses.create(model="synthetic", input=references, max_output_tokens=1)
+        check_error(caught.value.response, 413, "request_too_large", "input")
+        with pytest.raises(openai.APIStatusError) as caught:
+            sdk.responses.create(model="synthetic", input="x" * 400_000, previous_response_id=both.id)
+        check_error(caught.value.response, 413, "request_too_large", "input")
+
+    def test_an_item_is_there_once(self, sdk: openai.OpenAI) -> None:
+        first = sdk.responses.create(model="synthetic", input="one", max_output_tokens=1)
+        (asked,) = sdk.responses.input_items.list(first.id)
+        reference: Any = {"type": "item_reference", "id": asked.id}
+        named: Any = {"id": "msg_mine", "role": "user", "content": "one"}
+        for input, before in (([reference, reference], None), ([reference], first.id), ([named, named], None)):
+            with pytest.raises(openai.BadRequestError, match="two items with the id") as caught:
+                sdk.responses.create(model="synthetic", input=input, previous_response_id=before)
+            assert caught.value.param == "input"
 
     def test_references(self, sdk: openai.OpenAI) -> None:
         first = sdk.responses.create(model="synthetic", input="one two", max_output_tokens=3)

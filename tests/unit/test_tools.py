@@ -159,6 +159,8 @@ class TestBounds:
             ({"multipleOf": 99_991}, "multipleOf"),
             ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "multipleOf"),
             ({"multipleOf": 1e-9}, "multipleOf"),
+            ({"enum": [2**64]}, "64 bits"),
+            ({"properties": {"x": {"minimum": -(2**63) - 1}}}, "64 bits"),
         ],
     )
     def test_what_costs_too_much(self, schema: dict[str, Any], words: str) -> None:
@@ -177,3 +179,4 @@ class TestBounds:
     def test_what_people_write(self) -> None:
         check_schema({"properties": {"multipleOf": {"type": "string"}, "price": {"multipleOf": 0.01}}}, "p")
         check_schema({"properties": {"a": {"multipleOf": 5}, "b": {"multipleOf": 0.001}}}, "p")
+        check_schema({"enum": [2**64 - 1, -(2**63), True]}, "p")

@@ -58,6 +58,8 @@ def check_schema(schema: dict[str, Any], param: str) -> None:
                 below += part.values()
             elif isinstance(part, list):
                 below += part
+            elif isinstance(part, int) and not -(2**63) <= part < 2**64:
+                raise InvalidRequest("The JSON schema has a number of more than 64 bits.", param=param)
         level = below
         if not level:
             break

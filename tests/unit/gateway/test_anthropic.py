@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, LogRewound
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage
+from penstock.gateway.http import json_reply
 from penstock.gateway.routes.anthropic import MessageWriter, reply
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
@@ -192,6 +193,14 @@ def test_a_call_that_was_cut_has_no_arguments() -> None:
     answer = reply(of, "".join(FORCED[:2]), ended)
     assert [(block["name"], block["input"]) for block in answer["content"]] == [("weather", {})]
     assert answer["stop_reason"] == "max_tokens"
+
+
+def test_half_a_surrogate_pair_in_a_call_is_no_obstacle() -> None:
+    text = '{"name": "weather", "arguments": {"city": "\\ud83d Ulm \\ud83d\\ude00"}}'
+    ended = log([text])[-1]
+    assert isinstance(ended, Ended)
+    answer = json_reply(reply(job(tools=TOOLS, tool_choice="required"), text, ended))
+    assert json.loads(bytes(answer.body))["content"][0]["input"] == {"city": "? Ulm 😀"}
 
 
 def test_a_log_that_rewinds_is_an_error() -> None:

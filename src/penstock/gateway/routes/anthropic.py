@@ -446,8 +446,8 @@ def _arguments(text: str) -> dict[str, Any]:
     """A call's arguments; empty if ``max_tokens`` cut them: nobody shall take a part of them for the whole."""
     with contextlib.suppress(ValueError, RecursionError):
         arguments = json.loads(text)
-        if isinstance(arguments, dict):
-            return arguments
+        if isinstance(arguments, dict):  # half a surrogate pair, which a model may write, is no text to send
+            return dict(json.loads(json.dumps(arguments, ensure_ascii=False).encode(errors="replace")))
     return {}
 
 

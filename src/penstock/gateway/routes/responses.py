@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -17,6 +17,7 @@ from penstock.core.errors import (
     NotFound,
     PenstockError,
     PreviousResponseNotFound,
+    RequestTooLarge,
     Unsupported,
 )
 from penstock.core.events import Completion, Event, fold
@@ -371,7 +372,7 @@ async def _submit(call: Call, body: CreateResponse) -> Job:
     gateway = call.gateway
     submitted = wish(call, body)
     try:
-        items = await conversation(gateway.broker, call.tenant, body)
+        items = await conversation(gateway, call.tenant, body)
     except REFERENCE_GONE:
         if (known := await gateway.repeated(submitted)) is None:
             raise
@@ -421,7 +422,7 @@ async def list_input_items(call: Call) -> ASGIApp:
     order, limit, after = call.query.get("order", "desc"), call.query.get("limit", "20"), call.query.get("after")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order is asc or desc.", param="order")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= 100):
+    if not (limit.isascii() and limit.isdigit() and len(limit) <= 3 and 1 <= int(limit) <= 100):
         raise InvalidRequest("limit is between 1 and 100.", param="limit")
     items = input_items(job, view)
     if order == "desc":
@@ -449,7 +450,7 @@ async def list_input_items(call: Call) -> ASGIApp:
 async def _prepare(gateway: Gateway, tenant: str, body: CreateResponse) -> Prepared:
     if body.background:
         raise InvalidRequest("A line of a batch runs in the background anyway.", param="background")
-    items = await conversation(gateway.broker, tenant, body)
+    items = await conversation(gateway, tenant, body)
     return Prepared(
         body.request(items, gateway.config.default_max_tokens),
         msgspec.structs.replace(body, store=False).view(items),  # results are in the batch's files only
@@ -477,19 +478,40 @@ def wish(call: Call, body: CreateResponse) -> Submission:
     return msgspec.structs.replace(submitted, keep=keep)
 
 
-async def conversation(broker: Broker, tenant: str, body: CreateResponse) -> tuple[Item, ...]:
-    """The whole input of a request: that of the response before it, its output, and what is new."""
+async def conversation(gateway: Gateway, tenant: str, body: CreateResponse) -> tuple[Item, ...]:
+    """The whole input of a request: that of the response before it, its output, and what is new.
+
+    Raises `RequestTooLarge` where that, written out, would be no body that is taken: a few bytes can refer to much.
+    """
+    broker, room = gateway.broker, gateway.config.max_body
     items: list[Item] = []
     if body.previous_response_id is not None:
         items = await _before(broker, tenant, body.previous_response_id)
-    if isinstance(body.input, str):
-        return (*items, Item("message", role="user", content=(body.input,)))
-    for place, item in enumerate(body.input or ()):
-        if item.reference is not None:
-            items.append(await _referenced(broker, tenant, item.reference))
-        else:
-            items.append(item.plain(place))
+    given = [InputItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input or []
+    references = [item.reference for item in given if item.reference is not None]
+    referenced = await _referenced(broker, tenant, references, room)
+    items += [
+        item.plain(place) if item.reference is None else referenced[item.reference] for place, item in enumerate(given)
+    ]
+    known: set[str] = set()
+    for item in items:
+        if item.id and item.id in known:  # nor could a list of them be paged
+            raise InvalidRequest(f"There are two items with the id {item.id[:100]!r}: leave one out.", param="input")
+        known.add(item.id)
+    if (body.previous_response_id is not None or references) and _size(items) > room:
+        raise _too_large(room)
     return tuple(items)
+
+
+def _size(items: Iterable[Item]) -> int:
+    return sum(len(msgspec.json.encode(item)) for item in items)
+
+
+def _too_large(room: int) -> RequestTooLarge:
+    return RequestTooLarge(
+        f"The conversation is larger than {room} bytes with all that it refers to: leave old items out of it.",
+        param="input",
+    )
 
 
 async def _before(broker: Broker, tenant: str, previous: str) -> list[Item]:
@@ -512,23 +534,37 @@ async def _before(broker: Broker, tenant: str, previous: str) -> list[Item]:
     return [*input_items(job, view), *output_items(whole(job, view, completion, None)["output"])]
 
 
-async def _referenced(broker: Broker, tenant: str, reference: str) -> Item:
-    job = owner(reference)
+async def _referenced(broker: Broker, tenant: str, references: Iterable[str], room: int) -> dict[str, Item]:
+    """Items by their ids, of *room* bytes together at most; each response that has some of them is read once."""
+    wanted: dict[str | None, dict[str, None]] = {}
+    for reference in references:
+        wanted.setdefault(owner(reference), {})[reference] = None
+    found: dict[str, Item] = {}
+    size = 0
+    for job, ids in wanted.items():
+        items = await _items(broker, tenant, job) if job is not None else {}
+        if (missing := next((id for id in ids if id not in items), None)) is not None:
+            raise NotFound(
+                f"Item with id {missing!r} not found. Items are kept with responses that are stored: send the item "
+                "itself.",
+                param="input",
+            )
+        found |= {id: items[id] for id in ids}
+        if (size := size + _size(items[id] for id in ids)) > room:
+            raise _too_large(room)
+    return found
+
+
+async def _items(broker: Broker, tenant: str, job: str) -> dict[str, Item]:
+    """What a stored response has of items, by their ids; nothing if there is none."""
     try:
-        if job is not None:
-            found, view = await _find(broker, tenant, response_id(job))
-            items = input_items(found, view)
-            if found.status.terminal:
-                items += output_items(whole(found, view, await _completion(broker, found), None)["output"])
-            for item in items:
-                if item.id == reference:
-                    return item
+        found, view = await _find(broker, tenant, response_id(job))
+        items = input_items(found, view)
+        if found.status.terminal:
+            items += output_items(whole(found, view, await _completion(broker, found), None)["output"])
     except NotFound:
-        pass
-    raise NotFound(
-        f"Item with id {reference!r} not found. Items are kept with responses that are stored: send the item itself.",
-        param="input",
-    )
+        return {}
+    return {item.id: item for item in items}
 
 
 # ---------------------------------------------------------------------------------------------- replies
