@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 from playwright.async_api import Route, expect
 
-from tests.support.api import poll, text_of
+from tests.support.api import poll, submit, text_of
 from tests.support.browser import Visit, is_over, job_of, result, shown
 from tests.support.browser import text_of as page_text
 from tests.support.server import PATIENCE, Server
@@ -151,6 +151,25 @@ async def test_a_full_queue_is_waited_for(make_server: Callable[..., Server], vi
     statuses = [(await each.response()).status for each in tab.sent("POST", "/v1/jobs")]  # type: ignore[union-attr]
     assert statuses.count(202) == 4
     assert 429 in statuses
+    tab.problems = [problem for problem in tab.problems if "429" not in problem]
+
+
+async def test_a_prompt_that_a_full_queue_refuses_can_be_stopped(
+    make_server: Callable[..., Server], visit: Open
+) -> None:
+    server = make_server(options={"slots": 1}, rate=1, settings={"max_queued": 1})
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+        running = await submit(http, prompt="x", max_tokens=500)
+        await poll(lambda: http.get(f"/v1/jobs/{running}"), lambda reply: reply.json()["status"] == "running")
+        await submit(http, prompt="x", max_tokens=500)
+        tab = await visit(server.url)
+        card = await tab.ask("too many", model="synthetic")
+        await expect(card.locator(".note")).to_have_text(re.compile("^The queue is full.* This page goes on trying.$"))
+        await expect(card.locator(".chip")).to_have_text("Not sent yet")
+        await expect(card.get_by_role("button", name="Copy")).to_be_disabled()
+        await card.get_by_role("button", name="Stop").click()
+        await is_over(card, "cancelled")
+        assert len((await http.get("/v1/jobs")).json()["data"]) == 2
     tab.problems = [problem for problem in tab.problems if "429" not in problem]
 
 

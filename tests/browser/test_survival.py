@@ -119,7 +119,7 @@ async def test_prompts_sent_while_the_server_is_away(make_server: Callable[..., 
     await asyncio.to_thread(server.kill9)
     await tab.page.locator("#composer button[type=submit]").click()
     card = tab.cards.first
-    await expect(card.locator(".note")).to_have_text("The server cannot be reached.")
+    await expect(card.locator(".note")).to_have_text("The server cannot be reached. This page goes on trying.")
     await asyncio.to_thread(server.restart)
     await is_over(card)
     await same_as_the_log(server, card, 10)

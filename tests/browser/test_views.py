@@ -33,7 +33,8 @@ async def controls(page: Page) -> list[tuple[str, str]]:
     ]
 
 
-#: Text whose contrast with the ground behind it is below 4.5 (WCAG AA), as "text: ratio".
+#: Text and placeholders whose contrast with the ground behind is below 4.5, borders of fields below 3 (WCAG AA), as
+#: "text: ratio".
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const parse = (colour) => {
@@ -59,6 +60,18 @@ CONTRAST = """() => {
     const [one, other] = [light(parse(getComputedStyle(element).color)), light(ground(element))];
     const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
     if (ratio < 4.5) poor.push(`${text.slice(0, 30)}: ${ratio.toFixed(2)}`);
+  }
+  for (const field of document.querySelectorAll("input:not([type=checkbox], [type=radio]), select, textarea")) {
+    if (field.disabled || !field.checkVisibility()) continue;
+    const ratio = (one, other) => (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    const { borderTopColor } = getComputedStyle(field);
+    const around = ratio(light(parse(borderTopColor)), light(ground(field.parentElement)));
+    if (around < 3) poor.push(`border of ${field.name || field.id}: ${around.toFixed(2)}`);
+    const { color, opacity } = getComputedStyle(field, "::placeholder");
+    const behind = ground(field);
+    const mixed = parse(color).map((c, i) => c * opacity + behind[i] * (1 - opacity));
+    const inside = ratio(light(mixed.slice(0, 3)), light(behind));
+    if (field.placeholder && inside < 4.5) poor.push(`${field.placeholder}: ${inside.toFixed(2)}`);
   }
   return poor;
 }"""
@@ -173,6 +186,11 @@ async def test_the_list_its_filters_and_pages(make_server: Callable[..., Server]
         await expect(rows.last.locator("a")).to_have_attribute("href", f"#jobs/{jobs[0]}")
         await tab.page.get_by_role("button", name="Newer").click()
         await expect(rows).to_have_count(25)
+        # A refresh leaves alone what has not changed: the focus, a selection, a click that is half done.
+        tokens = await rows.first.locator(".number").first.inner_text()
+        await rows.nth(3).locator("a").evaluate("(link) => { link.kept = true; link.focus(); }")
+        await expect(rows.first.locator(".number").first).not_to_have_text(tokens)
+        assert await rows.nth(3).locator("a").evaluate("(link) => link.kept && link === document.activeElement")
         await tab.page.get_by_label("Status").select_option("running")
         await expect(rows).to_have_count(1)
         await tab.page.get_by_label("Status").select_option("")
@@ -217,6 +235,24 @@ async def test_a_job_with_its_log_its_attempts_and_its_end(make_server: Callable
         await detail.get_by_role("button", name="Delete").click()
         await expect(detail).to_be_hidden()
         assert (await http.get(f"/v1/jobs/{job}")).status_code == 404
+
+
+async def test_a_waiting_job_is_followed_through_the_queue(make_server: Callable[..., Server], visit: Open) -> None:
+    server = make_server(options={"slots": 1}, rate=4)
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+        first, second, third = [await submit(http, prompt="x", max_tokens=500) for _ in range(3)]
+        tab = await visit(server.url, f"#jobs/{third}")
+        tab.cut = True
+        facts = tab.page.locator("#detail .facts")
+        await expect(facts).to_contain_text("Place in the queue2")
+        await http.post(f"/v1/jobs/{second}/cancel")
+        await expect(facts).to_contain_text("Place in the queue1")
+        await asyncio.to_thread(server.kill9)
+        await expect(tab.page.locator(".log-view .hint")).to_have_text("0 tokens, reconnecting")
+        await asyncio.to_thread(server.restart)
+        await http.post(f"/v1/jobs/{first}/cancel")
+        await expect(facts).to_contain_text("running")
+        await expect(tab.page.locator("#detail .error")).to_have_count(0)
 
 
 async def test_a_job_that_does_not_exist(server: Server, visit: Open) -> None:
@@ -294,3 +330,10 @@ async def test_on_a_phone_nothing_is_cut_off(server: Server, visit: Open) -> Non
         await expect(tab.page.locator(f"#{view}")).to_be_visible()
         await tab.page.evaluate("new Promise(requestAnimationFrame)")
         assert await tab.page.evaluate("document.documentElement.scrollWidth") <= 360, view
+
+
+async def test_on_a_phone_the_reply_comes_into_view(server: Server, visit: Open) -> None:
+    tab = await visit(server.url)
+    await tab.page.set_viewport_size({"width": 390, "height": 740})
+    card = await tab.ask("below the form", model="paced", max_tokens=3)
+    await expect(card.locator(".prompt")).to_be_in_viewport()

@@ -18,6 +18,7 @@ export class CardView {
   #log = el("div", { class: "log", tabindex: "0", role: "group" });
   #figures = el("p", { class: "figures" });
   #stop;
+  #copy;
   #buttons;
   #followUp = null;
 
@@ -29,9 +30,10 @@ export class CardView {
     this.#card = card;
     this.#log.setAttribute("aria-label", `${title}: text`);
     this.#stop = el("button", { type: "button", class: "quiet danger", text: "Stop", onclick: () => actions.stop(card.runs.at(-1)) });
+    this.#copy = el("button", { type: "button", class: "quiet", text: "Copy", onclick: () => copyWith(this.#copy, card.runs.at(-1).text) });
     this.#buttons = el("div", { class: "buttons" },
       this.#stop,
-      el("button", { type: "button", class: "quiet", text: "Copy", onclick: (event) => copyWith(event.currentTarget, this.#card.runs.at(-1).text) }),
+      this.#copy,
       el("button", { type: "button", class: "quiet", text: "Reuse", title: "Put this request into the form again", onclick: () => actions.reuse(card) }),
       el("a", { class: "quiet button", text: "Log", hidden: true }),
       el("button", { type: "button", class: "quiet", text: "Remove", onclick: () => actions.remove(card) }),
@@ -74,6 +76,7 @@ export class CardView {
     this.#log.setAttribute("aria-busy", String(run.live));
     this.#stop.hidden = !run.live;
     this.#stop.disabled = run.stopping;
+    this.#copy.disabled = run.text === "";
     setText(this.#stop, run.stopping ? "Stopping…" : "Stop");
     const link = this.#buttons.querySelector("a");
     link.hidden = !run.turn.job;
@@ -131,7 +134,7 @@ class TurnView {
 
 /** A run's state for the style sheet, and in words. */
 function standing(run) {
-  if (run.phase === "sending") return ["sending", run.stopping ? "Stopping" : "Sending"];
+  if (run.phase === "sending") return ["sending", run.stopping ? "Stopping" : run.notice ? "Not sent yet" : "Sending"];
   if (run.phase === "queued") return ["queued", run.position ? `Queued, place ${count(run.position)}` : "Waiting"];
   if (run.phase === "running") return ["running", "Running"];
   const { status, finish_reason } = run.turn.end;

@@ -63,6 +63,7 @@ export class Composer {
     const select = this.#form.elements.model;
     const wanted = select.value || setting("model");
     const shown = models.map(({ id, state }) => el("option", { value: id, text: state === "ready" ? id : `${id} (${state})` }));
+    if (models.length === 0) shown.push(el("option", { value: "", text: "None yet" }));
     this.#models = models;
     if (String(shown.map((option) => option.text)) !== String([...select.options].map((option) => option.text))) {
       select.replaceChildren(...shown);
@@ -95,7 +96,7 @@ export class Composer {
     const text = elements.prompt.value;
     const prompts = elements.lines.checked ? text.split("\n").filter((line) => line.trim()) : text.trim() ? [text] : [];
     if (prompts.length === 0 || !elements.model.value) {
-      this.#say(elements.model.value ? null : "No model is served yet.");
+      this.#say(elements.model.value ? null : "No model is known yet: the server has none, or cannot be reached.");
       return; // also the second click of two: the first one took the prompt out of the form
     }
     const times = Number(elements.times.value) || 1;

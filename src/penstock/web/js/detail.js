@@ -1,12 +1,14 @@
 // One job: what it is, its timeline, and its log as it is written, with the attempts that wrote it.
 
-import { ApiError, call } from "./api.js";
+import { ApiError, backoff, call, pause } from "./api.js";
 import { Gap, Log } from "./log.js";
 import { readLog } from "./sse.js";
 import { announce, clock, copyWith, count, duration, el, isEnded, plural, setText } from "./ui.js";
 
 /** Tokens that the list of them shows: the latest. A page with a million elements helps nobody. */
 const SHOWN = 2000;
+/** Seconds between looks at a job that has not ended. */
+const EVERY = 1;
 
 export class Detail {
   #place;
@@ -35,10 +37,15 @@ export class Detail {
     const title = el("h2", { tabindex: "-1" }, "Job ", el("code", { text: id }));
     const close = el("a", { class: "quiet button", href: "#jobs", text: "Close" });
     const facts = el("div", {});
+    const problem = el("p", { class: "error", role: "alert" });
+    const say = (message) => {
+      facts.after(problem);
+      setText(problem, message);
+    };
     const log = new LogView();
     const act = (text, action, kind = "") => el("button", { type: "button", class: `quiet ${kind}`, text, onclick: action });
-    const cancel = act("Cancel", () => this.#cancel(id, facts, cancel), "danger");
-    const remove = act("Delete", () => this.#delete(id, facts), "danger");
+    const cancel = act("Cancel", () => this.#cancel(id, say, cancel), "danger");
+    const remove = act("Delete", () => this.#delete(id, say), "danger");
     this.#place.append(
       el("header", {}, title, close),
       facts,
@@ -52,57 +59,87 @@ export class Detail {
     );
     title.focus({ preventScroll: true });
     if (this.#place.getBoundingClientRect().top > innerHeight - 120) this.#place.scrollIntoView();
+    let looks = 0;
     const look = async () => {
-      const job = await call("GET", `v1/jobs/${id}`, { signal });
-      facts.replaceChildren(...describe(job, log.firstAt));
-      cancel.hidden = isEnded(job.status);
+      const number = ++looks;
+      const job = await patiently(() => call("GET", `v1/jobs/${id}`, { signal }), log, signal);
+      if (number === looks) {
+        facts.replaceChildren(...describe(job, log.firstAt));
+        cancel.hidden = isEnded(job.status);
+      }
       return job;
     };
+    const read = new AbortController();
     try {
       log.isNew = (await look()).tokens === 0;
-      let last = Date.now();
+      this.#watch(look, AbortSignal.any([signal, read.signal]));
       for await (const { id: position, event, data } of readLog(`v1/jobs/${id}/events`, { signal, onState: (state) => log.state(state) })) {
         if (event === "token") log.token(Number(position), data);
         else if (data.error?.code === "log_rewound") log.rewound(data.error.message);
         else log.end();
-        if (Date.now() - last > 1000) {
-          last = Date.now();
-          await look();
-        }
       }
+      read.abort();
       if (!signal.aborted) {
         log.end();
         await look();
       }
     } catch (error) {
+      read.abort();
       if (signal.aborted) return;
       if (!(error instanceof ApiError) && !(error instanceof Gap)) throw error;
-      facts.append(el("p", { class: "error", role: "alert", text: error.message }));
+      say(error.message);
     }
   }
 
-  async #cancel(id, facts, button) {
+  /** Looks again and again, also while nothing is written: the place in the queue changes, and the attempt. */
+  async #watch(look, over) {
+    while (true) {
+      await pause(EVERY, over);
+      if (over.aborted) return;
+      if (document.hidden) continue;
+      try {
+        await look();
+      } catch (error) {
+        if (!over.aborted && !(error instanceof ApiError)) throw error; // what the server refuses is said by who reads the log
+      }
+    }
+  }
+
+  async #cancel(id, say, button) {
     button.disabled = true;
     try {
       await call("POST", `v1/jobs/${id}/cancel`);
       announce("Cancelled");
     } catch (error) {
-      facts.append(el("p", { class: "error", role: "alert", text: error.message }));
+      say(error.message);
     }
     button.disabled = false;
     this.#listChanged();
   }
 
-  async #delete(id, facts) {
+  async #delete(id, say) {
     if (!confirm("Delete this job, its log and its result? One that runs is cancelled.")) return;
     try {
       await call("DELETE", `v1/jobs/${id}`);
       announce("Deleted");
       location.hash = "jobs";
     } catch (error) {
-      facts.append(el("p", { class: "error", role: "alert", text: error.message }));
+      say(error.message);
     }
     this.#listChanged();
+  }
+}
+
+/** What `ask` answers; asked again as long as the failure is a passing one, which the log's state shows meanwhile. */
+async function patiently(ask, log, signal) {
+  for (let failures = 0; ; failures++) {
+    try {
+      return await ask();
+    } catch (error) {
+      if (!(error instanceof ApiError && error.passing)) throw error;
+      log.state("waiting");
+      await pause(backoff(failures), signal);
+    }
   }
 }
 

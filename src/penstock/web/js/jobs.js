@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { Detail } from "./detail.js";
 import { setSetting, setting } from "./store.js";
-import { $, ago, count, duration, el } from "./ui.js";
+import { $, ago, count, duration, el, fillRows } from "./ui.js";
 
 /** Seconds between looks at the page that is shown. */
 const EVERY = 2;
@@ -107,10 +107,7 @@ export class Jobs {
     $("#newer").disabled = this.#cursors.length === 1;
     $("#older").disabled = next === null;
     $("#page-number").textContent = `Page ${this.#cursors.length}`;
-    const body = $("#job-rows");
-    const focused = body.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-    body.replaceChildren(...data.map((job) => row(job, job.id === this.#open)));
-    if (focused) body.querySelector(`a[href="${focused}"]`)?.focus({ preventScroll: true });
+    fillRows($("#job-rows"), data.map((job) => row(job, job.id === this.#open)));
     this.#empty(data.length ? null : this.#cursors.length > 1 ? "Nothing more." : "No jobs like these.");
   }
 
@@ -124,7 +121,7 @@ function row(job, open) {
   const until = job.ended_at ?? (job.started_at ? Date.now() / 1000 : null);
   const took = job.started_at && until ? duration(Math.max(0, until - job.started_at)) : "–";
   const place = job.status === "queued" && job.position_in_queue ? `, place ${count(job.position_in_queue)}` : "";
-  return el("tr", { "aria-current": open && "true", "data-state": job.status },
+  return el("tr", { "data-key": job.id, "aria-current": open && "true", "data-state": job.status },
     el("th", { scope: "row" }, el("a", { href: `#jobs/${job.id}`, title: job.id, text: job.id.slice(4, 14) })),
     el("td", {}, el("span", { class: "chip", text: job.status + place })),
     el("td", { text: job.model }),

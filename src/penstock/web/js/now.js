@@ -3,7 +3,7 @@
 import { ApiError, call, text } from "./api.js";
 import { Chart } from "./chart.js";
 import { Scrape, quantile, rate } from "./prometheus.js";
-import { $, announce, ago, bytes, count, duration, el, setText, short } from "./ui.js";
+import { $, announce, ago, bytes, count, duration, el, fillRows, setText, short } from "./ui.js";
 
 /** Seconds between scrapes, seconds over which rates and quantiles are taken, and seconds that are shown. */
 const EVERY = 2;
@@ -159,18 +159,14 @@ export class Now {
   // -------------------------------------------------------------------------------------------- models, workers
 
   #drawModels({ models, manageable }) {
-    const rows = models.map(({ id, state, queued, info }) => {
-      const button = manageable ? this.#manageButton(id, state) : null;
-      return { key: `${id} ${state} ${this.#busy.has(id)} ${manageable}`, cells: [
-        el("th", { scope: "row", text: id }),
-        el("td", {}, el("span", { class: "chip", "data-state": state, text: state })),
-        el("td", { text: [info?.engine, info?.precision].filter(Boolean).join(", ") || "–" }),
-        el("td", { class: "number", text: info?.context_length ? count(info.context_length) : "–" }),
-        el("td", { class: "number", text: count(queued) }),
-        el("td", {}, button),
-      ] };
-    });
-    fill($("#models tbody"), rows);
+    fillRows($("#models tbody"), models.map(({ id, state, queued, info }) => el("tr", { "data-key": id },
+      el("th", { scope: "row", text: id }),
+      el("td", {}, el("span", { class: "chip", "data-state": state, text: state })),
+      el("td", { text: [info?.engine, info?.precision].filter(Boolean).join(", ") || "–" }),
+      el("td", { class: "number", text: info?.context_length ? count(info.context_length) : "–" }),
+      el("td", { class: "number", text: count(queued) }),
+      el("td", {}, manageable ? this.#manageButton(id, state) : null),
+    )));
   }
 
   #manageButton(id, state) {
@@ -197,7 +193,7 @@ export class Now {
   }
 
   #drawWorkers({ workers = [] }) {
-    fill($("#workers tbody"), workers.map((worker) => ({ cells: [
+    fillRows($("#workers tbody"), workers.map((worker) => el("tr", { "data-key": worker.id },
       el("th", { scope: "row", text: worker.id }),
       el("td", {}, el("span", { class: "chip", "data-state": worker.state, text: worker.state }), worker.detail ? ` ${worker.detail}` : "",
         worker.error ? el("p", { class: "error", text: worker.error.message }) : null),
@@ -206,18 +202,6 @@ export class Now {
       el("td", { class: "number", text: worker.memory_bytes ? bytes(worker.memory_bytes) : "–" }),
       el("td", { class: "number", text: count(worker.standby) }),
       el("td", { text: ago(worker.seen_at) }),
-    ] })));
+    )));
   }
-}
-
-/** Rows of a table; a button that has the focus is not replaced while its row says the same. */
-function fill(body, rows) {
-  rows.forEach(({ key, cells }, index) => {
-    const row = body.rows[index] ?? body.insertRow();
-    const keep = key && row.dataset.key === key && row.cells.length === cells.length;
-    if (key) row.dataset.key = key;
-    if (keep) cells.slice(0, -1).forEach((cell, place) => row.cells[place].replaceWith(cell));
-    else row.replaceChildren(...cells);
-  });
-  while (body.rows.length > rows.length) body.deleteRow(-1);
 }

@@ -10,9 +10,13 @@ export class Playground {
   #changed = new Set();
   #frame = 0;
   #composer;
+  #sent = false; // prompts were sent whose cards are not drawn yet
 
   constructor() {
-    this.#composer = new Composer((record, text) => this.#runs.start(record, text));
+    this.#composer = new Composer((record, text) => {
+      this.#sent = true;
+      this.#runs.start(record, text);
+    });
     $("#stop-all").addEventListener("click", () => this.#runs.all().forEach((run) => this.#runs.stop(run)));
     $("#clear").addEventListener("click", () => this.#clear());
     for (const button of document.querySelectorAll("[data-prompt]")) {
@@ -73,6 +77,8 @@ export class Playground {
       view.draw();
     }
     $("#cards").prepend(...fresh);
+    if (this.#sent) fresh[0]?.scrollIntoView({ block: "nearest" }); // on a phone it is below the form
+    this.#sent = false;
     this.#changed.clear();
     this.#total();
   }

@@ -22,6 +22,8 @@ export class Run {
   /** What a person should know while it waits. */
   notice = "";
   stopping = false;
+  /** Ends the wait before the submit is tried again. */
+  retry = null;
   heardAt = 0;
   firstAt = null;
   #samples = [];
@@ -151,6 +153,7 @@ export class Runs {
     run.stopping = true;
     this.#changed(run);
     if (run.turn.job) await this.#cancel(run);
+    else run.retry?.abort(); // ask at once whether there is a job to cancel
   }
 
   /** Forgets a conversation here; what still runs is cancelled. */
@@ -184,10 +187,15 @@ export class Runs {
           this.#finish(run, { status: "refused", error: { message: error.message, code: error.code } });
           return;
         }
-        run.notice = error.message;
+        if (run.stopping && error.status === 429) {
+          this.#finish(run, { status: "cancelled", error: { message: "Stopped before the server took it." } });
+          return;
+        }
+        run.notice = `${error.message} This page goes on trying.`;
         this.#changed(run);
-        // It may have been accepted all the same. The same key finds that job again.
-        await pause(error.retryAfter ?? backoff(++failures), this.#over.signal);
+        // It may have been accepted all the same (but not if it was refused). The same key finds that job again.
+        run.retry = new AbortController();
+        await pause(error.retryAfter ?? backoff(++failures), AbortSignal.any([this.#over.signal, run.retry.signal]));
         if (!this.cards.has(run.card.record.key) && failures > 3) return;
       }
     }

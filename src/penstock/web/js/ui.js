@@ -16,6 +16,26 @@ export function el(tag, attributes = {}, ...children) {
   return element;
 }
 
+/**
+ * Makes the rows of `body` what `rows` are, by their `data-key`. What has not changed is left alone, so that a focus, a
+ * selection and a click that is half done outlive a refresh.
+ */
+export function fillRows(body, rows) {
+  const wanted = new Set(rows.map(({ dataset }) => dataset.key));
+  for (const row of [...body.rows]) if (!wanted.has(row.dataset.key)) row.remove();
+  const known = new Map([...body.rows].map((row) => [row.dataset.key, row]));
+  rows.forEach((fresh, place) => {
+    const row = known.get(fresh.dataset.key) ?? fresh;
+    if (row !== body.rows[place]) body.insertBefore(row, body.rows[place] ?? null);
+    if (row === fresh) return;
+    for (const name of ["aria-current", "data-state"]) {
+      if (fresh.hasAttribute(name)) row.setAttribute(name, fresh.getAttribute(name));
+      else row.removeAttribute(name);
+    }
+    [...fresh.cells].forEach((cell, at) => row.cells[at].isEqualNode(cell) || row.cells[at].replaceWith(cell));
+  });
+}
+
 export const $ = (selector, within = document) => within.querySelector(selector);
 
 /** Sets text only where it changes: assistive technology and selections notice every write. */
