@@ -131,7 +131,9 @@ class Settings(BaseSettings):
         10 << 30, ge=0, description="Bytes of files that one tenant may have when it uploads another; 0: no limit."
     )
     file_ttl: float = Field(30 * 86400.0, gt=0, description="Seconds that files and ended batches are kept.")
-    batch_window: int = Field(256, ge=1, description="Lines of a tenant's batches that are queued or running at once.")
+    batch_window: int = Field(
+        256, ge=1, description="Lines of a tenant's batches for one model that are in the queue at once."
+    )
 
     # HTTP.
     max_body: int = Field(1 << 20, gt=0, description="Largest request body in bytes.")

@@ -178,8 +178,9 @@ def file_store(settings: Settings) -> FileStore:
 
 
 def batch_window(settings: Settings) -> int:
-    """Jobs of batches at once: however many batches there are, half of the queue is left to everybody else."""
-    limits = [limit // 2 for limit in (settings.max_queued, settings.max_queued_per_tenant) if limit]
+    """Jobs of batches for one model at once. For all models there are twice as many: half of the queue is left to
+    everybody else, however many batches there are."""
+    limits = [limit // 4 for limit in (settings.max_queued, settings.max_queued_per_tenant) if limit]
     return max(1, min([settings.batch_window, *limits]))
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ErrorInfo, InvalidRequest, NotFound
 from penstock.core.job import Job, Message, Priority, Request, new_job_id
 from penstock.core.ports import Append, Finish, ModelInfo, QueuePolicy, WorkerInfo
-from penstock.gateway.batches.runner import BatchRunner
+from penstock.gateway.batches.runner import PLACES, BatchRunner
 from penstock.gateway.batches.store import MAX_ERRORS, MAX_LINES, WINDOW, Batch, BatchStore, check_input, read_lines
 from penstock.gateway.files import FileStore, StoredFile
 from penstock.gateway.responses.items import Item
@@ -262,8 +263,8 @@ class House:
             await asyncio.sleep(0)
 
     @contextlib.asynccontextmanager
-    async def runner(self) -> AsyncIterator[BatchRunner]:
-        gateway = Gateway(self.broker, GatewayConfig(models=("m",)), files=self.store.files)
+    async def runner(self, models: tuple[str, ...] = ("m",)) -> AsyncIterator[BatchRunner]:
+        gateway = Gateway(self.broker, GatewayConfig(models=models), files=self.store.files)
         gateway.batches = BatchRunner(gateway, self.store, OPERATIONS, window=self.window, interval=0.02)
         async with gateway.running():
             yield gateway.batches
@@ -296,6 +297,10 @@ class House:
             found.append(by_id)
         assert not found[0].keys() & found[1].keys()
         return found[0], found[1]
+
+    def open_files(self) -> int:
+        """How many files of batches this process has open."""
+        return sum("/batches/batch_" in each.path for each in psutil.Process().open_files())
 
     def jobs_ever(self) -> int:
         """How many jobs the broker has taken in all its life."""
@@ -366,6 +371,29 @@ class TestRunner:
             house.working = True
             for batch in batches:
                 assert (await house.end(batch)).completed == 30
+
+    async def test_a_model_that_is_away_holds_up_no_others_batches(self, house: House) -> None:
+        async with house.runner(models=("m", "n")):
+            away = house.batch(line(n, model="n") for n in range(30))
+            await house.until(away, lambda found: found.submitted > 0)
+            while (await house.broker.stats()).queued < house.window:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert (await house.end(house.batch(line(n) for n in range(30)))).completed == 30
+
+    async def test_many_that_wait_hold_no_files_open(self, house: House) -> None:
+        house.working = False
+        async with house.runner() as runner:
+            file = put(house.store.files, [line(1), line(2)])
+            batches = [house.store.create("t", CHAT, file) for _ in range(PLACES + 20)]
+            for batch in batches:
+                await house.until(batch, lambda found: found.state == "in_progress")
+            assert 0 < house.open_files() <= 3 * PLACES
+            house.store.cancel("t", batches[-1].id)
+            runner.nudge()
+            assert (await house.end(batches[-1])).state == "cancelled"
+            house.working = True
+            for batch in batches[:-1]:
+                assert (await house.end(batch)).completed == 2
 
     async def test_a_full_queue_is_waited_for(self, tmp_path: Path) -> None:
         async with House(tmp_path, window=500) as house:  # more than the queue takes

@@ -49,7 +49,7 @@ from penstock.gateway.routes.bodies import REFERENCE_GONE, Operation
 from penstock.gateway.service import Submission
 
 if TYPE_CHECKING:
-    from penstock.gateway.batches.runner import BatchRunner, Crew
+    from penstock.gateway.batches.runner import BatchRunner, Crew, Lane
 
 log = structlog.get_logger("penstock.batches")
 
@@ -107,11 +107,11 @@ class _Result(msgspec.Struct, frozen=True):
 
     @property
     def number(self) -> int:
-        return int(self.id[-6:], 16)
+        return int(self.id[42:], 16)
 
     @property
     def job(self) -> str:
-        return "job_" + self.id[10:-6]
+        return "job_" + self.id[10:42]
 
     @property
     def usage(self) -> _Usage:
@@ -140,7 +140,8 @@ class Run:
         self.tenant = tenant
         self.id = id
         self.batch: Batch
-        self._place = runner.store.place(tenant, id)
+        self._lane: Lane
+        self._folder = runner.store.place(tenant, id)
         self._clock = runner.store.clock
         self._over = asyncio.Event()
         self._outcome: Outcome = "completed"
@@ -149,6 +150,7 @@ class Run:
         self._done: set[int] = set()
         self._jobs: set[str] = set()
         self._slots = 0
+        self._place: asyncio.Semaphore | None = None
         self._results: asyncio.Queue[_Written | None] = asyncio.Queue(GROUP)
         self._logs: dict[bool, LineLog] = {}
         self._saved_at = 0.0
@@ -181,15 +183,17 @@ class Run:
         finally:
             for log_file in self._logs.values():
                 log_file.close()
-            for _ in range(self._slots):
-                self.crew.slots.release()
+            while self._slots:
+                self._free()
+            if self._place is not None:
+                self._place.release()
 
     # ------------------------------------------------------------------------------------ validating
 
     async def _validate(self) -> None:
         batch = self.batch
         limit = self.runner.gateway.config.max_body
-        checked = await in_thread(check_input, self._place / "input.jsonl", batch.endpoint, limit)
+        checked = await in_thread(check_input, self._folder / "input.jsonl", batch.endpoint, limit)
         errors = checked.errors
         if not errors and (error := await self._unknown_model(checked.model or "", checked.line)) is not None:
             errors = [error]
@@ -216,6 +220,12 @@ class Run:
 
     async def _process(self) -> None:
         batch = self.batch
+        self._lane = self.crew.lane(batch.model)
+        place = self._lane.places
+        if not await self._acquire(place):  # it is over: what is left to do takes no time
+            place = self._lane.exits
+            await place.acquire()
+        self._place = place
         await self._forget(await self._patiently(self._open))
         log.info("batch_runs", batch_id=self.id, tenant=self.tenant, lines=batch.total, done=len(self._done))
         known = batch.submitted
@@ -255,7 +265,7 @@ class Run:
             def learn(line: bytes, succeeded: bool = succeeded, latest: deque[str] = latest) -> None:
                 latest.append(self._count(line, succeeded))
 
-            self._logs[succeeded] = LineLog(self._place / name, learn)
+            self._logs[succeeded] = LineLog(self._folder / name, learn)
             jobs += latest
         return jobs
 
@@ -271,7 +281,7 @@ class Run:
         return result.job
 
     async def _read(self) -> AsyncGenerator[tuple[int, bytes], None]:
-        lines = read_lines(self._place / "input.jsonl", self.runner.gateway.config.max_body + ENVELOPE)
+        lines = read_lines(self._folder / "input.jsonl", self.runner.gateway.config.max_body + ENVELOPE)
         try:
             while chunk := await in_thread(_some, lines):
                 for each in chunk:
@@ -281,27 +291,42 @@ class Run:
 
     async def _slot(self, *, anyway: bool) -> bool:
         """Wait for a place in the window; False if the batch is over before (*anyway*: also then)."""
+        if not await self._acquire(self._lane.slots, anyway=anyway):
+            return False
+        taken = False
+        try:
+            taken = await self._acquire(self.crew.slots, anyway=anyway)
+        finally:
+            if not taken:
+                self._lane.slots.release()
+        self._slots += taken
+        return taken
+
+    def _free(self) -> None:
+        self._slots -= 1
+        self._lane.slots.release()
+        self.crew.slots.release()
+
+    async def _acquire(self, semaphore: asyncio.Semaphore, *, anyway: bool = False) -> bool:
+        """Wait for *semaphore*; False if the batch is over before (*anyway*: also then)."""
         if self._over.is_set() and not anyway:
             return False
-        if self.crew.slots.locked() and not anyway:
-            acquiring = asyncio.ensure_future(self.crew.slots.acquire())
-            ending = asyncio.ensure_future(self._over.wait())
-            try:
-                await asyncio.wait([acquiring, ending], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                ending.cancel()
-                if not acquiring.done():
-                    acquiring.cancel()
-            try:
-                await acquiring
-            except asyncio.CancelledError:
-                if self._over.is_set():
-                    return False
-                raise
-        else:
-            await self.crew.slots.acquire()
-        self._slots += 1
-        return True
+        if anyway or not semaphore.locked():
+            return await semaphore.acquire()
+        acquiring = asyncio.ensure_future(semaphore.acquire())
+        ending = asyncio.ensure_future(self._over.wait())
+        try:
+            await asyncio.wait([acquiring, ending], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ending.cancel()
+            if not acquiring.done():
+                acquiring.cancel()
+        try:
+            return await acquiring
+        except asyncio.CancelledError:
+            if self._over.is_set():
+                return False
+            raise
 
     # ------------------------------------------------------------------------------------ one line
 
@@ -349,7 +374,9 @@ class Run:
         try:
             job = await self._offer(operation, body, wish, deadline)
         except PASSING:
-            async with self.crew.turn:  # one line knocks again and again, and when it is let in so may the next ones be
+            async with (
+                self._lane.turn
+            ):  # one line knocks again and again, and when it is let in so may the next ones be
                 while True:
                     if self._over.is_set():
                         raise _NotRunError from None
@@ -456,8 +483,7 @@ class Run:
             await self._forget(jobs)
             for each in results:
                 if each.slot:
-                    self._slots -= 1
-                    self.crew.slots.release()
+                    self._free()
             if time.monotonic() - self._saved_at > PROGRESS:
                 await self._save()
             if group[-1] is None:
@@ -493,7 +519,7 @@ class Run:
             (batch.error_file_id, "errors.jsonl", "error"),
         ):
             if id is not None:
-                source = self._place / name
+                source = self._folder / name
                 file = StoredFile(
                     id=id,
                     filename=f"{self.id}_{kind}.jsonl",

@@ -25,12 +25,15 @@ INTERVAL = 2.0
 SWEEP_INTERVAL = 600.0
 #: Seconds before a batch that a bug stopped is tried again.
 REST = 5.0
+#: Batches of one tenant and model whose files are open at once; the others are in progress, too, but wait.
+PLACES = 32
 
 
 class BatchRunner:
     """Runs the batches of every tenant whose lock it gets.
 
-    *operations*: what can be run, by endpoint. *window*: jobs that all of a tenant's batches have at once.
+    *operations*: what can be run, by endpoint. *window*: jobs that all of a tenant's batches for one model
+    have at once; those for all models have twice as many.
     """
 
     def __init__(
@@ -125,14 +128,29 @@ class BatchRunner:
             self.nudge()
 
 
+class Lane:
+    """What a tenant's batches for one model share: a model that is away holds up no other's."""
+
+    def __init__(self, window: int) -> None:
+        self.slots = asyncio.Semaphore(window)
+        self.turn = asyncio.Lock()
+        self.places = asyncio.Semaphore(PLACES)
+        self.exits = asyncio.Semaphore(PLACES)
+        """The places of those that are over."""
+
+
 class Crew:
-    """What a tenant's batches share here: the lock, and the window of their jobs."""
+    """What a tenant's batches share here: the lock, and a lane for each model."""
 
     def __init__(self, lock: int, window: int) -> None:
         self.lock = lock
-        self.slots = asyncio.Semaphore(window)
-        self.turn = asyncio.Lock()
         self.runs: dict[str, Run] = {}
+        self.slots = asyncio.Semaphore(2 * window)
+        self._window = window
+        self._lanes: dict[str | None, Lane] = {}
+
+    def lane(self, model: str | None) -> Lane:
+        return self._lanes.setdefault(model, Lane(self._window))
 
     async def close(self) -> None:
         """Let go of the lock, after everything that was under it."""
