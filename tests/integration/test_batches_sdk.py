@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import openai
 import pytest
 from openai.types import Batch
 
-from tests.support.api import text_of
+from tests.support.api import check_error, text_of
 from tests.support.fleet import GatewayProcess, WorkerProcess
 from tests.support.redis import RedisServer
 from tests.support.server import PATIENCE, Server, model, wait_for
@@ -109,6 +110,23 @@ class TestFiles:
             reply = await http.post("/v1/files", data=fields, files=files)
             assert (reply.status_code, reply.json()["error"]["code"]) == (400, code), reply.text
 
+    async def test_a_form_of_very_many_parts_is_refused(self, http: httpx.AsyncClient) -> None:
+        reply = await http.post("/v1/files", files=[(f"field{n}", (None, b"")) for n in range(1000)])
+        check_error(reply, 413, "request_too_large")
+
+    async def test_one_that_is_deleted_meanwhile_is_whole_or_not_found(self, http: httpx.AsyncClient) -> None:
+        data = b"x" * 3000
+        for _ in range(20):
+            made = await http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("in.jsonl", data)})
+            path = f"/v1/files/{made.json()['id']}"
+            calls = [http.get(f"{path}/content") for _ in range(8)]
+            calls.insert(4, http.delete(path))
+            for reply in await asyncio.gather(*calls):
+                if reply.status_code != 200:
+                    check_error(reply, 404, "not_found", "file_id")
+                elif reply.request.method == "GET":
+                    assert reply.content == data
+
     def test_how_long_one_is_kept(self, sdk: openai.OpenAI) -> None:
         """An hour to thirty days; thirty, if nothing is said."""
         plain = sdk.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
@@ -137,6 +155,12 @@ class TestFiles:
             with pytest.raises(openai.APIStatusError) as caught:
                 sdk.files.create(file=("big.jsonl", b"x" * (1 << 20) + b"yy"), purpose="batch")
             assert caught.value.status_code == 413
+            form = httpx.Request("POST", server.url, data={"purpose": "batch"}, files={"file": ("in.jsonl", b"{}")})
+            parts = iter([form.read(), b"x" * (2 << 20)])  # what is behind the form counts, too
+            headers = {"content-type": form.headers["content-type"]}
+            with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+                reply = http.post("/v1/files", content=parts, headers=headers)
+            check_error(reply, 413, "request_too_large", "file")
             assert list(sdk.files.list()) == []
         left = [path for path in (server.data_dir / "files").rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in left) < 1000, left

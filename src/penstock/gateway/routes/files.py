@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.responses import FileResponse
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge, Unsupported, UnsupportedEncoding
-from penstock.gateway.files import FileStore, StoredFile, Upload, in_thread
+from penstock.core.errors import (
+    InvalidRequest,
+    NotFound,
+    PenstockError,
+    RequestTooLarge,
+    Unsupported,
+    UnsupportedEncoding,
+)
+from penstock.gateway.files import FileStore, StoredFile, Upload, in_thread, storing
 from penstock.gateway.http import Call, json_reply
 
 PURPOSES = ("batch", "batch_output")
@@ -26,6 +34,7 @@ TTL = (3600, 30 * 86400)
 #: What a form may have beside the file, in bytes.
 FORM = 65_536
 MAX_FIELD = 1024
+MAX_PARTS = 64
 #: Bytes that go to the disk at once.
 BUFFER = 1 << 20
 #: What is still read of an upload that was refused, so that its sender gets to hear why: bytes, seconds.
@@ -75,8 +84,7 @@ async def show(call: Call) -> ASGIApp:
 
 async def content(call: Call) -> ASGIApp:
     files = store(call)
-    file = await asyncio.to_thread(files.get, call.tenant, call.path["id"])
-    return FileResponse(files.path(call.tenant, file.id), media_type="application/octet-stream", filename=file.filename)
+    return await asyncio.to_thread(_open, files, call.tenant, call.path["id"])
 
 
 async def delete(call: Call) -> ASGIApp:
@@ -130,6 +138,34 @@ def view(file: StoredFile) -> dict[str, Any]:
     }
 
 
+# ---------------------------------------------------------------------------------------------- the download
+
+
+class _Content(FileResponse):
+    """What is in *file*, which is open and is closed with the answer: it may be deleted before that."""
+
+    def __init__(self, file: BinaryIO, filename: str) -> None:
+        number = file.fileno()
+        super().__init__(
+            f"/dev/fd/{number}", media_type="application/octet-stream", filename=filename, stat_result=os.fstat(number)
+        )
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
+
+
+def _open(files: FileStore, tenant: str, id: str) -> _Content:
+    """Raises `NotFound`."""
+    file = files.get(tenant, id)
+    with storing():
+        try:
+            return _Content(files.path(tenant, id).open("rb"), file.filename)
+        except FileNotFoundError:  # deleted in this moment
+            raise NotFound(f"There is no file {id!r}.", param="file_id") from None
+
+
 # ---------------------------------------------------------------------------------------------- the upload
 
 
@@ -146,7 +182,11 @@ async def _receive(call: Call, files: FileStore) -> StoredFile:
     with contextlib.ExitStack() as stack:
         upload = await in_thread(stack.enter_context, files.upload(call.tenant))
         form = _Form(options[b"boundary"], upload)
+        size = 0
         async for part in _body(call):
+            size += len(part)
+            if size > files.max_file + FORM:
+                raise RequestTooLarge(f"The form is larger than a file of {files.max_file} bytes needs.", param="file")
             form.feed(part)
             if form.waiting >= BUFFER:
                 await in_thread(form.flush)
@@ -163,7 +203,7 @@ class _Form:
         self._pieces: list[bytes] = []
         self.waiting = 0
         """Bytes that are not yet with the disk."""
-        self._beside = 0
+        self._beside = self._parts = 0
         self._header = self._value = b""
         self._name: str | None = None
         self._ended = False
@@ -218,6 +258,9 @@ class _Form:
 
     def _begin(self) -> None:
         self._name = None
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise RequestTooLarge(f"The form has more than {MAX_PARTS} parts.")
 
     def _header_begin(self) -> None:
         self._header = self._value = b""
@@ -253,7 +296,7 @@ class _Form:
         self._beside += end - start
         if self._name:
             self._fields[self._name] += data[start:end]
-        if self._beside > FORM or len(self._fields.get(self._name or "", b"")) > MAX_FIELD or len(self._fields) > 64:
+        if self._beside > FORM or len(self._fields.get(self._name or "", b"")) > MAX_FIELD:
             raise RequestTooLarge("The form has too much beside the file.", param=(self._name or "")[:64] or None)
 
     def _end(self) -> None:
