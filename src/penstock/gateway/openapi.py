@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from penstock import __version__
+from penstock.core.job import Status
 from penstock.gateway.routes.anthropic import CountTokens, CreateMessage
 from penstock.gateway.routes.batches import CreateBatch
 from penstock.gateway.routes.bodies import JobBody
@@ -32,10 +33,19 @@ def _query(**names: str) -> list[dict[str, Any]]:
     return [{"name": name, "in": "query", "schema": {"type": kind}} for name, kind in names.items()]
 
 
-_RESUME: list[dict[str, Any]] = [
-    {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string"}},
-    *_query(after="string"),
+def _limit(most: int) -> dict[str, Any]:
+    return {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": most}}
+
+
+_LAST_EVENT_ID: dict[str, Any] = {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string"}}
+_RESUME = [_LAST_EVENT_ID, *_query(after="string")]
+#: Where the ids of events are positions.
+_RESUME_AT = [
+    {**_LAST_EVENT_ID, "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"}},
+    {"name": "after", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}},
 ]
+_ORDER = {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"]}}
+_STATUS = "|".join(Status)
 
 _OF_USER: list[dict[str, Any]] = [
     {"name": "user_id", "in": "query", "required": True, "schema": {"type": "string"}},
@@ -50,10 +60,18 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
         None,
         200,
         False,
-        _query(status="string", model="string", user_id="string", cursor="string", limit="integer"),
+        [
+            {
+                "name": "status",
+                "in": "query",
+                "schema": {"type": "string", "pattern": f"^({_STATUS})(,({_STATUS}))*$"},
+            },
+            *_query(model="string", user_id="string", cursor="string"),
+            _limit(500),
+        ],
     ),
     ("GET", "/v1/jobs/{id}"): ("A job, with its result once it has ended", None, 200, False, _ID),
-    ("GET", "/v1/jobs/{id}/events"): ("The job's log as SSE; resumable", None, 200, True, _ID + _RESUME),
+    ("GET", "/v1/jobs/{id}/events"): ("The job's log as SSE; resumable", None, 200, True, _ID + _RESUME_AT),
     ("DELETE", "/v1/jobs/{id}"): ("Drop a job and its result; one that runs is cancelled", None, 200, False, _ID),
     ("POST", "/v1/jobs/{id}/cancel"): ("Cancel a job; idempotent", None, 200, False, _ID),
     ("GET", "/v1/events"): (
@@ -77,7 +95,7 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
             *_ID,
             {"name": "stream", "in": "query", "schema": {"type": "string", "enum": ["true", "false"]}},
             *_query(starting_after="integer"),
-            _RESUME[0],
+            _LAST_EVENT_ID,
         ],
     ),
     ("DELETE", "/v1/responses/{id}"): ("Drop a response; one that runs is cancelled", None, 200, False, _ID),
@@ -89,8 +107,8 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
         False,
         [
             *_ID,
-            {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"]}},
-            {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100}},
+            _ORDER,
+            _limit(100),
             *_query(after="string"),
         ],
     ),
@@ -102,8 +120,8 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
         False,
         [
             *_query(purpose="string", after="string"),
-            {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 10_000}},
-            {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"]}},
+            _limit(10_000),
+            _ORDER,
         ],
     ),
     ("GET", "/v1/files/{id}"): ("What is known of a file", None, 200, False, _ID),
@@ -115,10 +133,7 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
         None,
         200,
         False,
-        [
-            *_query(after="string"),
-            {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100}},
-        ],
+        [*_query(after="string"), _limit(100)],
     ),
     ("GET", "/v1/batches/{id}"): ("A batch: how far it is, and where its results are", None, 200, False, _ID),
     ("POST", "/v1/batches/{id}/cancel"): ("Cancel a batch; idempotent", None, 200, False, _ID),
