@@ -178,8 +178,15 @@ class Release(msgspec.Struct, frozen=True):
     delay: float = 0.0
 
 
+#: Bytes of requests that one page of a list brings, about: nobody holds all of many large ones in memory.
+PAGE_BYTES = 16 << 20
+
+
 class Query(msgspec.Struct, frozen=True, kw_only=True):
-    """Which jobs to list; newest first. ``cursor`` is opaque, from the previous page."""
+    """Which jobs to list; newest first. ``cursor`` is opaque, from the previous page.
+
+    A page has ``limit`` jobs, or fewer if their requests are large (`PAGE_BYTES`); the last one has no cursor.
+    """
 
     tenant: str
     user: str | None = None

@@ -72,6 +72,7 @@ from penstock.core.job import (
     new_job_id,
 )
 from penstock.core.ports import (
+    PAGE_BYTES,
     Append,
     Broker,
     Finish,
@@ -2473,6 +2474,22 @@ class QueryContract(_Contract):
             assert sorted(seen) == sorted(jobs)
         if ticking:
             assert seen == jobs[::-1]
+
+    async def test_a_page_brings_few_large_jobs(self, d: Driver) -> None:
+        """A list of all that a tenant has must not be all of it in memory."""
+        jobs = [(await d.submit(request=Request(model="m", prompt="x" * (PAGE_BYTES // 8)))).id for _ in range(20)]
+        small = await d.submit()
+        seen: list[str] = []
+        cursor: str | None = None
+        while True:
+            page = await d.broker.list(Query(tenant="acme", limit=500, cursor=cursor))
+            assert sum(len(job.request.prompt or "") for job in page.jobs) <= PAGE_BYTES * 2
+            seen += [job.id for job in page.jobs]
+            cursor = page.cursor
+            if cursor is None:
+                break
+        assert len(seen) == len(set(seen)) == 21
+        assert set(seen) == {*jobs, small.id}
 
     async def test_pages_of_a_filtered_list_are_complete(self, d: Driver) -> None:
         mine = []

@@ -30,6 +30,7 @@ from penstock.core.errors import ErrorInfo, ExpiredResult, IdempotencyMismatch, 
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Priority, Status, Usage
 from penstock.core.ports import (
+    PAGE_BYTES,
     Append,
     Clock,
     Lease,
@@ -888,10 +889,14 @@ def _list(query: Query, conn: sqlite3.Connection) -> Page:
     if query.cursor is not None:
         where.append("seq < ?")
         arguments.append(decode_cursor(query.cursor))
-    rows = conn.execute(
+    rows: list[Any] = []
+    size, more = 0, False
+    for row in conn.execute(
         f"SELECT {_COLUMNS} FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
         (*arguments, query.limit + 1),
-    ).fetchall()
-    more = len(rows) > query.limit
-    rows = rows[: query.limit]
+    ):
+        if more := len(rows) == query.limit or size > PAGE_BYTES:
+            break
+        rows.append(row)
+        size += len(row[20])
     return Page([_read_job(conn, row) for row in rows], encode_cursor(rows[-1][0]) if more else None)

@@ -38,6 +38,7 @@ from penstock.core.errors import (
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Priority, Status, new_job_id
 from penstock.core.ports import (
+    PAGE_BYTES,
     Append,
     Clock,
     Lease,
@@ -524,25 +525,31 @@ class RedisBroker:
         key = query.idempotency_key
         shards = self._shards if key is None else [self._home(query.tenant, key)]
         pages = await asyncio.gather(*(self._list(shard, query, before) for shard in shards))
-        found = sorted((row for page in pages for row in page), key=lambda row: -int(row[2]))
+        # Nothing is known of a shard beyond where its page ends: what others have there comes with the next one, too.
+        until = max(end for _, end in pages)
+        found = sorted((row for rows, _ in pages for row in rows if int(row[2]) >= until), key=lambda row: -int(row[2]))
         jobs = found[: query.limit]
         return Page(
             [self._job(record, position) for record, position, _ in jobs],
-            encode_cursor(int(jobs[-1][2])) if len(found) > query.limit else None,
+            encode_cursor(int(jobs[-1][2])) if len(found) > query.limit or until else None,
         )
 
-    async def _list(self, shard: Shard, query: Query, before: str) -> Sequence[Any]:
-        """The newest jobs of one shard: one more than asked for, which tells whether there are any."""
+    async def _list(self, shard: Shard, query: Query, before: str) -> tuple[Rows, int]:
+        """The newest jobs of one shard: one more than asked for, which tells whether there are any, or fewer that are
+        large. And the seq of the last one, if there may be more.
+        """
         statuses = _pack([str(status) for status in query.status])
         found: Rows = []
-        while before and len(found) <= query.limit:
+        room = PAGE_BYTES // len(self._shards)
+        while before and len(found) <= query.limit and room > 0:
             rows, next_before = await shard.run(
                 "list", query.tenant, query.user or "", statuses, query.model or "", before,
-                query.limit + 1 - len(found), LIST_SCAN, query.idempotency_key or "",
+                query.limit + 1 - len(found), LIST_SCAN, query.idempotency_key or "", room,
             )  # fmt: skip
             found += rows
+            room -= sum(len(record[1]) for record, _, _ in rows)
             before = next_before.decode()
-        return found
+        return found, int(before or 0)
 
     async def stats(self) -> QueueStats:
         answers = await asyncio.gather(*(shard.run("stats", self._horizon) for shard in self._shards))

@@ -1,9 +1,9 @@
 -- A page of a tenant's jobs, newest first. ARGV: 3 tenant, 4 user ("" for all), 5 statuses, 6 model ("" for all), 7 the seq
 -- before which it begins ("+inf" for the newest), 8 limit, 9 how many jobs to look at, 10 idempotency key ("" for all; else
--- it is at most the job that was submitted under it). Answers {jobs, seq}: {record, position, seq} each, and the seq to go on
+-- it is at most the job that was submitted under it), 11 bytes of requests that are enough. Answers {jobs, seq}: {record, position, seq} each, and the seq to go on
 -- before ("" at the end). The page may be shorter than the limit though there is more.
 local tenant, user, model, before = ARGV[3], ARGV[4], ARGV[6], ARGV[7]
-local limit, left = tonumber(ARGV[8]), tonumber(ARGV[9])
+local limit, left, room = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[11])
 local statuses, wanted = cmsgpack.unpack(ARGV[5]), {}
 for _, status in ipairs(statuses) do wanted[status] = true end
 
@@ -33,8 +33,9 @@ while left > 0 do
     if not job then
       call("ZREM", list, id) -- its keys went by themselves: nobody swept for long
     elseif fits(job) then
-      jobs[#jobs + 1] = entry(job, before)
-      if #jobs == limit then return { { jobs, before }, {} } end
+      local found = entry(job, before)
+      jobs[#jobs + 1], room = found, room - #found[1][2]
+      if #jobs == limit or room <= 0 then return { { jobs, before }, {} } end
     end
   end
 end
