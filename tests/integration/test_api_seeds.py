@@ -90,6 +90,15 @@ class TestGenerateVLLM:
         assert jobs
         assert {job["status"] for job in jobs} == {"cancelled"}
 
+    async def test_what_was_refused_can_be_asked_again_under_the_same_key(self, vllm: httpx.AsyncClient) -> None:
+        """The prompts that there was room for are not remembered as cancelled."""
+        headers = {"idempotency-key": "k"}
+        body = {"prompts": ["a"] * 20, "max_tokens": 100_000}
+        check_error(await vllm.post("/generate_vllm", json=body, headers=headers), 429, "overloaded")
+        assert (await vllm.get("/v1/jobs")).json()["data"] == []
+        reply = await vllm.post("/generate_vllm", json={"prompts": ["a", "b"], "max_tokens": 2}, headers=headers)
+        assert [result["finish_reason"] for result in reply.json()["results"]] == ["length", "length"]
+
     async def test_another_engines_model_is_refused(self, vllm: httpx.AsyncClient) -> None:
         reply = await vllm.post("/generate_vllm", json={"prompts": ["a"], "model": "plain"})
         check_error(reply, 400, "invalid_request")

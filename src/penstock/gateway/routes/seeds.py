@@ -157,9 +157,13 @@ async def _all(call: Call, body: ClassicBody, prompts: Prompts, model: str | Non
             key = wish.idempotency_key and f"{wish.idempotency_key}/{number}"
             one = msgspec.structs.replace(wish, idempotency_key=key)
             jobs.append(await call.gateway.submit(_request(call, body, prompt, model), one))
-    except PenstockError:
-        for job in jobs:
-            await call.gateway.broker.cancel(job.tenant, job.id)
+    except PenstockError as error:
+        if wish.idempotency_key is None:
+            for job in jobs:
+                await call.gateway.broker.cancel(job.tenant, job.id)
+        elif not isinstance(error, BrokerUnavailable):  # else they may be running for who asked first, or ask again
+            for job in jobs:
+                await call.gateway.broker.forget(job.tenant, job.id)  # the key is to be free for the next try
         raise
     leaving = asyncio.ensure_future(call.gone())
     try:
