@@ -16,12 +16,12 @@ VIOLATIONS = "addEventListener('securitypolicyviolation', (event) => console.err
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """``paced`` (8 tokens/s), ``crawl`` (2 tokens/s, two slots), ``spare`` (on demand)."""
+    """``paced`` (8 tokens/s, fails at the word FAIL), ``crawl`` (2 tokens/s, two slots), ``spare`` (on demand)."""
     chromium_binary()  # without one, no server either
     shared = Server(
         tmp_path_factory.mktemp("server"),
         models=[
-            model("paced", rate=8),
+            model("paced", rate=8, fail="FAIL"),
             model("crawl", rate=2, slots=2),
             {**model("spare", rate=50), "load": "demand"},
         ],

@@ -142,6 +142,15 @@ async def test_what_the_server_refuses_is_said_on_the_card(server: Server, visit
     await expect(card.locator(".note")).to_contain_text("'nobody' does not exist here")
 
 
+async def test_a_job_that_fails_says_why(server: Server, visit: Open) -> None:
+    tab = await visit(server.url)
+    card = await tab.ask("please FAIL", model="paced")
+    await is_over(card, "failed")
+    await expect(card.locator(".note")).to_have_text("The synthetic engine was asked to fail.")
+    await expect(card.locator(".figures")).to_be_empty()
+    await expect(card.get_by_role("button", name="Copy")).to_be_disabled()
+
+
 async def test_a_full_queue_is_waited_for(make_server: Callable[..., Server], visit: Open) -> None:
     server = make_server(options={"slots": 1}, rate=20, settings={"max_queued": 1})
     tab = await visit(server.url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import Awaitable, Callable
 
@@ -125,6 +126,23 @@ async def test_prompts_sent_while_the_server_is_away(make_server: Callable[..., 
     await same_as_the_log(server, card, 10)
 
 
+async def test_the_server_is_away_at_the_first_visit(server: Server, visit: Open) -> None:
+    tab = await visit(server.url)
+    tab.cut = True
+    await tab.context.route(f"{server.url}/v1/**", lambda route: route.abort())
+    await tab.page.reload()  # the page itself comes from somewhere: a cache, a proxy
+    await expect(tab.page.locator("#connection")).to_have_text("Reconnecting…")
+    await tab.page.locator("#composer [name=prompt]").fill("patient")
+    await tab.page.locator("#composer button[type=submit]").click()
+    await expect(tab.page.locator("#composer-error")).to_have_text(re.compile("^No model is known yet"))
+    await tab.context.unroute_all()
+    await tab.connected()
+    await expect(tab.page.locator("#composer [name=model]")).to_have_value("paced")
+    await tab.page.locator("#composer button[type=submit]").click()
+    await expect(tab.page.locator("#composer-error")).to_be_hidden()
+    await is_over(tab.cards.first)
+
+
 async def test_the_network_is_pulled(server: Server, visit: Open) -> None:
     """Cut in the middle of a token, nobody there for a while, and then a line that swallows everything."""
     async with Proxy(server.port, redis=False) as network:
@@ -144,6 +162,30 @@ async def test_the_network_is_pulled(server: Server, visit: Open) -> None:
         await is_over(card)
         await same_as_the_log(server, card, 80)
         assert len(tab.sent("POST", "/v1/jobs")) == 1
+
+
+LOSE_ONE = """
+const listen = EventSource.prototype.addEventListener;
+EventSource.prototype.addEventListener = function (type, listener, ...rest) {
+  const lossy = (event) => {
+    if (!window.lost && type === "token" && JSON.parse(event.data).token.startsWith("5@")) window.lost = true;
+    else listener(event);
+  };
+  return listen.call(this, type, lossy, ...rest);
+};
+"""
+
+
+async def test_a_token_that_got_lost_is_fetched_again_and_none_counts_twice(server: Server, visit: Open) -> None:
+    """The page then reads everything anew, of all that run."""
+    tab = await visit(server.url)
+    await tab.page.add_init_script(LOSE_ONE)
+    await tab.reload()
+    await tab.ask("one\ntwo", model="paced", max_tokens=40, lines=True)
+    for number in range(2):
+        await is_over(tab.cards.nth(number))
+        await same_as_the_log(server, tab.cards.nth(number), 40)
+    assert await tab.page.evaluate("window.lost")
 
 
 async def test_the_browser_goes_offline_and_back(server: Server, visit: Open) -> None:

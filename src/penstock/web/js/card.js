@@ -146,6 +146,6 @@ function figures(run) {
   const parts = [];
   if (run.tokens > 0) parts.push(plural(run.tokens, "token"));
   if (run.firstTokenAfter !== null) parts.push(`first after ${duration(Math.max(0, run.firstTokenAfter))}`);
-  if (run.rate !== null) parts.push(`${short(run.rate)} tokens/s`);
+  if (run.rate !== null && run.tokens > 0) parts.push(`${short(run.rate)} tokens/s`);
   return parts.join(" · ");
 }

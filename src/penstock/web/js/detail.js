@@ -150,7 +150,7 @@ function describe(job, firstSeen) {
     ["Model", job.model],
     ["User", job.user_id ?? "–"],
     ["Priority", job.priority],
-    ["Tokens", count(job.tokens) + (job.usage ? ` after a prompt of ${count(job.usage.prompt_tokens)}` : "")],
+    ["Tokens", count(job.tokens) + (job.usage?.prompt_tokens ? ` after a prompt of ${count(job.usage.prompt_tokens)}` : "")],
     ["Attempt", count(job.attempt)],
   ];
   if (job.position_in_queue) parts.push(["Place in the queue", count(job.position_in_queue)]);

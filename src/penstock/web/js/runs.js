@@ -9,6 +9,8 @@ import { isEnded } from "./ui.js";
 
 /** Milliseconds of silence after which a run is asked for: what the feed should have told may have gone missing. */
 const SILENCE = 5000;
+/** Seconds after which a refused prompt is sent again at the latest: the server may say a minute, but somebody is watching. */
+const PATIENCE = 10;
 /** Milliseconds over which the rate of tokens is taken. */
 const RATE_OVER = 3000;
 
@@ -195,7 +197,7 @@ export class Runs {
         this.#changed(run);
         // It may have been accepted all the same (but not if it was refused). The same key finds that job again.
         run.retry = new AbortController();
-        await pause(error.retryAfter ?? backoff(++failures), AbortSignal.any([this.#over.signal, run.retry.signal]));
+        await pause(Math.min(PATIENCE, error.retryAfter ?? backoff(++failures)), AbortSignal.any([this.#over.signal, run.retry.signal]));
         if (!this.cards.has(run.card.record.key) && failures > 3) return;
       }
     }
