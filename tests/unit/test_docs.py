@@ -24,6 +24,9 @@ from penstock.core.ports import Broker, QueueStats
 from penstock.engines.child import ENGINES
 from penstock.gateway import openapi
 from penstock.gateway.app import ROUTES
+from penstock.gateway.routes.anthropic import CreateMessage
+from penstock.gateway.routes.bodies import JobBody
+from penstock.gateway.routes.embeddings import CreateEmbeddings
 from penstock.gateway.routes.jobs import Generate, GenerateJob, complete_frame, end_frame, feed_frames, token_frames
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
 from penstock.gateway.routes.responses import CreateResponse
@@ -92,6 +95,16 @@ class TestApi:
         shared = read("api.md").split("## Request fields")[1].split("## Errors")[0]
         own = read("responses.md").split("## Fields")[1].split("## What becomes of it")[0]
         assert known <= set(re.findall(r"`(\w+)`", shared + own))
+
+    @pytest.mark.parametrize(
+        ("body", "heading"), [(CreateEmbeddings, "Embeddings"), (CreateMessage, "Anthropic's messages")]
+    )
+    def test_every_field_of_the_other_dialects_is_explained(self, body: type, heading: str) -> None:
+        own = read("api.md").split(f"### {heading}\n")[1].split("\n## ")[0].split("\n### ")[0]
+        shared = {field.encode_name for field in msgspec.structs.fields(JobBody)}
+        known = {field.encode_name for field in msgspec.structs.fields(body)} - shared
+        assert known
+        assert known <= set(re.findall(r"`(\w+)`", own))
 
     def test_every_error_code_is_listed_with_its_status(self) -> None:
         listed = {code: int(row[1]) for code, row in table("api.md", 3).items() if row[1].isdigit()}
