@@ -26,6 +26,8 @@ from benchmarks.workload import Workload
 
 ARMS = {"alone": [], "batch": [], "no reserve": ["--batch-reserve", "0"]}
 
+#: Of each request, interactive or not.
+BODY = {"ignore_eos": True, "temperature": 0}
 SERVER = Target(
     name="batch",
     command=[
@@ -34,7 +36,7 @@ SERVER = Target(
     ],
     ready="/readyz",
     model="m",
-    body={"ignore_eos": True, "temperature": 0},
+    body={**BODY, "stream_options": {"include_usage": True}},
 )
 #: Seconds until a batch runs with all it can get, and those to wait for its end.
 LEAD, PATIENCE = 2.0, 1800.0
@@ -87,8 +89,8 @@ def markdown(turns: dict[str, list[Turn]], rounds: int, lines: int) -> str:
         "TTFT p50 ms": lambda turn: turn.load.ttft_ms.p50,
         "TTFT p95 ms": lambda turn: turn.load.ttft_ms.p95,
         "TTFT p99 ms": lambda turn: turn.load.ttft_ms.p99,
-        "inter-token p50 ms": lambda turn: turn.load.inter_token_ms.p50,
-        "inter-token p99 ms": lambda turn: turn.load.inter_token_ms.p99,
+        "between two events p50 ms": lambda turn: turn.load.inter_token_ms.p50,
+        "between two events p99 ms": lambda turn: turn.load.inter_token_ms.p99,
         "latency p95 ms": lambda turn: turn.load.latency_ms.p95,
         "requests": lambda turn: turn.load.requests,
         "errors": lambda turn: sum(turn.load.errors.values()),
@@ -112,7 +114,7 @@ def markdown(turns: dict[str, list[Turn]], rounds: int, lines: int) -> str:
 
 def _beside(server: Running, workload: Workload, plan: Plan, lines: int, tokens: int) -> Turn:
     prompts = replace(workload, seed=workload.seed + 7919).prompt_list(lines)
-    body = {"model": SERVER.model, "max_tokens": tokens, **SERVER.body}
+    body = {"model": SERVER.model, "max_tokens": tokens, **BODY}
     content = "".join(
         json.dumps(
             {
