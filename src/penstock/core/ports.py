@@ -210,7 +210,7 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     jobs: dict[Status, int]
     workers: list[WorkerInfo]
     drain_rate: float = 0.0
-    """Jobs that ended per second, over the last minute."""
+    """Jobs that end a second, by the last minute, or by the part of it in which any did (five seconds at least)."""
     leases_lost: int = 0
     durability: str = ""
     now: float = 0.0

@@ -717,9 +717,9 @@ class EmbeddedBroker:
 
     def _drain_rate(self) -> float:
         now = int(self._clock.now())
-        for second in [second for second in self._endings if second < now - 60]:
+        for second in [second for second in self._endings if second <= now - 60]:
             del self._endings[second]
-        return sum(self._endings.values()) / 60
+        return sum(self._endings.values()) / max(5, now - min(self._endings, default=now) + 1)
 
 
 # ---------------------------------------------------------------------------------------------- rows

@@ -240,7 +240,7 @@ class RedisBroker:
         return job
 
     def _overloaded(self, kind: bytes, count: int, ended: int) -> Overloaded | InsufficientStorage:
-        """*ended*: jobs that ended within the last minute, for an honest guess at when there is room."""
+        """*ended*: jobs that end a minute, for an honest guess at when there is room."""
         if kind == b"memory":
             return InsufficientStorage(
                 "Redis is nearly full, so no new jobs are taken. Wait for results to expire, or raise its maxmemory.",

@@ -318,15 +318,17 @@ local function queue_position(job)
   return 1 + own + ahead
 end
 
--- How many jobs have ended within the last minute.
-local function recent_ends(now)
-  local count, second = 0, math.floor(now)
+-- Jobs that end a minute, by the last minute, or by the part of it in which any did (five seconds at least).
+local function ends_a_minute(now)
+  local count, second, span = 0, math.floor(now), 5
   local ends = call("HGETALL", base .. "ends")
   for i = 1, #ends, 2 do
     local age = second - tonumber(ends[i])
-    if age >= 0 and age <= 60 then count = count + tonumber(ends[i + 1]) end
+    if age >= 0 and age < 60 then
+      count, span = count + tonumber(ends[i + 1]), math.max(span, age + 1)
+    end
   end
-  return count
+  return math.floor(count * 60 / span)
 end
 
 -- Close a log: exactly one terminal event, at the position after the last token.

@@ -1,5 +1,5 @@
--- A snapshot. ARGV: 3 seconds of silence after which a worker counts as dead. Answers {counts, depth, workers, ends in the last
--- minute, leases lost, wall clock}; a worker is {what it said, seconds since}.
+-- A snapshot. ARGV: 3 seconds of silence after which a worker counts as dead. Answers {counts, depth, workers, ends a minute,
+-- leases lost, wall clock}; a worker is {what it said, seconds since}.
 local now, lease_now = tick()
 local workers = {}
 for i, id in ipairs(call("ZRANGE", base .. "alive", lease_now - tonumber(ARGV[3]), "+inf", "BYSCORE")) do
@@ -7,6 +7,6 @@ for i, id in ipairs(call("ZRANGE", base .. "alive", lease_now - tonumber(ARGV[3]
   workers[i] = { call("HGET", base .. "workers", id) or "", string.format("%.17g", silent) }
 end
 return { {
-  call("HGETALL", base .. "counts"), call("HGETALL", base .. "depth"), workers, recent_ends(now),
+  call("HGETALL", base .. "counts"), call("HGETALL", base .. "depth"), workers, ends_a_minute(now),
   tonumber(call("HGET", base .. "meta", "lost") or 0), string.format("%.17g", now),
 }, {} }

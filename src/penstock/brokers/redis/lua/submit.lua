@@ -21,7 +21,7 @@ if key then
   end
 end
 
-local function refuse(why, count) return { { why, count, recent_ends(now) }, {} } end
+local function refuse(why, count) return { { why, count, ends_a_minute(now) }, {} } end
 
 if ARGV[18] == "1" then return refuse("memory", 0) end
 local limits = { tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17]) }
