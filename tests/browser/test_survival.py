@@ -182,10 +182,14 @@ async def test_a_token_that_got_lost_is_fetched_again_and_none_counts_twice(serv
     await tab.page.add_init_script(LOSE_ONE)
     await tab.reload()
     await tab.ask("one\ntwo", model="paced", max_tokens=40, lines=True)
+    for number in range(2):  # while they run: an end brings the whole text from the server
+        await shown(tab.cards.nth(number), 12)
+        seen = [int(token.partition("@")[0]) for token in await tokens_of(tab.cards.nth(number))]
+        assert seen == list(range(1, len(seen) + 1))
+    assert await tab.page.evaluate("window.lost")
     for number in range(2):
         await is_over(tab.cards.nth(number))
         await same_as_the_log(server, tab.cards.nth(number), 40)
-    assert await tab.page.evaluate("window.lost")
 
 
 async def test_the_browser_goes_offline_and_back(server: Server, visit: Open) -> None:

@@ -280,6 +280,46 @@ MUTANTS = [
         ((STANDBY, "next((spare for spare in self._spares if spare.alive), None)", "None"),),
         ("tests/unit/engines/test_standby.py", "-k", "TestSpares"),
     ),
+    Mutant(
+        "forgetting reaches another tenant's job",
+        (
+            (
+                BROKER,
+                "ended = self._cancel(tenant, job, tx)",
+                'owner = tx.conn.execute("SELECT tenant FROM jobs WHERE id = ?", (job,)).fetchone()\n'
+                "            ended = self._cancel(owner[0] if owner else tenant, job, tx)",
+            ),
+        ),
+        (CONTRACT, "-k", "idempotent_and_nobody_elses"),
+    ),
+    Mutant(
+        "jobs of batches take every slot",
+        ((BROKER, "if limit - len(leases) > claimant.reserve else", "if True else"),),
+        (CONTRACT, "-k", "reserve"),
+    ),
+    Mutant(
+        "a batch's line has no key of its own",
+        (("penstock/gateway/batches/run.py", 'idempotency_key=f"{self.id}/{number}",', "idempotency_key=None,"),),
+        ("tests/unit/gateway/test_batches.py",),
+    ),
+    Mutant(
+        "a resumed response repeats an event",
+        (("penstock/gateway/responses/stream.py", "if number <= self._after:", "if number < self._after:"),),
+        ("tests/unit/gateway/test_responses.py",),
+    ),
+    Mutant(
+        "another site's page may change things",
+        (("penstock/gateway/app.py", 'return site not in ("same-origin", "none")', "return False"),),
+        ("tests/unit/gateway/test_app.py", "tests/integration/test_api_page.py"),
+    ),
+    Mutant(
+        "the page takes a token twice",
+        (
+            ("penstock/web/js/log.js", "if (position <= this.head) return false;", ""),
+            ("penstock/web/js/log.js", "if (position !== this.head + 1)", "if (position > this.head + 1)"),
+        ),
+        ("tests/browser/test_survival.py", "-k", "got_lost"),
+    ),
 ]  # fmt: skip
 
 
