@@ -111,13 +111,15 @@ class StaticBatching(ThreadedBackend):
         while True:
             try:
                 batch, steps = self._gather()
-                self._generate(batch, steps)
+                if batch:
+                    self._generate(batch, steps)
             except BaseException as error:
                 self.mailbox.fail(error)
                 return
 
     def _gather(self) -> tuple[list[Row], int]:
-        """The next batch and how many steps it takes: the oldest row, and who comes within its window for as many."""
+        """The next batch and how many steps it takes: the oldest row, and who comes within its window for as many.
+        Empty if they were aborted meanwhile."""
         with self._arrived:
             while not (waiting := self._alive()):
                 self._arrived.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,16 @@ def test_an_aborted_row_leaves_its_batch_running(tmp_path: Path) -> None:
         seen += backend.step()
     assert {output.key for output in seen} == {2}
     assert seen[-1].finish is not None
+
+
+def test_a_batch_of_which_all_rows_are_aborted_within_its_window(tmp_path: Path) -> None:
+    backend = loaded(tiny_models.llama(tmp_path / "m"), batching="static", window="300")
+    backend.add(1, request((5, 6)), [Prefix()], 1)
+    time.sleep(0.1)  # now the window is open, and its batch is of one
+    backend.abort(1)
+    time.sleep(0.3)
+    ((ids, _),) = generate(backend, request((7, 8)))
+    assert len(ids) == 12
 
 
 @pytest.mark.parametrize("batching", ["continuous", "static"])
