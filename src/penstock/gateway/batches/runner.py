@@ -104,15 +104,18 @@ class BatchRunner:
 
     def _unfinished(self) -> dict[str, list[Batch]]:
         found: dict[str, list[Batch]] = {}
+        there: set[str] = set()
         for tenant in self.store.files.tenants():
-            ids = [id for id in self.store.ids(tenant) if id not in self._ended]
-            for id in sorted(ids):
+            ids = self.store.ids(tenant)
+            there.update(ids)
+            for id in sorted(set(ids) - self._ended):
                 with contextlib.suppress(PenstockError):  # dropped a moment ago
                     batch = self.store.get(tenant, id)
                     if batch.ended:
                         self._ended.add(id)
                     else:
                         found.setdefault(tenant, []).append(batch)
+        self._ended &= there
         return found
 
     async def _care(self, run: Run) -> None:
