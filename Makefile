@@ -10,7 +10,7 @@ PORT ?= 8000
 TORCH ?= torch
 ARGS ?=
 # Files of tests run beside each other: they wait more than they work. WORKERS=0 for one after the other.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
