@@ -12,9 +12,9 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -36,6 +36,7 @@ from penstock.core.job import Job, Priority, Status, fingerprint
 from penstock.gateway.batches.store import (
     ENVELOPE,
     Batch,
+    BatchStore,
     Line,
     LineError,
     Outcome,
@@ -46,10 +47,7 @@ from penstock.gateway.batches.store import (
 from penstock.gateway.files import LineLog, StoredFile, in_thread, new_id
 from penstock.gateway.http import decode
 from penstock.gateway.routes.bodies import REFERENCE_GONE, Operation
-from penstock.gateway.service import Submission
-
-if TYPE_CHECKING:
-    from penstock.gateway.batches.runner import BatchRunner, Crew, Lane
+from penstock.gateway.service import Gateway, Submission
 
 log = structlog.get_logger("penstock.batches")
 
@@ -68,6 +66,8 @@ GROUP = 1024
 KNOCK = 0.5
 #: Lines that are read at once.
 CHUNK = 32
+#: Batches of one tenant and model whose files are open at once; the others are in progress, too, but wait.
+PLACES = 32
 
 #: What a submit may meet that passes by itself: a model that was there when the batch was checked may come back.
 PASSING = (RateLimited, InsufficientStorage, NoWorker, ModelNotFound)
@@ -129,20 +129,51 @@ class _Written(msgspec.Struct, frozen=True):
     slot: bool = True
 
 
+class Means(NamedTuple):
+    """What batches are run with. *operations*: what can be run, by endpoint."""
+
+    gateway: Gateway
+    store: BatchStore
+    operations: Mapping[str, Operation]
+
+
+class Lane:
+    """What a tenant's batches for one model share: a model that is away holds up no other's."""
+
+    def __init__(self, window: int) -> None:
+        self.slots = asyncio.Semaphore(window)
+        self.turn = asyncio.Lock()
+        self.places = asyncio.Semaphore(PLACES)
+        self.exits = asyncio.Semaphore(PLACES)
+        """The places of those that are over."""
+
+
+class Lanes:
+    """What all of a tenant's batches share. *window*: jobs of one model at once; of all models, twice as many."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.slots = asyncio.Semaphore(2 * window)
+        self._lanes: dict[str | None, Lane] = {}
+
+    def of(self, model: str | None) -> Lane:
+        return self._lanes.setdefault(model, Lane(self.window))
+
+
 class Run:
     """One batch in this process's hands."""
 
     task: asyncio.Task[None] | None = None
 
-    def __init__(self, runner: BatchRunner, crew: Crew, tenant: str, id: str) -> None:
-        self.runner = runner
-        self.crew = crew
+    def __init__(self, means: Means, lanes: Lanes, tenant: str, id: str) -> None:
+        self.gateway, self.store, self.operations = means
+        self.lanes = lanes
         self.tenant = tenant
         self.id = id
         self.batch: Batch
         self._lane: Lane
-        self._folder = runner.store.place(tenant, id)
-        self._clock = runner.store.clock
+        self._folder = self.store.place(tenant, id)
+        self._clock = self.store.clock
         self._over = asyncio.Event()
         self._outcome: Outcome = "completed"
         self._cut = False
@@ -169,7 +200,7 @@ class Run:
             self._over.set()
 
     async def __call__(self) -> None:
-        batch = self.batch = await in_thread(self.runner.store.get, self.tenant, self.id)
+        batch = self.batch = await in_thread(self.store.get, self.tenant, self.id)
         if batch.ended:
             return  # by who had the lock before
         self.heed(batch)
@@ -192,7 +223,7 @@ class Run:
 
     async def _validate(self) -> None:
         batch = self.batch
-        limit = self.runner.gateway.config.max_body
+        limit = self.gateway.config.max_body
         checked = await in_thread(check_input, self._folder / "input.jsonl", batch.endpoint, limit)
         errors = checked.errors
         if not errors and (error := await self._unknown_model(checked.model or "", checked.line)) is not None:
@@ -207,7 +238,7 @@ class Run:
         await self._enter("in_progress")
 
     async def _unknown_model(self, model: str, line: int | None) -> LineError | None:
-        catalogue = self.runner.gateway.catalogue
+        catalogue = self.gateway.catalogue
         while not (catalogue.reachable and catalogue.names):
             if await self._pause(0.2):
                 return None
@@ -220,7 +251,7 @@ class Run:
 
     async def _process(self) -> None:
         batch = self.batch
-        self._lane = self.crew.lane(batch.model)
+        self._lane = self.lanes.of(batch.model)
         place = self._lane.places
         if not await self._acquire(place):  # it is over: what is left to do takes no time
             place = self._lane.exits
@@ -238,7 +269,7 @@ class Run:
                         continue
                     if await self._slot(anyway=number <= known):
                         if number > batch.submitted:
-                            batch.submitted = number + self.runner.window
+                            batch.submitted = number + self.lanes.window
                             await self._save()
                         lines.create_task(self._line(number, text))
                     else:
@@ -281,7 +312,7 @@ class Run:
         return result.job
 
     async def _read(self) -> AsyncGenerator[tuple[int, bytes], None]:
-        lines = read_lines(self._folder / "input.jsonl", self.runner.gateway.config.max_body + ENVELOPE)
+        lines = read_lines(self._folder / "input.jsonl", self.gateway.config.max_body + ENVELOPE)
         try:
             while chunk := await in_thread(_some, lines):
                 for each in chunk:
@@ -295,7 +326,7 @@ class Run:
             return False
         taken = False
         try:
-            taken = await self._acquire(self.crew.slots, anyway=anyway)
+            taken = await self._acquire(self.lanes.slots, anyway=anyway)
         finally:
             if not taken:
                 self._lane.slots.release()
@@ -305,7 +336,7 @@ class Run:
     def _free(self) -> None:
         self._slots -= 1
         self._lane.slots.release()
-        self.crew.slots.release()
+        self.lanes.slots.release()
 
     async def _acquire(self, semaphore: asyncio.Semaphore, *, anyway: bool = False) -> bool:
         """Wait for *semaphore*; False if the batch is over before (*anyway*: also then)."""
@@ -334,9 +365,9 @@ class Run:
         line = decode_line(text)
         job: Job | None = None
         try:
-            operation = self.runner.operations[self.batch.endpoint]
-            if len(line.body) > self.runner.gateway.config.max_body:
-                raise RequestTooLarge(f"The body is larger than {self.runner.gateway.config.max_body} bytes.")
+            operation = self.operations[self.batch.endpoint]
+            if len(line.body) > self.gateway.config.max_body:
+                raise RequestTooLarge(f"The body is larger than {self.gateway.config.max_body} bytes.")
             body: Any = decode(bytes(line.body), operation.body)
             if getattr(body, "stream", False):
                 raise Unsupported("A line of a batch cannot be streamed.", param="stream")
@@ -346,7 +377,7 @@ class Run:
             assert completion.ended is not None
             if completion.ended.error is not None:
                 raise error_from_info(completion.ended.error)
-            reply = operation.reply(self.runner.gateway, body, job, completion)
+            reply = operation.reply(self.gateway, body, job, completion)
             written = self._answer(number, line, job, 200, reply)
         except _NotRunError:
             written = self._not_run(number, line, job)
@@ -392,7 +423,7 @@ class Run:
 
     async def _offer(self, operation: Operation, body: Any, wish: Submission, deadline: float | None) -> Job:
         """Submit, whether or not the broker is there, and what the body refers to still."""
-        gateway = self.runner.gateway
+        gateway = self.gateway
         while True:
             left = max(0.001, self.batch.expires_at - self._clock.now())
             wish = msgspec.structs.replace(wish, deadline=left if deadline is None else min(left, deadline))
@@ -409,7 +440,7 @@ class Run:
 
     async def _follow(self, job: Job) -> list[Any]:
         """A job's log when it has ended."""
-        broker = self.runner.gateway.broker
+        broker = self.gateway.broker
         try:
             while True:
                 try:
@@ -437,7 +468,7 @@ class Run:
     async def _cancel(self, job: str) -> None:
         while True:
             try:
-                await self.runner.gateway.broker.cancel(self.tenant, job)
+                await self.gateway.broker.cancel(self.tenant, job)
                 return
             except BrokerUnavailable:
                 await asyncio.sleep(_spread(1.0))
@@ -491,7 +522,7 @@ class Run:
 
     async def _forget(self, jobs: Iterable[str]) -> None:
         """What is not reached now goes after `KEEP`."""
-        forgetting = (self.runner.gateway.broker.forget(self.tenant, job) for job in jobs)
+        forgetting = (self.gateway.broker.forget(self.tenant, job) for job in jobs)
         for outcome in await asyncio.gather(*forgetting, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, PenstockError):
                 raise outcome
@@ -511,7 +542,7 @@ class Run:
 
     def _adopt(self) -> None:
         """The outputs become files. Done again after a crash in between, to the same end."""
-        batch, files = self.batch, self.runner.store.files
+        batch, files = self.batch, self.store.files
         made = batch.moments["finalizing"]
         kept = files.ttl if batch.output_ttl is None else batch.output_ttl
         for id, name, kind in (
@@ -538,11 +569,11 @@ class Run:
 
     async def _save(self) -> None:
         self._saved_at = time.monotonic()
-        await self._patiently(self.runner.store.save, self.tenant, self.batch)
+        await self._patiently(self.store.save, self.tenant, self.batch)
 
     async def _clean(self) -> None:
         with contextlib.suppress(OSError):  # it goes with the batch
-            await in_thread(self.runner.store.clean, self.tenant, self.batch)
+            await in_thread(self.store.clean, self.tenant, self.batch)
 
     async def _pause(self, seconds: float) -> bool:
         """Wait, or until the batch is over; is it?"""

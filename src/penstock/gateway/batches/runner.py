@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import structlog
 
 from penstock.core.errors import PenstockError
-from penstock.gateway.batches.run import Run
+from penstock.gateway.batches.run import Lanes, Means, Run
 from penstock.gateway.batches.store import Batch, BatchStore
 from penstock.gateway.files import in_thread
 from penstock.gateway.routes.bodies import Operation
@@ -25,8 +25,6 @@ INTERVAL = 2.0
 SWEEP_INTERVAL = 600.0
 #: Seconds before a batch that a bug stopped is tried again.
 REST = 5.0
-#: Batches of one tenant and model whose files are open at once; the others are in progress, too, but wait.
-PLACES = 32
 
 
 class BatchRunner:
@@ -45,10 +43,10 @@ class BatchRunner:
         window: int = 256,
         interval: float = INTERVAL,
     ) -> None:
-        self.gateway = gateway
         self.store = store
         self.operations = operations
-        self.window = window
+        self._means = Means(gateway, store, operations)
+        self._window = window
         self._interval = interval
         self._crews: dict[str, Crew] = {}
         self._ended: set[str] = set()
@@ -89,12 +87,12 @@ class BatchRunner:
                 lock = self.store.lock(tenant)
                 if lock is None:
                     continue  # another process has them
-                crew = self._crews[tenant] = Crew(lock, self.window)
+                crew = self._crews[tenant] = Crew(lock, self._window)
             for batch in batches:
                 run = crew.runs.get(batch.id)
                 if run is None and self._resting.get(batch.id, 0.0) <= time.monotonic():
-                    run = crew.runs[batch.id] = Run(self, crew, tenant, batch.id)
-                    run.task = asyncio.create_task(self._care(run), name=f"batch: {batch.id}")
+                    run = crew.runs[batch.id] = Run(self._means, crew.lanes, tenant, batch.id)
+                    run.task = asyncio.create_task(self._care(crew, run), name=f"batch: {batch.id}")
                 elif run is not None:
                     run.heed(batch)
         for tenant, crew in list(self._crews.items()):
@@ -118,7 +116,7 @@ class BatchRunner:
         self._ended &= there
         return found
 
-    async def _care(self, run: Run) -> None:
+    async def _care(self, crew: Crew, run: Run) -> None:
         """A batch to its end. One that a bug stops is tried again, and disturbs no other."""
         try:
             await run()
@@ -127,33 +125,17 @@ class BatchRunner:
             log.exception("batch_interrupted", batch_id=run.id, tenant=run.tenant)
             self._resting[run.id] = time.monotonic() + REST
         finally:
-            run.crew.runs.pop(run.id, None)
+            crew.runs.pop(run.id, None)
             self.nudge()
 
 
-class Lane:
-    """What a tenant's batches for one model share: a model that is away holds up no other's."""
-
-    def __init__(self, window: int) -> None:
-        self.slots = asyncio.Semaphore(window)
-        self.turn = asyncio.Lock()
-        self.places = asyncio.Semaphore(PLACES)
-        self.exits = asyncio.Semaphore(PLACES)
-        """The places of those that are over."""
-
-
 class Crew:
-    """What a tenant's batches share here: the lock, and a lane for each model."""
+    """A tenant's batches that are run here, under the tenant's lock."""
 
     def __init__(self, lock: int, window: int) -> None:
         self.lock = lock
+        self.lanes = Lanes(window)
         self.runs: dict[str, Run] = {}
-        self.slots = asyncio.Semaphore(2 * window)
-        self._window = window
-        self._lanes: dict[str | None, Lane] = {}
-
-    def lane(self, model: str | None) -> Lane:
-        return self._lanes.setdefault(model, Lane(self._window))
 
     async def close(self) -> None:
         """Let go of the lock, after everything that was under it."""
