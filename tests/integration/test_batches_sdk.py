@@ -100,6 +100,23 @@ class TestFiles:
                 assert b"".join(reply.iter_bytes()) == data
             sdk.files.delete(file.id)
 
+    async def test_a_part_of_one(self, http: httpx.AsyncClient) -> None:
+        made = await http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("in.jsonl", b"0123456789")})
+        path = f"/v1/files/{made.json()['id']}/content"
+        for given, status, content in (
+            ("bytes=2-4", 206, b"234"),
+            ("bytes=-3", 206, b"789"),
+            ("bytes=7-", 206, b"789"),
+            ("bytes=0-99", 206, b"0123456789"),
+        ):
+            reply = await http.get(path, headers={"Range": given})
+            assert (reply.status_code, reply.content) == (status, content), given
+        behind = await http.get(path, headers={"Range": "bytes=10-"})
+        check_error(behind, 416, "invalid_request")
+        assert behind.headers["content-range"] == "bytes */10"
+        for given in ("bytes=nonsense", "lines=1-2", "bytes"):
+            check_error(await http.get(path, headers={"Range": given}), 400, "invalid_request")
+
     async def test_what_is_no_upload_is_refused(self, http: httpx.AsyncClient) -> None:
         file = {"file": ("x", b"{}")}
         for fields, files, code in (

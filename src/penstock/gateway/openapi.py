@@ -192,6 +192,8 @@ def document() -> dict[str, Any]:
         if path == "/v1/files/{id}/content":
             raw = {"schema": {"type": "string", "format": "binary"}}
             responses["200"]["content"] = {"application/octet-stream": raw}
+            part = {"application/octet-stream": raw, "multipart/byteranges": raw}
+            responses["206"] = {"description": "What the header `Range` asked for", "content": part}
         if path in ("/v1/jobs/{id}/events", "/v1/responses/{id}") and stream:
             responses["204"] = {"description": "Everything was delivered already"}
         responses |= {

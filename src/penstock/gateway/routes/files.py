@@ -14,7 +14,7 @@ from msgspec import UNSET, UnsetType
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.responses import FileResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import (
     InvalidRequest,
@@ -25,7 +25,7 @@ from penstock.core.errors import (
     UnsupportedEncoding,
 )
 from penstock.gateway.files import FileStore, StoredFile, Upload, in_thread, storing
-from penstock.gateway.http import Call, json_reply
+from penstock.gateway.http import Call, error_reply, json_reply
 
 PURPOSES = ("batch", "batch_output")
 #: Bounds of ``expires_after[seconds]``: an hour, 30 days.
@@ -152,8 +152,23 @@ class _Content(FileResponse):
         self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused: Message | None = None
+
+        async def unless_refused(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = message
+            if refused is None:
+                await send(message)
+
         with self._file:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, unless_refused)
+        if refused is not None:  # a Range that cannot be read, or begins behind the end; Starlette says so in plain text
+            size = self.headers["content-length"]
+            error = InvalidRequest(f"The header Range is 'bytes=FIRST-LAST' within the file's {size} bytes.")
+            error.status = refused["status"]
+            headers = {"content-range": f"bytes */{size}"} if error.status == 416 else None
+            await error_reply(error, headers)(scope, receive, send)
 
 
 def _open(files: FileStore, tenant: str, id: str) -> _Content:
