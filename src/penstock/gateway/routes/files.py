@@ -163,7 +163,8 @@ class _Content(FileResponse):
 
         with self._file:
             await super().__call__(scope, receive, unless_refused)
-        if refused is not None:  # a Range that cannot be read, or begins behind the end; Starlette says so in plain text
+        # A Range that cannot be read, or begins behind the end: Starlette says so in plain text.
+        if refused is not None:
             size = self.headers["content-length"]
             error = InvalidRequest(f"The header Range is 'bytes=FIRST-LAST' within the file's {size} bytes.")
             error.status = refused["status"]
