@@ -8,12 +8,17 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.redis import RedisCluster, RedisServer
 from tests.support.server import Server
 
 # Engines of several tests share the processors: threads that wait for each other must not spin meanwhile.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# No clock decides about a test. The first text that Hypothesis makes in a fresh clone takes it a second, for instance.
+settings.register_profile("penstock", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("penstock")
 
 # A shell starts its background jobs deaf to Ctrl-C, and what they start inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -103,7 +103,7 @@ SAMPLINGS = st.builds(
 
 
 @given(samplings=st.lists(SAMPLINGS, min_size=1, max_size=6), seed=st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_row_draws_the_same_alone_as_in_any_batch(samplings: list[Sampling], seed: int) -> None:
     logits = (np.random.default_rng(seed).normal(size=(len(samplings), VOCAB)) * 3).astype(np.float32)
     together = Sampler(8, VOCAB)

@@ -467,7 +467,7 @@ class TestRunner:
 class TestDeaths:
     """A runner that is gone from one moment to the next, again and again, at any of its steps."""
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(seed=st.integers(0, 2**32), deaths=st.lists(st.floats(0, 0.03), max_size=12), torn=st.binary(max_size=60))
     def test_every_line_once_whenever_it_dies(self, seed: int, deaths: list[float], torn: bytes) -> None:
         async def story() -> None:
