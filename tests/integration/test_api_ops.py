@@ -157,6 +157,24 @@ class TestMetrics:
         counts = "llm_gateway_request_count_total"
         assert after[counts]['{status="202"}'] >= before[counts].get('{status="202"}', 0) + 4
 
+    async def test_every_refusal_counts(self, http: httpx.AsyncClient) -> None:
+        """Also those that no route of ours answers."""
+        upload = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", b"0123456789")}}
+        file = (await http.post("/v1/files", **upload)).json()["id"]
+        for method, path, headers, status, code in (
+            ("GET", "/nothing/here", {}, 404, "not_found"),
+            ("PUT", "/v1/jobs", {}, 405, "invalid_request"),
+            ("POST", "/v1/jobs", {"Origin": "https://elsewhere.example"}, 403, "forbidden"),
+            ("GET", "/v1/models", {"Host": "elsewhere.example"}, 400, "invalid_request"),
+            ("GET", f"/v1/files/{file}/content", {"Range": "bytes=10-"}, 416, "invalid_request"),
+        ):
+            label = f'{{code="{code}"}}'
+            before = samples((await http.get("/metrics")).text).get("llm_gateway_errors_total", {})
+            reply = await http.request(method, path, headers=headers)
+            check_error(reply, status, code)
+            after = samples((await http.get("/metrics")).text)["llm_gateway_errors_total"]
+            assert after[label] == before.get(label, 0) + 1, path
+
 
 class TestDescription:
     async def test_openapi_describes_exactly_the_served_routes(self, http: httpx.AsyncClient) -> None:

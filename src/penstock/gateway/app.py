@@ -13,7 +13,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import Forbidden, InvalidRequest, NotFound
-from penstock.gateway.http import Endpoint, Handler, error_reply
+from penstock.gateway.http import Endpoint, Handler, refuse
 from penstock.gateway.routes import (
     anthropic,
     batches,
@@ -133,7 +133,7 @@ class ByMethod:
         allowed = ", ".join(self.endpoints)
         error = InvalidRequest(f"{scope['method']} is not allowed on {scope['path']}: {allowed} is.")
         error.status = 405
-        await error_reply(error, {"allow": allowed})(scope, receive, send)
+        await refuse(error, scope, receive, send, {"allow": allowed})
 
 
 #: What clients of other servers may ask for, by the beginning of its path, and what to do instead.
@@ -144,7 +144,7 @@ _INSTEAD = {
 
 async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
     hint = next((hint for path, hint in _INSTEAD.items() if scope["path"].startswith(path)), "See /docs.")
-    await error_reply(NotFound(f"There is nothing at {scope['path']}. {hint}"))(scope, receive, send)
+    await refuse(NotFound(f"There is nothing at {scope['path']}. {hint}"), scope, receive, send)
 
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
@@ -200,7 +200,7 @@ class OriginCheck:
                 error = Forbidden(
                     f"Pages of {str(origin)[:100]} may not do this. If they are yours, name them in allowed_origins."
                 )
-                await error_reply(error)(scope, receive, send)
+                await refuse(error, scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -226,6 +226,6 @@ class HostCheck:
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             found = _HOST.match(host)
             if found is None or found[1].strip("[]").lower() not in self.allowed:
-                await error_reply(InvalidRequest(f"This server is not called {host[:100]!r}."))(scope, receive, send)
+                await refuse(InvalidRequest(f"This server is not called {host[:100]!r}."), scope, receive, send)
                 return
         await self.app(scope, receive, send)

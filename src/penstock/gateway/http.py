@@ -122,6 +122,14 @@ def error_reply(error: PenstockError, headers: dict[str, str] | None = None, bod
     return json_reply(body or {"error": error.info}, error.status, headers)
 
 
+async def refuse(
+    error: PenstockError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None
+) -> None:
+    """Answer with *error* where no `Endpoint` does it. The metrics count it too."""
+    scope["penstock.error"] = error.code
+    await error_reply(error, headers)(scope, receive, send)
+
+
 Handler = Callable[[Call], Awaitable[ASGIApp]]
 
 

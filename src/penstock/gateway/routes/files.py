@@ -25,7 +25,7 @@ from penstock.core.errors import (
     UnsupportedEncoding,
 )
 from penstock.gateway.files import FileStore, StoredFile, Upload, in_thread, storing
-from penstock.gateway.http import Call, error_reply, json_reply
+from penstock.gateway.http import Call, json_reply, refuse
 
 PURPOSES = ("batch", "batch_output")
 #: Bounds of ``expires_after[seconds]``: an hour, 30 days.
@@ -169,7 +169,7 @@ class _Content(FileResponse):
             error = InvalidRequest(f"The header Range is 'bytes=FIRST-LAST' within the file's {size} bytes.")
             error.status = refused["status"]
             headers = {"content-range": f"bytes */{size}"} if error.status == 416 else None
-            await error_reply(error, headers)(scope, receive, send)
+            await refuse(error, scope, receive, send, headers)
 
 
 def _open(files: FileStore, tenant: str, id: str) -> _Content:
