@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from schemathesis import APIOperation, Case, GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -170,6 +170,11 @@ def bounded(body: Any) -> None:
         body["deadline"] = PATIENCE  # a passed deadline is a 504, and right
 
 
+def writable(form: Any) -> bool:
+    """Whether a form can say it: in one, a list is its items, so that none is no field, and one is no list."""
+    return not isinstance(form, dict) or not any(isinstance(value, list) and len(value) < 2 for value in form.values())
+
+
 def cases() -> Iterator[Any]:
     """Each operation with what its schema allows, and with what it does not (any text is allowed in a path)."""
     for operation in OPERATIONS:
@@ -199,6 +204,7 @@ def test_every_answer_is_as_described(
         if mode is GenerationMode.POSITIVE and data.draw(st.booleans()):
             straighten(case, things, data)
         bounded(case.body)
+        assume(mode is GenerationMode.POSITIVE or case.media_type != "multipart/form-data" or writable(case.body))
         response = case.call(base_url=box.url, timeout=PATIENCE)
         succeeded.append(response.status_code < 300)
         if response.status_code == 503 and b'"no_vllm_worker"' in response.content:
