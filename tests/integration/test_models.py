@@ -54,20 +54,26 @@ def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
 class TestBudget:
     async def test_jobs_of_two_models_where_one_fits_all_complete(self, make_server: Make) -> None:
         server = make_server(
-            models=[demand(name, rate=200, memory_mb=100, load_seconds=0.2) for name in ("a", "b")],
+            models=[demand(name, rate=200, memory_mb=100, load_seconds=1) for name in ("a", "b")],
             settings={"memory_budget": "200MB", "swap_after": 0.5},
         )
         async with client(server) as http:
             assert (await http.get("/readyz")).status_code == 200  # nothing is loaded, but would be
             assert await states(http) == {"a": "unloaded", "b": "unloaded"}
-            jobs = [await submit(http, model=name, max_tokens=20) for _ in range(20) for name in "ab"]
-            seen = set()
-            while True:
-                now = await states(http)
-                seen.update(now.items())
-                assert list(now.values()).count("ready") <= 1
-                if all([(await http.get(f"/v1/jobs/{job}")).json()["status"] == "completed" for job in jobs]):
-                    break
+            seen: set[tuple[str, str]] = set()
+
+            async def watch() -> None:
+                while True:
+                    now = await states(http)
+                    seen.update(now.items())
+                    assert list(now.values()).count("ready") <= 1
+
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(watch())  # before the first job: it is answered while its model loads
+                jobs = [await submit(http, model=name, max_tokens=20) for _ in range(20) for name in "ab"]
+                for job in jobs:
+                    assert (await ended(http, job))["status"] == "completed"
+                watching.cancel()
             assert {(name, state) for name in "ab" for state in ("unloaded", "loading", "ready")} <= seen
             for job in jobs:
                 async with await open_stream(f"{server.url}/v1/jobs/{job}/events") as stream:
