@@ -50,15 +50,20 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
     def after(self, position: int) -> Tokens:
         """The part of this run beyond *position* (itself when nothing has to be cut)."""
         skip = position - self.position + 1
-        if skip <= 0:
-            return self
+        return self if skip <= 0 else self._part(slice(skip, None))
+
+    def up_to(self, position: int) -> Tokens:
+        """The part of this run up to and including *position* (itself when nothing has to be cut)."""
+        return self if position >= self.last else self._part(slice(0, position - self.position + 1))
+
+    def _part(self, part: slice) -> Tokens:
         return Tokens(
-            self.position + skip,
+            self.position + part.start,
             self.attempt,
-            self.ids[skip:],
-            self.texts[skip:],
-            None if self.choices is None else self.choices[skip:],
-            None if self.logprobs is None else self.logprobs[skip:],
+            self.ids[part],
+            self.texts[part],
+            None if self.choices is None else self.choices[part],
+            None if self.logprobs is None else self.logprobs[part],
         )
 
 

@@ -856,17 +856,16 @@ def _read_log(tenant: str, job: str, after: int, until: int | None, conn: sqlite
 
 
 def _read_tokens(conn: sqlite3.Connection, row: _Row, after: int, until: int) -> list[Tokens]:
-    """The next runs beyond *after*, up to `READ_AT_ONCE`."""
+    """The next runs beyond *after*, `READ_AT_ONCE` tokens at most: a run that is longer comes in parts."""
     runs: list[Tokens] = []
-    size = 0
+    last = after + READ_AT_ONCE
     for (blob,) in conn.execute(
         "SELECT tokens FROM log WHERE job = :job AND pos <= :until AND pos + n - 1 > :after AND pos >= "
         "coalesce((SELECT max(pos) FROM log WHERE job = :job AND pos <= :after), 0) ORDER BY pos",
         {"job": row[0], "until": until, "after": after},
     ):
-        runs.append(run := _tokens.decode(blob).after(after))
-        size += len(run.ids)
-        if size >= READ_AT_ONCE:
+        runs.append(run := _tokens.decode(blob).after(after).up_to(last))
+        if run.last == last:
             break
     return runs
 
