@@ -16,16 +16,25 @@ from penstock.core.job import Status, Usage
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token that might have been drawn. ``data``: its bytes, where they are no text by themselves."""
+
     id: int
     text: str
     logprob: float
+    data: bytes | None = None
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of the chosen token and of its best alternatives."""
+    """Log-probability of the chosen token and of its best alternatives.
+
+    ``text`` and ``data`` are the chosen token's own, as `TopLogprob` has them: what it added to the reply's text may be
+    less (half a character, text that may become a stop string). None in logs of older versions.
+    """
 
     logprob: float
     top: tuple[TopLogprob, ...] = ()
+    text: str | None = None
+    data: bytes | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):

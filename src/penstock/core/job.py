@@ -58,7 +58,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
     **dict.fromkeys(TERMINAL, frozenset()),
 }
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 Task = Literal["generate", "embed", "tokenize"]
 OnDisconnect = Literal["continue", "cancel"]
 
@@ -97,10 +97,14 @@ class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the text of the reply has to be: any JSON object, or JSON that obeys ``schema``."""
+    """What the text of the reply has to be: any JSON object, JSON that obeys ``schema``, a text that matches the regular
+    expression ``pattern`` as a whole, one of the ``choices``, or one that the ``grammar`` (Lark or EBNF) derives."""
 
-    type: Literal["json_object", "json_schema"]
+    type: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     schema: dict[str, Any] = {}
+    pattern: str = ""
+    choices: tuple[str, ...] = ()
+    grammar: str = ""
 
     @property
     def json_schema(self) -> dict[str, Any]:
@@ -127,6 +131,12 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0
+    """No end token, and no stop string, before the reply has so many tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the reply as the model's own end token does."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that must not be written."""
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
