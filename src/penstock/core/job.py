@@ -59,7 +59,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 }
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
-Task = Literal["generate", "embed", "tokenize"]
+Task = Literal["generate", "embed", "tokenize", "score"]
 OnDisconnect = Literal["continue", "cancel"]
 
 
@@ -97,8 +97,9 @@ class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the text of the reply has to be: any JSON object, JSON that obeys ``schema``, a text that matches the regular
-    expression ``pattern`` as a whole, one of the ``choices``, or one that the ``grammar`` (Lark or EBNF) derives."""
+    """What the text of the reply has to be: any JSON object, JSON that obeys ``schema``, a text that the regular
+    expression ``pattern`` matches as a whole, one of the ``choices``, or one that the ``grammar`` (Lark or EBNF)
+    derives."""
 
     type: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     schema: dict[str, Any] = {}
@@ -146,7 +147,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     model may call tools (auto), must not (none) or must call one (required; ``tool_name`` where that is set).
 
     Where the ``task`` is not to generate, the log has something else in the place of tokens (`penstock.core.tasks`):
-    one vector for each of the ``inputs`` (embed; instead of a prompt), or the prompt's tokens (tokenize).
+    one vector for each of the ``inputs`` (embed; instead of a prompt), or the prompt's tokens (tokenize; score: with
+    how likely the model finds each of them, and ``sampling.logprobs`` alternatives).
     """
 
     model: str

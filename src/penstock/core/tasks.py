@@ -3,6 +3,8 @@
 ==========  ========================================================================================================
 embed       an entry for each input, in any order: its id is the input's index (from 0), its text the vector
 tokenize    one entry: its text is a `Tokenized` as JSON
+score       an entry for each token of the prompt: its id, the text that it adds, and its log-probability after what
+            comes before it (the first one has none)
 ==========  ========================================================================================================
 """
 

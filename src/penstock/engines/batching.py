@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,12 +21,14 @@ from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
 from penstock.engines.guide import Guides, followed
 from penstock.engines.kvcache import ROOT, BlockPool
-from penstock.engines.sampling import Floats, Ints, Sampler, stream_key
+from penstock.engines.sampling import Floats, Ints, Sampler, alternatives, stream_key
 from penstock.engines.text import Reply, TextModel
 
 #: Tokens that one step computes at most: running sequences first, the rest of it goes to new prompts. Larger steps
 #: prefill little faster, but make everybody else wait longer for a token.
 STEP_TOKENS = 512
+#: Tokens of a prompt to score in one step, over all such prompts: each of them needs a row of logits.
+STEP_SCORES = 64
 
 
 class Network(Protocol):
@@ -65,7 +68,7 @@ class _Job:
 class _Sequence:
     """One choice. The first ``published`` of its blocks are findable by others, at ``node`` of the prefix tree."""
 
-    __slots__ = ("blocks", "choice", "job", "node", "prompt", "published", "reply", "request", "rng", "slot")
+    __slots__ = ("blocks", "choice", "job", "node", "prompt", "published", "reply", "request", "rng", "scores", "slot")
 
     def __init__(self, job: _Job, choice: int, request: Request, prompt: list[int], reply: Reply) -> None:
         self.job = job
@@ -78,10 +81,62 @@ class _Sequence:
         self.blocks: list[int] = []
         self.published = 0
         self.node = ROOT
+        self.scores: _Scores | None = None
 
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.reply.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """What a run of the network gave: the sequences that draw a token and their slots, one row of logits each; behind
+    those, the rows of prompts that are scored, so many of each."""
+
+    drawing: list[_Sequence]
+    slots: Ints
+    logits: Floats
+    scored: list[tuple[_Sequence, int]]
+
+
+class _Scores:
+    """Makes the log of a *prompt* that is scored; *logged*: how many of its tokens an earlier attempt told. *count*: of
+    alternatives."""
+
+    __slots__ = ("_count", "_prompt", "_text", "_write", "told")
+
+    def __init__(self, text: TextModel, prompt: list[int], logged: int, count: int) -> None:
+        self._text = text
+        self._prompt = prompt
+        self._count = count
+        self._write = text.detokenizer(continuing=True)
+        self.told = logged
+        for token in prompt[:logged]:
+            self._write.push(token)
+
+    @property
+    def over(self) -> bool:
+        return self.told == len(self._prompt)
+
+    def rows(self, past: int, count: int) -> range:
+        """Which of the *count* tokens from *past* on have logits to be told: those of the token behind it."""
+        return range(max(past, self.told - 1), min(past + count, len(self._prompt) - 1))
+
+    def take(self, output: Output, logits: Floats) -> None:
+        """Add to *output* what *logits* say of the next tokens; before them comes the first of all, of which nothing
+        is known."""
+        tokens = self._prompt[self.told : (self.told or 1) + len(logits)]
+        output.ids = tokens
+        output.texts = [self._write.push(token) for token in tokens]
+        likely = [
+            alternatives(row, token, self._count)
+            for row, token in zip(logits, tokens[len(tokens) - len(logits) :], strict=True)
+        ]
+        output.logprobs = [None] * (len(tokens) - len(logits))
+        output.logprobs += [self._text.logprob(*each) for each in likely]
+        self.told += len(tokens)
+        if self.over and tokens:
+            output.texts[-1] += self._write.flush()
 
 
 class ContinuousBatching:
@@ -116,7 +171,7 @@ class ContinuousBatching:
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             unsupported=() if text.has_token_bytes else ("response_format",),
-            tasks=("generate", "tokenize"),
+            tasks=("generate", "tokenize", "score"),
         )
         self.spare_time: Iterator[None] = iter(())
         self._text = text
@@ -147,8 +202,15 @@ class ContinuousBatching:
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
         job = _Job(key, len(prompt))
         for choice, prefix in enumerate(prefixes):
-            reply = text.reply(request, limit, prefix.ids, self._guides.begin(request) if self._guides else None)
-            job.sequences.append(_Sequence(job, choice, request, prompt, reply))
+            if request.task == "score":
+                sequence = _Sequence(job, choice, request, prompt, text.reply(request, 1))
+                sequence.scores = _Scores(text, prompt, len(prefix.ids), sampling.logprobs or 0)
+                if sequence.scores.over:
+                    sequence.reply.end("stop")
+            else:
+                guide = self._guides.begin(request) if self._guides else None
+                sequence = _Sequence(job, choice, request, prompt, text.reply(request, limit, prefix.ids, guide))
+            job.sequences.append(sequence)
         job.open = sum(sequence.reply.finish is None for sequence in job.sequences)
         self._jobs[key] = job
         self._waiting.extend(sequence for sequence in job.sequences if sequence.reply.finish is None)
@@ -180,7 +242,7 @@ class ContinuousBatching:
         self._done.clear()
         prefills = self._schedule()
         if prefills or self._decoding:
-            outputs += self._deliver(*self._compute(prefills))
+            outputs += self._deliver(self._compute(prefills))
         return outputs
 
     # ---------------------------------------------------------------------------- who computes what
@@ -197,10 +259,16 @@ class ContinuousBatching:
         prefills: list[tuple[_Sequence, int]] = []
         while self._waiting and self._free_slots and self._fits(self._waiting[0]):
             self._enter(self._waiting.popleft())
+        scores = STEP_SCORES
         for sequence in self._prefilling:
-            count = min(budget, sequence.length - int(self._past[sequence.slot]))
-            if count <= 0:
+            if budget <= 0:
                 break
+            count = min(budget, sequence.length - int(self._past[sequence.slot]))
+            if sequence.scores is not None:
+                count = min(count, scores)
+                scores -= count
+                if not count:
+                    continue
             prefills.append((sequence, count))
             budget -= count
         return prefills
@@ -220,7 +288,9 @@ class ContinuousBatching:
         """Give *sequence* a slot, what the cache already knows of its tokens, and blocks for the rest of them."""
         slot = sequence.slot = self._free_slots.pop()
         ids = sequence.prompt + sequence.reply.ids
-        sequence.blocks, sequence.node = self._pool.find(ids)
+        # Whose logits are wanted has to be computed, whatever the cache knows.
+        known = ids if sequence.scores is None else ids[: max(0, sequence.scores.told - 1)]
+        sequence.blocks, sequence.node = self._pool.find(known)
         sequence.published = len(sequence.blocks)
         self._table[slot, : len(sequence.blocks)] = sequence.blocks
         self._past[slot] = past = len(sequence.blocks) * self._pool.block_size
@@ -280,8 +350,8 @@ class ContinuousBatching:
 
     # ---------------------------------------------------------------------------- the network
 
-    def _compute(self, prefills: list[tuple[_Sequence, int]]) -> tuple[list[_Sequence], Ints, Floats]:
-        """Run the network once; the sequences that draw a token after it, their slots and their logits."""
+    def _compute(self, prefills: list[tuple[_Sequence, int]]) -> _Computed:
+        """Run the network once."""
         drawing, drawing_slots = self._decoding, self._slots_of_decoding()
         slots, ids = drawing_slots, self._next[drawing_slots]
         counts = np.ones(len(slots), np.int32)
@@ -304,13 +374,22 @@ class ContinuousBatching:
         np.cumsum(used, out=table_begins[1:])
         most = int(used.max())
 
-        last = begins[1:].astype(np.int64) - 1
+        sampled = begins[1:].astype(np.int64) - 1
+        scored: list[tuple[_Sequence, int]] = []
         if prefills:
-            whole = np.ones(len(slots), np.bool_)  # whose tokens are all in the cache after this
-            for row, (sequence, _) in enumerate(prefills, start=len(drawing)):
-                whole[row] = after[row] == sequence.length
-            drawing = drawing + [sequence for row, (sequence, _) in enumerate(prefills, len(drawing)) if whole[row]]
-            drawing_slots, last = slots[whole], last[whole]
+            draws = np.ones(len(slots), np.bool_)  # whose tokens are all in the cache after this
+            scores = [sampled[:0]]
+            for row, (sequence, count) in enumerate(prefills, start=len(drawing)):
+                if sequence.scores is None:
+                    draws[row] = after[row] == sequence.length
+                else:
+                    draws[row] = False
+                    past = int(before[row])
+                    wanted = sequence.scores.rows(past, count)
+                    scores.append(begins[row] - past + np.arange(wanted.start, wanted.stop))
+                    scored.append((sequence, len(wanted)))
+            drawing = drawing + [sequence for row, (sequence, _) in enumerate(prefills, len(drawing)) if draws[row]]
+            drawing_slots, sampled = slots[draws], np.concatenate([sampled[draws], *scores])
 
         logits = self._network.run(
             input_ids=ids,
@@ -320,18 +399,39 @@ class ContinuousBatching:
             block_indices=self._table[slots, :most][np.arange(most) < used[:, None]],
             block_indices_begins=table_begins,
             max_context_len=np.array(after.max(), np.int32),
-            sampled_tokens_indices=last,
+            sampled_tokens_indices=sampled,
         )
         self._past[slots] = after
-        return drawing, drawing_slots, logits
+        return _Computed(drawing, drawing_slots, logits, scored)
 
     # ---------------------------------------------------------------------------- what comes of it
 
-    def _deliver(self, drawing: list[_Sequence], slots: Ints, logits: Floats) -> list[Output]:
-        if not drawing:
-            return []
+    def _deliver(self, computed: _Computed) -> list[Output]:
+        scored = self._deliver_scores(computed)  # first: drawing may change the logits
+        return (self._deliver_tokens(computed) if computed.drawing else []) + scored
+
+    def _deliver_scores(self, computed: _Computed) -> list[Output]:
+        outputs = []
+        row = len(computed.drawing)
+        for sequence, count in computed.scored:
+            scores, job = sequence.scores, sequence.job
+            assert scores is not None
+            output = Output(job.key)
+            if job.prompt_tokens is not None:
+                output.prompt_tokens, job.prompt_tokens = job.prompt_tokens, None
+            scores.take(output, computed.logits[row : row + count])
+            row += count
+            if scores.over:
+                sequence.reply.end("stop")
+                self._leave(sequence)
+                self._finished(job, output)
+            outputs.append(output)
+        return outputs
+
+    def _deliver_tokens(self, computed: _Computed) -> list[Output]:
+        drawing, slots = computed.drawing, computed.slots
         self._drawn[slots] += 1
-        tokens, logprobs = self._sampler.draw(logits, slots, self._drawn[slots])
+        tokens, logprobs = self._sampler.draw(computed.logits[: len(drawing)], slots, self._drawn[slots])
         self._next[slots] = tokens
 
         outputs: dict[int, Output] = {}

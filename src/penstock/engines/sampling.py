@@ -175,7 +175,7 @@ class Sampler:
             for slot, token in zip(slots.tolist(), tokens, strict=True):
                 if (adjustment := self._adjustments.get(slot)) is not None:
                     adjustment.accept(token)
-        return tokens, {row: _alternatives(values, tokens[row], count) for row, (values, count) in raw.items()}
+        return tokens, {row: alternatives(values, tokens[row], count) for row, (values, count) in raw.items()}
 
     def _choose(self, logits: Floats, slots: Ints, positions: Ints) -> Ints:
         sampled = self._sampled[slots]
@@ -272,7 +272,7 @@ def _descending(values: Floats, count: int) -> Floats:
     return ordered
 
 
-def _alternatives(logits: Floats, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+def alternatives(logits: Floats, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
     """log-probability of *token* and the *count* likeliest tokens with theirs."""
     values = logits.astype(np.float64)
     values -= values.max()

@@ -599,7 +599,7 @@ class TextModel:
         param = "messages" if request.messages is not None else "prompt"
         if not ids:
             raise InvalidRequest("The prompt is empty.", param=param)
-        if len(ids) + 1 > self.context_length:
+        if len(ids) + (request.task == "generate") > self.context_length:
             raise ContextLengthExceeded(
                 f"The prompt has {len(ids)} tokens; the model's context holds {self.context_length}, of which at "
                 "least one must be left for the reply.",

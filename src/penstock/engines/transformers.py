@@ -128,7 +128,13 @@ class TorchNetwork:
 
     def run(self, **inputs: np.ndarray[Any, Any]) -> Floats:
         with torch.inference_mode():
-            if self._recording and len(inputs["input_ids"]) == len(inputs["past_lens"]):
+            # What is recorded is a step of one token a sequence, each of which has its logits.
+            rows = np.arange(len(inputs["past_lens"]))
+            if (
+                self._recording
+                and len(inputs["input_ids"]) == len(rows)
+                and np.array_equal(inputs["sampled_tokens_indices"], rows)
+            ):
                 try:
                     logits = self._replay(inputs)
                 except RuntimeError as error:  # the model does something that cannot be recorded

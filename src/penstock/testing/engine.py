@@ -27,7 +27,7 @@ from typing import Any, Literal
 import pytest
 
 from penstock.core.errors import EngineDied
-from penstock.core.events import Completion, Ended, Tokens, fold
+from penstock.core.events import Completion, Ended, Logprob, Tokens, fold
 from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, Usage
 from penstock.core.ports import Engine, Finish, Lease, Output
 from penstock.core.tasks import Tokenized, vector_values, vectors
@@ -117,6 +117,11 @@ def assert_obeys(text: str) -> None:
     assert 0 <= value["age"] <= 150
 
 
+def score_lease(engine: Engine, count: int, **fields: Any) -> Lease:
+    """A lease of a prompt to score, with *count* alternatives."""
+    return task_lease(engine, "score", sampling=Sampling(logprobs=count), **fields)
+
+
 class Result:
     """What came out under one key."""
 
@@ -160,6 +165,10 @@ class Result:
 
     def vector_of(self, index: int) -> list[float]:
         return vector_values(self.texts[self.ids.index(index)])
+
+    @property
+    def scores(self) -> list[Logprob | None]:
+        return [each for output in self.outputs for each in output.logprobs or [None] * len(output.ids)]
 
     @property
     def folded(self) -> Completion:
@@ -289,6 +298,7 @@ class TaskContract:
             "generate": {"prompt": "x"},
             "tokenize": {"prompt": "x"},
             "embed": {"inputs": ("x",)},
+            "score": {"prompt": "x"},
         }
         missing = [task_lease(engine, task, **fields) for task, fields in asked.items() if task not in offered]
         for result in await run(engine, *missing) if missing else []:
@@ -615,6 +625,86 @@ class EngineContract(TaskContract):
         assert any(driver.results[key].finish is None for key in replies)
         for key in replies:
             driver.abort(key)
+
+    # ------------------------------------------------------------------------------------ score
+
+    async def test_a_score_has_an_entry_for_each_token_of_the_prompt(self, engine: Engine) -> None:
+        needs_task(engine, "score")
+        prompt = " and ".join(PROMPTS * 4)  # more than is scored in a step
+        (found,) = await run(engine, task_lease(engine, "tokenize", prompt=prompt))
+        (result,) = await run(engine, score_lease(engine, 3, prompt=prompt))
+        assert result.ids == found.tokenized.tokens
+        assert len(result.ids) > 100
+        assert result.finish == Finish(("stop",))
+        assert result.prompt_counts == [len(result.ids)]
+        assert prompt in result.text
+        first, *others = result.scores
+        assert first is None
+        for score in others:
+            assert score is not None
+            assert score.logprob <= 0
+            assert [top.logprob for top in score.top[:3]] == sorted(
+                (top.logprob for top in score.top[:3]), reverse=True
+            )
+            assert max(top.logprob for top in score.top) >= score.logprob
+
+    async def test_a_score_is_what_a_reply_tells_of_its_tokens(self, engine: Engine) -> None:
+        needs_task(engine, "score")
+        needs_determinism(engine)
+        (found,) = await run(engine, task_lease(engine, "tokenize", prompt=PROMPTS[4]))
+        begun = tuple(found.tokenized.tokens)
+        driver = Driver(engine)
+        (reply,) = await run(engine, lease(engine, prompt_ids=begun, max_tokens=90, logprobs=0))
+        for others in (0, 3):  # alone, and beside those that draw
+            beside = [driver.add(lease(engine, prompt, max_tokens=60)) for prompt in PROMPTS[:others]]
+            (result,) = await driver.finish(driver.add(score_lease(engine, 0, prompt_ids=(*begun, *reply.ids))))
+            told = [score.logprob for score in result.scores[len(begun) :] if score is not None]
+            drawn = [score.logprob for score in reply.scores if score is not None]
+            assert len(told) == len(drawn) == len(reply.ids)
+            assert max(abs(a - b) for a, b in zip(told, drawn, strict=True)) < 1e-3
+            await driver.finish(*beside)
+
+    async def test_a_score_goes_on_where_an_earlier_attempt_was(self, engine: Engine) -> None:
+        needs_task(engine, "score")
+        needs_determinism(engine)
+        prompt = " and ".join(PROMPTS * 2)
+        (whole,) = await run(engine, score_lease(engine, 2, prompt=prompt))
+        for had in (1, 2, 70, len(whole.ids) - 1, len(whole.ids)):
+            logged = {"prefix": whole.ids[:had], "texts": whole.texts[:had]}
+            (rest,) = await run(engine, score_lease(engine, 2, prompt=prompt, **logged))
+            assert rest.ids == whole.ids[had:]
+            assert rest.text == "".join(whole.texts[had:])
+            assert [score and round(score.logprob, 3) for score in rest.scores] == [
+                score and round(score.logprob, 3) for score in whole.scores[had:]
+            ]
+
+    async def test_a_prompt_of_one_token_and_one_of_the_whole_context_can_be_scored(self, engine: Engine) -> None:
+        needs_task(engine, "score")
+        context = engine.models[0].context_length
+        one, whole, more = await run(
+            engine,
+            score_lease(engine, 1, prompt_ids=(7,)),
+            score_lease(engine, 0, prompt_ids=(7, 8) * (context // 2)),
+            score_lease(engine, 0, prompt_ids=(7,) * (context + 1)),
+        )
+        assert (one.ids, one.scores) == ([7], [None])
+        assert len(whole.ids) == context // 2 * 2
+        assert more.finish is not None
+        assert more.finish.error is not None
+        assert more.finish.error.code == "context_length_exceeded"
+
+    async def test_scores_are_dropped_at_any_step(self, engine: Engine) -> None:
+        needs_task(engine, "score")
+        driver = Driver(engine)
+        keys = [driver.add(score_lease(engine, 0, prompt=" and ".join(PROMPTS * 8))) for _ in range(4)]
+        beside = driver.add(lease(engine, max_tokens=30))
+        for key in keys[:3]:
+            await driver.step()
+            driver.abort(key)
+        last, reply = await driver.finish(keys[3], beside)
+        assert last.scores[1:]
+        assert all(last.scores[1:])
+        assert reply.ids
 
     # ------------------------------------------------------------------------------------ batching
 
