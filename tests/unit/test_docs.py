@@ -28,7 +28,8 @@ from penstock.gateway.routes.anthropic import CreateMessage
 from penstock.gateway.routes.bodies import JobBody
 from penstock.gateway.routes.embeddings import CreateEmbeddings
 from penstock.gateway.routes.jobs import Generate, GenerateJob, complete_frame, end_frame, feed_frames, token_frames
-from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.routes.completions import TextCompletion
+from penstock.gateway.routes.openai import ChatCompletion
 from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.sse import HEADERS
 from penstock.observability.metrics import Metrics

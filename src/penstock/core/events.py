@@ -37,6 +37,10 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
     data: bytes | None = None
 
 
+#: A token of a choice: its id, the text that it added, and how likely it was, where that is known.
+TokenLogprob = tuple[int, str, Logprob | None]
+
+
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
     """Tokens at positions ``position`` … ``position + len(ids) - 1``, all written under one attempt.
 
@@ -107,7 +111,7 @@ class Completion(msgspec.Struct):
 
     texts: list[str]
     ids: list[list[int]]
-    logprobs: list[list[tuple[int, str, Logprob]]]
+    logprobs: list[list[TokenLogprob]]
     ended: Ended | None = None
     pieces: list[list[str]] = []
     """Of each choice, what every position of the log added to its text."""

@@ -17,6 +17,7 @@ from penstock.gateway.http import Endpoint, Handler, refuse
 from penstock.gateway.routes import (
     anthropic,
     batches,
+    completions,
     embeddings,
     files,
     jobs,
@@ -44,7 +45,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/events", jobs.user_events),
     ("POST", "/v1/generate", jobs.generate),
     ("POST", "/v1/chat/completions", openai.chat_completions),
-    ("POST", "/v1/completions", openai.completions),
+    ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/responses", responses.create),
     ("POST", "/v1/responses/compact", responses.compact),
     ("GET", "/v1/responses/{id}", responses.retrieve),

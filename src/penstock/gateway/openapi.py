@@ -13,11 +13,12 @@ from penstock.core.job import Status
 from penstock.gateway.routes.anthropic import CountTokens, CreateMessage
 from penstock.gateway.routes.batches import CreateBatch
 from penstock.gateway.routes.bodies import JobBody
+from penstock.gateway.routes.completions import TextCompletion
 from penstock.gateway.routes.embeddings import CreateEmbeddings
 from penstock.gateway.routes.files import FileUpload
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.models import ManageModel
-from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.routes.openai import ChatCompletion
 from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.routes.seeds import GenerateVLLM, PromptBody, PromptsBody
 from penstock.gateway.routes.tokens import Detokenize, Tokenize

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -380,6 +380,24 @@ class Gateway:
             self.models.nudge(request.model)
         return stored
 
+    async def submit_all(self, requests: Sequence[Request], submission: Submission) -> list[Job]:
+        """A job for each of *requests*, all of them or none. Under an idempotency key each has one of its own."""
+        key = submission.idempotency_key
+        jobs: list[Job] = []
+        try:
+            for number, request in enumerate(requests):
+                one = msgspec.structs.replace(submission, idempotency_key=key and f"{key}/{number}")
+                jobs.append(await self.submit(request, one))
+        except PenstockError as error:
+            if key is None:
+                for job in jobs:
+                    await self.broker.cancel(job.tenant, job.id)
+            elif not isinstance(error, BrokerUnavailable):  # else they may be running for who asked first, or ask again
+                for job in jobs:
+                    await self.broker.forget(job.tenant, job.id)  # the key is to be free for the next try
+            raise
+        return jobs
+
     async def repeated(self, submission: Submission) -> Job | None:
         """The job that this is a repetition of, if it is: for what could not be accepted (any more) as a new one.
 
@@ -404,19 +422,26 @@ class Gateway:
         headers: dict[str, str] | None = None,
     ) -> EventStream:
         """An SSE response of *following*; a refusal that comes at once is raised instead of streamed."""
+        headers = {"x-penstock-job": following.job.id, **(headers or {})}
+        return await self.stream_all([following], render(aiter(following)), headers)
+
+    async def stream_all(
+        self, followings: Sequence[Following], blocks: AsyncIterator[bytes], headers: dict[str, str]
+    ) -> EventStream:
+        """The same of *blocks* that are made of several."""
+
+        async def close(complete: bool) -> None:
+            for following in followings:
+                await following.close(complete)
+
         try:
-            first = await following.peek(self.config.hold)
-            if isinstance(first, Ended) and first.error is not None and first.position == 1:
-                raise error_from_info(first.error)
+            for first in await asyncio.gather(*(following.peek(self.config.hold) for following in followings)):
+                if isinstance(first, Ended) and first.error is not None and first.position == 1:
+                    raise error_from_info(first.error)
         except BaseException:
-            await following.close(complete=True)
+            await close(complete=True)
             raise
-        return EventStream(
-            self.streams,
-            render(aiter(following)),
-            headers={"x-penstock-job": following.job.id, **(headers or {})},
-            on_close=following.close,
-        )
+        return EventStream(self.streams, blocks, headers=headers, on_close=close)
 
     async def ask(
         self, request: Request, submission: Submission, gone: Callable[[], Awaitable[None]]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
+from penstock.core.aio import merge
 from penstock.core.errors import (
     ContextLengthExceeded,
     EngineError,
@@ -194,7 +195,7 @@ class UpstreamBackend(AsyncBackend):
                 reply.prompt_tokens = told
         counted = ended = False
         streams = [self._run(request, choice, reply) for choice, reply in enumerate(replies) if reply.finish is None]
-        async with contextlib.aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as outputs:
+        async with contextlib.aclosing(streams[0] if len(streams) == 1 else merge(streams)) as outputs:
             async for output in outputs:
                 output.prompt_tokens = None if counted else output.prompt_tokens or told
                 counted = counted or output.prompt_tokens is not None
@@ -373,7 +374,7 @@ class UpstreamBackend(AsyncBackend):
             calls.extend(some[at : at + self._options.batch] for at in range(0, len(some), self._options.batch))
         tokens = 0
         streams = [self._embed_some(key, request, calls) for _ in range(min(ABREAST, len(calls)))]
-        async with contextlib.aclosing(_merge(streams)) as outputs:
+        async with contextlib.aclosing(merge(streams)) as outputs:
             async for output in outputs:
                 tokens += output.prompt_tokens or 0
                 output.prompt_tokens = None  # told once, of all
@@ -511,37 +512,6 @@ def _seconds(header: str | None) -> float:
         return min(MAX_RETRY_AFTER, max(0.0, float(header or 1)))
     except ValueError:
         return 1.0
-
-
-async def _merge(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[Output]:
-    """Everything from all of them, as it comes. The first failure is everybody's."""
-    queue: asyncio.Queue[Output | BaseException | None] = asyncio.Queue(maxsize=2 * len(streams) or 1)
-
-    async def pump(stream: AsyncGenerator[Output]) -> None:
-        try:
-            async with contextlib.aclosing(stream) as outputs:
-                async for output in outputs:
-                    await queue.put(output)
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
-    try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> UpstreamBackend:

@@ -14,12 +14,17 @@ from penstock.core.job import Metadata
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import Batch
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes import embeddings, openai, responses
+from penstock.gateway.routes import completions, embeddings, openai, responses
 from penstock.gateway.routes.bodies import Operation
 from penstock.gateway.routes.files import TTL, expiry, list_view, paging
 
 #: What a batch can be made of.
-OPERATIONS: dict[str, Operation] = {**embeddings.OPERATIONS, **openai.OPERATIONS, **responses.OPERATIONS}
+OPERATIONS: dict[str, Operation] = {
+    **embeddings.OPERATIONS,
+    **openai.OPERATIONS,
+    **completions.OPERATIONS,
+    **responses.OPERATIONS,
+}
 
 _MOMENTS = (
     "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled",

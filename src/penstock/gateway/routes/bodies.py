@@ -96,6 +96,24 @@ class ChatMessage(msgspec.Struct, frozen=True):
         return "".join(part.text for part in self.content)
 
 
+def several(value: str | list[Any], most: int, param: str) -> tuple[str | tuple[int, ...], ...]:
+    """What the field *param* brings: a text, a list of token ids, or a list of such, *most* of them."""
+    if isinstance(value, str):
+        return (value,)
+    ids = tuple(each for each in value if isinstance(each, int))
+    if len(ids) == len(value):
+        return (ids,)
+    if ids:
+        raise InvalidRequest(
+            f"{param} is a text or a list of token ids, or a list of such; not texts and ids in one.", param=param
+        )
+    if len(value) > most:
+        raise InvalidRequest(
+            f"{param} brings {len(value)}; one call takes {most}. A batch takes any number.", param=param
+        )
+    return tuple(tuple(each) if isinstance(each, list) else str(each) for each in value)
+
+
 ChatMessages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
 
 

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 from starlette.types import ASGIApp
 
-from penstock.core.errors import InvalidRequest
 from penstock.core.events import Completion
 from penstock.core.job import Identifier, Job, ModelName, Request
 from penstock.core.tasks import vector_values, vectors
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import JobBody, Operation, Prepared, TokenId, TokenIds, submission
+from penstock.gateway.routes.bodies import JobBody, Operation, Prepared, TokenId, TokenIds, several, submission
 from penstock.gateway.service import Gateway
 
 #: Inputs that one call may bring; OpenAI has the same.
@@ -35,27 +34,10 @@ class CreateEmbeddings(JobBody, kw_only=True, frozen=True):
         return Request(
             model=self.model,
             task="embed",
-            inputs=self._inputs(),
+            inputs=several(self.input, MAX_INPUTS, "input"),
             input_type="document" if self.input_type == "passage" else self.input_type,
             dimensions=self.dimensions,
         )
-
-    def _inputs(self) -> tuple[str | tuple[int, ...], ...]:
-        if isinstance(self.input, str):
-            return (self.input,)
-        ids = tuple(each for each in self.input if isinstance(each, int))
-        if len(ids) == len(self.input):
-            return (ids,)
-        if ids:
-            raise InvalidRequest(
-                "input is a text or a list of token ids, or a list of such; not texts and ids in one.", param="input"
-            )
-        if len(self.input) > MAX_INPUTS:
-            raise InvalidRequest(
-                f"There are {len(self.input)} inputs; one call takes {MAX_INPUTS}. A batch takes any number.",
-                param="input",
-            )
-        return tuple(tuple(each) if isinstance(each, list) else str(each) for each in self.input)
 
     def reply(self, job: Job, completion: Completion) -> dict[str, Any]:
         """What the folded log of *job* is as JSON."""

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
 from penstock.core.events import Ended, Event, Tokens, fold
-from penstock.core.job import Job, ModelName, Request, Status, ToolCall, TopLogprobs
+from penstock.core.job import Job, ModelName, Request, Status, ToolCall, TopLogprobs, Usage
 from penstock.core.ports import Query
 from penstock.core.tasks import vectors
 from penstock.core.tools import named, parse_tool_calls
@@ -149,7 +149,7 @@ async def generate(call: Call) -> ASGIApp:
             "texts": completion.texts if job.request.n > 1 else None,
             **_tool_calls(job, completion.texts),
             "finish_reason": completion.ended.finish_reason,
-            "usage": usage_view(completion.ended),
+            "usage": usage_view(completion.ended.usage),
         },
         headers={"x-penstock-job": job.id},
     )
@@ -248,15 +248,14 @@ def _end_view(job: str, ended: Ended) -> dict[str, Any]:
         "job_id": job,
         "status": ended.status,
         "finish_reason": ended.finish_reason,
-        "usage": usage_view(ended),
+        "usage": usage_view(ended.usage),
     }
     if len(ended.finish_reasons) > 1:
         view["finish_reasons"] = ended.finish_reasons
     return view
 
 
-def usage_view(ended: Ended) -> dict[str, int]:
-    usage = ended.usage
+def usage_view(usage: Usage) -> dict[str, int]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -305,7 +304,7 @@ async def job_view(call: Call, job: Job) -> dict[str, Any]:
     if job.request.n > 1:
         view["result"]["texts"] = completion.texts
         view["finish_reasons"] = job.finish_reasons
-    view["usage"] = usage_view(completion.ended)
+    view["usage"] = usage_view(completion.ended.usage)
     view["timings"] = timings(job)
     return view
 

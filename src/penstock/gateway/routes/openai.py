@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, LogRewound, Unsupported
-from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
-from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
+from penstock.core.events import Completion, Ended, Event, Logprob, TokenLogprob, Tokens
+from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs, Usage
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import (
@@ -21,7 +20,6 @@ from penstock.gateway.routes.bodies import (
     Operation,
     Prepared,
     StructuredBody,
-    TokenId,
     plain,
     submission,
 )
@@ -104,46 +102,13 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
         return True
 
 
-class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
-    """The body of ``POST /v1/completions``. One prompt a request: a text (or a list with one), or token ids."""
-
-    prompt: str | Annotated[list[TokenId | str], Meta(min_length=1)]
-    logprobs: TopLogprobs | None = None
-    echo: bool = False
-    suffix: str | None = None
-    best_of: int | None = None
-
-    def request(self) -> Request:
-        if self.echo or self.suffix:
-            raise Unsupported("echo and suffix are not supported.", param="echo" if self.echo else "suffix")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise Unsupported("best_of is not supported beyond n.", param="best_of")
-        parts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        texts = [part for part in parts if isinstance(part, str)]
-        if texts and len(parts) > 1:
-            raise Unsupported("Send one prompt a request.", param="prompt")
-        request = Request(
-            model=self.model,
-            prompt=texts[0] if texts else None,
-            prompt_ids=None if texts else tuple(part for part in parts if isinstance(part, int)),
-            sampling=self.sampling(max_tokens=16, temperature=1.0, logprobs=self.logprobs),
-            n=self.n or 1,
-        )
-        return self.structured(request)
-
-
 # ---------------------------------------------------------------------------------------------- routes
 
 
 async def chat_completions(call: Call) -> ASGIApp:
     body = await call.body(ChatCompletion)
     request = body.request(call.gateway.config.default_max_tokens)
-    return await _reply(call, body, request, _chat_dialect(request))
-
-
-async def completions(call: Call) -> ASGIApp:
-    body = await call.body(TextCompletion)
-    return await _reply(call, body, body.request(), TextDialect)
+    return await respond(call, body, request, _chat_dialect(request))
 
 
 def _chat_dialect(request: Request) -> type[Dialect]:
@@ -154,27 +119,19 @@ async def _prepare_chat(gateway: Gateway, tenant: str, body: ChatCompletion) -> 
     return Prepared(body.request(gateway.config.default_max_tokens))
 
 
-async def _prepare_text(gateway: Gateway, tenant: str, body: TextCompletion) -> Prepared:
-    return Prepared(body.request())
-
-
 def _write_chat(gateway: Gateway, body: ChatCompletion, job: Job, completion: Completion) -> Any:
     dialect = _chat_dialect(job.request)
     return dialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
 
 
-def _write_text(gateway: Gateway, body: TextCompletion, job: Job, completion: Completion) -> Any:
-    return TextDialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
-
-
 #: What a batch can be made of, of these routes.
 OPERATIONS = {
     "/v1/chat/completions": Operation(ChatCompletion, _prepare_chat, _write_chat),
-    "/v1/completions": Operation(TextCompletion, _prepare_text, _write_text),
 }
 
 
-async def _reply(call: Call, body: OpenAIBody, request: Request, dialect: type[Dialect]) -> ASGIApp:
+async def respond(call: Call, body: OpenAIBody, request: Request, dialect: type[Dialect]) -> ASGIApp:
+    """A job of *request*, streamed or answered as *dialect* writes it."""
     wish = submission(
         call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
     )
@@ -202,6 +159,9 @@ class Dialect:
     chunk_object = ""
     prefix = ""
 
+    positions = True
+    """Are there ``id:``s?"""
+
     def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
         self.job = job
         self.include_usage = include_usage
@@ -225,7 +185,7 @@ class Dialect:
                     yield (retry + self._end(event, first)).encode()
                     return
                 blocks = self._opening() if first and event.position == 1 else ""
-                blocks += self._run(event)
+                blocks += self.run(event)
                 first = False
                 if blocks:
                     yield (retry + blocks).encode()
@@ -233,54 +193,74 @@ class Dialect:
         except LogRewound as error:  # the store lost what this reader was given
             yield f"{retry}data: {ascii_json({'error': error.info})}\n\n".encode()
 
-    def _run(self, run: Tokens) -> str:
+    def run(self, run: Tokens) -> str:
+        """The chunks of some more tokens."""
         if run.choices is None and run.logprobs is None:
             text = "".join(run.texts)
             if not text and not self.token_ids:
                 return ""
             delta = self._delta(0, text, None)
-            return f"id: {run.last}\n" + self.chunk(f"[{self._with_ids(delta, run.ids)}]") if delta else ""
+            return self._id(run.last) + self.chunk(f"[{self._with_ids(delta, run.ids)}]") if delta else ""
         # Each stretch of one choice's tokens is a chunk with the position of its last: a resume is exact anywhere.
         blocks = []
         choices = run.choices if run.choices is not None else [0] * len(run.ids)
         for choice, stretch in groupby(range(len(run.ids)), key=choices.__getitem__):
             indices = list(stretch)
             text = "".join(run.texts[i] for i in indices)
-            logprobs = [(run.ids[i], run.texts[i], logprob) for i in indices if (logprob := _at(run.logprobs, i))]
+            logprobs: list[TokenLogprob] = [
+                (run.ids[i], run.texts[i], logprob) for i in indices if (logprob := _at(run.logprobs, i))
+            ]
             if text or logprobs or self.token_ids:
                 delta = self._delta(choice, text, logprobs or None)
                 if not delta:
                     continue
                 chunk = self.chunk(f"[{self._with_ids(delta, [run.ids[i] for i in indices])}]")
-                blocks.append(f"id: {run.position + indices[-1]}\n{chunk}")
+                blocks.append(self._id(run.position + indices[-1]) + chunk)
         return "".join(blocks)
 
     def _end(self, ended: Ended, first: bool) -> str:
         if ended.error is not None:
             return f"id: {ended.position}\ndata: " + ascii_json({"error": ended.error}) + "\n\n"
         blocks = self._opening() if first and ended.position == 1 else ""
-        for i, reason in enumerate(ended.finish_reasons):
-            blocks += self.chunk(f"[{self._with_stop(self._finish(i, reason), ended.stop(i))}]")
-        if self.include_usage:
-            blocks += self.chunk("[]", ascii_json(usage_view(ended)))
+        blocks += self.finishes(ended)
         # The end's position belongs to its last block: who saw less of it gets all of it again.
-        return f"{blocks}id: {ended.position}\ndata: [DONE]\n\n"
+        return f"{blocks}{self.usage(ended.usage)}id: {ended.position}\ndata: [DONE]\n\n"
+
+    def _id(self, position: int) -> str:
+        return f"id: {position}\n" if self.positions else ""
+
+    def finishes(self, ended: Ended) -> str:
+        """The chunks that say how each choice ended."""
+        reasons = enumerate(ended.finish_reasons)
+        return "".join(self.chunk(f"[{self._with_stop(self._finish(i, why), ended.stop(i))}]") for i, why in reasons)
+
+    def usage(self, usage: Usage) -> str:
+        """The chunk that tells it, if it is wanted."""
+        return self.chunk("[]", ascii_json(usage_view(usage))) if self.include_usage else ""
 
     def reply(self, completion: Completion) -> dict[str, Any]:
         assert completion.ended is not None
+        return self.answer(self.choices(completion), completion.ended.usage)
+
+    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": self.object,
             "created": int(self.job.created_at),
             "model": self.job.request.model,
-            "choices": [
-                self._choice(i, text, completion, reason)
-                | ({"stop_reason": stop} if (stop := completion.ended.stop(i)) is not None else {})
-                | ({"token_ids": completion.ids[i]} if self.token_ids else {})
-                for i, (text, reason) in enumerate(zip(completion.texts, completion.ended.finish_reasons, strict=True))
-            ],
-            "usage": usage_view(completion.ended),
+            "choices": choices,
+            "usage": usage_view(usage),
         }
+
+    def choices(self, completion: Completion) -> list[dict[str, Any]]:
+        ended = completion.ended
+        assert ended is not None
+        return [
+            self._choice(i, text, completion, reason)
+            | ({"stop_reason": stop} if (stop := ended.stop(i)) is not None else {})
+            | ({"token_ids": completion.ids[i]} if self.token_ids else {})
+            for i, (text, reason) in enumerate(zip(completion.texts, ended.finish_reasons, strict=True))
+        ]
 
     def _with_ids(self, choice: str, ids: list[int]) -> str:
         return f'{choice[:-1]},"token_ids":[{",".join(map(str, ids))}]}}' if self.token_ids else choice
@@ -292,7 +272,7 @@ class Dialect:
     def _opening(self) -> str:
         return ""
 
-    def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
+    def _delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None) -> str:
         """A chunk's entry for more of a choice; empty where there is nothing to say yet."""
         raise NotImplementedError
 
@@ -316,7 +296,7 @@ class ChatDialect(Dialect):
             for i in range(self.job.request.n)
         )
 
-    def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
+    def _delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None) -> str:
         extra = f',"logprobs":{ascii_json(_chat_logprobs(logprobs))}' if logprobs else ""
         return f'{{"index":{index},"delta":{{"content":{json_string(text)}}}{extra},"finish_reason":null}}'
 
@@ -372,7 +352,7 @@ class ToolDialect(ChatDialect):
         finally:
             await events.aclose()  # type: ignore[attr-defined]
 
-    def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
+    def _delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None) -> str:
         delta = self._parts(index, self._parsers[index].push(text))
         if not (delta or logprobs or self.token_ids):
             return ""
@@ -419,17 +399,25 @@ class TextDialect(Dialect):
     chunk_object = "text_completion"
     prefix = "cmpl-"
 
-    def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
+    first = 0
+    """The index of this prompt's first choice."""
+
+    def opening(self, n: int, text: str, ids: list[int], logprobs: list[TokenLogprob]) -> str:
+        """The chunk with which *n* choices begin that echo their prompt."""
+        delta = self._with_ids
+        return self.chunk("[" + ",".join(delta(self._delta(i, text, logprobs or None), ids) for i in range(n)) + "]")
+
+    def _delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None) -> str:
         extra = f',"logprobs":{ascii_json(_text_logprobs(logprobs))}' if logprobs else ',"logprobs":null'
-        return f'{{"index":{index},"text":{json_string(text)}{extra},"finish_reason":null}}'
+        return f'{{"index":{self.first + index},"text":{json_string(text)}{extra},"finish_reason":null}}'
 
     def _finish(self, index: int, reason: str) -> str:
-        return f'{{"index":{index},"text":"","logprobs":null,"finish_reason":{json_string(reason)}}}'
+        return f'{{"index":{self.first + index},"text":"","logprobs":null,"finish_reason":{json_string(reason)}}}'
 
     def _choice(self, index: int, text: str, completion: Completion, reason: str) -> dict[str, Any]:
         logprobs = completion.logprobs[index]
         return {
-            "index": index,
+            "index": self.first + index,
             "text": text,
             "logprobs": _text_logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
@@ -440,7 +428,7 @@ def _at(logprobs: list[Logprob | None] | None, i: int) -> Logprob | None:
     return logprobs[i] if logprobs is not None else None
 
 
-def _chat_logprobs(tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
+def _chat_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
     def entry(text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
@@ -448,18 +436,19 @@ def _chat_logprobs(tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
         "content": [
             {**entry(text, logprob.logprob), "top_logprobs": [entry(top.text, top.logprob) for top in logprob.top]}
             for _, text, logprob in tokens
+            if logprob is not None
         ]
     }
 
 
-def _text_logprobs(tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
+def _text_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
     offsets, offset = [], 0
     for _, text, _logprob in tokens:
         offsets.append(offset)
         offset += len(text)
     return {
         "tokens": [text for _, text, _ in tokens],
-        "token_logprobs": [logprob.logprob for _, _, logprob in tokens],
-        "top_logprobs": [{top.text: top.logprob for top in logprob.top} for _, _, logprob in tokens],
+        "token_logprobs": [logprob and logprob.logprob for _, _, logprob in tokens],
+        "top_logprobs": [logprob and {top.text: top.logprob for top in logprob.top} for _, _, logprob in tokens],
         "text_offset": offsets,
     }

@@ -150,21 +150,8 @@ def _request(call: Call, body: ClassicBody, prompt: Prompt, model: str | None = 
 
 async def _all(call: Call, body: ClassicBody, prompts: Prompts, model: str | None = None) -> ASGIApp:
     """A job for each of *prompts*, all of them or none; answered with their results, in order, when all have ended."""
-    wish = _wish(call, body, "cancel")
-    jobs: list[Job] = []
-    try:
-        for number, prompt in enumerate(prompts):
-            key = wish.idempotency_key and f"{wish.idempotency_key}/{number}"
-            one = msgspec.structs.replace(wish, idempotency_key=key)
-            jobs.append(await call.gateway.submit(_request(call, body, prompt, model), one))
-    except PenstockError as error:
-        if wish.idempotency_key is None:
-            for job in jobs:
-                await call.gateway.broker.cancel(job.tenant, job.id)
-        elif not isinstance(error, BrokerUnavailable):  # else they may be running for who asked first, or ask again
-            for job in jobs:
-                await call.gateway.broker.forget(job.tenant, job.id)  # the key is to be free for the next try
-        raise
+    requests = [_request(call, body, prompt, model) for prompt in prompts]
+    jobs = await call.gateway.submit_all(requests, _wish(call, body, "cancel"))
     leaving = asyncio.ensure_future(call.gone())
     try:
         results = await asyncio.gather(*(_result(call, job, leaving) for job in jobs))
@@ -191,7 +178,7 @@ def _answer(job: Job, completion: Completion) -> dict[str, Any]:
         "text": completion.texts[0],
         **({"texts": completion.texts} if job.request.n > 1 else {}),
         "finish_reason": ended.finish_reason,
-        "usage": usage_view(ended),
+        "usage": usage_view(ended.usage),
     }
 
 
