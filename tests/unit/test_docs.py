@@ -26,9 +26,9 @@ from penstock.gateway import openapi
 from penstock.gateway.app import ROUTES
 from penstock.gateway.routes.anthropic import CreateMessage
 from penstock.gateway.routes.bodies import JobBody
+from penstock.gateway.routes.completions import TextCompletion
 from penstock.gateway.routes.embeddings import CreateEmbeddings
 from penstock.gateway.routes.jobs import Generate, GenerateJob, complete_frame, end_frame, feed_frames, token_frames
-from penstock.gateway.routes.completions import TextCompletion
 from penstock.gateway.routes.openai import ChatCompletion
 from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.sse import HEADERS

@@ -23,8 +23,8 @@ from penstock.core.ports import Append, Finish, Query, QueuePolicy, WorkerInfo
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
 from penstock.gateway.http import decode
-from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.completions import TextCompletion
+from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.openai import ChatCompletion
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.testing.clock import ManualClock
