@@ -381,12 +381,14 @@ class Gateway:
         return stored
 
     async def submit_all(self, requests: Sequence[Request], submission: Submission) -> list[Job]:
-        """A job for each of *requests*, all of them or none. Under an idempotency key each has one of its own."""
+        """A job for each of *requests*, all of them or none. Under an idempotency key each has one of its own; without
+        one, what is no reply is not kept: nobody comes back for it."""
         key = submission.idempotency_key
         jobs: list[Job] = []
         try:
             for number, request in enumerate(requests):
-                one = msgspec.structs.replace(submission, idempotency_key=key and f"{key}/{number}")
+                keep = submission.keep if key or request.task == "generate" else ASK_KEEP
+                one = msgspec.structs.replace(submission, idempotency_key=key and f"{key}/{number}", keep=keep)
                 jobs.append(await self.submit(request, one))
         except PenstockError as error:
             if key is None:
