@@ -35,6 +35,8 @@ from starlette.routing import Route
 CHAT, EMBED = "scripted", "scripted-embed"
 CONTEXT = 16_384
 DIMENSIONS = 64
+#: Seconds from one token to the next, so that each comes by itself.
+PACE = 0.005
 #: So deep in a schema only what is required is filled in.
 DEEP = 4
 
@@ -84,7 +86,7 @@ class Refused(Exception):
 # ------------------------------------------------------------------------------------------ what a text names
 
 _NAME = r"[A-Z][\w'’]*(?:(?:, | )[A-Z][\w'’]*)*"
-_NO_NAMES = set(
+_NO_NAMES = frozenset(
     "A An And Answer Are Calculate Call Can Create Do Extract For Generate Give Have Hello Hi How I Is It Make My "
     "Please Say Should Tell The Then This Use What When Where Which Who Write You Your".split()
 )
@@ -183,16 +185,22 @@ def _least(parsed: Any) -> Iterator[str]:
             case "ANY":
                 yield "a"
             case "IN":
-                name, first = value[0]
-                yield {"RANGE": lambda: chr(first[0]), "LITERAL": lambda: chr(first)}.get(
-                    str(name), lambda: {"CATEGORY_DIGIT": "1", "CATEGORY_SPACE": " "}.get(str(first), "a")
-                )()
+                yield _member(*value[0])
             case "MAX_REPEAT" | "MIN_REPEAT":
                 yield "".join(_least(value[2])) * max(value[0], min(1, value[1]))
             case "SUBPATTERN":
                 yield from _least(value[-1])
             case "BRANCH":
                 yield from _least(value[1][0])
+
+
+def _member(kind: Any, value: Any) -> str:
+    match str(kind):
+        case "RANGE":
+            return chr(value[0])
+        case "LITERAL":
+            return chr(value)
+    return {"CATEGORY_DIGIT": "1", "CATEGORY_SPACE": " "}.get(str(value), "a")
 
 
 # ------------------------------------------------------------------------------------------ the perfect model
@@ -574,7 +582,7 @@ def stream(
     async def events() -> AsyncIterator[str]:
         for each in choices:
             yield f"data: {json.dumps(envelope(kind, [each], prompt, None))}\n\n"
-            await asyncio.sleep(0)  # each by itself
+            await asyncio.sleep(PACE)
         if (body.get("stream_options") or {}).get("include_usage"):
             yield f"data: {json.dumps(envelope(kind, [], prompt, tokens))}\n\n"
         yield "data: [DONE]\n\n"
