@@ -37,6 +37,13 @@ RESULTS = ("passed", "failed", "skipped")
 #: Seconds that an installation and the asking may take.
 INSTALL_LIMIT, ASK_LIMIT = 1800, 900
 
+#: For suites that bring asynchronous tests: clients may keep connections from one to the next.
+PYTEST_OPTIONS = (
+    "asyncio_mode=auto",
+    "asyncio_default_fixture_loop_scope=session",
+    "asyncio_default_test_loop_scope=session",
+)
+
 
 class CannotInstall(Exception):
     """With what the installer said last."""
@@ -122,7 +129,8 @@ class Client:
             if (self.folder / "asks.py").exists():
                 command = [str(self.environment / "bin" / "python"), "-m", "pytest", "-c", os.devnull]
                 command += [f"--rootdir={self.folder}", f"--confcutdir={self.folder}", "-p", "no:cacheprovider", "-v"]
-                command += ["--tb=short", f"--junitxml={report}", str(self.folder / "asks.py")]
+                command += ["--tb=short", "--disable-warnings", f"--junitxml={report}", str(self.folder / "asks.py")]
+                command += [word for option in PYTEST_OPTIONS for word in ("-o", option)]
             else:
                 command = ["node", "--test", "--test-reporter=spec", "--test-reporter-destination=stdout"]
                 command += ["--test-reporter=junit", f"--test-reporter-destination={report}"]

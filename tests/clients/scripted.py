@@ -311,7 +311,8 @@ def constrained(body: dict[str, Any], named: Named) -> str | None:
         limits["json"] = wanted["json_schema"]["schema"]
     elif wanted.get("type") == "json_object":
         # Without a schema it is described in words, mostly as one.
-        limits["json"] = described(body) or {"type": "object", "properties": {"answer": {"type": "string"}}}
+        keys = [each for each in re.findall(r"['\"`](\w+)['\"`]", named.text) if "key" in named.text] or ["answer"]
+        limits["json"] = described(body) or {"type": "object", "properties": {key: {"type": "string"} for key in keys}}
     if (schema := limits.get("json")) is not None:
         schema = json.loads(schema) if isinstance(schema, str) else schema
         return json.dumps(instance(schema, named), ensure_ascii=False)
