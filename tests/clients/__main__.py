@@ -1,0 +1,236 @@
+"""``make clients``: real clients and outside suites against a Penstock before a perfect model.
+
+Each folder beside this file is one: ``requirements.txt`` and ``package.json`` with its lock say what it needs at exact
+versions (installed in ``.venv-clients``, and in the folder's ``node_modules``), ``asks.py`` or ``asks.mjs`` what it is
+asked, as tests of pytest or ``node --test``. They find the server in ``PENSTOCK_URL``, its models in ``PENSTOCK_MODEL``
+and ``PENSTOCK_EMBED``.
+
+Prints one table, and exits with 1 where something failed that ``docs/compliance.md`` does not name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.clients.scripted import CHAT, EMBED, scripted
+from tests.support.compliance import PAGE, page_rows
+from tests.support.server import Server, free_port, model
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = HERE.parents[1] / ".venv-clients"
+RESULTS = ("passed", "failed", "skipped")
+#: Seconds that an installation and the asking may take.
+INSTALL_LIMIT, ASK_LIMIT = 1800, 900
+
+#: For suites that bring asynchronous tests: clients may keep connections from one to the next.
+PYTEST_OPTIONS = (
+    "asyncio_mode=auto",
+    "asyncio_default_fixture_loop_scope=session",
+    "asyncio_default_test_loop_scope=session",
+)
+
+
+class CannotInstall(Exception):
+    """With what the installer said last."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a test: one of `RESULTS`, and what is said about it."""
+
+    client: str
+    test: str
+    result: str
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Client:
+    """One of the folders."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return HERE / self.name
+
+    @property
+    def environment(self) -> Path:
+        return ENVIRONMENTS / self.name
+
+    @property
+    def version(self) -> str:
+        """What it is: the first package that its folder names, and which."""
+        package = self.folder / "package.json"
+        if package.exists():
+            name, version = next(iter(json.loads(package.read_text())["dependencies"].items()))
+            return f"{name} {version}"
+        pinned = re.search(
+            r"^([\w.-]+)(?:\[.*\])?==(\S+)", (self.folder / "requirements.txt").read_text(), re.MULTILINE
+        )
+        assert pinned is not None, f"{self.name} pins nothing"
+        return f"{pinned[1]} {pinned[2]}"
+
+    def install(self) -> None:
+        """What the folder names, unless it is there already. Raises `CannotInstall`."""
+        files = [each for each in map(self.folder.joinpath, ("requirements.txt", "package-lock.json")) if each.exists()]
+        wanted = hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
+        stamp = self.environment / ".installed"
+        if stamp.exists() and stamp.read_text() == wanted:
+            return
+        print(f"{self.name}: installing {self.version} …", flush=True)
+        self.environment.mkdir(parents=True, exist_ok=True)
+        log = self.environment / "install.log"
+        log.write_text("")
+        steps: list[list[str]] = []
+        if files[0].name == "requirements.txt":
+            pip = [str(self.environment / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+            steps += [[sys.executable, "-m", "venv", "--clear", str(self.environment)], [*pip, "-r", str(files[0])]]
+        if files[-1].name == "package-lock.json":
+            steps.append(["npm", "ci", "--no-audit", "--no-fund", "--prefix", str(self.folder)])
+        began = time.monotonic()
+        said = b""
+        for step in steps:
+            try:
+                done = subprocess.run(
+                    step,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    timeout=INSTALL_LIMIT,
+                    env=self._variables({}),
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise CannotInstall(str(error)) from None
+            said += done.stdout
+            if done.returncode:
+                raise CannotInstall("\n".join(said.decode(errors="replace").splitlines()[-5:]))
+        stamp.write_text(wanted)
+        print(f"{self.name}: installed in {time.monotonic() - began:.0f} s", flush=True)
+
+    def ask(self, url: str) -> list[Outcome]:
+        """Run its tests against the server at *url*; their output goes through."""
+        with tempfile.TemporaryDirectory(prefix=f"{self.name}-", ignore_cleanup_errors=True) as scratch:
+            report = Path(scratch) / "report.xml"
+            if (self.folder / "asks.py").exists():
+                command = [str(self.environment / "bin" / "python"), "-m", "pytest", "-c", os.devnull]
+                command += [f"--rootdir={self.folder}", f"--confcutdir={self.folder}", "-p", "no:cacheprovider", "-v"]
+                command += ["--tb=short", "--disable-warnings", f"--junitxml={report}", str(self.folder / "asks.py")]
+                command += [word for option in PYTEST_OPTIONS for word in ("-o", option)]
+            else:
+                command = ["node", "--test", "--test-reporter=spec", "--test-reporter-destination=stdout"]
+                command += ["--test-reporter=junit", f"--test-reporter-destination={report}"]
+                command.append(str(self.folder / "asks.mjs"))
+            variables = {"PENSTOCK_URL": url, "PENSTOCK_MODEL": CHAT, "PENSTOCK_EMBED": EMBED, "HOME": scratch}
+            # In a session of its own, so that what it starts ends with it.
+            process = subprocess.Popen(command, cwd=scratch, env=self._variables(variables), start_new_session=True)
+            try:
+                code = process.wait(ASK_LIMIT)
+            except subprocess.TimeoutExpired:
+                return [Outcome(self.name, "(all)", "failed", f"not done after {ASK_LIMIT} s")]
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if not report.exists() or not (outcomes := read_report(self.name, report)):
+                return [Outcome(self.name, "(all)", "failed", f"exit code {code}, and no report")]
+            return outcomes
+
+    def _variables(self, more: Mapping[str, str]) -> dict[str, str]:
+        """The environment's, without what would point the client elsewhere."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not re.match(r"PENSTOCK_|OPENAI_|ANTHROPIC_|PYTHONPATH$|.*_proxy$", name, re.IGNORECASE)
+        }
+        path = f"{self.environment / 'bin'}{os.pathsep}{kept.get('PATH', '')}"
+        return {**kept, "PATH": path, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **more}
+
+
+CLIENTS = [Client(folder.name) for folder in sorted(HERE.iterdir()) if list(folder.glob("asks.*"))]
+
+
+def read_report(client: str, report: Path) -> list[Outcome]:
+    """The outcomes in a JUnit report, as pytest and node write it."""
+    outcomes = []
+    for case in ET.parse(report).iter("testcase"):
+        class_name = case.get("classname", "").rpartition(".")[2]
+        test = f"{class_name}::{case.get('name')}" if class_name not in ("", "asks", "test") else case.get("name", "")
+        result, says = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error", "skipped"):
+                result = "skipped" if child.tag == "skipped" else "failed"
+                says = next(iter((child.get("message") or child.text or "").strip().splitlines()), "")
+        outcomes.append(Outcome(client, test, result, says[:300]))
+    return outcomes
+
+
+def tally(client: Client, outcomes: Sequence[Outcome]) -> list[str]:
+    """The client's row in the page's table: name, version, tests, and how many of each of `RESULTS`."""
+    counts = [sum(one.result == result for one in outcomes) for result in RESULTS]
+    return [client.name, client.version, *map(str, (len(outcomes), *counts))]
+
+
+def is_documented(one: Outcome) -> bool:
+    """Does the page name it, with a reason? Its tests may be patterns, for what is the same in several."""
+    return any(
+        len(row) == 4
+        and row[0] == one.client
+        and row[2] == one.result
+        and fnmatch.fnmatchcase(one.test, row[1].strip("`"))
+        for row in page_rows()
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="CLIENT", help=f"some of {', '.join(c.name for c in CLIENTS)}")
+    names = parser.parse_args().names
+    if unknown := set(names) - {client.name for client in CLIENTS}:
+        parser.error(f"no such client: {', '.join(sorted(unknown))}")
+    asked = [client for client in CLIENTS if not names or client.name in names]
+    rows, unnamed = [], []
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        upstream = stack.enter_context(scripted(free_port()))
+        models = [model(name, engine="upstream", path=upstream) for name in (CHAT, EMBED)]
+        server = Server(Path(folder), models=models)
+        stack.callback(server.stop)
+        server.start()
+        for client in asked:
+            print(f"\n== {client.name}", flush=True)
+            try:
+                client.install()
+            except CannotInstall as error:
+                outcomes = [Outcome(client.name, "(install)", "failed", f"cannot be installed: {error}")]
+            else:
+                outcomes = client.ask(server.url)
+            rows.append(tally(client, outcomes))
+            unnamed += [one for one in outcomes if one.result != "passed" and not is_documented(one)]
+        if server.process is not None and server.process.poll() is not None:
+            print(f"The server has died:\n{server.tail()}")
+    print("\n| client | version | tests | passed | failed | skipped |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print(f"\nNot named in docs/{PAGE.name}:{'' if unnamed else ' nothing'}")
+    for one in unnamed:
+        print(f"  {one.result:8} {one.client:14} {one.test:50} {one.says}")
+    return 1 if any(one.result == "failed" for one in unnamed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

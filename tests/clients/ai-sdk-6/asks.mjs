@@ -1,0 +1,149 @@
+// Vercel's AI SDK: texts, tools, structures and streams through its OpenAI, Anthropic and OpenAI-compatible providers.
+// The same file for its versions 6 and 7.
+import { createAnthropic } from "@ai-sdk/anthropic";
+import { createOpenAI } from "@ai-sdk/openai";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { APICallError, embedMany, generateText, jsonSchema, Output, stepCountIs, streamText, tool } from "ai";
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { z } from "zod";
+
+const { PENSTOCK_URL: url, PENSTOCK_MODEL: name, PENSTOCK_EMBED: embed } = process.env;
+const baseURL = `${url}/v1`;
+const openai = createOpenAI({ baseURL, apiKey: "none" });
+const compatible = createOpenAICompatible({
+  name: "penstock",
+  baseURL,
+  apiKey: "none",
+  includeUsage: true,
+  supportsStructuredOutputs: true,
+});
+const models = {
+  chat: openai.chat(name),
+  responses: openai.responses(name),
+  anthropic: createAnthropic({ baseURL, apiKey: "none" })(name),
+  compatible: compatible(name),
+};
+const user = z.object({ name: z.string(), age: z.number().int() });
+const tools = {
+  weather: tool({
+    description: "The weather in a city",
+    inputSchema: z.object({ city: z.string() }),
+    execute: async ({ city }) => `sunny in ${city}`,
+  }),
+};
+
+for (const [kind, model] of Object.entries(models)) {
+  const ask = (settings) => generateText({ model, maxRetries: 0, ...settings });
+  const stream = (settings) => streamText({ model, maxRetries: 0, onError: () => {}, ...settings });
+
+  test(`${kind}: a text`, async () => {
+    const result = await ask({ prompt: "Say 'good morning'." });
+    assert.equal(result.text, "good morning");
+    assert.equal(result.finishReason, "stop");
+    assert.ok(result.usage.inputTokens > 0 && result.usage.outputTokens > 0);
+  });
+
+  test(`${kind}: a text as it comes`, async () => {
+    const result = stream({ prompt: "Say 'one two three four five six'." });
+    const parts = [];
+    for await (const part of result.textStream) parts.push(part);
+    assert.equal(parts.join(""), "one two three four five six");
+    assert.ok(parts.length > 1);
+    assert.ok((await result.usage).outputTokens > 0);
+  });
+
+  test(`${kind}: a tool, and what is made of its result`, async () => {
+    const result = await ask({ prompt: "What is the weather in Paris?", tools, stopWhen: stepCountIs(3) });
+    assert.deepEqual(result.steps[0].toolCalls.map((call) => call.input), [{ city: "Paris" }]);
+    assert.equal(result.text, "The tool says: sunny in Paris");
+  });
+
+  test(`${kind}: two calls at once`, async () => {
+    const result = await ask({ prompt: "What is the weather in Paris and in Rome?", tools, stopWhen: stepCountIs(3) });
+    assert.deepEqual(result.steps[0].toolCalls.map((call) => call.input), [{ city: "Paris" }, { city: "Rome" }]);
+    assert.equal(result.text, "The tool says: sunny in Paris and sunny in Rome");
+  });
+
+  test(`${kind}: a tool in a stream`, async () => {
+    const result = stream({ prompt: "What is the weather in Paris?", tools, stopWhen: stepCountIs(3) });
+    const types = [];
+    for await (const part of result.fullStream) types.push(part.type);
+    for (const type of ["tool-input-start", "tool-input-delta", "tool-call", "tool-result", "text-delta", "finish"])
+      assert.ok(types.includes(type), `${type} is missing in ${types}`);
+    assert.ok(!types.includes("error"));
+    assert.equal(await result.text, "The tool says: sunny in Paris");
+  });
+
+  test(`${kind}: a tool that must be called`, async () => {
+    const result = await ask({ prompt: "Hello in Paris", tools, toolChoice: { type: "tool", toolName: "weather" } });
+    assert.deepEqual(result.toolCalls.map((call) => call.input), [{ city: "Paris" }]);
+  });
+
+  test(`${kind}: a structure`, async () => {
+    const result = await ask({ prompt: "Extract: Jason is 25 years old.", output: Output.object({ schema: user }) });
+    assert.deepEqual(result.output, { name: "Jason", age: 25 });
+  });
+
+  test(`${kind}: a structure as it comes`, async () => {
+    const result = stream({ prompt: "Extract: Jason is 25 years old.", output: Output.object({ schema: user }) });
+    const parts = [];
+    for await (const part of result.partialOutputStream) parts.push(part);
+    assert.deepEqual(parts.at(-1), { name: "Jason", age: 25 });
+  });
+
+  test(`${kind}: a choice of some words`, async () => {
+    const output = Output.choice({ options: ["sunny", "rainy"] });
+    assert.equal((await ask({ prompt: "Is it rainy or not?", output })).output, "rainy");
+  });
+
+  test(`${kind}: a second turn behind calls`, async () => {
+    const first = await ask({ prompt: "What is the weather in Paris?", tools, stopWhen: stepCountIs(3) });
+    const messages = [
+      { role: "system", content: "Be brief." },
+      { role: "user", content: "What is the weather in Paris?" },
+      ...first.response.messages,
+      { role: "user", content: "Say 'thanks'." },
+    ];
+    assert.equal((await ask({ messages, tools, allowSystemInMessages: true })).text, "thanks");
+  });
+
+  test(`${kind}: a reply that is cut, with settings`, async () => {
+    const settings = { maxOutputTokens: 16, temperature: 0, topP: 0.5 };
+    const result = await ask({ prompt: `Say '${"word ".repeat(30)}'.`, ...settings });
+    assert.equal(result.finishReason, "length");
+    assert.ok(result.text.startsWith("word word"));
+  });
+
+  test(`${kind}: a prompt that is too long`, async () => {
+    const refused = (error) => APICallError.isInstance(error) && error.statusCode === 400 && !error.isRetryable;
+    await assert.rejects(ask({ prompt: "word ".repeat(20_000) }), refused);
+  });
+
+  test(`${kind}: a reply that is given up`, async () => {
+    const controller = new AbortController();
+    const result = stream({ prompt: `Say '${"word ".repeat(500)}'.`, abortSignal: controller.signal });
+    const types = [];
+    for await (const part of result.fullStream) {
+      types.push(part.type);
+      if (part.type === "text-delta") controller.abort();
+    }
+    assert.equal(types.at(-1), "abort");
+  });
+}
+
+test("chat: a schema that is no zod, with a description", async () => {
+  const schema = jsonSchema({ type: "object", properties: { age: { type: "integer", description: "Years" } }, required: ["age"] });
+  const result = await generateText({ model: models.compatible, prompt: "Jason is 25", output: Output.object({ schema }) });
+  assert.deepEqual(result.output, { age: 25 });
+});
+
+for (const [kind, model] of Object.entries({
+  openai: openai.embedding(embed),
+  compatible: (compatible.embeddingModel ?? compatible.textEmbeddingModel)(embed),
+}))
+  test(`${kind}: embeddings`, async () => {
+    const { embeddings, usage } = await embedMany({ model, values: ["a fox", "a river"] });
+    assert.deepEqual(embeddings.map((vector) => vector.length), [64, 64]);
+    assert.ok(usage.tokens > 0);
+  });

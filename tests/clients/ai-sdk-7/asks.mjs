@@ -1,0 +1,1 @@
+../ai-sdk-6/asks.mjs

@@ -1,0 +1,92 @@
+"""LangChain: the standard suites of langchain-tests for its OpenAI and Anthropic classes, with nothing left out."""
+
+import os
+
+import openai
+import pytest
+from langchain_anthropic import ChatAnthropic
+from langchain_core.language_models import BaseChatModel
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from langchain_tests.integration_tests import ChatModelIntegrationTests, EmbeddingsIntegrationTests
+
+URL, MODEL, EMBED = (os.environ[f"PENSTOCK_{name}"] for name in ("URL", "MODEL", "EMBED"))
+
+
+class TestChatOpenAI(ChatModelIntegrationTests):
+    """Over chat completions."""
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict:
+        return {"model": MODEL, "base_url": f"{URL}/v1", "api_key": "none", "stream_usage": True, "max_retries": 0}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return False  # its tests bring tool_result blocks that no OpenAI route takes
+
+
+class TestChatOpenAIResponses(TestChatOpenAI):
+    """Over the responses API."""
+
+    @property
+    def chat_model_params(self) -> dict:
+        return {**super().chat_model_params, "use_responses_api": True}
+
+
+class TestChatAnthropic(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatAnthropic
+
+    @property
+    def chat_model_params(self) -> dict:
+        return {"model": MODEL, "base_url": URL, "api_key": "none", "max_tokens": 1024, "max_retries": 0}
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+
+class TestOpenAIEmbeddings(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[OpenAIEmbeddings]:
+        return OpenAIEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict:
+        # Its own counting of tokens knows only OpenAI's models.
+        return {"model": EMBED, "base_url": f"{URL}/v1", "api_key": "none", "check_embedding_ctx_length": False}
+
+
+def test_a_prompt_that_is_too_long_is_known_as_such():
+    from langchain_core.exceptions import ContextOverflowError
+
+    chat = ChatOpenAI(model=MODEL, base_url=f"{URL}/v1", api_key="none", max_retries=0)
+    with pytest.raises(ContextOverflowError):
+        chat.invoke("word " * 20_000)
+
+
+def test_a_prompt_that_is_too_long_for_anthropics_route_is_known_as_such():
+    from langchain_core.exceptions import ContextOverflowError
+
+    chat = ChatAnthropic(model=MODEL, base_url=URL, api_key="none", max_retries=0)
+    with pytest.raises(ContextOverflowError):
+        chat.invoke("word " * 20_000)
+
+
+def test_log_probabilities():
+    chat = ChatOpenAI(model=MODEL, base_url=f"{URL}/v1", api_key="none", logprobs=True, top_logprobs=2)
+    content = chat.invoke("Say 'one two'.").response_metadata["logprobs"]["content"]
+    assert [each["token"] for each in content] == ["one", " two"]
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(openai.NotFoundError):
+        ChatOpenAI(model="nobody", base_url=f"{URL}/v1", api_key="none", max_retries=0).invoke("Hi")
