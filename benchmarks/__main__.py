@@ -175,6 +175,7 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Turns of each target.")] = 5,
     shape: Annotated[str, typer.Option(help="S, M or L.")] = "S",
     concurrency: Annotated[list[int] | None, typer.Option("--concurrency", "-c", help="Only these cells.")] = None,
+    requests: Annotated[int, typer.Option("--requests", "-n", help="A cell, instead of the scenario's number.")] = 0,
     targets: Annotated[list[str] | None, typer.Option("--target", help="Only these targets (repeatable).")] = None,
     baseline: Annotated[str, typer.Option(help="The target that ratios refer to.")] = "",
     keep: Annotated[bool, typer.Option(help="Keep servers up between rounds, stopped by SIGSTOP.")] = False,
@@ -192,6 +193,7 @@ def compare(
         chosen,
         targets=targets or chosen.targets,
         concurrency=concurrency or chosen.concurrency,
+        requests=requests or chosen.requests,
         baseline=baseline or (chosen.baseline if chosen.baseline in (targets or chosen.targets) else ""),
         verify=verify,
         variables=_variables(shape, settings),
@@ -204,6 +206,7 @@ def peers(
     rounds: Annotated[int, typer.Option(help="Turns of each target.")] = 3,
     shape: Annotated[list[str] | None, typer.Option(help="S or M (repeatable); both by default.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option("--concurrency", "-c", help="Only these cells.")] = None,
+    requests: Annotated[int, typer.Option("--requests", "-n", help="A cell, instead of the scenario's number.")] = 0,
     pair: Annotated[list[str] | None, typer.Option(help="Only these pairs (repeatable).")] = None,
     scenario: str = "peers",
     verify: Annotated[bool, typer.Option(help="Check every event of every reply.")] = False,
@@ -223,6 +226,7 @@ def peers(
         chosen = replace(
             whole,
             concurrency=concurrency or whole.concurrency,
+            requests=requests or whole.requests,
             verify=verify,
             variables=_variables(each, settings),
         )

@@ -139,6 +139,7 @@ class PenstockEngine:
 
     def run(self, workload: Workload, concurrency: int, requests: int) -> Result:
         """As `GenAIEngine.run`; every token is read, and detokenized, as it comes."""
+        from penstock.core.events import Prefix
         from penstock.core.job import Request, Sampling
 
         sampling = Sampling(max_tokens=workload.max_tokens, temperature=0.0, ignore_eos=True)
@@ -155,7 +156,7 @@ class PenstockEngine:
         while waiting or active:
             while waiting and len(active) < concurrency:
                 active[self._admitted] = Sequence(None, perf_counter())
-                backend.add(self._admitted, waiting.popleft(), [[]], 1)
+                backend.add(self._admitted, waiting.popleft(), [Prefix()], 1)
                 self._admitted += 1
             outputs = backend.step()
             now = perf_counter()

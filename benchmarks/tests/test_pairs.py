@@ -9,6 +9,7 @@ import pytest
 from benchmarks import compare, pairs
 from benchmarks.compare import Comparison, Scenario
 from benchmarks.load import Result
+from benchmarks.processes import TargetError
 from benchmarks.stats import Spread, Times
 from benchmarks.targets import Target, default_variables, fill, load_targets
 
@@ -87,7 +88,7 @@ def test_a_target_that_does_not_start_ends_its_own_turns_only(monkeypatch: pytes
     assert len(told) == 2
     assert "cannot start /no/such/server" in told[0]
     assert "worse exited with 1" in told[1]
-    with pytest.raises(compare.TargetError):
+    with pytest.raises(TargetError):
         compare.run_comparison(replace(paired, pairs={}), 1)
 
 
