@@ -6,13 +6,15 @@ import contextlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.core.errors import Forbidden, InvalidRequest, NotFound
+from penstock.core.errors import Forbidden, InvalidRequest, NotFound, PenstockError
 from penstock.gateway.http import Endpoint, Handler, refuse
 from penstock.gateway.routes import (
     anthropic,
@@ -113,7 +115,7 @@ def create_app(
     app: ASGIApp = Router(paths, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
     app = OriginCheck(app, gateway.config.allowed_origins)
     app = HostCheck(app, gateway.config.allowed_hosts)
-    app = RequestId(app)
+    app = Frame(app)
     for layer in reversed(middleware):
         app = layer(app)
     return app
@@ -130,7 +132,7 @@ class ByMethod:
         if endpoint is not None:
             await endpoint(scope, receive, send)
             return
-        allowed = ", ".join(self.endpoints)
+        allowed = ", ".join([*self.endpoints, *(["HEAD"] if "GET" in self.endpoints else [])])
         error = InvalidRequest(f"{scope['method']} is not allowed on {scope['path']}: {allowed} is.")
         error.status = 405
         await refuse(error, scope, receive, send, {"allow": allowed})
@@ -150,8 +152,12 @@ async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 
-class RequestId:
-    """Every answer carries ``x-request-id``: the client's, if it is well-formed, or a new one."""
+class Frame:
+    """What every answer has, whoever gives it.
+
+    ``x-request-id`` is the client's, if it is well-formed, or a new one. Browsers shall not guess what an answer is,
+    nor keep it unless it says so. What was no HTTP (`penstock.server`) is refused here.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -163,14 +169,21 @@ class RequestId:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = given if _REQUEST_ID.match(given) else "req_" + secrets.token_hex(12)
         scope["penstock.request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        if f"{scope['path']}/".startswith("/v1/messages/"):
+            scope["penstock.refuse"] = partial(anthropic.refusal, request_id)
 
-        async def send_with_id(message: Message) -> None:
+        async def send_framed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), header]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+                headers.setdefault("cache-control", "no-store")
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        if (error := scope.get("penstock.refusal")) is not None:
+            await refuse(error, scope, receive, send_framed)
+        else:
+            await self.app(scope, receive, send_framed)
 
 
 class OriginCheck:
@@ -184,11 +197,12 @@ class OriginCheck:
         self.allowed = frozenset(allowed)
         self.app = app
         if self.allowed:
-            self.app = CORSMiddleware(
+            self.app = Cors(
                 app,
                 allow_origins=list(allowed),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
+                allow_private_network=True,  # pages of public addresses ask for it before they reach a local one
                 expose_headers=["x-request-id", "x-penstock-job", "retry-after", "retry-after-ms", "location"],
             )
 
@@ -211,21 +225,53 @@ class OriginCheck:
         return origin is not None and urlsplit(origin).netloc != headers.get(b"host")
 
 
-_HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d+)?$")
+class Cors(CORSMiddleware):
+    """Starlette's, whose refusals are plain text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
+        if "origin" not in headers or "access-control-request-method" not in headers:
+            await super().__call__(scope, receive, send)
+            return
+        answer = self.preflight_response(Headers(scope=scope))
+        if answer.status_code < 400:
+            await answer(scope, receive, send)
+            return
+        error = Forbidden(
+            f"Pages of {headers['origin'][:100]} may not do this ({bytes(answer.body).decode()}). If they are yours, "
+            "name them in allowed_origins."
+        )
+        await refuse(error, scope, receive, send, {"vary": answer.headers["vary"]})
+
+
+_HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::\d*)?$")
 
 
 class HostCheck:
-    """Refuse hosts that the operator did not name (DNS rebinding); ``*`` allows all."""
+    """Refuse hosts that the operator did not name (DNS rebinding); ``*`` allows all.
+
+    A request has one host; of HTTP/1.0, which browsers do not speak, it may have none (RFC 9112, 3.2).
+    """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
         self.app = app
         self.allowed = None if "*" in allowed else frozenset(name.lower() for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.allowed is not None:
-            host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-            found = _HOST.match(host)
-            if found is None or found[1].strip("[]").lower() not in self.allowed:
-                await refuse(InvalidRequest(f"This server is not called {host[:100]!r}."), scope, receive, send)
-                return
+        if scope["type"] == "http" and (error := self._wrong(scope)) is not None:
+            await refuse(error, scope, receive, send)
+            return
         await self.app(scope, receive, send)
+
+    def _wrong(self, scope: Scope) -> PenstockError | None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if not hosts and scope["http_version"] == "1.0":
+            return None
+        if len(hosts) != 1:
+            return InvalidRequest(f"A request has one Host header, not {len(hosts)}.")
+        found = _HOST.match(hosts[0])
+        if found is None:
+            return InvalidRequest(f"The Host header {hosts[0][:100]!r} names no host.")
+        if self.allowed is not None and found[1].strip("[]").lower() not in self.allowed:
+            return InvalidRequest(f"This server is not called {hosts[0][:100]!r}.")
+        return None
