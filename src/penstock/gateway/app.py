@@ -237,9 +237,10 @@ class Cors(CORSMiddleware):
         if answer.status_code < 400:
             await answer(scope, receive, send)
             return
+        failed = bytes(answer.body).decode()
         error = Forbidden(
-            f"Pages of {headers['origin'][:100]} may not do this ({bytes(answer.body).decode()}). If they are yours, "
-            "name them in allowed_origins."
+            f"Pages of {headers['origin'][:100]} may not do this: {failed}. Those that are named in allowed_origins "
+            f"may use {', '.join(self.allow_methods)}."
         )
         await refuse(error, scope, receive, send, {"vary": answer.headers["vary"]})
 
