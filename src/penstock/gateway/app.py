@@ -89,6 +89,21 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/static/{path:path}", page.static),
 ]
 
+#: Whose answers take as long as a model does (``POST``): their latency is measured.
+GENERATION = {
+    "/v1/generate",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/embeddings",
+    "/generate",
+    "/basic_generate",
+    "/generate_stream",
+    "/api/v1/req",
+    "/generate_vllm",
+}
+
 #: What a worker without a gateway answers about its models, on its metrics port.
 WORKER_ROUTES = [route for route in ROUTES if route[1].startswith("/v1/models")]
 
@@ -105,7 +120,7 @@ def create_app(
     methods: dict[str, dict[str, Endpoint]] = {}
     for method, path, handler in table:
         methods.setdefault(path, {})[method] = Endpoint(gateway, handler)
-    paths = [Route(path, ByMethod(endpoints)) for path, endpoints in methods.items()]
+    paths = [Route(path, ByMethod(path, endpoints)) for path, endpoints in methods.items()]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: object) -> AsyncIterator[None]:
@@ -124,12 +139,15 @@ def create_app(
 class ByMethod:
     """The endpoints of one path."""
 
-    def __init__(self, endpoints: dict[str, Endpoint]) -> None:
+    def __init__(self, path: str, endpoints: dict[str, Endpoint]) -> None:
+        self.path = path
         self.endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self.endpoints.get("GET" if scope["method"] == "HEAD" else scope["method"])
         if endpoint is not None:
+            if scope["method"] == "POST" and self.path in GENERATION:
+                scope["penstock.generation"] = self.path
             await endpoint(scope, receive, send)
             return
         allowed = ", ".join([*self.endpoints, *(["HEAD"] if "GET" in self.endpoints else [])])
