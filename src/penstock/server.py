@@ -7,15 +7,29 @@ import contextlib
 import os
 import signal
 import socket
+import urllib.parse
 from collections.abc import Iterator
+from typing import Any
 
+import httptools
+import msgspec
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from penstock.core.errors import InvalidRequest
+from penstock.core.errors import InvalidRequest, PenstockError
 
 #: Connections that wait to be accepted.
 BACKLOG = 4096
+#: Bytes that the head of a request may have (and its trailers, and whatever else is no body).
+MAX_HEAD = 64 << 10
+#: Requests that may wait behind the one that is being answered (pipelining), and the bytes of body of each.
+MAX_PIPELINED = 16
+MAX_PIPELINED_BODY = HIGH_WATER_LIMIT
+#: Seconds between two looks at a connection that its client has half closed, and between two probes of it.
+LOOK_INTERVAL = 0.5
+PROBE_INTERVAL = 10.0
 
 
 class Address:
@@ -62,7 +76,7 @@ def http_server(app: ASGIApp, *, drain_timeout: float) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             lifespan="off",  # `Gateway.running` is entered and left by us, around the drain
-            http="httptools",
+            http=_Connection,
             ws="none",
             proxy_headers=False,
             timeout_keep_alive=75,
@@ -72,6 +86,264 @@ def http_server(app: ASGIApp, *, drain_timeout: float) -> uvicorn.Server:
             backlog=BACKLOG,
         )
     )
+
+
+class _Exchange(RequestResponseCycle):
+    """A request and its answer."""
+
+    broken = False
+    """The rest of its body will never come."""
+    _until_close = False
+
+    async def receive(self) -> Any:
+        message = None if self.broken else await super().receive()
+        return {"type": "http.disconnect"} if message is None or self.broken else message
+
+    async def send(self, message: Any) -> None:
+        """HTTP/1.0 knows no chunks: a body of unknown length lasts until the connection is closed (RFC 9112, 6.3)."""
+        if self.scope["http_version"] == "1.0":
+            if message["type"] == "http.response.start":
+                self._until_close = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+                if self._until_close:
+                    self.chunked_encoding = False
+            elif self._until_close:
+                self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+    async def send_500_response(self) -> None:
+        error = PenstockError("Something broke inside the server; its log has the details.")
+        body = msgspec.json.encode({"error": error.info})
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-content-type-options", b"nosniff"),
+            (b"cache-control", b"no-store"),
+            (b"connection", b"close"),
+        ]
+        if (request_id := self.scope.get("penstock.request_id")) is not None:
+            headers.append((b"x-request-id", str(request_id).encode()))
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, where it keeps to the RFCs and watches its client.
+
+    It never stops reading because a request waits behind another: a client that leaves is noticed all the same. What
+    is pipelined beyond `MAX_PIPELINED` is not taken, and unanswered when the connection closes: such clients ask again
+    (RFC 9112, 9.3.2). An ``Upgrade`` is ignored, body and all that follows included (RFC 9110, 7.8). A client that
+    has only closed its side gets its answer. What cannot be read as HTTP is refused by the app, in its own shape: it
+    finds the error in its scope, as ``penstock.refusal``.
+    """
+
+    cycle: _Exchange
+    scope: Any
+    _answering: _Exchange | None = None
+    _deaf = False
+    """Nothing more is taken from this client."""
+    _unread = 0
+    """Bytes that came since the last head or piece of a body was complete."""
+    _looking: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------------------------------ what comes
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._deaf:
+            return
+        self._unread += len(data)
+        try:
+            while data:
+                data = self._feed(data)
+        except httptools.HttpParserError as error:
+            self._refuse(f"This is not a request in HTTP/1.1: {error.__context__ or error}.")
+        if self._unread > MAX_HEAD and not self._deaf:
+            self._refuse(f"The head of the request is longer than {MAX_HEAD} bytes.", 431)
+
+    def _feed(self, data: bytes) -> bytes:
+        """Read *data*. A request that asks for an upgrade is to be read again, without the wish: it is what is left."""
+        try:
+            self.parser.feed_data(data)
+            return b""
+        except httptools.HttpParserUpgrade as upgrade:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                self._refuse("This is no proxy: CONNECT is not offered.", 405)
+                return b""
+            hop = {b"upgrade", b"http2-settings"}
+            lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
+            for name, value in self.headers:
+                if name == b"connection":
+                    value = b", ".join(word for word in value.split(b",") if word.strip().lower() not in hop)
+                if name not in hop:
+                    lines.append(name + b": " + value)
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # else it is a trailer
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._deaf or self.parser.should_upgrade():
+            return
+        self._unread = 0
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._refuse(f"HTTP/{version} is not spoken here: HTTP/1.1 is.", 505)
+            return
+        url = httptools.parse_url(self.url)
+        path = url.path or b"/"  # of http://host, without a path
+        self.scope["http_version"] = version
+        self.scope["method"] = self.parser.get_method().decode("ascii")
+        self.scope["raw_path"] = path
+        self.scope["path"] = urllib.parse.unquote(path.decode("ascii"))
+        self.scope["query_string"] = url.query or b""
+        self._take(self.parser.should_keep_alive() and version == "1.1")
+
+    def _take(self, keep_alive: bool) -> None:
+        """The request of `scope` is to be answered: now, or behind those that came before."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._stop_taking()
+            return
+        self.cycle = _Exchange(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue and self.scope["http_version"] == "1.1",
+            keep_alive=keep_alive,
+            on_response=self.on_response_complete,
+        )
+        if self._idle:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        if self._deaf or self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        self.cycle.message_event.set()
+        if self.cycle is not self._answering:
+            if len(self.cycle.body) > MAX_PIPELINED_BODY:
+                self._stop_taking()
+        elif len(self.cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+
+    def on_message_complete(self) -> None:
+        self._unread = 0
+        if self._deaf or self.parser.should_upgrade():
+            return
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+
+    # ------------------------------------------------------------------------------------ what is wrong with it
+
+    def _refuse(self, message: str, status: int = 400) -> None:
+        """What comes now cannot be read, nor what follows: say so, after what was asked before is answered."""
+        if self._deaf:
+            return
+        self._deaf = True
+        if self._drop_incomplete():
+            return  # it was the body of a request that says so itself
+        error = InvalidRequest(message)
+        error.status = status
+        super().on_message_begin()
+        self.scope.update(method="GET", path="/", raw_path=b"/", query_string=b"")
+        self.scope["penstock.refusal"] = error
+        self.expect_100_continue = False
+        self._take(keep_alive=False)
+        self.cycle.more_body = False
+
+    def _stop_taking(self) -> None:
+        """The connection ends with the answer to the last request that is complete by now."""
+        self._deaf = True
+        self._drop_incomplete()
+        if self._answering is not None:
+            last = self.pipeline[0][0] if self.pipeline else self._answering
+            last.keep_alive = False
+
+    def _drop_incomplete(self) -> bool:
+        """The rest of the request that is being read will not come. True if its answer is under way, or was given."""
+        if self._answering is None or not self.cycle.more_body:
+            return False
+        if self.cycle is not self._answering:
+            self.pipeline.popleft()
+            return False
+        if self._answering.response_started:
+            self.transport.abort()
+        self._answering.keep_alive = False
+        self._answering.broken = True
+        self._answering.message_event.set()
+        return True
+
+    @property
+    def _idle(self) -> bool:
+        return self._answering is None or self._answering.response_complete
+
+    # ------------------------------------------------------------------------------------ the client leaves
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. Whether it still listens is seen when something is sent to it."""
+        if self._idle or self.scheme == "https":
+            return False
+        self._stop_taking()
+        self._look(0.0)
+        return True
+
+    def _look(self, since_probe: float) -> None:
+        """Has what was sent been refused (RST)? Before an answer begins, that something is ``100 Continue``, which
+        every client of HTTP/1.1 passes over; one of 1.0 is found by TCP's own probes."""
+        sock = self.transport.get_extra_info("socket")
+        if self.transport.is_closing() or self._answering is None or sock is None:
+            return
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        if since_probe <= 0.0:
+            since_probe = PROBE_INTERVAL
+            if self._answering.scope["http_version"] == "1.0":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):  # which not every system has
+                    if hasattr(socket, option):
+                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), round(PROBE_INTERVAL))
+            elif not self._answering.response_started:
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._looking = self.loop.call_later(LOOK_INTERVAL, self._look, since_probe - LOOK_INTERVAL)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+        self.pipeline.clear()
+        if self._answering is not None:
+            self.cycle = self._answering  # whom uvicorn tells
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        if self._idle:
+            self.transport.close()
+            return
+        assert self._answering is not None
+        self._answering.keep_alive = False
+        if self.cycle is not self._answering:
+            self._deaf = True
+            self.pipeline.clear()
 
 
 class _Server(uvicorn.Server):

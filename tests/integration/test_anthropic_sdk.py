@@ -13,7 +13,7 @@ import pydantic
 import pytest
 
 from penstock.testing.engine import PERSON, assert_obeys
-from tests.support.api import check_error, ended, running, submit, text_of
+from tests.support.api import ended, running, submit, text_of
 from tests.support.server import PATIENCE, Server, model
 from tests.support.sse import open_stream
 
@@ -232,7 +232,33 @@ class TestErrors:
             },
             "request_id": reply.headers["x-request-id"],
         }
-        check_error(await http.get("/v1/messages"), 405, "invalid_request")
+
+    @pytest.mark.parametrize(
+        ("method", "path", "headers", "status", "type"),
+        [
+            ("GET", "/v1/messages", {}, 405, "invalid_request_error"),
+            ("DELETE", "/v1/messages/count_tokens", {}, 405, "invalid_request_error"),
+            ("POST", "/v1/messages/batches", {}, 404, "not_found_error"),
+            ("GET", "/v1/messages/batches/msgbatch_1/results", {}, 404, "not_found_error"),
+            ("GET", "/v1/messages/", {}, 404, "not_found_error"),
+            ("POST", "/v1/messages", {"host": "evil.example"}, 400, "invalid_request_error"),
+            ("POST", "/v1/messages", {"origin": "https://evil.example"}, 403, "permission_error"),
+            ("POST", "/v1/messages", {"content-encoding": "gzip"}, 415, "invalid_request_error"),
+        ],
+    )
+    async def test_what_is_refused_before_it_is_read_has_that_shape_too(
+        self, server: Server, method: str, path: str, headers: dict[str, str], status: int, type: str
+    ) -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+            reply = await http.request(method, path, json={}, headers=headers)
+            assert reply.status_code == status, reply.text
+            body = reply.json()
+            assert (body["type"], body["error"]["type"]) == ("error", type)
+            assert body["request_id"] == reply.headers["request-id"] == reply.headers["x-request-id"]
+            if status == 405:
+                assert reply.headers["allow"] == "POST"
+            other = await http.get(path.replace("/messages", "/messagesx"))
+            assert set(other.json()) == {"error"}, "only below /v1/messages"
 
     def test_there_are_no_message_batches(self, sdk: anthropic.Anthropic) -> None:
         batches = sdk.messages.batches

@@ -258,6 +258,26 @@ class TestShape:
             assert answer.headers["x-request-id"] != bad
             assert answer.headers["x-request-id"].isascii()
 
+    @pytest.mark.parametrize(
+        ("path", "stored"),
+        [
+            *(
+                (path, "no-store")
+                for path in ("/healthz", "/v1/models", "/nothing", "/v1/generate", "/metrics", "/docs")
+            ),
+            ("/v1/jobs/none/events", "no-store"),
+            ("/v1/events?user_id=u", "no-cache, no-store, no-transform"),
+            ("/", "no-cache"),
+            ("/static/style.css", "no-cache"),
+        ],
+    )
+    async def test_browsers_guess_no_type_and_keep_no_answer(
+        self, server: Server, http: httpx.AsyncClient, path: str, stored: str
+    ) -> None:
+        async with await send(server.url + path) as answer:
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cache-control"] == stored
+
     async def test_the_request_id_goes_with_the_job(self, http: httpx.AsyncClient) -> None:
         reply = await http.post("/v1/jobs", json=body_for("/v1/jobs"), headers={"x-request-id": "trace-me"})
         view = (await http.get(f"/v1/jobs/{reply.json()['id']}")).json()

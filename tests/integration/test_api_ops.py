@@ -86,7 +86,7 @@ METRICS = {
     "llm_gateway_request_count_total": ["status"],
     "llm_gateway_inflight_requests": [],
     "llm_gateway_batch_size": [],
-    "llm_gateway_request_latency_seconds_bucket": ["le"],
+    "llm_gateway_request_latency_seconds_bucket": ["route", "le"],
     "llm_gateway_request_latency_p50_seconds": [],
     "llm_gateway_request_latency_p95_seconds": [],
     "llm_gateway_request_latency_p99_seconds": [],
@@ -126,6 +126,7 @@ class TestMetrics:
     async def test_every_name_is_there_and_counts(self, server: Server, http: httpx.AsyncClient) -> None:
         before = samples((await http.get("/metrics")).text)
         await ended(http, await submit(http, max_tokens=7))
+        await http.post("/v1/generate", json={"prompt": "x", "max_tokens": 1})
         await http.get("/v1/jobs/none")
         blockers = [await submit(http, model="crawl", max_tokens=100_000) for _ in range(3)]
         for blocker in blockers[:2]:
@@ -157,6 +158,31 @@ class TestMetrics:
         counts = "llm_gateway_request_count_total"
         assert after[counts]['{status="202"}'] >= before[counts].get('{status="202"}', 0) + 4
 
+    async def test_the_latency_is_that_of_generation(self, make_server: Callable[..., Server]) -> None:
+        """Not of the probes, scrapes and lists around it, however many there are."""
+        server = make_server(rate=10)
+        name = "llm_gateway_request_latency_seconds_count"
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+            chat = {"model": "synthetic", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+            for path, body in (
+                ("/v1/generate", {"prompt": "x", "max_tokens": 3}),
+                ("/v1/chat/completions", {**chat, "stream": True}),
+                ("/v1/messages", chat),
+                ("/generate", {"prompts": ["x", "y"], "max_tokens": 3}),
+            ):
+                assert (await http.post(path, json=body)).status_code == 200
+            job = (await http.post("/generate", json={"prompt": "x", "max_tokens": 3})).json()["task_id"]
+            for _ in range(50):
+                for path in ("/healthz", "/readyz", "/metrics", "/v1/jobs", f"/v1/jobs/{job}", "/nothing", "/"):
+                    await http.get(path)
+                await http.post("/v1/jobs", json={"prompt": "x", "max_tokens": 1})
+            found = samples((await http.get("/metrics")).text)
+        assert found[name] == {
+            f'{{route="{route}"}}': 1.0
+            for route in ("/v1/generate", "/v1/chat/completions", "/v1/messages", "/generate")
+        }
+        assert all(found[f"llm_gateway_request_latency_p{percent}_seconds"][""] > 0.1 for percent in (50, 95, 99))
+
     async def test_every_refusal_counts(self, http: httpx.AsyncClient) -> None:
         """Also those that no route of ours answers."""
         upload = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", b"0123456789")}}
@@ -177,6 +203,11 @@ class TestMetrics:
 
 
 class TestDescription:
+    def test_what_is_measured_is_served(self) -> None:
+        from penstock.gateway.app import GENERATION, ROUTES
+
+        assert {path for method, path, _ in ROUTES if method == "POST"} >= GENERATION
+
     async def test_openapi_describes_exactly_the_served_routes(self, http: httpx.AsyncClient) -> None:
         from penstock.gateway.app import ROUTES
 

@@ -183,7 +183,7 @@ class TestChunks:
 
 def check_headers(stream: Stream) -> None:
     assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert stream.headers["cache-control"] == "no-cache, no-transform"
+    assert stream.headers["cache-control"] == "no-cache, no-store, no-transform"
     assert stream.headers["x-accel-buffering"] == "no"
     assert "content-encoding" not in stream.headers
     assert "content-length" not in stream.headers

@@ -64,7 +64,7 @@ async def proxied(nginx: Nginx) -> AsyncIterator[httpx.AsyncClient]:
 def check_headers(stream: Stream) -> None:
     assert stream.status == 200
     assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert stream.headers["cache-control"] == "no-cache, no-transform"
+    assert stream.headers["cache-control"] == "no-cache, no-store, no-transform"
     assert "content-encoding" not in stream.headers
     assert "content-length" not in stream.headers
     assert stream.headers["x-request-id"]

@@ -6,13 +6,15 @@ import contextlib
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.core.errors import Forbidden, InvalidRequest, NotFound
+from penstock.core.errors import Forbidden, InvalidRequest, NotFound, PenstockError
 from penstock.gateway.http import Endpoint, Handler, refuse
 from penstock.gateway.routes import (
     anthropic,
@@ -88,6 +90,21 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/static/{path:path}", page.static),
 ]
 
+#: Whose answers take as long as a model does (``POST``): their latency is measured.
+GENERATION = {
+    "/v1/generate",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/embeddings",
+    "/generate",
+    "/basic_generate",
+    "/generate_stream",
+    "/api/v1/req",
+    "/generate_vllm",
+}
+
 #: What a worker without a gateway answers about its models, on its metrics port.
 WORKER_ROUTES = [route for route in ROUTES if route[1].startswith("/v1/models")]
 
@@ -104,7 +121,7 @@ def create_app(
     methods: dict[str, dict[str, Endpoint]] = {}
     for method, path, handler in table:
         methods.setdefault(path, {})[method] = Endpoint(gateway, handler)
-    paths = [Route(path, ByMethod(endpoints)) for path, endpoints in methods.items()]
+    paths = [Route(path, ByMethod(path, endpoints)) for path, endpoints in methods.items()]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: object) -> AsyncIterator[None]:
@@ -114,7 +131,7 @@ def create_app(
     app: ASGIApp = Router(paths, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
     app = OriginCheck(app, gateway.config.allowed_origins)
     app = HostCheck(app, gateway.config.allowed_hosts)
-    app = RequestId(app)
+    app = Frame(app)
     for layer in reversed(middleware):
         app = layer(app)
     return app
@@ -123,15 +140,18 @@ def create_app(
 class ByMethod:
     """The endpoints of one path."""
 
-    def __init__(self, endpoints: dict[str, Endpoint]) -> None:
+    def __init__(self, path: str, endpoints: dict[str, Endpoint]) -> None:
+        self.path = path
         self.endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self.endpoints.get("GET" if scope["method"] == "HEAD" else scope["method"])
         if endpoint is not None:
+            if scope["method"] == "POST" and self.path in GENERATION:
+                scope["penstock.generation"] = self.path
             await endpoint(scope, receive, send)
             return
-        allowed = ", ".join(self.endpoints)
+        allowed = ", ".join([*self.endpoints, *(["HEAD"] if "GET" in self.endpoints else [])])
         error = InvalidRequest(f"{scope['method']} is not allowed on {scope['path']}: {allowed} is.")
         error.status = 405
         await refuse(error, scope, receive, send, {"allow": allowed})
@@ -151,8 +171,12 @@ async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 
 
-class RequestId:
-    """Every answer carries ``x-request-id``: the client's, if it is well-formed, or a new one."""
+class Frame:
+    """What every answer has, whoever gives it.
+
+    ``x-request-id`` is the client's, if it is well-formed, or a new one. Browsers shall not guess what an answer is,
+    nor keep it unless it says so. What was no HTTP (`penstock.server`) is refused here.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -164,14 +188,21 @@ class RequestId:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = given if _REQUEST_ID.match(given) else "req_" + secrets.token_hex(12)
         scope["penstock.request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        if f"{scope['path']}/".startswith("/v1/messages/"):
+            scope["penstock.refuse"] = partial(anthropic.refusal, request_id)
 
-        async def send_with_id(message: Message) -> None:
+        async def send_framed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), header]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+                headers.setdefault("cache-control", "no-store")
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        if (error := scope.get("penstock.refusal")) is not None:
+            await refuse(error, scope, receive, send_framed)
+        else:
+            await self.app(scope, receive, send_framed)
 
 
 class OriginCheck:
@@ -185,11 +216,12 @@ class OriginCheck:
         self.allowed = frozenset(allowed)
         self.app = app
         if self.allowed:
-            self.app = CORSMiddleware(
+            self.app = Cors(
                 app,
                 allow_origins=list(allowed),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
+                allow_private_network=True,  # pages of public addresses ask for it before they reach a local one
                 expose_headers=["x-request-id", "x-penstock-job", "retry-after", "retry-after-ms", "location"],
             )
 
@@ -212,21 +244,54 @@ class OriginCheck:
         return origin is not None and urlsplit(origin).netloc != headers.get(b"host")
 
 
-_HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d+)?$")
+class Cors(CORSMiddleware):
+    """Starlette's, whose refusals are plain text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
+        if "origin" not in headers or "access-control-request-method" not in headers:
+            await super().__call__(scope, receive, send)
+            return
+        answer = self.preflight_response(Headers(scope=scope))
+        if answer.status_code < 400:
+            await answer(scope, receive, send)
+            return
+        failed = bytes(answer.body).decode()
+        error = Forbidden(
+            f"Pages of {headers['origin'][:100]} may not do this: {failed}. Those that are named in allowed_origins "
+            f"may use {', '.join(self.allow_methods)}."
+        )
+        await refuse(error, scope, receive, send, {"vary": answer.headers["vary"]})
+
+
+_HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::\d*)?$")
 
 
 class HostCheck:
-    """Refuse hosts that the operator did not name (DNS rebinding); ``*`` allows all."""
+    """Refuse hosts that the operator did not name (DNS rebinding); ``*`` allows all.
+
+    A request has one host; of HTTP/1.0, which browsers do not speak, it may have none (RFC 9112, 3.2).
+    """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
         self.app = app
         self.allowed = None if "*" in allowed else frozenset(name.lower() for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.allowed is not None:
-            host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-            found = _HOST.match(host)
-            if found is None or found[1].strip("[]").lower() not in self.allowed:
-                await refuse(InvalidRequest(f"This server is not called {host[:100]!r}."), scope, receive, send)
-                return
+        if scope["type"] == "http" and (error := self._wrong(scope)) is not None:
+            await refuse(error, scope, receive, send)
+            return
         await self.app(scope, receive, send)
+
+    def _wrong(self, scope: Scope) -> PenstockError | None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if not hosts and scope["http_version"] == "1.0":
+            return None
+        if len(hosts) != 1:
+            return InvalidRequest(f"A request has one Host header, not {len(hosts)}.")
+        found = _HOST.match(hosts[0])
+        if found is None:
+            return InvalidRequest(f"The Host header {hosts[0][:100]!r} names no host.")
+        if self.allowed is not None and found[1].strip("[]").lower() not in self.allowed:
+            return InvalidRequest(f"This server is not called {hosts[0][:100]!r}.")
+        return None

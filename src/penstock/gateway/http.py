@@ -44,8 +44,10 @@ class Call:
         self.path: dict[str, str] = scope.get("path_params", {})
         self.request_id: str = scope.get("penstock.request_id", "")
         self.tenant: str = scope.get("penstock.tenant", "default")
-        self.refuse: Callable[[PenstockError], Response] = error_reply
+        self.refuse: Callable[[PenstockError], Response] = scope.get("penstock.refuse", error_reply)
         """How a failure is written; a dialect may have its own way."""
+        self.is_head: bool = scope["method"] == "HEAD"
+        """Only the head of the answer is asked for: nothing needs to be followed, nor waited for."""
 
     async def body(self, kind: type[T]) -> T:
         """The JSON body as *kind*. Raises `InvalidRequest`, `RequestTooLarge`, `UnsupportedEncoding`."""
@@ -61,7 +63,7 @@ class Call:
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
-                raise InvalidRequest("The client left before the body was complete.")
+                raise InvalidRequest("The body is incomplete, or its chunks are malformed.")
             part = message.get("body", b"")
             size += len(part)
             if size > limit:
@@ -127,7 +129,7 @@ async def refuse(
 ) -> None:
     """Answer with *error* where no `Endpoint` does it. The metrics count it too."""
     scope["penstock.error"] = error.code
-    await error_reply(error, headers)(scope, receive, send)
+    await scope.get("penstock.refuse", error_reply)(error, headers)(scope, receive, send)
 
 
 Handler = Callable[[Call], Awaitable[ASGIApp]]

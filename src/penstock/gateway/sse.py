@@ -26,7 +26,7 @@ PING = b": ping\n"
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache, no-transform"),
+    (b"cache-control", b"no-cache, no-store, no-transform"),
     (b"x-accel-buffering", b"no"),
 ]
 
@@ -43,6 +43,12 @@ def frame(event: str, data: Any, id: str | int | None = None) -> bytes:
     """One event block. *event* and *id* are ours, never a client's text; *data* becomes one line of JSON."""
     head = f"id: {id}\n" if id is not None else ""
     return f"{head}event: {event}\ndata: {ascii_json(data)}\n\n".encode()
+
+
+async def stream_of(*blocks: bytes) -> AsyncIterator[bytes]:
+    """A stream that is known already; of none, where only its head is asked for."""
+    for block in blocks:
+        yield block
 
 
 class Streams:
@@ -116,6 +122,9 @@ class EventStream:
         self._task = asyncio.current_task()
         complete = False
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *self._headers]})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body"})
+            return
         watcher = asyncio.create_task(self._watch(receive))
         self._streams.add(self)
         try:

@@ -28,7 +28,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-#: Requests that the p50/p95/p99 gauges look back on.
+#: Requests that generate, on which the p50/p95/p99 gauges look back.
 WINDOW = 2048
 
 
@@ -46,7 +46,11 @@ class Metrics:
         self.inflight = Gauge("llm_gateway_inflight_requests", "HTTP requests under way", registry=front)
         self.errors = Counter("llm_gateway_errors", "Errors answered, and jobs that failed", ["code"], registry=front)
         self.latency = Histogram(
-            "llm_gateway_request_latency_seconds", "HTTP request duration", buckets=_LATENCY, registry=front
+            "llm_gateway_request_latency_seconds",
+            "Duration of requests that generate",
+            ["route"],
+            buckets=_LATENCY,
+            registry=front,
         )
         self.worker_batch = Gauge("llm_worker_batch_size", "Jobs in the latest engine step", registry=back)
         self.worker_tokens = Counter("llm_worker_tokens_generated", "Tokens generated", registry=back)
@@ -96,7 +100,8 @@ class Metrics:
     # ------------------------------------------------------------------------------------ wrappers
 
     def http(self, app: ASGIApp) -> ASGIApp:
-        """Middleware that counts and times every request."""
+        """Middleware that counts every request, and times those that a model answers (not what is accepted for later,
+        nor probes and lists: a flood of them would be all that is seen)."""
 
         async def metered(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
@@ -118,8 +123,9 @@ class Metrics:
                 elapsed = time.perf_counter() - started
                 self.inflight.dec()
                 self.requests.labels(str(status)).inc()
-                self.latency.observe(elapsed)
-                self._recent.append(elapsed)
+                if (route := scope.get("penstock.generation")) is not None and status != 202:
+                    self.latency.labels(route).observe(elapsed)
+                    self._recent.append(elapsed)
                 if (code := scope.get("penstock.error")) is not None:
                     self.errors.labels(code).inc()
 
@@ -190,7 +196,7 @@ class _Percentiles(Collector):
         return [
             GaugeMetricFamily(
                 f"llm_gateway_request_latency_p{percent}_seconds",
-                f"{percent}th percentile of the latest {WINDOW} requests",
+                f"{percent}th percentile of the latest {WINDOW} requests that generate",
                 value=ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0,
             )
             for percent in (50, 95, 99)

@@ -27,7 +27,9 @@ from penstock.gateway.routes.completions import TextCompletion
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.openai import ChatCompletion
 from penstock.gateway.service import Gateway, GatewayConfig
+from penstock.observability.metrics import Metrics
 from penstock.testing.clock import ManualClock
+from tests.support.api import check_error
 
 KINDS = [GenerateJob, Generate, ChatCompletion, TextCompletion]
 FIELDS = ["model", "prompt", "messages", "max_tokens", "stop", "logit_bias", "metadata", "n", "stream", "x"]
@@ -388,3 +390,46 @@ class TestOrigins:
         assert "DELETE" in asked.headers["access-control-allow-methods"]
         other = {"sec_fetch_site": "cross-site", "origin": "https://app.example.evil"}
         assert (await self.ask(gateway, **other)).status_code == 403
+
+    @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+    @pytest.mark.parametrize("allowed", ["https://app.example", "*"])
+    async def test_those_of_public_addresses_may_reach_a_local_one(
+        self, gateway: Gateway, allowed: str, method: str
+    ) -> None:
+        """Chrome asks for it in the preflight (Private Network Access)."""
+        gateway.config = msgspec.structs.replace(gateway.config, allowed_origins=(allowed,))
+        asking = {
+            "origin": "https://app.example",
+            "access_control_request_method": method,
+            "access_control_request_headers": "content-type, x-api-key",
+        }
+        reply = await self.ask(gateway, "OPTIONS", access_control_request_private_network="true", **asking)
+        assert reply.status_code == 200
+        assert reply.headers["access-control-allow-private-network"] == "true"
+        assert reply.headers["access-control-allow-origin"] == allowed
+        assert "x-api-key" in reply.headers["access-control-allow-headers"]
+        plain = await self.ask(gateway, "OPTIONS", **asking)
+        assert "access-control-allow-private-network" not in plain.headers
+
+    @pytest.mark.parametrize(
+        ("origin", "method", "says"),
+        [
+            ("https://evil.example", "POST", "origin"),
+            ("null", "GET", "origin"),
+            ("https://app.example", "PATCH", "method"),
+        ],
+    )
+    async def test_a_refused_preflight_has_the_one_error_shape(
+        self, gateway: Gateway, origin: str, method: str, says: str
+    ) -> None:
+        gateway.config = msgspec.structs.replace(gateway.config, allowed_origins=("https://app.example",))
+        headers = {"access-control-request-method": method, "access-control-request-private-network": "true"}
+        metrics = Metrics()
+        app = create_app(gateway, middleware=[metrics.http])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+            reply = await http.options("/v1/jobs", headers={"origin": origin, **headers})
+        error = check_error(reply, 403, "forbidden")
+        assert says in error["message"]
+        assert "allowed_origins" in error["message"]
+        assert "access-control-allow-private-network" not in reply.headers
+        assert b'llm_gateway_errors_total{code="forbidden"} 1.0' in metrics.render()[0]

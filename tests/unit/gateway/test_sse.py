@@ -153,7 +153,7 @@ class Client:
 
     def connect(self, streams: Streams, source: AsyncIterator[bytes]) -> asyncio.Task[None]:
         stream = EventStream(streams, source, on_close=self.on_close)
-        return asyncio.create_task(stream({"type": "http", "path": "/"}, self.receive, self.send))  # type: ignore[arg-type]
+        return asyncio.create_task(stream({"type": "http", "method": "GET", "path": "/"}, self.receive, self.send))  # type: ignore[arg-type]
 
 
 async def until(condition: Any) -> None:

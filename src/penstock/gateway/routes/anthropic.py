@@ -248,7 +248,6 @@ def _mergeable(message: Message) -> bool:
 
 
 async def messages(call: Call) -> ASGIApp:
-    call.refuse = partial(_refusal, call.request_id)
     body = await call.body(CreateMessage)
     metadata = {name: value for name, value in (body.metadata or {}).items() if value is not None}
     user = metadata.get("user_id")
@@ -277,7 +276,6 @@ async def messages(call: Call) -> ASGIApp:
 
 
 async def count_tokens(call: Call) -> ASGIApp:
-    call.refuse = partial(_refusal, call.request_id)
     body = await call.body(CountTokens)
     found = await tokens_of(call, msgspec.structs.replace(body.conversation(), task="tokenize"))
     return json_reply({"input_tokens": len(found.tokens)}, headers={"request-id": call.request_id})
@@ -503,5 +501,7 @@ def _error(error: ErrorInfo, status: int, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": told, "request_id": request_id}
 
 
-def _refusal(request_id: str, error: PenstockError) -> Response:
-    return error_reply(error, {"request-id": request_id}, _error(error.info, error.status, request_id))
+def refusal(request_id: str, error: PenstockError, headers: dict[str, str] | None = None) -> Response:
+    """How every failure below ``/v1/messages`` is written."""
+    headers = {"request-id": request_id, **(headers or {})}
+    return error_reply(error, headers, _error(error.info, error.status, request_id))

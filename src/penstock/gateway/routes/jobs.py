@@ -19,7 +19,7 @@ from penstock.core.tools import named, parse_tool_calls
 from penstock.gateway.feed import Cursor, Rendering, feed
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import ChatMessages, StructuredBody, TokenIds, plain, submission
-from penstock.gateway.sse import EventStream, ascii_json, frame, json_string
+from penstock.gateway.sse import EventStream, ascii_json, frame, json_string, stream_of
 
 
 class GenerateJob(StructuredBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +114,8 @@ async def events(call: Call) -> ASGIApp:
     job = await call.gateway.broker.get(call.tenant, call.path["id"])
     if job.status.terminal and after == job.tokens + 1:
         return Response(status_code=204)  # everything was delivered: tells an EventSource to stop
+    if call.is_head:
+        return EventStream(call.gateway.streams, stream_of(), headers={"x-penstock-job": job.id})
     following = call.gateway.follow(job, after)
     try:
         first = await following.peek(0.02 if after else 0)
@@ -121,7 +123,7 @@ async def events(call: Call) -> ASGIApp:
             first = await following.peek(5)
     except LogRewound as error:
         await following.close(complete=True)
-        return EventStream(call.gateway.streams, _single(_error_frame(job.id, job.status, error)))
+        return EventStream(call.gateway.streams, stream_of(_error_frame(job.id, job.status, error)))
     except BaseException:
         await following.close(complete=True)
         raise
@@ -237,10 +239,6 @@ def complete_frame(job: str, ended: Ended, cursor: str) -> bytes:
 
 def _error_frame(job: str, status: Status, error: PenstockError) -> bytes:
     return frame("error", {"job_id": job, "status": status, "error": error.info})
-
-
-async def _single(block: bytes) -> AsyncIterator[bytes]:
-    yield block
 
 
 def _end_view(job: str, ended: Ended) -> dict[str, Any]:

@@ -63,7 +63,7 @@ from penstock.gateway.routes.bodies import (
     submission,
 )
 from penstock.gateway.service import Following, Gateway, Submission
-from penstock.gateway.sse import EventStream
+from penstock.gateway.sse import EventStream, stream_of
 
 LOGPROBS = "message.output_text.logprobs"
 #: Seconds for which a reply that is not stored can be fetched again when its reader was cut off.
@@ -394,6 +394,8 @@ async def retrieve(call: Call) -> ASGIApp:
         events = call.gateway.broker.tail(job.tenant, job.id)
         if after == await last_number(job, view, events):
             return Response(status_code=204)  # everything was delivered: tells an EventSource to stop
+    if call.is_head:
+        return EventStream(call.gateway.streams, stream_of(), headers={"x-penstock-job": job.id})
     return _stream(call, call.gateway.follow(job), view, after)
 
 
