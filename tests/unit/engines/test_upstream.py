@@ -415,8 +415,8 @@ FAILURES = {
     "dies": die,
     "silent": be_silent,
     "ends early": end_early,
-    "no JSON": write(b"data: {oops}\n\n"),
-    "a huge line": write(b"data: " + b"x" * (MAX_LINE + 100)),
+    "gives up": write(b'data: {"choices":[{"text":"","finish_reason":"abort"}]}\n\n'),
+    "an error as a reason": write(b'data: {"choices":[{"text":"","finish_reason":"error"}]}\n\ndata: [DONE]\n\n'),
     "says so": write(b'data: {"error": {"message": "CUDA error", "type": "server_error", "code": 500}}\n\n'),
 }
 
