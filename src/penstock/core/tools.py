@@ -7,9 +7,9 @@ A model that *must* call a tool writes ``{"name": …, "arguments": …}`` and n
 - ``{"name": …, "parameters": …}`` as the whole reply, several separated by a semicolon or white space (Llama 3);
 - ``[{"name": …, "arguments": …}, …]`` as the whole reply, with or without ``[TOOL_CALLS]`` before it (Mistral).
 
-What does not name a given tool, or is not JSON, is ordinary text. But for what a server elsewhere told to be a call: its
-arguments stand between the tags as a string where they are no JSON, or the tool is none of those that were given, and
-are taken as they are.
+What does not name a given tool, or is not JSON, is ordinary text. But for what a server elsewhere told to be a call:
+its arguments stand between the tags as a string where they are no JSON, or the tool is none of those that were given,
+and are taken as they are.
 """
 
 from __future__ import annotations
