@@ -328,6 +328,8 @@ class UpstreamBackend(AsyncBackend):
         # What a server held back as the beginning of a stop string is in its ids, and not in its text.
         if prompt_known and not reply.untold and wish in ("auto", "ids") and not request.sampling.stop:
             return True
+        if not any(reply.texts):  # nobody has seen anything of it
+            return False
         if wish in ("none", "ids"):
             raise _lost("the option continuation forbids it")
         if request.response_format is not None or request.tool_choice == "required":

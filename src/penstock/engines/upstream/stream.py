@@ -72,6 +72,9 @@ class ToolDelta(msgspec.Struct):
     index: int | None = None
     id: str | None = None
     function: _Function | None = None
+    name: str | None = None
+    """In place of the function's, at some."""
+    arguments: str | None = None
 
 
 class _Delta(msgspec.Struct):
@@ -189,6 +192,8 @@ def _forgiving(value: Any) -> Chunk:
 
 def _forgiving_choice(given: dict[str, Any]) -> _Choice:
     reason = given.get("finish_reason")
+    if isinstance(reason, dict):
+        reason = reason.get("type")
     return _Choice(
         _text(given.get("text")),
         _forgiving_delta(given.get("delta")),
@@ -217,8 +222,7 @@ def _forgiving_delta(value: Any) -> _Delta | None:
 
 def _forgiving_call(given: dict[str, Any]) -> ToolDelta:
     id, index = given.get("id"), as_count(given.get("index"))
-    function = given if "name" in given else given.get("function")
-    return ToolDelta(index, None if id is None else str(id), _forgiving_function(function or {}))
+    return ToolDelta(index, None if id is None else str(id), _forgiving_function(given.get("function") or given))
 
 
 def _forgiving_function(value: Any) -> _Function:
@@ -527,7 +531,7 @@ class Reply:
             deltas = [ToolDelta(0, None, delta.function_call)]
         for place, each in enumerate(deltas):
             index = each.index if each.index is not None or len(deltas) == 1 else place
-            function = each.function or _Function()
+            function = each.function or _Function(each.name, each.arguments)
             call = self._call(index, each.id, function)
             call.name += function.name if function.name and function.name != call.name else ""
             call.arguments += function.arguments or ""
