@@ -28,6 +28,7 @@ import msgspec
 
 from penstock import __version__
 from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound, PenstockError, error_from_info
+from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Status, Usage
 from penstock.core.ports import LoadProgress
 
@@ -307,10 +308,6 @@ class _EndData(msgspec.Struct):
     error: ErrorInfo | None = None
 
 
-_token_data = msgspec.json.Decoder(_TokenData)
-_end_data = msgspec.json.Decoder(_EndData)
-
-
 class Cursor:
     """How far a log was delivered. Checks that every connection continues it, and drops what was delivered before."""
 
@@ -333,7 +330,7 @@ class Cursor:
             raise ProtocolError(f"The stream goes on after its end, with {event.event[:40]!r}.")
         try:
             if event.event == "token":
-                token = _token_data.decode(event.data)
+                token = decode(event.data, _TokenData)
                 position = self._advance(event.id)
                 if position is None:
                     return None
@@ -344,7 +341,7 @@ class Cursor:
                     position, token.token, token.token_id, token.attempt, token.index, token.logprob, token.top_logprobs
                 )
             if event.event in ("done", "error"):
-                end = _end_data.decode(event.data)
+                end = decode(event.data, _EndData)
                 if end.error is not None and end.error.code == LogRewound.code:
                     raise LogRewound(end.error.message, param=end.error.param)
                 position = self._advance(event.id)
@@ -353,7 +350,7 @@ class Cursor:
                 self._ended = True
                 reasons = end.finish_reasons or ((end.finish_reason,) if end.finish_reason else ())
                 return End(position, end.status, reasons, end.usage, end.error)
-        except msgspec.MsgspecError as error:
+        except Malformed as error:
             raise ProtocolError(f"An event of the stream cannot be read: {error}") from error
         return None
 
@@ -665,14 +662,14 @@ class _Core:
                 async for chunk in self._wire.chunks(response):
                     for event in decoder.feed(chunk):
                         if event.event == "error":
-                            raise error_from_info(msgspec.json.decode(event.data, type=_ErrorBody).error)
+                            raise error_from_info(decode(event.data, _ErrorBody).error)
                         if event.event == "done":
-                            done = msgspec.json.decode(event.data, type=ModelView)
+                            done = decode(event.data, ModelView)
                         elif event.event == "progress" and on_progress is not None:
-                            on_progress(msgspec.json.decode(event.data, type=LoadProgress))
+                            on_progress(decode(event.data, LoadProgress))
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
-        except msgspec.MsgspecError as error:
+        except Malformed as error:
             raise ProtocolError(f"An event of the stream cannot be read: {error}") from error
         except _Retryable as refusal:
             raise refusal.failure from None
@@ -734,15 +731,15 @@ def _path(job: str | JobView, rest: str = "") -> str:
 
 def _decoded(body: bytes, kind: type[T], response: httpx.Response) -> T:
     try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+        return decode(body, kind)
+    except Malformed as error:
         raise ProtocolError(f"{response.url} does not answer like a Penstock server: {error}") from error
 
 
 def _failure(response: httpx.Response, body: bytes) -> PenstockError:
     try:
-        failure = error_from_info(msgspec.json.decode(body, type=_ErrorBody).error)
-    except msgspec.MsgspecError:
+        failure = error_from_info(decode(body, _ErrorBody).error)
+    except Malformed:
         failure = PenstockError(f"{response.url} answered {response.status_code} {response.reason_phrase}.")
     failure.status = response.status_code
     failure.retry_after = _retry_after(response.headers)

@@ -7,7 +7,9 @@ A model that *must* call a tool writes ``{"name": …, "arguments": …}`` and n
 - ``{"name": …, "parameters": …}`` as the whole reply, several separated by a semicolon or white space (Llama 3);
 - ``[{"name": …, "arguments": …}, …]`` as the whole reply, with or without ``[TOOL_CALLS]`` before it (Mistral).
 
-What does not name a given tool, or is not JSON, is ordinary text.
+What does not name a given tool, or is not JSON, is ordinary text. But for what a server elsewhere told to be a call:
+its arguments stand between the tags as a string where they are no JSON, or the tool is none of those that were given,
+and are taken as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.errors import InvalidRequest
+from penstock.core.foreign import whole
 from penstock.core.job import Request, ToolCall
 
 #: A schema's bounds: bytes of its JSON, and how deep that is nested (parsers downstream stop at 128).
@@ -178,7 +181,7 @@ class ToolParser:
             elif match.group() == END and not self._in_string:
                 block, self._held = self._held[: match.end()], self._held[match.end() :]
                 self._state = self._text
-                self._take(block, block.strip()[len(BEGIN) : -len(END)], pieces)
+                self._take(block, block.strip()[len(BEGIN) : -len(END)], pieces, tagged=True)
                 return True
             self._scanned = match.end()
         # From here on it may turn out differently: half a closing tag, half an escape.
@@ -219,9 +222,9 @@ class ToolParser:
             self._arguments.append(text)
             pieces.append(CallDelta(0, None, text))
 
-    def _take(self, block: str, inside: str, pieces: list[Piece]) -> None:
+    def _take(self, block: str, inside: str, pieces: list[Piece], *, tagged: bool = False) -> None:
         """*block* is the calls *inside* it, or else it is text."""
-        calls = _calls(inside, self._names)
+        calls = _calls(inside, self._names, tagged=tagged)
         if not calls:
             pieces.append(block)
         for call in calls:
@@ -248,8 +251,11 @@ class _Written(msgspec.Struct):
     parameters: msgspec.Raw = msgspec.Raw(b"null")
 
 
-def _calls(text: str, names: frozenset[str]) -> list[Call]:
-    """*text* as calls of the tools *names*: one or more objects, or a list of them. Empty if any of it is not."""
+def _calls(text: str, names: frozenset[str], *, tagged: bool) -> list[Call]:
+    """*text* as calls of the tools *names*: one or more objects, or a list of them. Empty if any of it is not.
+
+    *tagged*: it stood between `BEGIN` and `END`, where arguments may be a string that is taken as it is.
+    """
     found: list[Call] = []
     try:
         if text.lstrip().startswith("["):
@@ -258,8 +264,10 @@ def _calls(text: str, names: frozenset[str]) -> list[Call]:
             written = [msgspec.json.decode(part, type=_Written) for part in _objects(text)]
         for call in written:
             raw = call.parameters if bytes(call.arguments) == b"null" else call.arguments
-            arguments = _arguments(bytes(raw).decode())
-            if call.name not in names or arguments is None:
+            text = bytes(raw).decode()
+            told = tagged and text.startswith('"')
+            arguments = _string(text) if told else _arguments(text)
+            if arguments is None or not (told or call.name in names):
                 return []
             found.append(Call(call.name, arguments))
     except (ValueError, RecursionError):  # msgspec's errors and JSON's are ValueErrors
@@ -286,8 +294,13 @@ def _arguments(text: str) -> str | None:
     if text == "null":
         return "{}"
     if text.startswith('"'):
-        text = json.loads(text)
+        text = _string(text)
     return text if isinstance(json.loads(text), dict) else None
+
+
+def _string(text: str) -> str:
+    value: str = json.loads(text)
+    return whole(value)  # half a surrogate is no text that could be sent
 
 
 def parse_tool_calls(text: str, request: Request) -> tuple[str | None, list[Call]]:

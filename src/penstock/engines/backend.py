@@ -6,9 +6,11 @@ frame. Nothing here knows of asyncio, leases or logs.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from penstock.core.errors import EngineError, PenstockError
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
@@ -31,7 +33,8 @@ class Backend(Protocol):
         """Begin a request under *key*; ``prefixes[c]`` is what choice *c* already has (continue it).
 
         ``attempt`` is the lease's number, for engines that show or use it.
-        Raises a `PenstockError` (context length, unsupported field) when it must be refused. A continuation counts
+        Raises a `PenstockError` (context length, unsupported field) when it must be refused; any other exception fails
+        the request as well, and nobody else's. A continuation counts
         ``max_tokens`` from the start of the reply, not from the prefix, and rebuilds partial UTF-8, stop-string and
         penalty state from the prefix. If the prefix already completed every choice (its last token was an end token,
         a stop string or the max_tokens-th), the next `step` reports the finish and no token.
@@ -56,6 +59,7 @@ class Backend(Protocol):
 
         One output of a key carries ``prompt_tokens``: the first where it is known by then. Its last one carries
         ``finish``. An exception from here takes the whole process down: it is for broken engines, not for bad requests.
+        What goes wrong with one request alone, wherever that is, is a `failed_output` of its.
         """
         ...
 
@@ -65,6 +69,20 @@ Progress = Callable[[str, float | None], None]
 
 #: Loads a model: (name, path or None, options from ``--option``, progress). Raises `ModelLoadError`.
 Loader = Callable[[str, str | None, Mapping[str, Any], Progress], Backend]
+
+
+def failed_output(key: int, error: Exception) -> Output:
+    """That the request *key* failed by *error*. What is no `PenstockError` was not foreseen: the server's log gets its
+    traceback, the client a word."""
+    if isinstance(error, PenstockError):
+        return Output(
+            key, finish=Finish(error=error.info), retryable=isinstance(error, EngineError) and error.retryable
+        )
+    traceback.print_exception(error)
+    unforeseen = EngineError(
+        f"The engine failed on this request ({type(error).__name__}); the server's log has the details."
+    )
+    return Output(key, finish=Finish(error=unforeseen.info))
 
 
 def tokenized_output(key: int, found: Tokenized) -> Output:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 
 from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
 from penstock.core.job import Request
-from penstock.core.ports import Finish, Output
+from penstock.core.ports import Output
 from penstock.core.tasks import Tokenized
-from penstock.engines.backend import Backend, Loader, tokenized_output
+from penstock.engines.backend import Backend, Loader, failed_output, tokenized_output
 from penstock.engines.frames import (
     Abort,
     Add,
@@ -86,12 +86,27 @@ def serve(channel: Channel, backend: Backend) -> None:
     running: set[int] = set()
     spare_time: Iterator[None] | None = getattr(backend, "spare_time", None)
     tokenize: Callable[[Request], Tokenized] | None = getattr(backend, "tokenize", None)
+
+    def send(outputs: list[Output]) -> None:
+        try:
+            channel.send(Outputs(outputs))
+        except (UnicodeEncodeError, OverflowError) as error:  # half a surrogate is no text, nor every number an id
+            if len(outputs) > 1:
+                for output in outputs:
+                    send([output])
+                return
+            (output,) = outputs
+            backend.abort(output.key)
+            running.discard(output.key)
+            outbox.drop(output.key)
+            channel.send(Outputs([failed_output(output.key, error)]))
+
     while True:
         wait = backend.delay() if backend.busy else None
         if outbox.holds and backend.wakeup is not None and (due := outbox.due()) > 0:
             wait = due  # an engine that runs by itself may have more until then
         elif wait != 0 and (held := outbox.flush()):
-            channel.send(Outputs(held))
+            send(held)
         if spare_time is not None and not backend.busy:
             wait = 0.0
         answered: list[Output] = []
@@ -108,8 +123,10 @@ def serve(channel: Channel, backend: Backend) -> None:
                         else:
                             backend.add(key, request, prefixes, attempt)
                             running.add(key)
-                    except PenstockError as error:
-                        answered.append(Output(key, finish=Finish(error=error.info)))
+                    except Exception as error:
+                        if not isinstance(error, PenstockError):
+                            backend.abort(key)  # whatever it had begun
+                        answered.append(failed_output(key, error))
                 case Abort(key):
                     backend.abort(key)
                     running.discard(key)
@@ -120,7 +137,7 @@ def serve(channel: Channel, backend: Backend) -> None:
         outputs = answered + backend.step() if backend.busy or backend.wakeup is not None else answered
         running.difference_update(output.key for output in outputs if output.finish is not None)
         if now := outbox.take(outputs, max(len(running), len(outputs))):
-            channel.send(Outputs(now))
+            send(now)
 
 
 def prepare(engine: str) -> None:

@@ -33,9 +33,9 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
-from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
-from penstock.engines.backend import Progress
+from penstock.engines.backend import Progress, failed_output
 from penstock.engines.guide import Guide, Guides, followed
 from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, ThreadedBackend
@@ -335,10 +335,8 @@ class _Sequence:
                 # allows is a part of what ours does.
                 body["json_schema"] = {**self._request.guide, "x-guidance": SEPARATORS}
             self._server.handle_completions(body, self._take)
-        except PenstockError as error:
-            self._fail(error)
         except Exception as error:
-            self._mailbox.fail(error)
+            self._fail(error)
 
     def _prompt(self, prompt: list[int | str], *more: int) -> dict[str, Any]:
         # A list by itself could be taken for several prompts.
@@ -400,10 +398,10 @@ class _Sequence:
         else:
             self._mailbox.put(*self._job.end(self._choice, self._reply.finish, self._reply.stop))
 
-    def _fail(self, error: PenstockError) -> None:
+    def _fail(self, error: Exception) -> None:
         if not self._job.over:
             self._job.over = True
-            self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
+            self._mailbox.put(failed_output(self._job.key, error))
 
     def _take(self, chunk: dict[str, Any]) -> bool:
         """One token from llama.cpp, or its last word. True: no more of it."""
@@ -411,11 +409,8 @@ class _Sequence:
             return True
         try:
             self._read(chunk)
-        except PenstockError as error:
-            self._fail(error)
-            return True
         except Exception as error:
-            self._mailbox.fail(error)
+            self._fail(error)
             return True
         return self._reply.finish is not None
 

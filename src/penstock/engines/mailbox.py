@@ -14,10 +14,10 @@ from typing import Any
 
 import uvloop
 
-from penstock.core.errors import EngineError, PenstockError
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.backend import failed_output
 
 
 class Mailbox:
@@ -187,8 +187,8 @@ class AsyncBackend:
     def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
         """Outputs of one request; the first with ``prompt_tokens``, the last with ``finish``.
 
-        A `PenstockError` ends the request (`EngineError.retryable` ones are tried again), any other exception the
-        process. ``aclose`` must stop the generation.
+        An exception ends the request; an `EngineError` that is ``retryable`` has it tried again. ``aclose`` must stop
+        the generation.
         """
         raise NotImplementedError
 
@@ -231,9 +231,8 @@ class AsyncBackend:
             async with contextlib.aclosing(self.generate(key, request, prefixes)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
                     self._mailbox.put(output)
-        except PenstockError as error:
-            retryable = isinstance(error, EngineError) and error.retryable
-            self._mailbox.put(Output(key, finish=Finish(error=error.info), retryable=retryable))
+        except Exception as error:
+            self._mailbox.put(failed_output(key, error))
         except asyncio.CancelledError:
             raise
         except BaseException as error:

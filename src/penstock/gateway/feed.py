@@ -64,7 +64,7 @@ class Cursor(msgspec.Struct, array_like=True):
             if position:
                 cursor.read[cursor.current] = int(position)
             return cursor
-        except (ValueError, msgspec.MsgspecError) as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest("This Last-Event-ID is not one of this stream's.", param="after") from error
 
     def encode(self) -> str:

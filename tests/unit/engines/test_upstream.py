@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from tests.support.server import wait_for
@@ -21,14 +22,15 @@ from penstock.core.errors import (
     PenstockError,
     Unsupported,
 )
-from penstock.core.events import Prefix, Tokens, fold
+from penstock.core.events import Logprob, Prefix, Tokens, TopLogprob, fold
 from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
 from penstock.core.ports import Finish, Output
 from penstock.core.tasks import Tokenized, vector_text, vector_values
+from penstock.core.tools import Call, parse_tool_calls
 from penstock.engines.upstream.backend import UpstreamBackend, load
 from penstock.engines.upstream.dialects import Told
 from penstock.engines.upstream.options import Address, addresses
-from penstock.engines.upstream.replicas import TRIP, Replica
+from penstock.engines.upstream.replicas import BROKEN, TRIP, Replica
 from penstock.engines.upstream.stream import MAX_LINE, Lines, StreamError
 
 WORDS = [f"w{i} " for i in range(1, 11)]
@@ -415,8 +417,8 @@ FAILURES = {
     "dies": die,
     "silent": be_silent,
     "ends early": end_early,
-    "no JSON": write(b"data: {oops}\n\n"),
-    "a huge line": write(b"data: " + b"x" * (MAX_LINE + 100)),
+    "gives up": write(b'data: {"choices":[{"text":"","finish_reason":"abort"}]}\n\n'),
+    "an error as a reason": write(b'data: {"choices":[{"text":"","finish_reason":"error"}]}\n\ndata: [DONE]\n\n'),
     "says so": write(b'data: {"error": {"message": "CUDA error", "type": "server_error", "code": 500}}\n\n'),
 }
 
@@ -523,6 +525,368 @@ async def test_an_abort_closes_the_connection(servers: list[Upstream], engine_of
     engine.backend.abort(key)
     await asyncio.wait_for(servers[0].cut_off.wait(), 10)
     assert_complete(await engine.run(ask()))
+
+
+# ------------------------------------------------------------------------------------------ what servers send instead
+
+
+def sse(*events: Any) -> Callable[[Upstream, web.Request, web.StreamResponse], Awaitable[None]]:
+    return write(b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n")
+
+
+def said(text: Any, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    """An event of a chat."""
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish, **more}]}
+
+
+GARBLED: dict[str, Callable[[Upstream, web.Request, web.StreamResponse], Awaitable[None]]] = {
+    "no JSON": write(b"data: {oops}\n\n"),
+    "no UTF-8": write(b'data: {"choices":[{"text":"\xff"}]}\n\n'),
+    "nested": write(b'data: {"choices":' + b"[" * 20_000 + b"\n\n"),
+    "a huge line": write(b"data: " + b"x" * (MAX_LINE + 100)),
+    "a number": write(b"data: 7\n\n"),
+    "a text that is none": sse({"choices": [{"text": {"a": 1}}]}),
+    "no end": sse({"choices": [{"text": "a"}]}),
+    "other JSON": write(b'{"object": "list"}'),
+    "HTML": write(b'{"<html>'),
+}
+
+
+@pytest.mark.parametrize("how", GARBLED)
+async def test_what_is_no_reply_is_asked_for_once_more(
+    servers: list[Upstream], engine_of: MakeEngine, how: str
+) -> None:
+    """By whoever it comes: it is the request's failure then, and no replica is put to rest for it."""
+    engine = await engine_of(*servers)
+    for _ in range(2 * TRIP):
+        asked = sum(len(server.bodies) for server in servers)
+        for server in servers:
+            server.script = deque([then(0, GARBLED[how])] * 2)
+        outputs = await engine.run(ask())
+        assert error_of(outputs).code == "engine_error"
+        assert "cannot be read" in error_of(outputs).message
+        assert not outputs[-1].retryable
+        assert sum(len(server.bodies) for server in servers) == asked + 2
+        for server in servers:
+            server.script.clear()
+    for replica in engine.backend._replicas.all:
+        assert replica.available()
+    assert_complete(await engine.run(ask()))
+
+
+async def test_one_garbled_answer_costs_a_call(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(3, GARBLED["no UTF-8"]))
+    assert_complete(await engine.run(ask()))
+    assert len(servers[0].bodies) == 2
+
+
+async def test_choices_share_what_a_request_may_cost(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(*servers)
+    for server in servers:
+        server.script += [then(1, GARBLED["no JSON"])] * 20
+    outputs = await engine.run(ask(n=4))
+    assert error_of(outputs).code == "engine_error"
+    assert sum(len(server.bodies) for server in servers) <= 4 + 1
+
+
+async def test_calls_that_break_off_are_bounded_however_far_each_comes(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(servers[0], retries=1)
+    servers[0].script += [then(1, end_early)] * 50
+    outputs = await engine.run(ask(max_tokens=1000))
+    assert "the stream broke off" in error_of(outputs).message
+    assert outputs[-1].retryable
+    assert len(servers[0].bodies) == 2 * BROKEN
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [said("a"), said("b", "stop"), {"choices": [], "usage": {"prompt_tokens": None, "completion_tokens": None}}],
+        [said("a"), said("b", "stop"), {"choices": [], "usage": {"prompt_tokens": 3.0, "completion_tokens": 2.0}}],
+        [said("a"), said("b", "stop"), {"choices": None, "usage": "none"}],
+        [said("a"), said("b", "stop"), 7],
+        [said("a", ""), {"choices": [{"delta": None}]}, said("b", "stop", token_ids=None, logprobs="none")],
+        [said([{"type": "text", "text": "a"}, {"type": "image"}]), said(["b"], "stop")],
+        [{"error": None, **said("a")}, said("b", "stop", index="0", extra={"x": [1]}), {"error": {"message": "late"}}],
+        [{"timings": {"predicted_n": None}, **said("a")}, said(None), said("b", "stop")],
+        [{"usage": {}, "choices": [{"text": "a"}]}, {"choices": [{"text": "b", "finish_reason": {"type": "stop"}}]}],
+    ],
+)
+async def test_what_is_not_needed_may_be_anything(
+    servers: list[Upstream], engine_of: MakeEngine, events: list[Any]
+) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, sse(*events)))
+    outputs = await engine.run(chat())
+    assert text_of(outputs) == "ab"
+    assert outputs[-1].finish == Finish(("stop",))
+    assert len(servers[0].bodies) == 1
+
+
+async def test_a_connection_that_breaks_behind_a_complete_reply_costs_nothing(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    async def end(server: Upstream, request: web.Request, response: web.StreamResponse) -> None:
+        await response.write(chunk({"messages": []}, "ab", "stop"))
+        await die(server, request, response)
+
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, end))
+    outputs = await engine.run(chat())
+    assert (text_of(outputs), outputs[-1].finish) == ("ab", Finish(("stop",)))
+    assert len(servers[0].bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (["a\ud83d", "\ude00b"], "a\U0001f600b"),
+        (["\ud83d", "", "\ude00", "\ud83d\ude00"], "\U0001f600\U0001f600"),
+        (["a\ud83d", "b"], "a\ufffdb"),
+        (["a\ude00", "b\ud83d"], "a\ufffdb\ufffd"),
+    ],
+)
+@pytest.mark.parametrize("ids", [True, False])
+async def test_half_characters_are_joined_over_chunks(
+    servers: list[Upstream], engine_of: MakeEngine, pieces: list[str], text: str, ids: bool
+) -> None:
+    engine = await engine_of(servers[0])
+    events = [said(piece, token_ids=[7]) if ids else said(piece) for piece in pieces]
+    servers[0].script.append(then(0, sse(*events, said("", "stop"))))
+    outputs = await engine.run(chat())
+    assert text_of(outputs) == text
+    assert len(servers[0].bodies) == 1
+
+
+async def test_a_reply_in_one_json_is_a_reply(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    """To what asked for a stream."""
+    call = {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
+    entry = {"token": "ab", "logprob": -0.5, "bytes": [97, 98], "top_logprobs": [{"token": "ab", "logprob": -0.5}]}
+    usage = {"prompt_tokens": 5, "completion_tokens": 3}
+    message = {"role": "assistant", "content": "ab", "tool_calls": [call]}
+    choice = {"message": message, "finish_reason": "tool_calls", "logprobs": {"content": [entry]}}
+    engine = await engine_of(servers[0])
+    servers[0].script.append(answer(200, {"object": "chat.completion", "choices": [choice], "usage": usage}))
+    request = chat(tools=(Tool("sum"),))
+    request = msgspec.structs.replace(request, sampling=Sampling(max_tokens=10, logprobs=1))
+    outputs = await engine.run(request)
+    content, (found,) = parse_tool_calls(text_of(outputs), request)
+    assert (content, found) == ("ab", Call("sum", '{"a": 1}'))
+    assert outputs[-1].finish == Finish(("tool_calls",))
+    assert [output.prompt_tokens for output in outputs if output.prompt_tokens] == [5]
+    assert sum(len(output.ids) for output in outputs) == 3
+    assert [entry.text for output in outputs for entry in output.logprobs or [] if entry] == ["ab"]
+    servers[0].script.append(answer(200, {"choices": [{"text": "abc", "finish_reason": "length"}]}))
+    outputs = await engine.run(ask())
+    assert (text_of(outputs), outputs[-1].finish) == ("abc", Finish(("length",)))
+    servers[0].script.append(answer(200, {"error": {"message": "no such thing", "type": "invalid_request_error"}}))
+    assert error_of(await engine.run(ask())).message == "no such thing"
+    assert len(servers[0].bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "finish"),
+    [
+        ("stop", "stop"),
+        ("eos_token", "stop"),
+        ("STOP", "stop"),
+        ("length", "length"),
+        ("max_tokens", "length"),
+        ("content_filter", "content_filter"),
+        ("tool_calls", "stop"),
+        ("function_call", "stop"),
+    ],
+)
+async def test_why_a_reply_ended(servers: list[Upstream], engine_of: MakeEngine, reason: str, finish: str) -> None:
+    """Never by calls where there are none."""
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, sse(said("a"), said("", reason))))
+    outputs = await engine.run(chat(tools=(Tool("t"),)))
+    assert (text_of(outputs), outputs[-1].finish) == ("a", Finish((finish,)))
+
+
+# ------------------------------------------------------------------------------------------ calls
+
+
+def called(*calls: Any, finish: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"delta": {"tool_calls": list(calls)}, "finish_reason": finish}]}
+
+
+def part(index: int | None = 0, id: str | None = None, **function: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"function": function}
+    return found | ({} if index is None else {"index": index}) | ({} if id is None else {"id": id})
+
+
+BROKEN_JSON = '{"a": 1, }}</tool_call> \\ud83d "'
+
+
+@pytest.mark.parametrize(
+    ("events", "calls"),
+    [
+        (
+            [called(part(0, "x", name="sum", arguments="{}")), called(part(0, "y", name="now", arguments='{"b":2}'))],
+            [("sum", "{}"), ("now", '{"b":2}')],
+        ),
+        (
+            [called(part(0, "x")), called(part(0, name="sum")), called(part(0, arguments='{"a":1}'))],
+            [("sum", '{"a":1}')],
+        ),
+        ([called(part(0, "x", name="sum", arguments=BROKEN_JSON))], [("sum", BROKEN_JSON)]),
+        (
+            [called(part(0, "x", name="sum", arguments="[1]")), called(part(1, "y", name="now"))],
+            [("sum", "[1]"), ("now", "{}")],
+        ),
+        ([called(part(0, "x", name="sum", arguments={"a": "\U0001f600"}))], [("sum", '{"a": "\U0001f600"}')]),
+        ([called(part(None, name="sum", arguments='{"a":')), called(part(None, arguments="1}"))], [("sum", '{"a":1}')]),
+        (
+            [called(part(None, name="sum", arguments="{}")), called(part(None, name="sum", arguments='{"a":1}'))],
+            [("sum", "{}"), ("sum", '{"a":1}')],
+        ),
+        ([called(part(None, name="sum", arguments="{}"), part(None, name="now"))], [("sum", "{}"), ("now", "{}")]),
+        (
+            [
+                called(part(0, "x", name="sum", arguments='{"a":')),
+                called(part(1, "y", name="now")),
+                called(part(0, arguments="1}")),
+            ],
+            [("sum", '{"a":1}'), ("now", "{}")],
+        ),
+        (
+            [called(part(0, "x", name="sum", arguments='{"a":')), called(part(0, "x", name="sum", arguments="1}"))],
+            [("sum", '{"a":1}')],
+        ),
+        ([called(part(0, "x", name="somebody", arguments='{"a":1}'))], [("somebody", '{"a":1}')]),
+        ([called({"index": 0, "name": "sum", "arguments": "{}"})], [("sum", "{}")]),
+        ([{"choices": [{"delta": {"function_call": {"name": "sum", "arguments": "{}"}}}]}], [("sum", "{}")]),
+        (
+            [
+                said("I look. "),
+                called(part(0, "x", name="sum", arguments='{"a":"\\ud83d')),
+                called(part(0, arguments='\\ude00"}')),
+            ],
+            [("sum", '{"a":"\\ud83d\\ude00"}')],
+        ),
+    ],
+)
+@pytest.mark.parametrize("finish", ["tool_calls", "stop"])
+async def test_calls_come_in_many_forms_and_are_calls(
+    servers: list[Upstream], engine_of: MakeEngine, events: list[Any], calls: list[tuple[str, str]], finish: str
+) -> None:
+    engine = await engine_of(servers[0])
+    request = chat(tools=(Tool("sum"), Tool("now")))
+    servers[0].script.append(then(0, sse(*events, said(None, finish))))
+    outputs = await engine.run(request)
+    content, found = parse_tool_calls(text_of(outputs), request)
+    assert [(call.name, call.arguments) for call in found] == calls
+    assert "tool_call>" not in (content or "")
+    assert outputs[-1].finish == Finish(("tool_calls",))
+    assert len(servers[0].bodies) == 1
+
+
+async def test_a_call_that_was_cut_short_is_given_out_as_far_as_it_came(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(servers[0])
+    request = chat(tools=(Tool("sum"), Tool("now")))
+    servers[0].script.append(
+        then(0, sse(called(part(0, "x", name="sum", arguments='{"a": [1, ')), said(None, "length")))
+    )
+    outputs = await engine.run(request)
+    assert parse_tool_calls(text_of(outputs), request) == (None, [Call("sum", '{"a": [1, ')])
+    assert outputs[-1].finish == Finish(("length",))
+
+
+async def test_a_call_without_a_name(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    nameless = then(0, sse(called(part(0, "x", arguments='{"a": 1}')), said(None, "tool_calls")))
+    servers[0].script += [nameless] * 3
+    one = chat(tools=(Tool("sum"), Tool("now")), tool_choice="required", tool_name="now")
+    assert parse_tool_calls(text_of(await engine.run(one)), one) == (None, [Call("now", '{"a": 1}')])
+    assert "a call that names no tool" in error_of(await engine.run(chat(tools=(Tool("sum"), Tool("now"))))).message
+
+
+async def test_calls_that_nobody_asked_for_are_no_text(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    events = sse(said("a"), called(part(0, "x", name="sum", arguments="{}")), said(None, "tool_calls"))
+    servers[0].script += [then(0, events)] * 2
+    for request in (chat(), chat(tools=(Tool("sum"),), tool_choice="none")):
+        outputs = await engine.run(request)
+        assert (text_of(outputs), outputs[-1].finish) == ("a", Finish(("stop",)))
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "openai", "penstock"])
+async def test_a_call_that_broke_off_is_made_anew(servers: list[Upstream], engine_of: MakeEngine, dialect: str) -> None:
+    """Nothing of it is in the log yet, so nothing of it has to be continued."""
+    engine = await engine_of(servers[0], dialect=dialect)
+    request = chat(tools=(Tool("sum"),))
+    begun = write(b"data: " + json.dumps(called(part(0, "x", name="sum", arguments='{"a"'))).encode() + b"\n\n")
+    servers[0].script += [
+        then(0, begun),
+        then(0, sse(called(part(0, "y", name="sum", arguments="{}")), said("", "stop"))),
+    ]
+    outputs = await engine.run(request)
+    assert parse_tool_calls(text_of(outputs), request) == (None, [Call("sum", "{}")])
+
+
+# ------------------------------------------------------------------------------------------ log-probabilities
+
+
+def entry(text: str, logprob: float | None, *top: dict[str, Any], data: bytes | None = None) -> dict[str, Any]:
+    return {
+        "token": text,
+        "logprob": logprob,
+        "bytes": list(text.encode() if data is None else data),
+        "top_logprobs": [*top],
+    }
+
+
+async def test_a_logprob_has_its_tokens_own_text_and_bytes(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    half, other = entry("\ufffd", -0.1, data=b"\xe2\x82"), entry("\ufffd", -2.0, data=b"\xe2\x83")
+    events = [
+        said("", logprobs={"content": [half | {"top_logprobs": [other, half]}]}, token_ids=[1]),
+        said(
+            "\u20acab",
+            logprobs={"content": [entry("\ufffd", -0.2, data=b"\xac"), entry("ab", -3.0, entry("x", None))]},
+            token_ids=[2, 3],
+        ),
+        said("", "stop", logprobs=None),
+    ]
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, sse(*events)))
+    request = msgspec.structs.replace(chat(), sampling=Sampling(max_tokens=10, logprobs=2))
+    outputs = await engine.run(request)
+    entries = [each for output in outputs for each in output.logprobs or []]
+    assert text_of(outputs) == "\u20acab"
+    chosen = TopLogprob(1, "\ufffd", -0.1, b"\xe2\x82")
+    assert entries == [
+        Logprob(-0.1, (TopLogprob(-1, "\ufffd", -2.0, b"\xe2\x83"), chosen), "\ufffd", b"\xe2\x82"),
+        Logprob(-0.2, (TopLogprob(2, "\ufffd", -0.2, b"\xac"),), "\ufffd", b"\xac"),
+        Logprob(-3.0, (TopLogprob(-1, "x", -9999.0), TopLogprob(3, "ab", -3.0)), "ab"),
+    ]
+
+
+async def test_logprobs_of_a_completion(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    """They have texts only, and null where there is nothing to tell."""
+    told = {"tokens": ["a", "b"], "token_logprobs": [None, -1.0], "top_logprobs": [None, {"c": -0.5, "\ufffd": -0.7}]}
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, sse({"choices": [{"text": "ab", "finish_reason": "stop", "logprobs": told}]})))
+    outputs = await engine.run(ask(logprobs=2))
+    assert [output.texts for output in outputs if output.ids] == [["a", "b"]]
+    first, second = (each for output in outputs for each in output.logprobs or [])
+    assert first == Logprob(0.0, (TopLogprob(-1, "a", 0.0),), "a")
+    assert second is not None
+    assert [each.text for each in second.top] == ["c", "\ufffd", "b"]
+    assert (second.text, second.data) == ("b", None)
+
+
+async def test_no_alternatives_where_none_were_asked_for(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, sse(said("a", "stop", logprobs={"content": [entry("a", -1.0)]}))))
+    outputs = await engine.run(msgspec.structs.replace(chat(), sampling=Sampling(max_tokens=10, logprobs=0)))
+    assert [each for output in outputs for each in output.logprobs or []] == [Logprob(-1.0, (), "a")]
 
 
 # ------------------------------------------------------------------------------------------ embeddings and tokens

@@ -31,6 +31,7 @@ from penstock.observability.metrics import Metrics
 from penstock.testing.clock import ManualClock
 from tests.support.api import check_error
 
+CHAT = [{"role": "user", "content": "x"}]
 KINDS = [GenerateJob, Generate, ChatCompletion, TextCompletion]
 FIELDS = ["model", "prompt", "messages", "max_tokens", "stop", "logit_bias", "metadata", "n", "stream", "x"]
 JSON = st.recursive(
@@ -433,3 +434,43 @@ class TestOrigins:
         assert "allowed_origins" in error["message"]
         assert "access-control-allow-private-network" not in reply.headers
         assert b'llm_gateway_errors_total{code="forbidden"} 1.0' in metrics.render()[0]
+
+
+class TestContentFilter:
+    """An upstream server's filter ended the reply: every API has its word for it."""
+
+    @pytest.mark.parametrize(
+        ("path", "body", "says"),
+        [
+            ("/v1/generate", {"prompt": "x"}, lambda told: told["finish_reason"]),
+            ("/v1/completions", {"prompt": "x"}, lambda told: told["choices"][0]["finish_reason"]),
+            ("/v1/chat/completions", {"messages": CHAT}, lambda told: told["choices"][0]["finish_reason"]),
+            ("/v1/responses", {"input": "x"}, lambda told: told["incomplete_details"]["reason"]),
+        ],
+    )
+    async def test_it_is_told(self, gateway: Gateway, path: str, body: Any, says: Any) -> None:
+        told = await self._ask(gateway, path, body)
+        assert says(json.loads(told)) == "content_filter"
+        assert b"content_filter" in await self._ask(gateway, path, {**body, "stream": True})
+
+    async def test_anthropic_calls_it_refusal(self, gateway: Gateway) -> None:
+        body = {"messages": CHAT, "max_tokens": 5}
+        assert json.loads(await self._ask(gateway, "/v1/messages", body))["stop_reason"] == "refusal"
+        assert b'"stop_reason":"refusal"' in await self._ask(gateway, "/v1/messages", {**body, "stream": True})
+
+    async def test_a_response_is_incomplete(self, gateway: Gateway) -> None:
+        told = json.loads(await self._ask(gateway, "/v1/responses", {"input": "x"}))
+        assert told["status"] == "incomplete"
+        assert b"event: response.incomplete" in await self._ask(
+            gateway, "/v1/responses", {"input": "x", "stream": True}
+        )
+
+    async def _ask(self, gateway: Gateway, path: str, body: dict[str, Any]) -> bytes:
+        async with as_tenant(gateway, "t") as http:
+            asking = asyncio.create_task(http.post(path, json={"model": "m", **body}))
+            (lease,) = await gateway.broker.claim(WorkerInfo(id="w", slots=1), ["m"], 1, 30)
+            finish = Finish(("content_filter",))
+            await gateway.broker.append([Append(lease.key, 1, [1, 2], ["a", "b"], finish=finish)])
+            reply = await asking
+            assert reply.status_code == 200, reply.text
+            return reply.content

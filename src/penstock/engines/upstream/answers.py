@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any, TypeVar
 
 import msgspec
 
+from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Request
 from penstock.core.tasks import Tokenized, vector_text
 from penstock.engines.upstream.dialects import Dialect, chat, tool_views
-from penstock.engines.upstream.stream import StreamError, Usage
+from penstock.engines.upstream.stream import StreamError, as_count, read_usage
 
 T = TypeVar("T")
 
@@ -19,8 +19,8 @@ T = TypeVar("T")
 def read(answer: bytes, kind: type[T]) -> T:
     """*answer* as a *kind*. Raises `StreamError` for what is none."""
     try:
-        return msgspec.json.decode(answer, type=kind)
-    except msgspec.MsgspecError as error:
+        return decode(answer, kind)
+    except Malformed as error:
         raise StreamError(f"an answer that cannot be read ({error})") from error
 
 
@@ -45,20 +45,22 @@ def embedding_body(model: str, request: Request, indexes: list[int], *, floats: 
 
 
 class _Vector(msgspec.Struct, gc=False):
-    index: int
     embedding: str | list[float]
+    index: Any = None
 
 
 class _Vectors(msgspec.Struct):
     data: list[_Vector]
-    usage: Usage | None = None
+    usage: Any = None
 
 
 def read_vectors(answer: bytes, count: int) -> tuple[list[str], int, int | None]:
     """*count* vectors as texts of the log, in the order of their inputs; how many dimensions they have; and the tokens
     of the inputs, where they are told. Raises `StreamError`."""
     found = read(answer, _Vectors)
-    by_index = {each.index: each.embedding for each in found.data}
+    by_index: dict[int, str | list[float]] = {}
+    for place, each in enumerate(found.data):
+        by_index[place if each.index is None else as_count(each.index) or 0] = each.embedding
     if len(found.data) != count or sorted(by_index) != list(range(count)):
         raise StreamError(f"{len(found.data)} vectors for {count} inputs, or some without their index")
     texts, sizes = [], set()
@@ -69,13 +71,14 @@ def read_vectors(answer: bytes, count: int) -> tuple[list[str], int, int | None]
     size = sizes.pop()
     if sizes or not size or size % 4:
         raise StreamError("vectors of different sizes, or that are no float32 in base64")
-    return texts, size // 4, found.usage.prompt_tokens if found.usage is not None else None
+    usage = read_usage(found.usage)
+    return texts, size // 4, usage.prompt_tokens if usage is not None else None
 
 
 def _bytes_of(text: str) -> int:
     try:
         return len(base64.b64decode(text, validate=True))
-    except binascii.Error as error:
+    except ValueError as error:  # also of what is no ASCII
         raise StreamError(f"a vector that is no base64 ({error})") from error
 
 

@@ -22,6 +22,7 @@ from penstock.core.errors import (
     Unsupported,
 )
 from penstock.core.events import Prefix
+from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Request, Task
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
@@ -46,6 +47,7 @@ from penstock.engines.upstream.options import TASKS, Options, addresses
 from penstock.engines.upstream.replicas import (
     MAX_RESULT,
     Broken,
+    Faults,
     Replica,
     Replicas,
     Tries,
@@ -182,19 +184,18 @@ class UpstreamBackend(AsyncBackend):
                 return self._reply(key, request, prefixes)
 
     async def _reply(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncGenerator[Output]:
-        limit = request.sampling.max_tokens
         alone = len(prefixes) == 1
-        replies = [
-            Reply(key, None if alone else choice, prefix, limit, request.sampling.logprobs is not None)
-            for choice, prefix in enumerate(prefixes)
-        ]
+        replies = [Reply(key, None if alone else choice, prefix, request) for choice, prefix in enumerate(prefixes)]
         told: int | None = None
         if request.prompt_ids is not None:
             told = len(request.prompt_ids)  # known at once; others learn it with the first token, or with the last
             for reply in replies:
                 reply.prompt_tokens = told
         counted = ended = False
-        streams = [self._run(request, choice, reply) for choice, reply in enumerate(replies) if reply.finish is None]
+        faults = Faults()
+        streams = [
+            self._run(request, choice, reply, faults) for choice, reply in enumerate(replies) if reply.finish is None
+        ]
         async with contextlib.aclosing(streams[0] if len(streams) == 1 else merge(streams)) as outputs:
             async for output in outputs:
                 output.prompt_tokens = None if counted else output.prompt_tokens or told
@@ -207,9 +208,9 @@ class UpstreamBackend(AsyncBackend):
 
     # ------------------------------------------------------------------------------------ one choice
 
-    async def _run(self, request: Request, choice: int, reply: Reply) -> AsyncGenerator[Output]:
+    async def _run(self, request: Request, choice: int, reply: Reply, faults: Faults) -> AsyncGenerator[Output]:
         """Call until the reply has ended, on one replica after another."""
-        tries = Tries(self._replicas, "generate")
+        tries = Tries(self._replicas, "generate", faults)
         if reply.ids and request.response_format is not None and _is_json("".join(reply.texts)):
             reply.finish = "stop"  # only its end was not told
         while reply.finish is None:
@@ -271,7 +272,7 @@ class UpstreamBackend(AsyncBackend):
         except aiohttp.ClientError as error:
             raise Broken(reason(error), lost=isinstance(error, aiohttp.ClientConnectorError)) from None
         except StreamError as error:
-            raise Broken(f"it sent {error}") from None
+            raise Broken(f"it sent {error}", garbled=True) from None
 
     async def _prompt_tokens(self, replica: Replica, prompt: str | list[int]) -> int:
         """How many there are, as far as it can be found out: else as many as there is room for."""
@@ -283,39 +284,35 @@ class UpstreamBackend(AsyncBackend):
         return self.info.context_length
 
     async def _read(self, replica: Replica, response: aiohttp.ClientResponse, reply: Reply) -> AsyncGenerator[Output]:
-        """The stream of a call: an output for everything that was ready, however many chunks it came in."""
-        lines = Lines()
-        readany = response.content.readany
-        heard = False
-        while True:
-            data = await readany()
-            if not data:
-                if not reply.ended:
-                    raise Broken("the stream broke off")
-                break
-            if not (payloads := lines.feed(data)):
-                continue
-            output, error, over = reply.take(payloads)
-            if over:
-                if not reply.ended:
-                    raise Broken("the stream ended without a reason")
-                output.extend(reply.end())
-            if output.ids or output.prompt_tokens is not None or over:
-                if not heard:
-                    heard = True
-                    replica.succeeded()
-                yield output
-            if isinstance(error, StreamError):
-                raise error
-            if error is not None:
-                raise self._failure(Told.read(error), replica)
-            if over:
-                break
+        """The answer to a call: an output for everything that was ready, however many chunks it came in."""
+        heard = over = False
+        try:
+            async with contextlib.aclosing(_events(response)) as events:
+                async for payloads in events:
+                    output, error, over = reply.take(payloads)
+                    if over and reply.ended:
+                        output.extend(reply.end())
+                    if output.ids or output.prompt_tokens is not None or over:
+                        if not heard:
+                            heard = True
+                            replica.succeeded()
+                        yield output
+                    if isinstance(error, StreamError):
+                        raise error
+                    if error is not None:
+                        raise self._failure(Told.read(error), replica)
+                    if over:
+                        break
+        except (TimeoutError, aiohttp.ClientError, StreamError):
+            if not reply.ended:  # else the reply is complete, whatever became of what comes behind it
+                raise
+        if not reply.ended:
+            raise StreamError("an end without a reason") if over else Broken("the stream broke off")
         if reply.finish is None:
             yield reply.end()
         with contextlib.suppress(TimeoutError, aiohttp.ClientError):
             async with asyncio.timeout(LINGER):
-                while not response.content.at_eof() and await readany():
+                while not response.content.at_eof() and await response.content.readany():
                     pass
 
     # ------------------------------------------------------------------------------------ continuation
@@ -332,6 +329,8 @@ class UpstreamBackend(AsyncBackend):
         # What a server held back as the beginning of a stop string is in its ids, and not in its text.
         if prompt_known and not reply.untold and wish in ("auto", "ids") and not request.sampling.stop:
             return True
+        if not any(reply.texts):  # nobody has seen anything of it
+            return False
         if wish in ("none", "ids"):
             raise _lost("the option continuation forbids it")
         if request.response_format is not None or request.tool_choice == "required":
@@ -460,11 +459,11 @@ class UpstreamBackend(AsyncBackend):
             raise EngineError(f"The upstream server answers HTTP {status} where a reply is due. Its address is wrong.")
         answer = await read_answer(response)
         try:
-            value = msgspec.json.decode(answer)
-        except msgspec.MsgspecError:
+            value = decode(answer, object)
+        except Malformed:
             value = answer.decode("utf-8", "replace")
         told = Told.read(value)
-        message = self._replicas.without_key(told.message)
+        message = self._replicas.for_clients(told.message)
         told = Told(message, told.kind, status, told.param)
         if told.about_route:
             raise Unable(f"HTTP {status}: {message}")
@@ -476,7 +475,7 @@ class UpstreamBackend(AsyncBackend):
 
     def _failure(self, told: Told, replica: Replica) -> Exception:
         """An error in the middle of a stream."""
-        told = Told(self._replicas.without_key(told.message), told.kind, told.status, told.param)
+        told = Told(self._replicas.for_clients(told.message), told.kind, told.status, told.param)
         if "poisoned" in told.kind:
             return EngineError(told.message)
         if told.about_context or 400 <= told.status < 500 or "invalid_request" in told.kind:
@@ -484,10 +483,24 @@ class UpstreamBackend(AsyncBackend):
         return Broken(told.message)
 
 
+async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[list[bytes]]:
+    """The data of a stream's events, those together that came together; a reply that is one JSON is one of them."""
+    lines = Lines()
+    begun = False
+    while data := await response.content.readany():
+        if not begun and not data.isspace():
+            begun = True
+            if data.lstrip().startswith(b"{"):
+                yield [data + await read_answer(response, MAX_RESULT), b"[DONE]"]
+                return
+        if payloads := lines.feed(data):
+            yield payloads
+
+
 def _is_json(text: str) -> bool:
     try:
-        msgspec.json.decode(text)
-    except msgspec.MsgspecError:
+        decode(text, msgspec.Raw)
+    except Malformed:
         return False
     return True
 

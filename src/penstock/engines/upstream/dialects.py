@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from penstock.core.errors import (
     RequestTooLarge,
     Unsupported,
 )
+from penstock.core.foreign import Malformed, Mismatch, decode, whole
 from penstock.core.job import Message, Request, Task, Tool
-from penstock.engines.upstream.stream import Reply
+from penstock.engines.upstream.stream import Reply, as_count
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,23 @@ class _ModelList(msgspec.Struct):
 
 
 def read_models(body: bytes) -> list[ModelCard]:
-    """Raises `msgspec.MsgspecError` for what is no list of models."""
-    return msgspec.json.decode(body, type=_ModelList).data
+    """Raises `Malformed` for what is no list of models. Of a card, what is not as it has to be counts as not told."""
+    try:
+        return decode(body, _ModelList).data
+    except Mismatch:
+        cards = decode(body, dict[str, Any]).get("data")
+    if not isinstance(cards, list):
+        raise Malformed("without a list of models")
+    return [_card(card) for card in cards if isinstance(card, dict) and isinstance(card.get("id"), str)]
+
+
+def _card(given: dict[str, Any]) -> ModelCard:
+    told: dict[str, Any] = {}
+    for field in msgspec.structs.fields(ModelCard):
+        value = given.get(field.name)
+        with contextlib.suppress(msgspec.ValidationError):
+            told[field.name] = msgspec.convert(as_count(value) or value, field.type)
+    return ModelCard(**{name: value for name, value in told.items() if value is not None})
 
 
 # ------------------------------------------------------------------------------------------ requests
@@ -267,14 +284,14 @@ class Told:
         if isinstance(value, dict) and isinstance(value.get("error"), dict | str):
             value = value["error"]
         if not isinstance(value, dict):
-            return cls(str(value)[:500])
+            return cls(_said(value)[:500])
         code, kind, param = value.get("code"), value.get("type"), value.get("param")
         message = value.get("message") or value.get("detail") or "no reason given"
         return cls(
-            str(message)[:2000],
+            _said(message)[:2000],
             " ".join(each for each in (code, kind) if isinstance(each, str)),
             code if isinstance(code, int) else 0,
-            param if isinstance(param, str) else None,
+            whole(param) if isinstance(param, str) else None,
         )
 
     @property
@@ -316,6 +333,13 @@ class Told:
         if self.status == 413:
             return RequestTooLarge(f"It is more than the upstream server takes: {self.message}", param=self.param)
         return InvalidRequest(self.message, param=self.param)
+
+
+def _said(value: Any) -> str:
+    try:
+        return whole(str(value))
+    except RecursionError:
+        return "an error that is nested too deeply"
 
 
 def describe(names: Sequence[str]) -> str:

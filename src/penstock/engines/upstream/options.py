@@ -85,6 +85,11 @@ class Address:
     def __str__(self) -> str:
         return self.root
 
+    @property
+    def host(self) -> str:
+        """With its port."""
+        return urlsplit(self.root).netloc
+
 
 def addresses(path: str | None) -> list[Address]:
     """The replicas of ``URL[,URL…]``. Raises `ModelLoadError`."""

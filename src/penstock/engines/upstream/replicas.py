@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import sys
 import time
@@ -11,9 +12,9 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import aiohttp
-import msgspec
 
 from penstock.core.errors import EngineError, ModelLoadError, Unsupported
+from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Task
 from penstock.engines.upstream.answers import read_vectors
 from penstock.engines.upstream.dialects import DIALECTS, OWNERS, Dialect, ModelCard, describe, read_models
@@ -24,6 +25,10 @@ from penstock.engines.upstream.stream import StreamError
 TRIP = 3
 #: Seconds of that while: doubled with every further failure.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+#: Answers to one request that are no reply, after which it has failed.
+GARBLED = 2
+#: How many times the rounds that the option retries allows without a token one request may take in all.
+BROKEN = 2
 #: Seconds between two health checks of a replica that is up.
 HEALTH_INTERVAL = 5.0
 #: Seconds that a probe may take, once connected.
@@ -41,12 +46,16 @@ class Unreachable(Exception):
 class Broken(Exception):
     """A call came to nothing, or to an end too early; another replica, or the same one later, may do better.
 
-    ``lost``: the server cannot be reached. ``retry_after``: seconds it asked for (it is well, but busy).
+    ``lost``: the server cannot be reached. ``garbled``: it answered, and what it said is no reply. ``retry_after``:
+    seconds it asked for (it is well, but busy).
     """
 
-    def __init__(self, why: str, *, lost: bool = False, retry_after: float | None = None) -> None:
+    def __init__(
+        self, why: str, *, lost: bool = False, garbled: bool = False, retry_after: float | None = None
+    ) -> None:
         super().__init__(why)
         self.lost = lost
+        self.garbled = garbled
         self.retry_after = retry_after
 
 
@@ -178,9 +187,11 @@ class Replicas:
         """Seconds until one of those that are up may have a request."""
         return min((each.wait() for each in self.all if not each.down), default=0.0)
 
-    def without_key(self, text: str) -> str:
-        """*text* of a server, which may quote the key."""
-        return text.replace(self._secret, "***") if self._secret else text
+    def for_clients(self, text: str) -> str:
+        """*text* of a server, or about one, which may quote the key, or name hosts that are nobody else's business."""
+        for private in (self._secret, *(each.address.host for each in self.all)):
+            text = text.replace(private, "***") if private else text
+        return text
 
     # ---------------------------------------------------------------------------- probes
 
@@ -217,7 +228,7 @@ class Replicas:
         if status == 200:
             try:
                 cards = read_models(answer)
-            except msgspec.MsgspecError:
+            except Malformed:
                 raise ModelLoadError(
                     f"{replica.address.api}/models does not answer as an OpenAI-compatible server does."
                 ) from None
@@ -249,12 +260,9 @@ class Replicas:
         for path, field, name in (("/version", "version", "vllm"), ("/props", "default_generation_settings", "llama")):
             status, answer = await self._get(replica.address.root + path)
             if status == 200:
-                try:
-                    value = msgspec.json.decode(answer)
-                except msgspec.MsgspecError:
-                    continue
-                if isinstance(value, dict) and field in value:
-                    return name
+                with contextlib.suppress(Malformed):
+                    if field in decode(answer, dict[str, Any]):
+                        return name
         return "openai"
 
     # ---------------------------------------------------------------------------- what a server can do
@@ -356,12 +364,26 @@ class Replicas:
                 replica.lost(str(error))
 
 
-class Tries:
-    """The calls that one piece of work takes, on one replica after another, until one succeeds."""
+class Faults:
+    """What went wrong with the calls for one request, over all its choices. It bounds what they may cost."""
 
-    def __init__(self, replicas: Replicas, task: Task) -> None:
+    def __init__(self) -> None:
+        self.broken = 0
+        self.garbled = 0
+
+
+class Tries:
+    """The calls that one piece of work takes, on one replica after another, until one succeeds.
+
+    A request ends that was answered twice with what is no reply (`GARBLED`): asking again does not cure that, and may
+    cost money. One whose calls break off goes back to the queue after `BROKEN` times the rounds that it may take
+    without a token, however far each call came.
+    """
+
+    def __init__(self, replicas: Replicas, task: Task, faults: Faults | None = None) -> None:
         self._replicas = replicas
         self._task = task
+        self._faults = faults or Faults()
         self._failures = 0
         self._failed: set[Replica] = set()
         self._unable: set[Replica] = set()
@@ -378,9 +400,7 @@ class Tries:
             # All have failed, or none may have a request: once more, after a pause.
             self._failures += 1
             if self._failures > self._replicas.retries:
-                error = EngineError(f"No upstream server can serve this: {self._why}.")
-                error.retryable = True
-                raise error
+                raise self._given_up()
             self._failed.clear()
             await asyncio.sleep(max(backoff(self._failures), self._replicas.pause()))
         return replica
@@ -392,12 +412,18 @@ class Tries:
         try:
             yield
         except (Broken, Unable) as error:
-            why = str(error)
-            self._why = f"{replica.address}: {self._replicas.without_key(why)}"
+            why = self._why = self._replicas.for_clients(str(error))
             if isinstance(error, Unable):
                 self._unable.add(replica)
                 return
             self._failed.add(replica)
+            if error.garbled:  # whether another request fares better is not known from this one
+                replica.say(f"is not understood: {why}")
+                self._faults.garbled += 1
+                if self._faults.garbled >= GARBLED:
+                    raise EngineError(f"The upstream server answers what cannot be read: {why}.") from None
+                return
+            self._faults.broken += 1
             if error.retry_after is not None:
                 replica.busy(error.retry_after)
             else:
@@ -406,6 +432,13 @@ class Tries:
                     replica.lost(why)
         finally:
             replica.end()
+        if self._faults.broken >= BROKEN * (1 + self._replicas.retries) * len(self._replicas.all):
+            raise self._given_up()
+
+    def _given_up(self) -> EngineError:
+        error = EngineError(f"No upstream server can serve this: {self._why}.")
+        error.retryable = True
+        return error
 
     def progressed(self) -> None:
         """Something came before it broke: retries are for those who get nothing."""
@@ -423,5 +456,6 @@ async def read_answer(response: aiohttp.ClientResponse, most: int = MAX_ANSWER) 
 def reason(error: Exception) -> str:
     """What a transport error says, for people."""
     if isinstance(error, aiohttp.ClientConnectorError):
-        return f"cannot connect ({error.os_error.strerror or error.os_error})"
+        number = error.os_error.errno  # its text has the address
+        return f"cannot connect ({os.strerror(number) if number else type(error.os_error).__name__})"
     return str(error) or type(error).__name__

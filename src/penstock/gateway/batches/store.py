@@ -27,6 +27,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.core.errors import InvalidRequest, NotFound
+from penstock.core.foreign import Malformed, Mismatch, decode
 from penstock.core.job import ModelName
 from penstock.gateway.files import FileStore, StoredFile, link, new_id, page, remove, storing, sync, write_whole
 
@@ -243,8 +244,6 @@ class Checked(msgspec.Struct, frozen=True):
     errors: list[LineError] = []
 
 
-_line = msgspec.json.Decoder(Line)
-_body = msgspec.json.Decoder(_Body)
 _MISSING = re.compile(r"missing required field `(\w+)`")
 _AT = re.compile(r" - at `\$\.(\w+)")
 
@@ -304,25 +303,25 @@ def check_input(path: Path, endpoint: str, limit: int) -> Checked:
 
 def decode_line(text: bytes) -> Line:
     """A line that has been checked."""
-    return _line.decode(text)
+    return decode(text, Line)
 
 
 def _decode(text: bytes, number: int, errors: list[LineError]) -> Line | None:
     try:
-        return _line.decode(text)
-    except msgspec.ValidationError as error:
+        return decode_line(text)
+    except Mismatch as error:
         errors.append(_explain(str(error), number))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except Malformed:
         errors.append(LineError("invalid_json_line", "The line is not valid JSON.", None, number))
     return None
 
 
 def _model_of(line: Line, number: int, errors: list[LineError]) -> str | None:
     try:
-        return _body.decode(line.body).model
-    except msgspec.ValidationError as error:
+        return decode(line.body, _Body).model
+    except Mismatch as error:
         errors.append(_explain(str(error), number, "body"))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except Malformed:
         errors.append(LineError("invalid_json_line", "The body is not valid JSON.", "body", number))
     return None
 

@@ -461,7 +461,7 @@ def _message(job: Job, content: list[dict[str, Any]], ended: Ended | None, usage
     }
 
 
-_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 
 
 def _stop(ended: Ended | None) -> dict[str, Any]:
