@@ -10,6 +10,7 @@ Each running sequence has a thread that waits in llama.cpp; those are woken once
 from __future__ import annotations
 
 import secrets
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, ThreadedBackend
 from penstock.engines.options import parse
 from penstock.engines.sampling import Floats, Sampler, stream_key
-from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
+from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel, well_formed
 
 #: How llama.cpp writes JSON that obeys a schema.
 SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -141,7 +142,7 @@ class GgufText(TextModel):
         )
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        return [text]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
+        return [well_formed(text)]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
 
     def pieces(self, request: Request) -> list[int | str]:
         """The prompt for llama.cpp: ids, and texts that it tokenizes.
@@ -335,10 +336,8 @@ class _Sequence:
                 # allows is a part of what ours does.
                 body["json_schema"] = {**self._request.guide, "x-guidance": SEPARATORS}
             self._server.handle_completions(body, self._take)
-        except PenstockError as error:
-            self._fail(error)
         except Exception as error:
-            self._mailbox.fail(error)
+            self._fail(error)
 
     def _prompt(self, prompt: list[int | str], *more: int) -> dict[str, Any]:
         # A list by itself could be taken for several prompts.
@@ -400,7 +399,11 @@ class _Sequence:
         else:
             self._mailbox.put(*self._job.end(self._choice, self._reply.finish, self._reply.stop))
 
-    def _fail(self, error: PenstockError) -> None:
+    def _fail(self, error: Exception) -> None:
+        """End the request, and nobody else's: whatever one call meets, the engine goes on."""
+        if not isinstance(error, PenstockError):
+            traceback.print_exception(error)
+            error = EngineError(f"llama.cpp failed on this request: {error}")
         if not self._job.over:
             self._job.over = True
             self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
@@ -411,11 +414,8 @@ class _Sequence:
             return True
         try:
             self._read(chunk)
-        except PenstockError as error:
-            self._fail(error)
-            return True
         except Exception as error:
-            self._mailbox.fail(error)
+            self._fail(error)
             return True
         return self._reply.finish is not None
 

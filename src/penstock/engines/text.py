@@ -38,6 +38,17 @@ _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
 
 
+def well_formed(text: str) -> str:
+    """*text* as native code takes it: halves of surrogate pairs are joined, and one without its other half is U+FFFD.
+
+    JSON can write such halves (``"\\ud83d"``). What a request brings was checked with its body, but the arguments of a
+    past call are JSON within a string: their text is made here, and goes through a template into a tokenizer.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 # ------------------------------------------------------------------------------------------ detokenizer
 
 
@@ -701,10 +712,7 @@ class TextModel:
         return ids
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
-        except TypeError as error:  # half of a surrogate pair, from a JSON escape
-            raise InvalidRequest("The text is not valid Unicode.", param="prompt") from error
+        ids: list[int] = self.tokenizer.encode(well_formed(text), add_special_tokens=special).ids
         return ids
 
     def _defuse(self, text: str, mark: str) -> str:

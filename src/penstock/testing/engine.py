@@ -28,7 +28,7 @@ import pytest
 
 from penstock.core.errors import EngineDied
 from penstock.core.events import Completion, Ended, Tokens, fold
-from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, Usage
+from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, ToolCall, Usage
 from penstock.core.ports import Engine, Finish, Lease, Output
 from penstock.core.tasks import Tokenized, vector_values, vectors
 from penstock.core.tools import parse_tool_calls
@@ -85,6 +85,15 @@ def task_lease(
     """A lease of a request for something else than a reply; *fields* are those of `Request`."""
     request = Request(model=engine.models[0].name, task=task, **fields)
     return Lease(Job(id="job", tenant="t", request=request), attempt, list(prefix), list(texts))
+
+
+#: A past call whose arguments write half a character, as a reply has it that was cut there.
+HALF = (
+    Message("user", "Which way?"),
+    Message("assistant", "", (ToolCall("call_1", "look", r'{"where": "up \ud83d"}'),)),
+    Message("tool", "Nothing there.", (), "call_1"),
+    Message("user", "Look again."),
+)
 
 
 #: Small, so that a model that knows nothing of JSON comes to its end.
@@ -605,6 +614,18 @@ class EngineContract(TaskContract):
         if engine.models[0].deterministic:
             (by_ids,) = await run(engine, lease(engine, prompt_ids=tuple(found.tokenized.tokens)))
             assert by_ids.ids == reply.ids
+
+    async def test_half_a_character_in_a_past_call_harms_nobody(self, engine: Engine) -> None:
+        """Text that is made inside the engine is checked where it leaves for the tokenizer."""
+        needs(engine, "tools")
+        if not engine.models[0].chat:
+            pytest.skip("no chat template")
+        asked = [lease(engine), lease(engine, messages=HALF), lease(engine)]
+        for result in await run(engine, *asked):
+            assert result.finish == Finish(("length",))
+        if "tokenize" in engine.models[0].tasks:
+            (found,) = await run(engine, task_lease(engine, "tokenize", messages=HALF))
+            assert found.tokenized.tokens
 
     async def test_tokens_do_not_wait_for_replies(self, engine: Engine) -> None:
         needs_task(engine, "tokenize")

@@ -319,10 +319,16 @@ def test_ids_must_be_in_the_vocabulary(chat: TextModel, ids: tuple[int, ...]) ->
         chat.encode_request(Request("m", prompt_ids=ids))
 
 
-def test_half_a_surrogate_pair_is_refused(chat: TextModel) -> None:
-    for request in (Request("m", prompt="\ud800"), Request("m", messages=(Message("user", "\ud800"),))):
-        with pytest.raises(InvalidRequest, match="Unicode"):
-            chat.encode_request(request)
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("a\ud83d", "a\ufffd"), ("\ude80b", "\ufffdb"), ("\ud83d\ude80", "🚀"), ("\ud83dx\ude80é", "\ufffdx\ufffdé")],
+)
+def test_half_a_surrogate_pair_is_a_replacement_character(chat: TextModel, text: str, right: str) -> None:
+    for given, wanted in (
+        (Request("m", prompt=text), Request("m", prompt=right)),
+        (Request("m", messages=(Message("user", text),)), Request("m", messages=(Message("user", right),))),
+    ):
+        assert chat.encode_request(given) == chat.encode_request(wanted)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
