@@ -339,7 +339,7 @@ class ContinuousBatching:
         for row, (sequence, token) in enumerate(zip(drawing, tokens, strict=True)):
             job, reply = sequence.job, sequence.reply
             text = reply.push(token)
-            logprob = self._text.logprob(*logprobs[row]) if row in logprobs else None
+            logprob = self._text.logprob(token, *logprobs[row]) if row in logprobs else None
             output = outputs.get(job.key)
             if output is None:
                 choices = None if len(job.sequences) == 1 else [sequence.choice]

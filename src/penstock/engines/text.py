@@ -774,16 +774,29 @@ class TextModel:
         _, texts, data, _ = self._tables
         return [piece if text is None else text.encode() for text, piece in zip(texts, data, strict=True)]
 
-    def token_text(self, token: int) -> str:
-        """One token by itself, for lists of alternatives; special tokens by name."""
+    def token_text(self, token: int) -> tuple[str, bytes | None]:
+        """One token by itself, special tokens by name; and its bytes, where they are no text by themselves."""
         if token in self._special:
-            return self.tokenizer.id_to_token(token) or ""
-        detokenizer = self.detokenizer(continuing=True)
-        return detokenizer.push(token) + detokenizer.flush()
+            return self.tokenizer.id_to_token(token) or "", None
+        kind, texts, data, _ = self._tables
+        if kind == "window":
+            return self.tokenizer.decode([token]), None
+        if (text := texts[token]) is not None:
+            return text, None
+        text = _whole_text(data[token])
+        return (REPLACEMENT, data[token]) if text is None else (text, None)
 
-    def logprob(self, chosen: float, top: Iterable[tuple[int, float]]) -> Logprob:
-        """A token's log-probability, and the best alternatives as (id, log-probability)."""
-        return Logprob(chosen, tuple(TopLogprob(id, self.token_text(id), value) for id, value in top))
+    def logprob(self, token: int, logprob: float, best: Sequence[tuple[int, float]]) -> Logprob:
+        """A token's log-probability, and the *best* ones as (id, log-probability): where those are asked for, it is
+        one of them or stands behind them."""
+        if best and all(id != token for id, _ in best):
+            best = [*best, (token, logprob)]
+        text, data = self.token_text(token)
+        return Logprob(logprob, tuple(self._alternative(*each) for each in best), text, data)
+
+    def _alternative(self, token: int, logprob: float) -> TopLogprob:
+        text, data = self.token_text(token)
+        return TopLogprob(token, text, logprob, data)
 
     @cached_property
     def _tables(self) -> tuple[str, list[str | None], list[bytes], int]:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import pytest
 
 from penstock.core.errors import EngineDied
-from penstock.core.events import Completion, Ended, Tokens, fold
+from penstock.core.events import Completion, Ended, Logprob, Tokens, fold
 from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, ToolCall, Usage
 from penstock.core.ports import Engine, Finish, Lease, Output
 from penstock.core.tasks import Tokenized, vector_values, vectors
@@ -239,6 +239,16 @@ async def forever(engine: Engine) -> None:
             await engine.step()
 
 
+def entries_of(result: Result) -> list[Logprob]:
+    """The log-probabilities of a reply, one a token."""
+    return [entry for output in result.outputs for entry in output.logprobs or () if entry is not None]
+
+
+def spelled(entries: Iterable[Logprob]) -> str:
+    """The text that tokens make by themselves."""
+    return b"".join(entry.data or (entry.text or "").encode() for entry in entries).decode(errors="replace")
+
+
 def needs_determinism(engine: Engine) -> None:
     if not engine.models[0].deterministic:
         pytest.skip("this engine does not promise determinism")
@@ -429,6 +439,8 @@ class EngineContract(TaskContract):
     """False for an engine over somebody else's server that has no way to go on inside a grammar."""
     tells_stops = True
     """False for an engine over somebody else's server that does not say which stop string ended a reply."""
+    tells_bytes = True
+    """False for an engine over somebody else's server that has only texts for the tokens of a log-probability."""
 
     # ------------------------------------------------------------------------------------ the shape of a reply
 
@@ -518,6 +530,43 @@ class EngineContract(TaskContract):
             assert entry.logprob <= 0
             assert len(entry.top) == 3
             assert entry.top[0].id == token, "greedy draws the likeliest"
+
+    async def test_logprobs_are_of_the_tokens_themselves(self, engine: Engine) -> None:
+        """Whatever a token added to the text: its entry has its own, and it is one of the alternatives."""
+        needs(engine, "logprobs")
+        settings: dict[str, Any] = {"max_tokens": 24, "temperature": 1.2, "seed": 5, "logprobs": 2}
+        (free,) = await run(engine, lease(engine, **settings))
+        stop = free.text[15:19]
+        (stopped,) = await run(engine, lease(engine, stop=(stop,), **settings))
+        for result in (free, stopped):
+            entries = entries_of(result)
+            assert len(entries) == len(result.ids)
+            for id, entry in zip(result.ids, entries, strict=True):
+                assert (id, entry.text, entry.logprob, entry.data) in [
+                    (top.id, top.text, top.logprob, top.data) for top in entry.top
+                ]
+                assert 2 <= len(entry.top) <= 3
+            own = spelled(entries)
+            assert own.startswith(result.text)
+            assert (stop in own[len(result.text) :]) == (result is stopped and stop in own)
+
+    async def test_half_a_character_has_an_entry_of_its_own(self, engine: Engine) -> None:
+        needs(engine, "logprobs", "logit_bias", "response_format")
+        needs_task(engine, "tokenize")
+        if not self.tells_bytes:
+            pytest.skip("this engine is not told the tokens' bytes")
+        (found,) = await run(engine, task_lease(engine, "tokenize", prompt="水", add_special_tokens=False))
+        half = found.tokenized.tokens[-1]
+        biased = lease(engine, max_tokens=4, logprobs=2, logit_bias={half: 100.0})
+        words = ResponseFormat("json_schema", {"const": "水車 🚰"})
+        never, whole = await run(engine, biased, lease(engine, max_tokens=60, logprobs=1, response_format=words))
+        for result in (never, whole):
+            entries = entries_of(result)
+            assert [id for id in result.ids if id < 0] == []
+            assert len(entries) == len(result.ids)
+            assert any(entry.data is not None for entry in entries), "half a character is no text"
+        assert set(never.ids) == {half}
+        assert spelled(entries_of(whole)).startswith(json.dumps("水車 🚰", ensure_ascii=False))
 
     # ------------------------------------------------------------------------------------ replies that obey a schema
 

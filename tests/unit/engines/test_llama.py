@@ -118,7 +118,7 @@ def test_every_choice_has_its_own_seed_and_its_logprobs(backend: LlamaBackend) -
     assert by_choice[0] != by_choice[1]
     logprobs = [each for o in outputs for each in o.logprobs or []]
     assert len(logprobs) == 16
-    assert all(each is not None and len(each.top) == 2 for each in logprobs)
+    assert all(each is not None and len(each.top) in (2, 3) for each in logprobs)
 
 
 def test_what_cannot_be_served_says_why(tmp_path: Path, backend: LlamaBackend) -> None:
