@@ -51,6 +51,7 @@ class TestUpstreamPenstock(EngineContract):
     """Penstock before Penstock: every token's id is told."""
 
     guided_replies_resume = False
+    tells_bytes = False
 
     @pytest.fixture
     async def engine(self, penstock: Server) -> AsyncIterator[EngineProcess]:
@@ -194,6 +195,7 @@ class TestUpstreamLlama(EngineContract):
 
     guided_replies_resume = False
     tells_stops = False
+    tells_bytes = False
 
     @pytest.fixture
     async def engine(self, llama: LlamaServer) -> AsyncIterator[EngineProcess]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema_rs import validator_for
 
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Tool
 from penstock.core.tools import Call, ToolParser, call_id, check_schema, finish_reason, join, parse_tool_calls
+from penstock.engines.guide import Guides
+from penstock.engines.models import BUNDLED
+from penstock.engines.text import TextModel
 
+MILLRACE = TextModel.load(BUNDLED / "millrace")
 WEATHER = Tool("get_weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
 CLOCK = Tool("clock")
 
@@ -118,6 +124,78 @@ def test_ids_depend_on_the_place_alone() -> None:
     assert call_id("job_1", 0, 0) == call_id("job_1", 0, 0)
 
 
+ONE = {"const": 1}
+#: (a schema of arguments with the property a, what that may be, what not).
+ARGUMENTS: list[tuple[dict[str, Any], Any, Any]] = [
+    ({"$id": "https://x.org/t", "properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": ONE}}, 1, 2),
+    ({"properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": ONE}}, 1, 2),
+    ({"properties": {"a": {"$ref": "#n"}}, "$defs": {"n": {"$anchor": "n", **ONE}}}, 1, 2),
+    (
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "properties": {"a": {"$ref": "#n"}},
+            "definitions": {"x": {"$id": "#n", **ONE}},
+        },
+        1,
+        2,
+    ),
+    ({"properties": {"a": {"const": {"$ref": "#/x"}}}}, {"$ref": "#/x"}, {"$ref": "#/$defs/clock/x"}),
+    ({"properties": {"a": {"enum": [{"$ref": "#"}, {"$anchor": "n"}]}}}, {"$anchor": "n"}, {"$anchor": "_clock.n"}),
+    ({"properties": {"a": {"default": {"$ref": "#"}, "examples": [{"$ref": "#"}], "type": "integer"}}}, 1, "x"),
+    (
+        {
+            "properties": {"a": {"$ref": "#/$defs/const"}},
+            "$defs": {"const": {"$ref": "#/$defs/enum"}, "enum": ONE},
+        },
+        1,
+        2,
+    ),
+    (
+        {"properties": {"a": {"properties": {"const": {"$ref": "#/$defs/n"}}}}, "$defs": {"n": ONE}},
+        {"const": 1},
+        {"const": 2},
+    ),
+    (
+        {"properties": {"a": {"properties": {"$ref": {"$ref": "#/$defs/n"}}}}, "$defs": {"n": ONE}},
+        {"$ref": 1},
+        {"$ref": 2},
+    ),
+    (
+        {
+            "properties": {"a": {"$ref": "in"}},
+            "$defs": {"r": {"$id": "in", "$ref": "#/$defs/n", "$defs": {"n": ONE}}, "n": {"const": 2}},
+        },
+        1,
+        2,
+    ),
+    (
+        {"properties": {"a": {"$ref": "#/components/n"}}, "components": {"n": {"$ref": "#/components/m"}, "m": ONE}},
+        1,
+        2,
+    ),
+]
+NESTED = {"properties": {"a": {}}}
+#: (a schema of arguments, or of their property x; may there be others beside a? None: not even a).
+CLOSED: list[tuple[dict[str, Any], bool | None]] = [
+    (NESTED, True),
+    ({"properties": {"x": {"type": "object", **NESTED}}}, True),
+    ({"properties": {"x": {"type": "array", "items": NESTED}}}, True),
+    ({"properties": {"x": {"anyOf": [NESTED, {"type": "null"}]}}}, True),
+    ({"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": NESTED}}, True),
+    ({**NESTED, "additionalProperties": {}}, False),
+    ({**NESTED, "unevaluatedProperties": True}, False),
+    ({**NESTED, "patternProperties": {"^b": {}}}, False),
+    ({**NESTED, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, False),
+    ({"allOf": [NESTED, {"properties": {"b": {}}}]}, False),
+    ({"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"b": {}}}], "$defs": {"a": NESTED}}, False),
+    ({"$ref": "#/$defs/a", "properties": {"b": {}}, "$defs": {"a": NESTED}}, False),
+    ({"if": {"properties": {"a": ONE}}, "then": {"properties": {"b": {}}}}, False),
+    ({"type": "object"}, False),
+    ({"properties": {"x": {"type": "object"}}}, False),
+    ({"properties": {"x": {"const": {"properties": {"a": {}}, "b": 1}}}}, None),
+]
+
+
 class TestGuide:
     def test_free_replies_have_none(self) -> None:
         assert request().guide is None
@@ -144,6 +222,61 @@ class TestGuide:
             {"$ref": "#/$defs/tree"},
             {"$ref": "#/$defs/clock"},
         ]
+
+    @pytest.mark.parametrize(
+        ("schema", "right", "wrong"),
+        ARGUMENTS,
+    )
+    def test_arguments_are_what_their_own_schema_says(self, schema: dict[str, Any], right: Any, wrong: Any) -> None:
+        schema = {"type": "object", "required": ["a"], **schema}
+        other = Tool("other", "", {**schema, "properties": {"a": {"const": "other"}}})
+        for tools in ((Tool("clock", "", schema),), (Tool("clock", "", schema), other)):
+            asked = Request(model="m", messages=(), tools=tools, tool_choice="required")
+            for value, fits in ((right, True), (wrong, False)):
+                assert validator_for(schema).is_valid({"a": value}) is fits
+                call = {"name": "clock", "arguments": {"a": value}}
+                assert validator_for(asked.guide).is_valid(call) is fits
+                matcher = Guides(MILLRACE).begin(asked)
+                assert matcher is not None
+                for token in MILLRACE.tokenizer.encode(json.dumps(call)).ids:
+                    matcher.accept(token)
+                assert (matcher.error is None) is fits
+
+    @pytest.mark.parametrize(
+        ("schema", "closed"),
+        CLOSED,
+    )
+    def test_what_the_arguments_schema_does_not_list_is_forbidden(self, schema: Any, closed: bool | None) -> None:
+        asked = request(tool_choice="required", tool_name="clock")
+        guide = msgspec.structs.replace(asked, tools=(Tool("clock", "", schema),)).guide
+        nested = "x" in schema.get("properties", {})
+
+        def fits(inner: Any) -> bool:
+            inner = [inner] if "items" in schema.get("properties", {}).get("x", {}) else inner
+            call = {"name": "clock", "arguments": {"x": inner} if nested else inner}
+            return validator_for(guide).is_valid(call)
+
+        assert fits({"a": 1}) is (closed is not None)
+        assert fits({"a": 1, "b": 1}) is (closed is False)
+        if closed is None:
+            assert fits({"properties": {"a": {}}, "b": 1}), "an instance is not a schema"
+
+    def test_a_format_is_not_closed(self) -> None:
+        form = {"type": "object", "properties": {"a": {}}}
+        assert Request(model="m", prompt="p", response_format=ResponseFormat("json_schema", form)).guide == form
+        beside = request(response_format=ResponseFormat("json_schema", form)).guide
+        assert beside is not None
+        assert beside["$defs"][".answer"] == form
+
+    @pytest.mark.parametrize("name", ["password", "int32", "json-pointer", "made-up"])
+    def test_a_format_that_no_grammar_knows_is_an_annotation(self, name: str) -> None:
+        plain = {"type": "string", "const": {"format": name}}
+        form = {"properties": {"format": {**plain, "format": name}, "day": {"type": "string", "format": "date"}}}
+        wanted = {"properties": {"format": plain, "day": {"type": "string", "format": "date"}}}
+        assert Request(model="m", prompt="p", response_format=ResponseFormat("json_schema", form)).guide == wanted
+        guide = request(tool_choice="required", response_format=ResponseFormat("json_schema", form)).guide
+        assert guide is not None
+        assert name not in json.dumps(guide).replace(json.dumps(plain), "")
 
     def test_a_format_beside_tools_leaves_the_choice(self) -> None:
         guide = request(response_format=ResponseFormat("json_object")).guide

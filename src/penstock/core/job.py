@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.core.errors import ErrorInfo, InvalidRequest
+from penstock.core.schema import closed, moved, without_unknown_formats
 
 # Bounds of SPEC section 8. They are part of the types, so that a dialect cannot forget one.
 MaxTokens = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -211,9 +212,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         tools = self.callable_tools
         form = None if self.response_format is None else self.response_format.json_schema
         if self.tool_choice != "required" and (form is None or not tools):
-            return form
-        # Everything under a name of its own: a schema's references into itself must find it where it is now.
-        parts = {tool.name: _moved({"type": "object", **tool.parameters}, f"#/$defs/{tool.name}") for tool in tools}
+            return None if form is None else without_unknown_formats(form)
+        parts = {tool.name: closed({"type": "object", **tool.parameters}) for tool in tools}
         options: list[dict[str, Any]] = [
             {
                 "type": "object",
@@ -224,22 +224,21 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
             for tool in tools
         ]
         if self.tool_choice != "required" and form is not None:
-            parts[".answer"] = _moved(form, "#/$defs/.answer")  # no tool has such a name
+            parts[".answer"] = form  # no tool has such a name
             options.append({"$ref": "#/$defs/.answer"})
-        return {"$defs": parts, **(options[0] if len(options) == 1 else {"anyOf": options})}
+        guide = {"$defs": _together(parts), **(options[0] if len(options) == 1 else {"anyOf": options})}
+        return without_unknown_formats(guide)
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """*schema*, a document of its own, as a part of another one at the pointer *place*."""
-    if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(part, place) for key, part in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-        moved["$ref"] = place + reference[1:]
-    return moved
+def _together(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Documents as the ``$defs`` of one: references of each into itself find it where it is now."""
+    identities = [part.get("$id") for part in parts.values()]
+    result = {}
+    for name, part in parts.items():
+        if identities.count(part.get("$id")) > 1:  # copied from each other: neither can be found under it
+            part = {key: value for key, value in part.items() if key != "$id"}
+        result[name] = moved(part, f"#/$defs/{name}", f"_{name}.")
+    return result
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -128,12 +128,9 @@ class _Scores:
         tokens = self._prompt[self.told : (self.told or 1) + len(logits)]
         output.ids = tokens
         output.texts = [self._write.push(token) for token in tokens]
-        likely = [
-            alternatives(row, token, self._count)
-            for row, token in zip(logits, tokens[len(tokens) - len(logits) :], strict=True)
-        ]
         output.logprobs = [None] * (len(tokens) - len(logits))
-        output.logprobs += [self._text.logprob(*each) for each in likely]
+        for row, token in zip(logits, tokens[len(tokens) - len(logits) :], strict=True):
+            output.logprobs.append(self._text.logprob(token, *alternatives(row, token, self._count)))
         self.told += len(tokens)
         if self.over and tokens:
             output.texts[-1] += self._write.flush()
@@ -439,7 +436,7 @@ class ContinuousBatching:
         for row, (sequence, token) in enumerate(zip(drawing, tokens, strict=True)):
             job, reply = sequence.job, sequence.reply
             text = reply.push(token)
-            logprob = self._text.logprob(*logprobs[row]) if row in logprobs else None
+            logprob = self._text.logprob(token, *logprobs[row]) if row in logprobs else None
             output = outputs.get(job.key)
             if output is None:
                 choices = None if len(job.sequences) == 1 else [sequence.choice]

@@ -55,6 +55,10 @@ class Guide:
         logits[len(allowed) :] = -np.inf
         logits[: len(allowed)][~allowed] = -np.inf
 
+    def allows(self, token: int) -> bool:
+        """May *token* come next?"""
+        return token >= 0 and self._matcher.validate_tokens([token]) == 1
+
     def accept(self, token: int) -> None:
         """*token* was drawn, or logged by an earlier attempt."""
         matcher = self._matcher

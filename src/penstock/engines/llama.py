@@ -19,6 +19,7 @@ from typing import Any
 
 import gguf
 import httpx
+import msgspec
 import numpy as np
 import psutil
 import xllamacpp
@@ -41,7 +42,7 @@ from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, ThreadedBackend
 from penstock.engines.options import parse
 from penstock.engines.sampling import Floats, Sampler, stream_key
-from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
+from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel, well_formed
 
 #: How llama.cpp writes JSON that obeys a schema.
 SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -141,7 +142,7 @@ class GgufText(TextModel):
         )
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        return [text]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
+        return [well_formed(text)]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
 
     def pieces(self, request: Request) -> list[int | str]:
         """The prompt for llama.cpp: ids, and texts that it tokenizes.
@@ -297,7 +298,11 @@ class LlamaBackend(ThreadedBackend):
 
 
 class _Sequence:
-    """One choice, in a thread of its own."""
+    """One choice, in a thread of its own.
+
+    llama.cpp draws its tokens. Where it cannot be told what they have to be, or would not tell all that is asked for of
+    them, it gives the likeliest next tokens instead, again and again, and the choice is made here (`_choose`).
+    """
 
     def __init__(
         self,
@@ -317,53 +322,101 @@ class _Sequence:
         self._choice = choice
         self._reply = reply
         self._guide = guide
-        self._before = len(reply.ids)
-        self._logged = [text if id == UNTOLD else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
-        self._seen = 0  # tokens that llama.cpp has drawn so far
+        #: The reply so far, for a prompt that ends with it.
+        self._said = [text if id == UNTOLD else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
+        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself.
+        self._here = guide is not None and bool(self._said)
 
     def run(self, prompt: list[int | str]) -> None:
-        if self._job.over:
-            return
         try:
-            if self._guide is not None and self._before:
-                self._run_guided(prompt, self._guide)
-                return
-            body = _body(self._request, self._choice, self._before)
-            body["prompt"] = self._prompt(prompt)
-            if self._request.guide is not None:
-                # It has the same library for this as we have, in a version to which separators are no patterns: what it
-                # allows is a part of what ours does.
-                body["json_schema"] = {**self._request.guide, "x-guidance": SEPARATORS}
-            self._server.handle_completions(body, self._take)
+            if not self._here and not self._job.over:
+                self._draw(prompt)
+            if self._here and not self._job.over:
+                self._choose(prompt)
         except Exception as error:
             self._fail(error)
 
-    def _prompt(self, prompt: list[int | str], *more: int) -> dict[str, Any]:
+    def _prompt(self, prompt: list[int | str]) -> dict[str, Any]:
         # A list by itself could be taken for several prompts.
-        return {"prompt_string": [*prompt, *(piece for piece in self._logged if piece != ""), *more]}
+        return {"prompt_string": [*prompt, *(piece for piece in self._said if piece != "")]}
 
-    def _run_guided(self, prompt: list[int | str], guide: Guide) -> None:
-        """Continue a reply that must obey a schema. llama.cpp's grammars know only what it generates itself, so it is
-        asked for the likeliest next tokens, again and again, and the choice is made here."""
-        text, sampling, reply = self._text, self._request.sampling, self._reply
+    # ------------------------------------------------------------------------------------ drawn by llama.cpp
+
+    def _draw(self, prompt: list[int | str]) -> None:
+        body = _body(self._request, self._choice, len(self._said))
+        body["prompt"] = self._prompt(prompt)
+        if self._request.guide is not None:
+            # It has the same library for this as we have, in a version to which separators are no patterns, and which
+            # knows less; where it has no grammar for a schema, it draws freely. What it allows counts only where ours
+            # allows it too.
+            body["json_schema"] = {**self._request.guide, "x-guidance": SEPARATORS}
+        self._behind = len(self._said)
+        self._seen = 0  # tokens that it has drawn so far
+        self._server.handle_completions(body, self._take)
+
+    def _take(self, chunk: dict[str, Any]) -> bool:
+        """One token from llama.cpp, or its last word. True: no more of it."""
+        if self._job.over or self._reply.finish is not None:
+            return True
+        try:
+            self._read(chunk)
+        except Exception as error:
+            self._fail(error)
+            return True
+        return self._here or self._reply.finish is not None
+
+    def _read(self, chunk: dict[str, Any]) -> None:
+        if (error := chunk.get("error")) is not None:
+            raise _error(error)
+        choice, timings = chunk["choices"][0], chunk["timings"]
+        swallowed = timings["predicted_n"] - self._seen
+        self._seen += swallowed
+        ids: list[int] = [UNTOLD] * swallowed
+        entry = None
+        if choice["logprobs"] is not None:
+            entry = choice["logprobs"]["content"][-1]
+            ids = [*self._text.swallowed(choice["text"], entry["id"], swallowed - 1), entry["id"]]
+        elif choice["finish_reason"] is None:
+            return  # progress
+        count = self._request.sampling.logprobs
+        if count is not None and len(ids) > (entry is not None):
+            self._here = True  # those of swallowed tokens are not told
+            return
+        logprobs: list[Logprob | None] | None = None
+        if count is not None and entry is not None:
+            best = [(each["id"], each["logprob"]) for each in entry["top_logprobs"][:count]]
+            logprobs = [self._text.logprob(entry["id"], entry["logprob"], best)]
+        self._push(ids, logprobs, timings["cache_n"] + timings["prompt_n"] - self._behind)
+        if self._here:
+            return
+        if self._reply.finish is None and choice["finish_reason"] is not None:
+            self._reply.end("length" if choice["finish_reason"] == "length" else "stop")  # the context is full, mostly
+        self._end()
+
+    # ------------------------------------------------------------------------------------ drawn here
+
+    def _choose(self, prompt: list[int | str]) -> None:
+        text, sampling, reply, guide = self._text, self._request.sampling, self._reply, self._guide
         sampler = Sampler(1, text.vocab_size)
         key = stream_key(sampling.seed, self._choice)
-        sampler.occupy(0, sampling, key, reply=reply.ids, guide=guide)
-        drawn: list[int] = []
+        # Log-probabilities are llama.cpp's own: those of a few candidates would not add up.
+        unlogged = msgspec.structs.replace(sampling, logprobs=None)
+        sampler.occupy(0, unlogged, key, reply=reply.ids, guide=guide)
         while reply.finish is None and not self._job.over:
             for count in (CANDIDATES, text.vocab_size):
-                logits, prompt_tokens = self._candidates(self._prompt(prompt, *drawn), count)
-                allowed = logits.copy()
-                guide.mask(allowed[0])
+                own, prompt_tokens = self._candidates(self._prompt(prompt), count)
+                allowed = own[0].copy()
+                if guide is not None:
+                    guide.mask(allowed)
                 if np.isfinite(allowed).any():
                     break
-            position = np.array([len(reply.ids) + 1])
-            (token,), logprobs = sampler.draw(logits, np.zeros(1, np.int64), position)
-            said = reply.push(token)
-            prompt_tokens -= len(self._logged) + len(drawn)
-            drawn.append(token)
-            logprob: list[Logprob | None] | None = [text.logprob(*logprobs[0])] if 0 in logprobs else None
-            self._mailbox.put(self._job.output(self._choice, [token], [said], logprob, prompt_tokens))
+            (token,), _ = sampler.draw(own.copy(), np.zeros(1, np.int64), np.array([len(reply.ids) + 1]))
+            logprobs: list[Logprob | None] | None = None
+            if sampling.logprobs is not None:
+                likeliest = np.argsort(-own[0], kind="stable")[: sampling.logprobs]
+                best = [(int(id), float(own[0, id])) for id in likeliest]
+                logprobs = [text.logprob(token, float(own[0, token]), best)]
+            self._push([token], logprobs, prompt_tokens - len(self._said))
         self._end()
 
     def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int]:
@@ -390,6 +443,26 @@ class _Sequence:
         timings = chunks[0]["timings"]
         return logits, timings["cache_n"] + timings["prompt_n"]
 
+    # ------------------------------------------------------------------------------------ what comes of it
+
+    def _push(self, ids: list[int], logprobs: list[Logprob | None] | None, prompt_tokens: int) -> None:
+        """The next tokens, up to the reply's end, or to one that the guide does not allow: that, and what follows, is
+        drawn anew, here."""
+        reply, taken, texts = self._reply, [], []
+        for token in ids:
+            if self._guide is not None and not self._guide.allows(token):
+                self._here = True
+                break
+            text = reply.push(token)
+            taken.append(token)
+            texts.append(text)
+            self._said.append(text if token == UNTOLD else token)
+            if reply.finish is not None:
+                break
+        logprobs = None if logprobs is None else logprobs[: len(taken)]
+        if taken:
+            self._mailbox.put(self._job.output(self._choice, taken, texts, logprobs, prompt_tokens))
+
     def _end(self) -> None:
         if self._reply.finish is None:
             return
@@ -399,54 +472,10 @@ class _Sequence:
             self._mailbox.put(*self._job.end(self._choice, self._reply.finish, self._reply.stop))
 
     def _fail(self, error: Exception) -> None:
+        """End the request, and nobody else's: whatever one call meets, the engine goes on."""
         if not self._job.over:
             self._job.over = True
             self._mailbox.put(failed_output(self._job.key, error))
-
-    def _take(self, chunk: dict[str, Any]) -> bool:
-        """One token from llama.cpp, or its last word. True: no more of it."""
-        if self._job.over or self._reply.finish is not None:
-            return True
-        try:
-            self._read(chunk)
-        except Exception as error:
-            self._fail(error)
-            return True
-        return self._reply.finish is not None
-
-    def _read(self, chunk: dict[str, Any]) -> None:
-        if (error := chunk.get("error")) is not None:
-            raise _error(error)
-        choice, timings = chunk["choices"][0], chunk["timings"]
-        swallowed = timings["predicted_n"] - self._seen
-        self._seen += swallowed
-        ids: list[int] = [UNTOLD] * swallowed
-        entry = None
-        if choice["logprobs"] is not None:
-            entry = choice["logprobs"]["content"][-1]
-            ids = [*self._text.swallowed(choice["text"], entry["id"], swallowed - 1), entry["id"]]
-        elif choice["finish_reason"] is None:
-            return  # progress
-        reply = self._reply
-        texts: list[str] = []
-        for token in ids:
-            texts.append(reply.push(token))
-            if reply.finish is not None:
-                break
-        logprobs: list[Logprob | None] | None = None
-        if self._request.sampling.logprobs is not None:
-            logprobs = [None] * len(texts)
-            if entry is not None and len(texts) == len(ids):
-                logprobs[-1] = self._logprob(entry, self._request.sampling.logprobs)
-        prompt_tokens = timings["cache_n"] + timings["prompt_n"] - len(self._logged)
-        self._mailbox.put(self._job.output(self._choice, ids[: len(texts)], texts, logprobs, prompt_tokens))
-        if reply.finish is None and choice["finish_reason"] is not None:
-            reply.end("length" if choice["finish_reason"] == "length" else "stop")  # the context is full, mostly
-        self._end()
-
-    def _logprob(self, entry: dict[str, Any], count: int) -> Logprob:
-        top = entry["top_logprobs"][:count]
-        return self._text.logprob(entry["logprob"], ((each["id"], each["logprob"]) for each in top))
 
 
 def _body(request: Request, choice: int, before: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Row:
     def take(self, token: int, logprob: tuple[float, list[tuple[int, float]]] | None) -> None:
         """The next token; with its log-probability and the best alternatives where they were asked for."""
         text = self.reply.push(token)
-        logprobs: list[Logprob | None] | None = None if logprob is None else [self._text.logprob(*logprob)]
+        logprobs: list[Logprob | None] | None = None if logprob is None else [self._text.logprob(token, *logprob)]
         self._mailbox.put(self._job.output(self._choice, [token], [text], logprobs))
         if self.reply.finish is not None:
             self.end()

@@ -38,6 +38,17 @@ _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
 
 
+def well_formed(text: str) -> str:
+    """*text* as native code takes it: halves of surrogate pairs are joined, and one without its other half is U+FFFD.
+
+    JSON can write such halves (``"\\ud83d"``). What a request brings was checked with its body, but the arguments of a
+    past call are JSON within a string: their text is made here, and goes through a template into a tokenizer.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 # ------------------------------------------------------------------------------------------ detokenizer
 
 
@@ -701,10 +712,7 @@ class TextModel:
         return ids
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
-        except TypeError as error:  # half of a surrogate pair, from a JSON escape
-            raise InvalidRequest("The text is not valid Unicode.", param="prompt") from error
+        ids: list[int] = self.tokenizer.encode(well_formed(text), add_special_tokens=special).ids
         return ids
 
     def _defuse(self, text: str, mark: str) -> str:
@@ -766,16 +774,29 @@ class TextModel:
         _, texts, data, _ = self._tables
         return [piece if text is None else text.encode() for text, piece in zip(texts, data, strict=True)]
 
-    def token_text(self, token: int) -> str:
-        """One token by itself, for lists of alternatives; special tokens by name."""
+    def token_text(self, token: int) -> tuple[str, bytes | None]:
+        """One token by itself, special tokens by name; and its bytes, where they are no text by themselves."""
         if token in self._special:
-            return self.tokenizer.id_to_token(token) or ""
-        detokenizer = self.detokenizer(continuing=True)
-        return detokenizer.push(token) + detokenizer.flush()
+            return self.tokenizer.id_to_token(token) or "", None
+        kind, texts, data, _ = self._tables
+        if kind == "window":
+            return self.tokenizer.decode([token]), None
+        if (text := texts[token]) is not None:
+            return text, None
+        text = _whole_text(data[token])
+        return (REPLACEMENT, data[token]) if text is None else (text, None)
 
-    def logprob(self, chosen: float, top: Iterable[tuple[int, float]]) -> Logprob:
-        """A token's log-probability, and the best alternatives as (id, log-probability)."""
-        return Logprob(chosen, tuple(TopLogprob(id, self.token_text(id), value) for id, value in top))
+    def logprob(self, token: int, logprob: float, best: Sequence[tuple[int, float]]) -> Logprob:
+        """A token's log-probability, and the *best* ones as (id, log-probability): where those are asked for, it is
+        one of them or stands behind them."""
+        if best and all(id != token for id, _ in best):
+            best = [*best, (token, logprob)]
+        text, data = self.token_text(token)
+        return Logprob(logprob, tuple(self._alternative(*each) for each in best), text, data)
+
+    def _alternative(self, token: int, logprob: float) -> TopLogprob:
+        text, data = self.token_text(token)
+        return TopLogprob(token, text, logprob, data)
 
     @cached_property
     def _tables(self) -> tuple[str, list[str | None], list[bytes], int]:

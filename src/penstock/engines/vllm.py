@@ -307,7 +307,7 @@ class VLLMBackend:
     def _logprob(self, token: int, entries: list[tuple[int, float, int]], top: int) -> Logprob:
         drawn = next(value for id, value, rank in entries if id == token)
         best = sorted((entry for entry in entries if entry[2] <= top), key=lambda entry: entry[2])
-        return self._text.logprob(drawn, ((id, value) for id, value, _ in best))
+        return self._text.logprob(token, drawn, [(id, value) for id, value, _ in best])
 
     def _finished(self, job: _Job, output: Output) -> Output:
         del self._jobs[job.key]

@@ -28,7 +28,7 @@ import pytest
 
 from penstock.core.errors import EngineDied
 from penstock.core.events import Completion, Ended, Logprob, Tokens, fold
-from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, Usage
+from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, ToolCall, Usage
 from penstock.core.ports import Engine, Finish, Lease, Output
 from penstock.core.tasks import Tokenized, vector_values, vectors
 from penstock.core.tools import parse_tool_calls
@@ -85,6 +85,15 @@ def task_lease(
     """A lease of a request for something else than a reply; *fields* are those of `Request`."""
     request = Request(model=engine.models[0].name, task=task, **fields)
     return Lease(Job(id="job", tenant="t", request=request), attempt, list(prefix), list(texts))
+
+
+#: A past call whose arguments write half a character, as a reply has it that was cut there.
+HALF = (
+    Message("user", "Which way?"),
+    Message("assistant", "", (ToolCall("call_1", "look", r'{"where": "up \ud83d"}'),)),
+    Message("tool", "Nothing there.", (), "call_1"),
+    Message("user", "Look again."),
+)
 
 
 #: Small, so that a model that knows nothing of JSON comes to its end.
@@ -237,6 +246,16 @@ async def forever(engine: Engine) -> None:
     async with asyncio.timeout(STEP_TIMEOUT):
         while True:
             await engine.step()
+
+
+def entries_of(result: Result) -> list[Logprob]:
+    """The log-probabilities of a reply, one a token."""
+    return [entry for output in result.outputs for entry in output.logprobs or () if entry is not None]
+
+
+def spelled(entries: Iterable[Logprob]) -> str:
+    """The text that tokens make by themselves."""
+    return b"".join(entry.data or (entry.text or "").encode() for entry in entries).decode(errors="replace")
 
 
 def needs_determinism(engine: Engine) -> None:
@@ -430,6 +449,8 @@ class EngineContract(TaskContract):
     """False for an engine over somebody else's server that has no way to go on inside a grammar."""
     tells_stops = True
     """False for an engine over somebody else's server that does not say which stop string ended a reply."""
+    tells_bytes = True
+    """False for an engine over somebody else's server that has only texts for the tokens of a log-probability."""
 
     # ------------------------------------------------------------------------------------ the shape of a reply
 
@@ -519,6 +540,43 @@ class EngineContract(TaskContract):
             assert entry.logprob <= 0
             assert len(entry.top) == 3
             assert entry.top[0].id == token, "greedy draws the likeliest"
+
+    async def test_logprobs_are_of_the_tokens_themselves(self, engine: Engine) -> None:
+        """Whatever a token added to the text: its entry has its own, and it is one of the alternatives."""
+        needs(engine, "logprobs")
+        settings: dict[str, Any] = {"max_tokens": 24, "temperature": 1.2, "seed": 5, "logprobs": 2}
+        (free,) = await run(engine, lease(engine, **settings))
+        stop = free.text[15:19]
+        (stopped,) = await run(engine, lease(engine, stop=(stop,), **settings))
+        for result in (free, stopped):
+            entries = entries_of(result)
+            assert len(entries) == len(result.ids)
+            for id, entry in zip(result.ids, entries, strict=True):
+                assert (id, entry.text, entry.logprob, entry.data) in [
+                    (top.id, top.text, top.logprob, top.data) for top in entry.top
+                ]
+                assert 2 <= len(entry.top) <= 3
+            own = spelled(entries)
+            assert own.startswith(result.text)
+            assert (stop in own[len(result.text) :]) == (result is stopped and stop in own)
+
+    async def test_half_a_character_has_an_entry_of_its_own(self, engine: Engine) -> None:
+        needs(engine, "logprobs", "logit_bias", "response_format")
+        needs_task(engine, "tokenize")
+        if not self.tells_bytes:
+            pytest.skip("this engine is not told the tokens' bytes")
+        (found,) = await run(engine, task_lease(engine, "tokenize", prompt="水", add_special_tokens=False))
+        half = found.tokenized.tokens[-1]
+        biased = lease(engine, max_tokens=4, logprobs=2, logit_bias={half: 100.0})
+        words = ResponseFormat("json_schema", {"const": "水車 🚰"})
+        never, whole = await run(engine, biased, lease(engine, max_tokens=60, logprobs=1, response_format=words))
+        for result in (never, whole):
+            entries = entries_of(result)
+            assert [id for id in result.ids if id < 0] == []
+            assert len(entries) == len(result.ids)
+            assert any(entry.data is not None for entry in entries), "half a character is no text"
+        assert set(never.ids) == {half}
+        assert spelled(entries_of(whole)).startswith(json.dumps("水車 🚰", ensure_ascii=False))
 
     # ------------------------------------------------------------------------------------ replies that obey a schema
 
@@ -615,6 +673,18 @@ class EngineContract(TaskContract):
         if engine.models[0].deterministic:
             (by_ids,) = await run(engine, lease(engine, prompt_ids=tuple(found.tokenized.tokens)))
             assert by_ids.ids == reply.ids
+
+    async def test_half_a_character_in_a_past_call_harms_nobody(self, engine: Engine) -> None:
+        """Text that is made inside the engine is checked where it leaves for the tokenizer."""
+        needs(engine, "tools")
+        if not engine.models[0].chat:
+            pytest.skip("no chat template")
+        asked = [lease(engine), lease(engine, messages=HALF), lease(engine)]
+        for result in await run(engine, *asked):
+            assert result.finish == Finish(("length",))
+        if "tokenize" in engine.models[0].tasks:
+            (found,) = await run(engine, task_lease(engine, "tokenize", messages=HALF))
+            assert found.tokenized.tokens
 
     async def test_tokens_do_not_wait_for_replies(self, engine: Engine) -> None:
         needs_task(engine, "tokenize")

@@ -73,6 +73,22 @@ def test_arguments_that_are_no_json_stay_text() -> None:
     assert json.loads(turns[2])["tool_calls"][0]["function"]["arguments"] == "{oops"
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (r'{"a": "\ud83d"}', '{"a": "\ufffd"}'),
+        (r'{"a": "\ude80 up"}', '{"a": "\ufffd up"}'),
+        (r'{"\udfff": [{"b": "x\ud83dy"}]}', '{"\ufffd": [{"b": "x\ufffdy"}]}'),
+        (r'{"a": "\ud83d\ude80"}', '{"a": "🚀"}'),
+    ],
+)
+@pytest.mark.parametrize("template", [KNOWS, PLAIN], ids=["template", "as text"])
+def test_half_a_surrogate_pair_in_arguments_is_no_character(template: str, written: str, shown: str) -> None:
+    """JSON within JSON: what the body's own check cannot see."""
+    messages = (Message("assistant", "", (ToolCall("c", "look", written),)), Message("user", "!"))
+    assert shown in prompt(template, messages)
+
+
 @pytest.mark.parametrize("depth", [500, 5_000])
 def test_arguments_that_are_nested_too_deeply_break_nothing(depth: int) -> None:
     deep = "[" * depth + "]" * depth

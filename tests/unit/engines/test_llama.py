@@ -14,7 +14,7 @@ from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
-from penstock.engines.llama import UNTOLD, LlamaBackend, load
+from penstock.engines.llama import UNTOLD, LlamaBackend, _Sequence, load
 from penstock.engines.models import BUNDLED
 from penstock.engines.text import TextModel
 
@@ -118,7 +118,7 @@ def test_every_choice_has_its_own_seed_and_its_logprobs(backend: LlamaBackend) -
     assert by_choice[0] != by_choice[1]
     logprobs = [each for o in outputs for each in o.logprobs or []]
     assert len(logprobs) == 16
-    assert all(each is not None and len(each.top) == 2 for each in logprobs)
+    assert all(each is not None and len(each.top) in (2, 3) for each in logprobs)
 
 
 def test_what_cannot_be_served_says_why(tmp_path: Path, backend: LlamaBackend) -> None:
@@ -147,3 +147,23 @@ def test_it_listens_for_nobody(backend: LlamaBackend) -> None:
     assert "127.0.0.1" in url
     reply = httpx.post(f"{url}/completion", json={"prompt": "x"}, timeout=10)
     assert reply.status_code == 401
+
+
+def test_a_call_that_breaks_costs_its_job_alone(backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(sequence: Any, chunk: Any) -> None:
+        if sequence._job.key == 7:
+            raise KeyError("timings")
+        whole(sequence, chunk)
+
+    whole = _Sequence._read
+    monkeypatch.setattr(_Sequence, "_read", read)
+    backend.add(7, Request("m", prompt="x", sampling=GREEDY), [Prefix()], 1)
+    outputs = generate(backend, Request("m", prompt="x", sampling=GREEDY))
+    ends = {each.key: each.finish for each in outputs if each.finish is not None}
+    while 7 not in ends:
+        assert backend.wakeup is not None
+        assert select.select([backend.wakeup], [], [], 60)[0]
+        ends |= {each.key: each.finish for each in backend.step() if each.finish is not None}
+    assert ends[1].error is None
+    assert ends[7].error is not None
+    assert (ends[7].error.code, "timings" in ends[7].error.message) == ("engine_error", True)

@@ -92,11 +92,28 @@ def _timed(work: object) -> float:
 
 def test_token_text_names_special_tokens() -> None:
     model = MODELS["byte level"]
-    assert model.token_text(3) == "<|end|>"
-    assert (
-        model.token_text(model.tokenizer.encode("the").ids[0])
-        == "the"[: len(model.token_text(model.tokenizer.encode("the").ids[0]))]
-    )
+    assert model.token_text(3) == ("<|end|>", None)
+
+
+@pytest.mark.parametrize("model", BYTES, ids=["byte level", "byte fallback"])
+@given(text=st.text())
+def test_tokens_by_themselves_are_the_bytes_of_the_whole(model: TextModel, text: str) -> None:
+    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    for id in ids:
+        text, data = model.token_text(id)
+        assert (text.encode() if data is None else data) == model.token_bytes()[id]
+        if data is not None:
+            with pytest.raises(UnicodeDecodeError):
+                data.decode()
+
+
+def test_the_chosen_token_is_among_the_alternatives() -> None:
+    model = MODELS["byte level"]
+    first, second, third = (model.tokenizer.encode(each).ids[0] for each in "abc")
+    best = [(first, -0.5), (second, -1.0)]
+    assert [top.id for top in model.logprob(third, -7.0, best).top] == [first, second, third]
+    assert [top.id for top in model.logprob(second, -1.0, best).top] == [first, second]
+    assert model.logprob(third, -7.0, []).top == ()
 
 
 # ------------------------------------------------------------------------------------------ stop strings and replies
@@ -319,10 +336,16 @@ def test_ids_must_be_in_the_vocabulary(chat: TextModel, ids: tuple[int, ...]) ->
         chat.encode_request(Request("m", prompt_ids=ids))
 
 
-def test_half_a_surrogate_pair_is_refused(chat: TextModel) -> None:
-    for request in (Request("m", prompt="\ud800"), Request("m", messages=(Message("user", "\ud800"),))):
-        with pytest.raises(InvalidRequest, match="Unicode"):
-            chat.encode_request(request)
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("a\ud83d", "a\ufffd"), ("\ude80b", "\ufffdb"), ("\ud83d\ude80", "🚀"), ("\ud83dx\ude80é", "\ufffdx\ufffdé")],
+)
+def test_half_a_surrogate_pair_is_a_replacement_character(chat: TextModel, text: str, right: str) -> None:
+    for broken, mended in (
+        (Request("m", prompt=text), Request("m", prompt=right)),
+        (Request("m", messages=(Message("user", text),)), Request("m", messages=(Message("user", right),))),
+    ):
+        assert chat.encode_request(broken) == chat.encode_request(mended)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
