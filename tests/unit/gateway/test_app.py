@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import InvalidRequest
-from penstock.core.job import Priority, Sampling
+from penstock.core.job import Job, Priority, Sampling
 from penstock.core.ports import Append, Finish, Query, QueuePolicy, WorkerInfo
+from penstock.gateway import openapi
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
 from penstock.gateway.http import decode
@@ -101,6 +102,20 @@ BOUNDS: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
+CHAT = [{"role": "user", "content": "x"}]
+#: The least that each route which generates is to be asked.
+ASKING: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/jobs", {"prompt": "x"}),
+    ("/v1/generate", {"prompt": "x"}),
+    ("/generate", {"prompt": "x"}),
+    ("/generate_stream", {"prompt": "x"}),
+    ("/v1/completions", {"model": "m", "prompt": "x"}),
+    ("/v1/chat/completions", {"model": "m", "messages": CHAT}),
+    ("/v1/responses", {"model": "m", "input": "x", "max_output_tokens": 3}),
+    ("/v1/messages", {"model": "m", "messages": CHAT, "max_tokens": 3}),
+]
+
+
 class TestFields:
     @pytest.mark.parametrize(("field", "value"), BOUNDS, ids=lambda value: str(value)[:24])
     async def test_each_reaches_the_job_up_to_its_bounds(self, gateway: Gateway, field: str, value: Any) -> None:
@@ -172,6 +187,37 @@ class TestFields:
         assert (sampling.max_tokens, sampling.temperature) == (max_tokens, temperature)
         neutral = Sampling(max_tokens=max_tokens, temperature=temperature)
         assert sampling == neutral, "all else is off"
+
+    @pytest.mark.parametrize(("route", "body"), ASKING, ids=lambda value: value if isinstance(value, str) else "")
+    async def test_null_and_a_float_are_the_job_that_nothing_and_an_integer_are(
+        self, gateway: Gateway, route: str, body: dict[str, Any]
+    ) -> None:
+        """Whatever the field: those of each body are in test_bodies.py."""
+        kind = next(each for (_, path), (_, each, *_) in openapi.OPERATIONS.items() if path == route)
+        assert kind is not None
+        optional = [field for field in msgspec.structs.fields(kind) if not field.required]
+        nulls = {field.encode_name: None for field in optional if field.encode_name not in body}
+        assert len(nulls) > 15
+        plain = await self.asked(gateway, route, {**body, "seed": 5, "top_k": 7})
+        odd = await self.asked(gateway, route, {**nulls, **body, "seed": 5.0, "top_k": 7.0})
+        assert odd.request == plain.request
+        assert (odd.user, odd.priority, odd.metadata) == (plain.user, plain.priority, plain.metadata)
+
+    async def asked(self, gateway: Gateway, route: str, body: dict[str, Any]) -> Job:
+        """The job that a request becomes."""
+        known = {job.id for job in (await gateway.broker.list(Query(tenant="t"))).jobs}
+        async with as_tenant(gateway, "t") as http:
+            asking = asyncio.create_task(http.post(route, json=body))
+            async with asyncio.timeout(30):
+                while True:
+                    jobs = [job for job in (await gateway.broker.list(Query(tenant="t"))).jobs if job.id not in known]
+                    if jobs or asking.done():
+                        break
+                    await asyncio.sleep(0.005)
+            await work(gateway)
+            reply = await asking
+        assert reply.status_code in (200, 202), reply.text
+        return jobs[0]
 
 
 class TestTenants:

@@ -44,6 +44,8 @@ from penstock.gateway.service import Gateway, Submission
 T = TypeVar("T")
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+#: A number that is compared or told again, but counts nothing here.
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 PriorityName = Literal["interactive", "normal", "batch"]
 #: As OpenAI has it: names go into prompts, and into pointers of a schema.

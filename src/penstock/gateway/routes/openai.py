@@ -18,6 +18,7 @@ from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, pa
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import (
     ChatMessages,
+    Count,
     Operation,
     Prepared,
     StructuredBody,
@@ -111,7 +112,7 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
     logprobs: TopLogprobs | None = None
     echo: bool = False
     suffix: str | None = None
-    best_of: int | None = None
+    best_of: Count | None = None
 
     def request(self) -> Request:
         if self.echo or self.suffix:

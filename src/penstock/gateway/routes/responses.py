@@ -53,6 +53,7 @@ from penstock.gateway.responses.stream import last_number, render, whole
 from penstock.gateway.routes.bodies import (
     MAX_TOOLS,
     REFERENCE_GONE,
+    Count,
     JobBody,
     Operation,
     Prepared,
@@ -224,7 +225,7 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
     user: Identifier | None = None
     safety_identifier: Identifier | None = None
     prompt_cache_key: str | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: Count | None = None
     conversation: Any = None
     prompt: Any = None
     context_management: list[Any] | None = None
