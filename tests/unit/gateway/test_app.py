@@ -116,6 +116,31 @@ ASKING: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+ALL = [route for route, _ in ASKING]
+CHATS, TEXTS = ["/v1/chat/completions"], ["/v1/completions"]
+OTHERS = [route for route in ALL if route != "/v1/messages"]
+LIMITED = [route for route in ALL if route != "/v1/responses"]
+USERS = [*CHATS, *TEXTS, "/v1/responses"]
+#: What clients of OpenAI's and vLLM's servers send for "none" or "all there is", what that is, and where.
+NOTHING: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    ({"seed": -1}, {}, ALL), ({"top_k": -1}, {"top_k": 0}, ALL), ({"logit_bias": {}}, {}, ALL), ({"n": 1}, {}, ALL),
+    ({"stop": ""}, {}, ALL), ({"stop": [""]}, {}, ALL), ({"stop": []}, {}, ALL),
+    ({"stop": ["", "x", ""]}, {"stop": "x"}, OTHERS), ({"stop_sequences": ["", "x"]}, {"stop_sequences": ["x"]},
+    ["/v1/messages"]), ({"user": ""}, {}, USERS), ({"user_id": ""}, {}, ALL), ({"request_id": ""}, {}, ALL),
+    ({"safety_identifier": ""}, {}, ["/v1/responses"]), ({"metadata": {"user_id": ""}}, {}, ["/v1/messages"]),
+    ({"top_logprobs": 0}, {}, CHATS), ({"top_logprobs": 0, "logprobs": False}, {}, CHATS),
+    ({"top_logprobs": 0, "logprobs": None}, {}, CHATS), ({"top_logprobs": 0}, {}, ["/v1/responses"]),
+    ({"tools": [], "tool_choice": "auto"}, {}, [*CHATS, "/v1/jobs", "/v1/responses"]),
+    ({"max_tokens": 2**31 - 1}, {"max_tokens": 1_000_000}, LIMITED),
+    ({"max_tokens": 2**63 - 1}, {"max_tokens": 1_000_000}, LIMITED),
+    ({"max_completion_tokens": 5, "max_tokens": 9}, {"max_tokens": 5}, CHATS),
+    ({"max_completion_tokens": 9.0, "max_tokens": 5}, {"max_tokens": 9}, CHATS),
+    ({"max_completion_tokens": None, "max_tokens": 5}, {"max_tokens": 5}, CHATS),
+    ({"prompt": [[1, 2, 3]]}, {"prompt": [1, 2, 3]}, TEXTS), ({"prompt": ["x"]}, {"prompt": "x"}, TEXTS),
+    ({"prompt": [[1.0, 2]]}, {"prompt": [1, 2]}, TEXTS),
+]  # fmt: skip
+
+
 class TestFields:
     @pytest.mark.parametrize(("field", "value"), BOUNDS, ids=lambda value: str(value)[:24])
     async def test_each_reaches_the_job_up_to_its_bounds(self, gateway: Gateway, field: str, value: Any) -> None:
@@ -203,15 +228,47 @@ class TestFields:
         assert odd.request == plain.request
         assert (odd.user, odd.priority, odd.metadata) == (plain.user, plain.priority, plain.metadata)
 
+    @pytest.mark.parametrize(
+        ("route", "fields", "plain"),
+        [(route, fields, plain) for fields, plain, routes in NOTHING for route in routes],
+        ids=lambda value: str(value)[:40],
+    )
+    async def test_what_asks_for_nothing_is_nothing(
+        self, gateway: Gateway, route: str, fields: dict[str, Any], plain: dict[str, Any]
+    ) -> None:
+        least = dict(ASKING)[route]
+        odd = await self.asked(gateway, route, {**least, **fields})
+        same = await self.asked(gateway, route, {**least, **plain})
+        assert odd.request == same.request
+        assert (odd.user, odd.idempotency_key) == (None, None)
+
+    async def test_top_p_of_0_is_the_likeliest_token(self, gateway: Gateway) -> None:
+        for route, least in ASKING:
+            sampling = (await self.asked(gateway, route, {**least, "top_p": 0})).request.sampling
+            assert 0 < sampling.top_p <= 1e-9
+            assert sampling.temperature > 0, "that is another field"
+
+    @pytest.mark.parametrize("path", ["//v1/jobs", "/v1/jobs/", "/v1//jobs", "//v1///jobs//"])
+    async def test_slashes_too_many_make_no_difference(self, gateway: Gateway, path: str) -> None:
+        async with as_tenant(gateway, "t") as http:
+            url = httpx.URL("http://localhost").copy_with(raw_path=path.encode())
+            assert (await http.post(url, json={"prompt": "x"})).status_code == 202
+            listed = await http.get(url)
+            assert (listed.status_code, len(listed.json()["data"])) == (200, 1)
+            models = httpx.URL("http://localhost").copy_with(raw_path=b"/v1/models/")
+            assert (await http.get(models)).json()["object"] == "list"
+
     async def asked(self, gateway: Gateway, route: str, body: dict[str, Any]) -> Job:
         """The job that a request becomes."""
         known = {job.id for job in (await gateway.broker.list(Query(tenant="t"))).jobs}
         async with as_tenant(gateway, "t") as http:
             asking = asyncio.create_task(http.post(route, json=body))
             async with asyncio.timeout(30):
-                while True:
+                jobs: list[Job] = []
+                while not jobs:
+                    answered = asking.done()  # a refusal: there will be none
                     jobs = [job for job in (await gateway.broker.list(Query(tenant="t"))).jobs if job.id not in known]
-                    if jobs or asking.done():
+                    if answered:
                         break
                     await asyncio.sleep(0.005)
             await work(gateway)

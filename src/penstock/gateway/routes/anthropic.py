@@ -30,7 +30,7 @@ from penstock.core.job import (
 )
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, check_schema
 from penstock.gateway.http import Call, error_reply, json_reply
-from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, not_text, structured, submission
+from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, not_text, stops, structured, submission
 from penstock.gateway.routes.tokens import tokens_of
 from penstock.gateway.sse import frame
 
@@ -187,12 +187,12 @@ class CreateMessage(CountTokens, kw_only=True, frozen=True, forbid_unknown_field
     service_tier: str | None = None
 
     def request(self) -> Request:
-        if self.stop is not None:
+        if stops(self.stop):
             raise InvalidRequest("stop is called stop_sequences here.", param="stop")
         if self.n not in (None, 1):
             raise Unsupported("A message has one reply: n is 1.", param="n")
         sampling = self.sampling(max_tokens=self.max_tokens, temperature=1.0, logprobs=None)
-        sampling = msgspec.structs.replace(sampling, stop=tuple(self.stop_sequences or ()))
+        sampling = msgspec.structs.replace(sampling, stop=stops(self.stop_sequences))
         return msgspec.structs.replace(self.conversation(), sampling=sampling)
 
 
@@ -255,7 +255,7 @@ async def messages(call: Call) -> ASGIApp:
     wish = submission(
         call,
         msgspec.structs.replace(body, metadata=metadata),
-        user=body.user_id or (None if user is None else _user(user)),
+        user=body.user_id or (_user(user) if user else None),
         on_disconnect="cancel",
     )
     job = await call.gateway.submit(body.request(), wish)

@@ -21,6 +21,7 @@ from penstock.core.job import (
     Metadata,
     MinP,
     OnDisconnect,
+    OptionalIdentifier,
     Penalty,
     Priority,
     RepetitionPenalty,
@@ -51,6 +52,10 @@ PriorityName = Literal["interactive", "normal", "batch"]
 #: As OpenAI has it: names go into prompts, and into pointers of a schema.
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 MAX_TOOLS = 128
+#: What ``max_tokens`` is where it is more: that of a context is far below.
+MOST_TOKENS = 1_000_000
+#: What ``top_p`` is where it is 0: only the likeliest token is left, and engines need not know a case more.
+LEAST_TOP_P = 1e-9
 Role = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
@@ -149,7 +154,7 @@ class ResponseFormatBody(msgspec.Struct, frozen=True):
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, frozen=True):
-    """Sampling fields as clients send them; null means "the default"."""
+    """Sampling fields as clients send them; null means "the default", and so does what others' clients say for it."""
 
     max_tokens: MaxTokens | None = None
     temperature: Temperature | None = None
@@ -168,13 +173,13 @@ class SamplingBody(msgspec.Struct, kw_only=True, frozen=True):
     def sampling(self, *, max_tokens: int, temperature: float, logprobs: int | None) -> Sampling:
         """As a `Sampling`; the arguments are the dialect's defaults (and its way to say logprobs)."""
         return Sampling(
-            max_tokens=_or(self.max_tokens, max_tokens),
+            max_tokens=min(_or(self.max_tokens, max_tokens), MOST_TOKENS),
             temperature=_or(self.temperature, temperature),
-            top_p=_or(self.top_p, 1.0),
-            top_k=_or(self.top_k, 0),
+            top_p=_or(self.top_p, 1.0) or LEAST_TOP_P,
+            top_k=max(0, _or(self.top_k, 0)),
             min_p=_or(self.min_p, 0.0),
-            seed=self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            seed=None if self.seed == -1 else self.seed,
+            stop=stops(self.stop),
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             repetition_penalty=_or(self.repetition_penalty, 1.0),
@@ -187,10 +192,10 @@ class SamplingBody(msgspec.Struct, kw_only=True, frozen=True):
 class JobBody(SamplingBody, kw_only=True, frozen=True):
     """What Penstock's own fields add: who asks, how urgent it is, and under which key."""
 
-    user_id: Identifier | None = None
+    user_id: OptionalIdentifier | None = None
     priority: PriorityName | None = None
     deadline: Deadline | None = None
-    request_id: Identifier | None = None
+    request_id: OptionalIdentifier | None = None
     metadata: Metadata | None = None
 
 
@@ -305,12 +310,12 @@ def submission(
     wish = metadata.get("on_disconnect")
     if wish is not None and wish not in ("continue", "cancel"):
         raise InvalidRequest("metadata.on_disconnect is 'continue' or 'cancel'.", param="metadata.on_disconnect")
-    key = call.headers.get("idempotency-key") or body.request_id
+    key = call.headers.get("idempotency-key") or body.request_id or None
     if key is not None and (len(key) > 256 or not key.isprintable()):
         raise InvalidRequest("An idempotency key is at most 256 printable characters.", param="request_id")
     return Submission(
         tenant=call.tenant,
-        user=user,
+        user=user or None,
         priority=priority if body.priority is None else Priority[body.priority.upper()],
         deadline=body.deadline,
         idempotency_key=key,
@@ -319,6 +324,11 @@ def submission(
         metadata=metadata,
         on_disconnect="cancel" if wish == "cancel" else "continue" if wish == "continue" else on_disconnect,
     )
+
+
+def stops(given: str | list[str] | None) -> tuple[str, ...]:
+    """Stop strings as they were *given*, less empty ones: those are how some clients say that there is none."""
+    return tuple(filter(None, [given] if isinstance(given, str) else given or ()))
 
 
 def _or(value: T | None, default: T) -> T:

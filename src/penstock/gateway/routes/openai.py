@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
-from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
+from penstock.core.job import Job, MaxTokens, ModelName, OptionalIdentifier, Priority, Request, TopLogprobs
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import (
@@ -23,6 +23,7 @@ from penstock.gateway.routes.bodies import (
     Prepared,
     StructuredBody,
     TokenId,
+    TokenIds,
     plain,
     submission,
 )
@@ -41,7 +42,7 @@ class OpenAIBody(StructuredBody, kw_only=True, frozen=True):
     model: ModelName
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Identifier | None = None
+    user: OptionalIdentifier | None = None
     service_tier: str | None = None
     return_token_ids: bool = False
 
@@ -68,13 +69,15 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
             raise Unsupported("functions and function_call are not supported: use tools.", param="functions")
         if self.audio is not None or (self.modalities and self.modalities != ["text"]):
             raise Unsupported("Only text can be generated.", param="modalities")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
+        # OpenAI has deprecated max_tokens for the longer name.
+        body = msgspec.structs.replace(self, max_tokens=self.max_completion_tokens or self.max_tokens)
         request = Request(
             model=self.model,
             messages=plain(self.messages),
-            sampling=self.sampling(
-                max_tokens=self.max_completion_tokens or default_max_tokens,
+            sampling=body.sampling(
+                max_tokens=default_max_tokens,
                 temperature=1.0,
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             ),
@@ -106,9 +109,9 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
 
 
 class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
-    """The body of ``POST /v1/completions``. One prompt a request: a text (or a list with one), or token ids."""
+    """The body of ``POST /v1/completions``. One prompt a request: a text or token ids (or a list with one such)."""
 
-    prompt: str | Annotated[list[TokenId | str], Meta(min_length=1)]
+    prompt: str | Annotated[list[TokenId | TokenIds | str], Meta(min_length=1)]
     logprobs: TopLogprobs | None = None
     echo: bool = False
     suffix: str | None = None
@@ -119,14 +122,15 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
             raise Unsupported("echo and suffix are not supported.", param="echo" if self.echo else "suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise Unsupported("best_of is not supported beyond n.", param="best_of")
-        parts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        texts = [part for part in parts if isinstance(part, str)]
-        if texts and len(parts) > 1:
-            raise Unsupported("Send one prompt a request.", param="prompt")
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt):
+            if len(prompt) > 1:
+                raise Unsupported("Send one prompt a request.", param="prompt")
+            prompt = prompt[0]
         request = Request(
             model=self.model,
-            prompt=texts[0] if texts else None,
-            prompt_ids=None if texts else tuple(part for part in parts if isinstance(part, int)),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_ids=None if isinstance(prompt, str) else tuple(prompt),
             sampling=self.sampling(max_tokens=16, temperature=1.0, logprobs=self.logprobs),
             n=self.n or 1,
         )

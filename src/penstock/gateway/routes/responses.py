@@ -26,6 +26,7 @@ from penstock.core.job import (
     Job,
     MaxTokens,
     ModelName,
+    OptionalIdentifier,
     Priority,
     Request,
     ResponseFormat,
@@ -222,8 +223,8 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
     truncation: Literal["auto", "disabled"] | None = None
     reasoning: Reasoning | None = None
     service_tier: str | None = None
-    user: Identifier | None = None
-    safety_identifier: Identifier | None = None
+    user: OptionalIdentifier | None = None
+    safety_identifier: OptionalIdentifier | None = None
     prompt_cache_key: str | None = None
     max_tool_calls: Count | None = None
     conversation: Any = None
