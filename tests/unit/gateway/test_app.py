@@ -18,14 +18,17 @@ from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import InvalidRequest
-from penstock.core.job import Job, Priority, Sampling
+from penstock.core.job import Job, Priority, ResponseFormat, Sampling, fingerprint
 from penstock.core.ports import Append, Finish, Query, QueuePolicy, WorkerInfo
 from penstock.gateway import openapi
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
 from penstock.gateway.http import decode
+from penstock.gateway.routes.anthropic import CreateMessage
+from penstock.gateway.routes.embeddings import CreateEmbeddings
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.testing.clock import ManualClock
 
@@ -88,6 +91,25 @@ async def work(gateway: Gateway) -> None:
     """Complete everything that is queued, with two tokens each."""
     for lease in await gateway.broker.claim(WorkerInfo(id="w", slots=50), ["m"], 50, 0):
         await gateway.broker.append([Append(lease.key, 1, [1, 2], ["a", "b"], finish=Finish(("stop",)))])
+
+
+async def asked(gateway: Gateway, route: str, body: dict[str, Any]) -> Job:
+    """The job that a request becomes."""
+    known = {job.id for job in (await gateway.broker.list(Query(tenant="t"))).jobs}
+    async with as_tenant(gateway, "t") as http:
+        asking = asyncio.create_task(http.post(route, json=body))
+        async with asyncio.timeout(30):
+            jobs: list[Job] = []
+            while not jobs:
+                answered = asking.done()  # a refusal: there will be none
+                jobs = [job for job in (await gateway.broker.list(Query(tenant="t"))).jobs if job.id not in known]
+                if answered:
+                    break
+                await asyncio.sleep(0.005)
+        await work(gateway)
+        reply = await asking
+    assert reply.status_code in (200, 202), reply.text
+    return jobs[0]
 
 
 BOUNDS: list[tuple[str, Any]] = [
@@ -223,8 +245,8 @@ class TestFields:
         optional = [field for field in msgspec.structs.fields(kind) if not field.required]
         nulls = {field.encode_name: None for field in optional if field.encode_name not in body}
         assert len(nulls) > 15
-        plain = await self.asked(gateway, route, {**body, "seed": 5, "top_k": 7})
-        odd = await self.asked(gateway, route, {**nulls, **body, "seed": 5.0, "top_k": 7.0})
+        plain = await asked(gateway, route, {**body, "seed": 5, "top_k": 7})
+        odd = await asked(gateway, route, {**nulls, **body, "seed": 5.0, "top_k": 7.0})
         assert odd.request == plain.request
         assert (odd.user, odd.priority, odd.metadata) == (plain.user, plain.priority, plain.metadata)
 
@@ -237,14 +259,14 @@ class TestFields:
         self, gateway: Gateway, route: str, fields: dict[str, Any], plain: dict[str, Any]
     ) -> None:
         least = dict(ASKING)[route]
-        odd = await self.asked(gateway, route, {**least, **fields})
-        same = await self.asked(gateway, route, {**least, **plain})
+        odd = await asked(gateway, route, {**least, **fields})
+        same = await asked(gateway, route, {**least, **plain})
         assert odd.request == same.request
         assert (odd.user, odd.idempotency_key) == (None, None)
 
     async def test_top_p_of_0_is_the_likeliest_token(self, gateway: Gateway) -> None:
         for route, least in ASKING:
-            sampling = (await self.asked(gateway, route, {**least, "top_p": 0})).request.sampling
+            sampling = (await asked(gateway, route, {**least, "top_p": 0})).request.sampling
             assert 0 < sampling.top_p <= 1e-9
             assert sampling.temperature > 0, "that is another field"
 
@@ -258,23 +280,176 @@ class TestFields:
             models = httpx.URL("http://localhost").copy_with(raw_path=b"/v1/models/")
             assert (await http.get(models)).json()["object"] == "list"
 
-    async def asked(self, gateway: Gateway, route: str, body: dict[str, Any]) -> Job:
-        """The job that a request becomes."""
-        known = {job.id for job in (await gateway.broker.list(Query(tenant="t"))).jobs}
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+AS_SCHEMA = ResponseFormat("json_schema", SCHEMA)
+AS_REGEX = ResponseFormat("regex", pattern="[a-z]+")
+AS_GRAMMAR = ResponseFormat("grammar", grammar='root ::= "a"')
+AS_CHOICE = ResponseFormat("choice", choices=("yes", "no"))
+CONSTRAINED = ["/v1/jobs", "/v1/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"]
+FORMATTED = CONSTRAINED[:-1]
+
+
+class TestConstraints:
+    """What says how the reply has to be, in the words of which server ever, is honoured or refused."""
+
+    @pytest.mark.parametrize("route", CONSTRAINED)
+    @pytest.mark.parametrize(
+        ("fields", "form"),
+        [
+            ({"guided_json": SCHEMA}, AS_SCHEMA), ({"guided_json": json.dumps(SCHEMA)}, AS_SCHEMA),
+            ({"guided_regex": "[a-z]+"}, AS_REGEX), ({"guided_choice": ["yes", "no"]}, AS_CHOICE),
+            ({"guided_grammar": 'root ::= "a"'}, AS_GRAMMAR),
+            ({"structured_outputs": {"json": SCHEMA}}, AS_SCHEMA),
+            ({"structured_outputs": {"json": json.dumps(SCHEMA), "regex": None}}, AS_SCHEMA),
+            ({"structured_outputs": {"json_object": True}}, ResponseFormat("json_object")),
+            ({"structured_outputs": {"regex": "[a-z]+", "json_object": False}}, AS_REGEX),
+            ({"structured_outputs": {"choice": ["yes", "no", "yes"]}}, AS_CHOICE),
+            ({"structured_outputs": {"grammar": 'root ::= "a"'}}, AS_GRAMMAR),
+            ({"json_schema": SCHEMA}, AS_SCHEMA), ({"json_schema": json.dumps(SCHEMA)}, AS_SCHEMA),
+            ({"regex": "[a-z]+"}, AS_REGEX), ({"ebnf": 'root ::= "a"'}, AS_GRAMMAR),
+            ({"grammar": 'root ::= "a"'}, AS_GRAMMAR), ({"grammar": {"type": "json", "value": SCHEMA}}, AS_SCHEMA),
+            ({"grammar": {"type": "regex", "value": "[a-z]+"}}, AS_REGEX),
+            ({"guided_json": None, "guided_choice": [], "regex": "", "structured_outputs": {}, "grammar": None}, None),
+            ({"structured_outputs": {"whitespace_pattern": None, "disable_any_whitespace": False}}, None),
+        ],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    async def test_words_of_other_servers(
+        self, gateway: Gateway, route: str, fields: dict[str, Any], form: ResponseFormat | None
+    ) -> None:
+        job = await asked(gateway, route, {**dict(ASKING)[route], **fields})
+        assert job.request.response_format == form
+
+    @pytest.mark.parametrize("route", FORMATTED)
+    @pytest.mark.parametrize(
+        ("wanted", "form"),
+        [
+            ({"type": "json_object", "schema": SCHEMA}, AS_SCHEMA), ({"type": "json_schema", "schema": SCHEMA}, AS_SCHEMA),
+            ({"type": "json_object", "json_schema": {"schema": SCHEMA}}, AS_SCHEMA),
+            ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": None}}, AS_SCHEMA),
+            ({"type": "regex", "pattern": "[a-z]+"}, AS_REGEX), ({"type": "grammar", "grammar": 'root ::= "a"'}, AS_GRAMMAR),
+            ({"type": "json_object", "schema": {}}, ResponseFormat("json_object")),
+            ({"type": "text"}, None), ({"type": None}, None), ({"type": "text", "json_schema": None}, None),
+        ],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    async def test_formats(
+        self, gateway: Gateway, route: str, wanted: dict[str, Any], form: ResponseFormat | None
+    ) -> None:
+        job = await asked(gateway, route, {**dict(ASKING)[route], "response_format": wanted})
+        assert job.request.response_format == form
+
+    @pytest.mark.parametrize("route", CONSTRAINED)
+    @pytest.mark.parametrize(
+        ("fields", "code", "param"),
+        [
+            ({"guided_json": SCHEMA, "guided_regex": "a"}, "invalid_request", "guided_regex"),
+            ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "invalid_request", "structured_outputs.regex"),
+            ({"structured_outputs": {"choice": ["a"]}, "regex": "a"}, "invalid_request", "structured_outputs.choice"),
+            ({"structured_outputs": {"jason": SCHEMA}}, "invalid_request", "structured_outputs"),
+            ({"structured_outputs": {"structural_tag": "x"}}, "unsupported", "structured_outputs.structural_tag"),
+            ({"structured_outputs": {"whitespace_pattern": " "}}, "unsupported", "structured_outputs.whitespace_pattern"),
+            ({"structural_tag": {"begin": "<a>"}}, "unsupported", "structural_tag"),
+            ({"guided_whitespace_pattern": " "}, "unsupported", "guided_whitespace_pattern"),
+            ({"logits_processors": ["a.B"]}, "unsupported", "logits_processors"),
+            ({"allowed_token_ids": [5]}, "unsupported", "allowed_token_ids"),
+            ({"stop_regex": "a"}, "unsupported", "stop_regex"), ({"grammar_lazy": True}, "unsupported", "grammar_lazy"),
+            ({"custom_logit_processor": "x"}, "unsupported", "custom_logit_processor"),
+            ({"guided_json": "{"}, "invalid_request", "guided_json"), ({"guided_json": "[]"}, "invalid_request", "guided_json"),
+            ({"guided_json": {"x": "y" * 70_000}}, "invalid_request", "guided_json"),
+            ({"guided_choice": ["x" * 4096] * 20}, "invalid_request", "guided_choice"),
+            ({"guided_choice": [""]}, "invalid_request", "guided_choice"), ({"regex": 5}, "invalid_request", "regex"),
+            ({"regex": "x" * 70_000}, "invalid_request", "regex"), ({"grammar": {"type": "x"}}, "invalid_request", "grammar"),
+            ({"grammar": {"type": "regex", "value": {}}}, "invalid_request", "grammar"),
+            ({"min_tokens": 9, "seed": 1}, "invalid_request", "min_tokens"),
+            ({"min_tokens": -1}, "invalid_request", "min_tokens"), ({"bad_words": [5]}, "invalid_request", "bad_words"),
+            ({"stop_token_ids": [-1]}, "invalid_request", "stop_token_ids"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    async def test_what_cannot_be_is_refused(
+        self, gateway: Gateway, route: str, fields: dict[str, Any], code: str, param: str
+    ) -> None:
+        limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
         async with as_tenant(gateway, "t") as http:
-            asking = asyncio.create_task(http.post(route, json=body))
-            async with asyncio.timeout(30):
-                jobs: list[Job] = []
-                while not jobs:
-                    answered = asking.done()  # a refusal: there will be none
-                    jobs = [job for job in (await gateway.broker.list(Query(tenant="t"))).jobs if job.id not in known]
-                    if answered:
-                        break
-                    await asyncio.sleep(0.005)
-            await work(gateway)
-            reply = await asking
-        assert reply.status_code in (200, 202), reply.text
-        return jobs[0]
+            reply = await http.post(route, json={**dict(ASKING)[route], limit: 3, **fields})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, code), reply.text
+        assert reply.json()["error"]["param"].startswith(param)
+        assert not (await gateway.broker.list(Query(tenant="t"))).jobs
+
+    @pytest.mark.parametrize("route", FORMATTED)
+    @pytest.mark.parametrize(
+        "wanted",
+        [
+            {"type": "json_schema"}, {"type": "regex"}, {"type": "grammar"}, {"type": "text", "schema": SCHEMA},
+            {"type": "json_object", "pattern": "a"}, {"type": "regex", "pattern": "a", "schema": SCHEMA},
+            {"type": "structural_tag"}, {"type": "json_object", "value": SCHEMA}, {"type": "regex", "grammar": "a"},
+        ],
+        ids=str,
+    )  # fmt: skip
+    async def test_a_format_that_contradicts_itself(self, gateway: Gateway, route: str, wanted: dict[str, Any]) -> None:
+        async with as_tenant(gateway, "t") as http:
+            reply = await http.post(route, json={**dict(ASKING)[route], "response_format": wanted})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"].startswith("response_format")
+
+    async def test_a_format_and_a_constraint_are_two(self, gateway: Gateway) -> None:
+        both: list[tuple[str, dict[str, Any]]] = [
+            *((route, {"response_format": {"type": "json_object"}, "regex": "a"}) for route in FORMATTED),
+            ("/v1/responses", {"text": {"format": {"type": "json_object"}}, "regex": "a"}),
+        ]
+        async with as_tenant(gateway, "t") as http:
+            for route, fields in both:
+                reply = await http.post(route, json={**dict(ASKING)[route], **fields})
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "regex")
+
+    async def test_tools_go_with_json_only(self, gateway: Gateway) -> None:
+        tool = {"type": "function", "function": {"name": "f"}}
+        least = {**dict(ASKING)["/v1/chat/completions"], "tools": [tool]}
+        async with as_tenant(gateway, "t") as http:
+            for fields in ({"regex": "a"}, {"guided_choice": ["a"]}, {"ebnf": "a"}):
+                reply = await http.post("/v1/chat/completions", json={**least, **fields})
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
+        for fields in ({"guided_json": SCHEMA}, {"regex": "a", "tool_choice": "none"}):
+            assert (await asked(gateway, "/v1/chat/completions", {**least, **fields})).request.tools
+
+    @pytest.mark.parametrize("route", ALL)
+    async def test_when_a_reply_ends_and_what_it_must_not_say(self, gateway: Gateway, route: str) -> None:
+        fields = {"min_tokens": 2.0, "stop_token_ids": [5, 7], "bad_words": ["mill", ""]}
+        sampling = (await asked(gateway, route, {**dict(ASKING)[route], **fields})).request.sampling
+        assert (sampling.min_tokens, sampling.stop_token_ids, sampling.bad_words) == (2, (5, 7), ("mill",))
+        nothing = {"min_tokens": 0, "stop_token_ids": [], "bad_words": [""]}
+        sampling = (await asked(gateway, route, {**dict(ASKING)[route], **nothing})).request.sampling
+        assert (sampling.min_tokens, sampling.stop_token_ids, sampling.bad_words) == (0, (), ())
+
+
+async def test_a_request_that_is_repeated_behind_an_update_is_known_again() -> None:
+    """The digests of version 0.1.0 as it was before these bodies had the fields that they have now."""
+    message = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    flat = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    part = [{"type": "input_text", "text": "x"}]
+    before: list[tuple[str, type, dict[str, Any], str]] = [
+        ("/v1/jobs", GenerateJob, {"prompt": "x", "max_tokens": 5, "stop": ["a"]}, "a54f59e9ad7d6584"),
+        ("/v1/generate", Generate, {"messages": message, "tools": [tool], "response_format": form}, "141c4589f64e5e28"),
+        ("/v1/chat/completions", ChatCompletion,
+         {"model": "m", "messages": message, "tools": [tool], "response_format": form, "stream": True},
+         "29e3430720f551de"),
+        ("/v1/completions", TextCompletion, {"model": "m", "prompt": [1, 2]}, "0a5472707cac7c16"),
+        ("/v1/responses", CreateResponse,
+         {"model": "m", "input": [{"role": "user", "content": part}], "tools": [flat],
+          "tool_choice": {"type": "function", "name": "f"}, "text": {"format": {"type": "json_object"}}},
+         "e9e4c4b9c0eef062"),
+        ("/v1/messages", CreateMessage,
+         {"model": "m", "max_tokens": 5, "messages": message, "system": [{"type": "text", "text": "x"}],
+          "tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+         "05975853ff359c92"),
+        ("/v1/embeddings", CreateEmbeddings, {"model": "m", "input": ["x"]}, "a5be4abed8b0d3a0"),
+    ]  # fmt: skip
+    for route, kind, body, digest in before:
+        assert fingerprint([route, decode(json.dumps(body).encode(), kind)]).hex().startswith(digest), route
 
 
 class TestTenants:

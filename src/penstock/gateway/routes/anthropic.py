@@ -23,14 +23,13 @@ from penstock.core.job import (
     ModelName,
     Priority,
     Request,
-    ResponseFormat,
     StopString,
     Tool,
     ToolCall,
 )
-from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, check_schema
+from penstock.core.tools import CallDelta, Piece, ToolParser, call_id
 from penstock.gateway.http import Call, error_reply, json_reply
-from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, not_text, stops, structured, submission
+from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission
 from penstock.gateway.routes.tokens import tokens_of
 from penstock.gateway.sse import frame
 
@@ -137,8 +136,7 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
             raise Unsupported("effort is not supported: leave it out.", param="output_config.effort")
         form = None
         if config.format is not None:
-            check_schema(config.format.schema, "output_config.format.schema")
-            form = ResponseFormat("json_schema", config.format.schema)
+            form = json_schema(config.format.schema, "output_config.format.schema")
         tools = tuple(tool.tool() for tool in self.tools or ())
         messages = self._messages()
         prefilled = messages[-1].role == "assistant"
