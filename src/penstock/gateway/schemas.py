@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from penstock.core.job import Status
+from penstock.core.job import FinishReason, Status
 from penstock.core.ports import ModelInfo
 
 
@@ -235,7 +235,7 @@ class ChatChoice(Answer):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: FinishReason
     stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
@@ -271,7 +271,7 @@ class ChatChunkChoice(Answer, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | UnsetType = UNSET
-    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    finish_reason: FinishReason | None
     stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
@@ -296,7 +296,7 @@ class TextChoice(Answer):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: FinishReason
     stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
@@ -314,7 +314,7 @@ class TextChunkChoice(Answer):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    finish_reason: FinishReason | None
     stop_reason: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
@@ -356,7 +356,6 @@ class DirectCaller(Answer):
 
 class TextBlock(Answer, tag_field="type", tag="text"):
     text: str
-    citations: None
 
 
 class ToolUseBlock(Answer, tag_field="type", tag="tool_use"):
@@ -384,7 +383,7 @@ class WholeMessageUsage(MessageUsage):
 class MessageStop(Answer):
     """Why a message ended; null while it has not."""
 
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"] | None
     stop_sequence: str | None
     stop_details: None
     container: None
@@ -781,7 +780,7 @@ class ResponseFailure(Answer):
 
 
 class IncompleteDetails(Answer):
-    reason: Literal["max_output_tokens"]
+    reason: Literal["max_output_tokens", "content_filter"]
 
 
 class ReasoningView(Answer):

@@ -188,9 +188,13 @@ def status_of(job: Job) -> str:
     return "queued" if job.status is Status.QUEUED and job.attempt == 0 else "in_progress"
 
 
+#: Why a response is not whole, by how its reply ended.
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
 def ended_status(ended: Ended) -> str:
     if ended.status is Status.COMPLETED:
-        return "incomplete" if ended.finish_reason == "length" else "completed"
+        return "incomplete" if ended.finish_reason in _INCOMPLETE else "completed"
     return "cancelled" if ended.status is Status.CANCELLED else "failed"
 
 
@@ -212,7 +216,7 @@ def response_object(
         "background": view.background,
         "completed_at": int(ended_at) if status == "completed" and ended_at is not None else None,
         "error": _error(ended.error) if status == "failed" and ended is not None and ended.error is not None else None,
-        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "incomplete_details": _incomplete(ended) if status == "incomplete" else None,
         "instructions": view.instructions,
         "max_output_tokens": view.max_output_tokens,
         "max_tool_calls": view.max_tool_calls,
@@ -238,6 +242,10 @@ def response_object(
         "user": view.user,
         "metadata": view.metadata,
     }
+
+
+def _incomplete(ended: Ended | None) -> dict[str, str] | None:
+    return {"reason": _INCOMPLETE[ended.finish_reason or ""]} if ended is not None else None
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

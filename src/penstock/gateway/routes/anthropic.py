@@ -321,7 +321,7 @@ class Blocks:
                     yield self._delta({"type": "input_json_delta", "partial_json": piece.arguments})
             elif piece:
                 if self._open != "text":
-                    yield from self._begin("text", {"type": "text", "text": "", "citations": None})
+                    yield from self._begin("text", {"type": "text", "text": ""})
                 yield self._delta({"type": "text_delta", "text": piece})
 
     def _begin(self, what: str | int, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -461,7 +461,7 @@ def _message(job: Job, content: list[dict[str, Any]], ended: Ended | None, usage
     }
 
 
-_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 
 
 def _stop(ended: Ended | None) -> dict[str, Any]:
