@@ -144,19 +144,10 @@ def straighten(case: Case, things: Things, data: st.DataObject) -> None:
         case.query = {"user_id": "ann"}
     if case.operation.body:
         invented = some(case.body, 3) if isinstance(case.body, dict) else {}
-        kept = {name: whole(value) for name, value in invented.items() if name not in ALTERNATIVES}
+        kept = {name: value for name, value in invented.items() if name not in ALTERNATIVES}
         case.body = {**kept, **data.draw(NEEDED[path])}
         if path == "/v1/batches":
             case.body["input_file_id"] = things.new("files")
-
-
-def whole(value: Any) -> Any:
-    """The same value for JSON Schema, where 5.0 is an integer. It is none here, nor for OpenAI."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [whole(item) for item in value]
-    return {name: whole(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def bounded(body: Any) -> None:
@@ -164,7 +155,7 @@ def bounded(body: Any) -> None:
     if not isinstance(body, dict):
         return
     for field, limit in (("max_tokens", 8), ("max_completion_tokens", 8), ("max_output_tokens", 8), ("n", 2)):
-        if type(body.get(field)) is int and body[field] > limit:
+        if type(body.get(field)) in (int, float) and body[field] > limit:
             body[field] = limit
     if type(body.get("deadline")) in (int, float) and 0 < body["deadline"] < PATIENCE:
         body["deadline"] = PATIENCE  # a passed deadline is a 504, and right

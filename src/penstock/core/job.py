@@ -13,16 +13,17 @@ from msgspec import Meta
 from penstock.core.errors import ErrorInfo, InvalidRequest
 from penstock.core.schema import closed, moved, without_unknown_formats
 
-# Bounds of SPEC section 8. They are part of the types, so that a dialect cannot forget one.
-MaxTokens = Annotated[int, Meta(ge=1, le=1_000_000)]
+# Bounds of SPEC section 8. They are part of the types, so that a dialect cannot forget one. They let in what clients
+# of other servers say for "none" or "all there is"; what that is comes of it in the gateway.
+MaxTokens = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
-TopP = Annotated[float, Meta(gt=0, le=1)]
-TopK = Annotated[int, Meta(ge=0, le=100_000)]
+TopP = Annotated[float, Meta(ge=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=100_000)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
-StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+StopString = Annotated[str, Meta(max_length=256)]
 Stop = Annotated[list[StopString], Meta(max_length=16)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 LogitBias = Annotated[dict[str, Bias], Meta(max_length=300)]
@@ -30,6 +31,8 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 Choices = Annotated[int, Meta(ge=1, le=8)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 Identifier = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+#: An `Identifier`, or nothing.
+OptionalIdentifier = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Deadline = Annotated[float, Meta(gt=0, le=7 * 86400)]
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)

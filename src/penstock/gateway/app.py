@@ -129,6 +129,7 @@ def create_app(
             yield
 
     app: ASGIApp = Router(paths, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
+    app = Slashes(app)
     app = OriginCheck(app, gateway.config.allowed_origins)
     app = HostCheck(app, gateway.config.allowed_hosts)
     app = Frame(app)
@@ -155,6 +156,19 @@ class ByMethod:
         error = InvalidRequest(f"{scope['method']} is not allowed on {scope['path']}: {allowed} is.")
         error.status = 405
         await refuse(error, scope, receive, send, {"allow": allowed})
+
+
+class Slashes:
+    """A path with slashes too many is the one without: a base URL that ends with one brings two, or one at the end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "/")
+        if path != "/" and (path.endswith("/") or "//" in path):
+            scope["path"] = re.sub("/+", "/", path).rstrip("/") or "/"
+        await self.app(scope, receive, send)
 
 
 #: What clients of other servers may ask for, by the beginning of its path, and what to do instead.

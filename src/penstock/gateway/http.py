@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,7 @@ from penstock.core.errors import (
     RequestTooLarge,
     UnsupportedEncoding,
 )
+from penstock.gateway import lenient
 
 if TYPE_CHECKING:
     from penstock.gateway.service import Gateway
@@ -89,16 +91,45 @@ class Call:
 
 
 def decode(raw: bytes, kind: type[T]) -> T:
+    """The JSON text *raw* as *kind*, as `lenient` has it. Raises `InvalidRequest`."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)  # some clients' mark at the beginning (RFC 8259, 8.1)
     try:
-        return msgspec.json.decode(raw, type=kind)
+        try:
+            return msgspec.json.decode(raw, type=kind)
+        except msgspec.ValidationError as error:
+            return _leniently(raw, kind, error)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from error
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(_not_json(raw, error)) from error
     except RecursionError as error:
         raise InvalidRequest("The body is nested too deeply.") from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("The body is not valid UTF-8.") from error
+
+
+def _leniently(raw: bytes, kind: type[T], strictly: msgspec.ValidationError) -> T:
+    try:
+        value = msgspec.json.decode(raw)
+    except msgspec.ValidationError:  # a number that is none anywhere; the typed reader knows where it is
+        raise strictly from None
+    return msgspec.convert(lenient.plain(value, kind), kind)
+
+
+#: The escapes in a JSON text; half of a surrogate pair is the group 1.
+_ESCAPES = re.compile(rb"\\(?:ud[89ab]..\\ud[c-f]..|(ud[89a-f]..)|.)", re.IGNORECASE | re.DOTALL)
+
+
+def _not_json(raw: bytes, error: Exception) -> str:
+    """Why *raw* cannot be read, in other words than the decoder's where those don't help."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as wrong:
+        return f"The body is not valid UTF-8: byte {wrong.start} is 0x{raw[wrong.start]:02x}."
+    if half := next((escape[1] for escape in _ESCAPES.finditer(raw) if escape[1]), None):
+        return (
+            f'The body is not valid JSON: "\\{half.decode()}" is half a character: the other half of its surrogate '
+            "pair is missing. It may be a text that was cut within an emoji."
+        )
+    return f"The body is not valid JSON: {error}"
 
 
 def _explain(message: str) -> InvalidRequest:

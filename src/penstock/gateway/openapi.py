@@ -180,6 +180,9 @@ def document() -> dict[str, Any]:
     kinds = sorted({*bodies, *answers, *events, *FAILURES.values()}, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     schema_of = dict(zip(kinds, schemas, strict=True))
+    asked: dict[str, Any] = msgspec.json.schema_components(bodies - {FileUpload})[1]  # that one is a form
+    for name in asked:
+        _nullable(components[name])
     paths: dict[str, Any] = {}
     for (method, path), (summary, body, status, stream, parameters) in OPERATIONS.items():
         responses: dict[str, Any] = {}
@@ -225,6 +228,19 @@ def document() -> dict[str, Any]:
             },
         },
     }
+
+
+def _nullable(body: dict[str, Any]) -> None:
+    """Let null stand for what may be left out of a *body*, as `lenient` does."""
+    for name, kind in body["properties"].items():
+        if name in body.get("required", ()) or kind.keys() <= {"default", "description"}:
+            continue
+        options = kind.get(
+            "anyOf", [{key: each for key, each in kind.items() if key not in ("default", "description")}]
+        )
+        if {"type": "null"} not in options:
+            around = {key: each for key, each in kind.items() if key in ("default", "description")}
+            body["properties"][name] = {"anyOf": [*options, {"type": "null"}], **around}
 
 
 def _event(data: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:

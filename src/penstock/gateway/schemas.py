@@ -356,7 +356,6 @@ class DirectCaller(Answer):
 
 class TextBlock(Answer, tag_field="type", tag="text"):
     text: str
-    citations: None
 
 
 class ToolUseBlock(Answer, tag_field="type", tag="tool_use"):

@@ -125,6 +125,7 @@ CASES: dict[str, tuple[Job, list[Event]]] = {
     "text": (job(), log(["A", " river"], [" is"], ["", "."])),
     "length": (job(), log(["A river"], reason="length")),
     "nothing": (job(), log([""])),
+    "filtered": (job(), log(["A river"], reason="content_filter")),
     "calls": (
         job(tools=TOOLS),
         log(["Let me", " see. "], ["<tool", CALL[5:]], ["\n", CALL.replace("weather", "wait")], reason="tool_calls"),
@@ -183,6 +184,19 @@ def test_however_the_runs_fall_the_message_is_the_same(texts: list[list[str]], t
     assert message(parse(written(of, events))) == expected
     if not tools:
         assert "".join(block["text"] for block in expected["content"]) == text
+
+
+@pytest.mark.parametrize("name", ["text", "calls", "length", "filtered"])
+def test_a_text_block_has_no_null_that_clients_refuse(name: str) -> None:
+    """``"citations": null`` made the AI SDK refuse every reply in one piece."""
+    blocks = message(parse(written(*CASES[name])))["content"]
+    texts = [block for block in blocks if block["type"] == "text"]
+    assert texts
+    assert all(set(block) == {"type", "text"} for block in texts)
+
+
+def test_a_filtered_reply_is_a_refusal() -> None:
+    assert message(parse(written(*CASES["filtered"])))["stop_reason"] == "refusal"
 
 
 def test_a_call_that_was_cut_has_no_arguments() -> None:

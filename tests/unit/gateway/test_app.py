@@ -18,14 +18,18 @@ from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import InvalidRequest
-from penstock.core.job import Priority, Sampling
+from penstock.core.job import Job, Priority, ResponseFormat, Sampling, fingerprint
 from penstock.core.ports import Append, Finish, Query, QueuePolicy, WorkerInfo
+from penstock.gateway import openapi
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
 from penstock.gateway.http import decode
+from penstock.gateway.routes.anthropic import CreateMessage
 from penstock.gateway.routes.completions import TextCompletion
+from penstock.gateway.routes.embeddings import CreateEmbeddings
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.openai import ChatCompletion
+from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.observability.metrics import Metrics
 from penstock.testing.clock import ManualClock
@@ -93,6 +97,25 @@ async def work(gateway: Gateway) -> None:
         await gateway.broker.append([Append(lease.key, 1, [1, 2], ["a", "b"], finish=Finish(("stop",)))])
 
 
+async def asked(gateway: Gateway, route: str, body: dict[str, Any]) -> Job:
+    """The job that a request becomes."""
+    known = {job.id for job in (await gateway.broker.list(Query(tenant="t"))).jobs}
+    async with as_tenant(gateway, "t") as http:
+        asking = asyncio.create_task(http.post(route, json=body))
+        async with asyncio.timeout(30):
+            jobs: list[Job] = []
+            while not jobs:
+                answered = asking.done()  # a refusal: there will be none
+                jobs = [job for job in (await gateway.broker.list(Query(tenant="t"))).jobs if job.id not in known]
+                if answered:
+                    break
+                await asyncio.sleep(0.005)
+        await work(gateway)
+        reply = await asking
+    assert reply.status_code in (200, 202), reply.text
+    return jobs[0]
+
+
 BOUNDS: list[tuple[str, Any]] = [
     ("max_tokens", 1), ("max_tokens", 1_000_000), ("temperature", 0), ("temperature", 2), ("top_p", 1e-9),
     ("top_p", 1), ("top_k", 0), ("top_k", 100_000), ("min_p", 0), ("min_p", 1), ("seed", -(2**63)), ("seed", 2**63 - 1),
@@ -102,6 +125,45 @@ BOUNDS: list[tuple[str, Any]] = [
     ("n", 1), ("n", 8), ("model", "m"), ("prompt", ""), ("prompt", [0, 2**31 - 1]), ("user_id", "u" * 256),
     ("priority", "interactive"), ("priority", "normal"), ("priority", "batch"), ("deadline", 604_800),
     ("request_id", "r" * 256), ("metadata", {f"{i:064}": "v" * 512 for i in range(16)}),
+]  # fmt: skip
+
+
+CHAT = [{"role": "user", "content": "x"}]
+#: The least that each route which generates is to be asked.
+ASKING: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/jobs", {"prompt": "x"}),
+    ("/v1/generate", {"prompt": "x"}),
+    ("/generate", {"prompt": "x"}),
+    ("/generate_stream", {"prompt": "x"}),
+    ("/v1/completions", {"model": "m", "prompt": "x"}),
+    ("/v1/chat/completions", {"model": "m", "messages": CHAT}),
+    ("/v1/responses", {"model": "m", "input": "x", "max_output_tokens": 3}),
+    ("/v1/messages", {"model": "m", "messages": CHAT, "max_tokens": 3}),
+]
+
+
+ALL = [route for route, _ in ASKING]
+CHATS, TEXTS = ["/v1/chat/completions"], ["/v1/completions"]
+OTHERS = [route for route in ALL if route != "/v1/messages"]
+LIMITED = [route for route in ALL if route != "/v1/responses"]
+USERS = [*CHATS, *TEXTS, "/v1/responses"]
+#: What clients of OpenAI's and vLLM's servers send for "none" or "all there is", what that is, and where.
+NOTHING: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    ({"seed": -1}, {}, ALL), ({"top_k": -1}, {"top_k": 0}, ALL), ({"logit_bias": {}}, {}, ALL), ({"n": 1}, {}, ALL),
+    ({"stop": ""}, {}, ALL), ({"stop": [""]}, {}, ALL), ({"stop": []}, {}, ALL),
+    ({"stop": ["", "x", ""]}, {"stop": "x"}, OTHERS), ({"stop_sequences": ["", "x"]}, {"stop_sequences": ["x"]},
+    ["/v1/messages"]), ({"user": ""}, {}, USERS), ({"user_id": ""}, {}, ALL), ({"request_id": ""}, {}, ALL),
+    ({"safety_identifier": ""}, {}, ["/v1/responses"]), ({"metadata": {"user_id": ""}}, {}, ["/v1/messages"]),
+    ({"top_logprobs": 0}, {}, CHATS), ({"top_logprobs": 0, "logprobs": False}, {}, CHATS),
+    ({"top_logprobs": 0, "logprobs": None}, {}, CHATS), ({"top_logprobs": 0}, {}, ["/v1/responses"]),
+    ({"tools": [], "tool_choice": "auto"}, {}, [*CHATS, "/v1/jobs", "/v1/responses"]),
+    ({"max_tokens": 2**31 - 1}, {"max_tokens": 1_000_000}, LIMITED),
+    ({"max_tokens": 2**63 - 1}, {"max_tokens": 1_000_000}, LIMITED),
+    ({"max_completion_tokens": 5, "max_tokens": 9}, {"max_tokens": 5}, CHATS),
+    ({"max_completion_tokens": 9.0, "max_tokens": 5}, {"max_tokens": 9}, CHATS),
+    ({"max_completion_tokens": None, "max_tokens": 5}, {"max_tokens": 5}, CHATS),
+    ({"prompt": [[1, 2, 3]]}, {"prompt": [1, 2, 3]}, TEXTS), ({"prompt": ["x"]}, {"prompt": "x"}, TEXTS),
+    ({"prompt": [[1.0, 2]]}, {"prompt": [1, 2]}, TEXTS),
 ]  # fmt: skip
 
 
@@ -176,6 +238,222 @@ class TestFields:
         assert (sampling.max_tokens, sampling.temperature) == (max_tokens, temperature)
         neutral = Sampling(max_tokens=max_tokens, temperature=temperature)
         assert sampling == neutral, "all else is off"
+
+    @pytest.mark.parametrize(("route", "body"), ASKING, ids=lambda value: value if isinstance(value, str) else "")
+    async def test_null_and_a_float_are_the_job_that_nothing_and_an_integer_are(
+        self, gateway: Gateway, route: str, body: dict[str, Any]
+    ) -> None:
+        """Whatever the field: those of each body are in test_bodies.py."""
+        kind = next(each for (_, path), (_, each, *_) in openapi.OPERATIONS.items() if path == route)
+        assert kind is not None
+        optional = [field for field in msgspec.structs.fields(kind) if not field.required]
+        nulls = {field.encode_name: None for field in optional if field.encode_name not in body}
+        assert len(nulls) > 15
+        plain = await asked(gateway, route, {**body, "seed": 5, "top_k": 7})
+        odd = await asked(gateway, route, {**nulls, **body, "seed": 5.0, "top_k": 7.0})
+        assert odd.request == plain.request
+        assert (odd.user, odd.priority, odd.metadata) == (plain.user, plain.priority, plain.metadata)
+
+    @pytest.mark.parametrize(
+        ("route", "fields", "plain"),
+        [(route, fields, plain) for fields, plain, routes in NOTHING for route in routes],
+        ids=lambda value: str(value)[:40],
+    )
+    async def test_what_asks_for_nothing_is_nothing(
+        self, gateway: Gateway, route: str, fields: dict[str, Any], plain: dict[str, Any]
+    ) -> None:
+        least = dict(ASKING)[route]
+        odd = await asked(gateway, route, {**least, **fields})
+        same = await asked(gateway, route, {**least, **plain})
+        assert odd.request == same.request
+        assert (odd.user, odd.idempotency_key) == (None, None)
+
+    async def test_top_p_of_0_is_the_likeliest_token(self, gateway: Gateway) -> None:
+        for route, least in ASKING:
+            sampling = (await asked(gateway, route, {**least, "top_p": 0})).request.sampling
+            assert 0 < sampling.top_p <= 1e-9
+            assert sampling.temperature > 0, "that is another field"
+
+    @pytest.mark.parametrize("path", ["//v1/jobs", "/v1/jobs/", "/v1//jobs", "//v1///jobs//"])
+    async def test_slashes_too_many_make_no_difference(self, gateway: Gateway, path: str) -> None:
+        async with as_tenant(gateway, "t") as http:
+            url = httpx.URL("http://localhost").copy_with(raw_path=path.encode())
+            assert (await http.post(url, json={"prompt": "x"})).status_code == 202
+            listed = await http.get(url)
+            assert (listed.status_code, len(listed.json()["data"])) == (200, 1)
+            models = httpx.URL("http://localhost").copy_with(raw_path=b"/v1/models/")
+            assert (await http.get(models)).json()["object"] == "list"
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+AS_SCHEMA = ResponseFormat("json_schema", SCHEMA)
+AS_REGEX = ResponseFormat("regex", pattern="[a-z]+")
+AS_GRAMMAR = ResponseFormat("grammar", grammar='root ::= "a"')
+AS_CHOICE = ResponseFormat("choice", choices=("yes", "no"))
+CONSTRAINED = ["/v1/jobs", "/v1/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"]
+FORMATTED = CONSTRAINED[:-1]
+
+
+class TestConstraints:
+    """What says how the reply has to be, in the words of which server ever, is honoured or refused."""
+
+    @pytest.mark.parametrize("route", CONSTRAINED)
+    @pytest.mark.parametrize(
+        ("fields", "form"),
+        [
+            ({"guided_json": SCHEMA}, AS_SCHEMA), ({"guided_json": json.dumps(SCHEMA)}, AS_SCHEMA),
+            ({"guided_regex": "[a-z]+"}, AS_REGEX), ({"guided_choice": ["yes", "no"]}, AS_CHOICE),
+            ({"guided_grammar": 'root ::= "a"'}, AS_GRAMMAR),
+            ({"structured_outputs": {"json": SCHEMA}}, AS_SCHEMA),
+            ({"structured_outputs": {"json": json.dumps(SCHEMA), "regex": None}}, AS_SCHEMA),
+            ({"structured_outputs": {"json_object": True}}, ResponseFormat("json_object")),
+            ({"structured_outputs": {"regex": "[a-z]+", "json_object": False}}, AS_REGEX),
+            ({"structured_outputs": {"choice": ["yes", "no", "yes"]}}, AS_CHOICE),
+            ({"structured_outputs": {"grammar": 'root ::= "a"'}}, AS_GRAMMAR),
+            ({"json_schema": SCHEMA}, AS_SCHEMA), ({"json_schema": json.dumps(SCHEMA)}, AS_SCHEMA),
+            ({"regex": "[a-z]+"}, AS_REGEX), ({"ebnf": 'root ::= "a"'}, AS_GRAMMAR),
+            ({"grammar": 'root ::= "a"'}, AS_GRAMMAR), ({"grammar": {"type": "json", "value": SCHEMA}}, AS_SCHEMA),
+            ({"grammar": {"type": "regex", "value": "[a-z]+"}}, AS_REGEX),
+            ({"guided_json": None, "guided_choice": [], "regex": "", "structured_outputs": {}, "grammar": None}, None),
+            ({"structured_outputs": {"whitespace_pattern": None, "disable_any_whitespace": False}}, None),
+        ],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    async def test_words_of_other_servers(
+        self, gateway: Gateway, route: str, fields: dict[str, Any], form: ResponseFormat | None
+    ) -> None:
+        job = await asked(gateway, route, {**dict(ASKING)[route], **fields})
+        assert job.request.response_format == form
+
+    @pytest.mark.parametrize("route", FORMATTED)
+    @pytest.mark.parametrize(
+        ("wanted", "form"),
+        [
+            ({"type": "json_object", "schema": SCHEMA}, AS_SCHEMA), ({"type": "json_schema", "schema": SCHEMA}, AS_SCHEMA),
+            ({"type": "json_object", "json_schema": {"schema": SCHEMA}}, AS_SCHEMA),
+            ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": None}}, AS_SCHEMA),
+            ({"type": "regex", "pattern": "[a-z]+"}, AS_REGEX), ({"type": "grammar", "grammar": 'root ::= "a"'}, AS_GRAMMAR),
+            ({"type": "json_object", "schema": {}}, ResponseFormat("json_object")),
+            ({"type": "text"}, None), ({"type": None}, None), ({"type": "text", "json_schema": None}, None),
+        ],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    async def test_formats(
+        self, gateway: Gateway, route: str, wanted: dict[str, Any], form: ResponseFormat | None
+    ) -> None:
+        job = await asked(gateway, route, {**dict(ASKING)[route], "response_format": wanted})
+        assert job.request.response_format == form
+
+    @pytest.mark.parametrize("route", CONSTRAINED)
+    @pytest.mark.parametrize(
+        ("fields", "code", "param"),
+        [
+            ({"guided_json": SCHEMA, "guided_regex": "a"}, "invalid_request", "guided_regex"),
+            ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "invalid_request", "structured_outputs.regex"),
+            ({"structured_outputs": {"choice": ["a"]}, "regex": "a"}, "invalid_request", "structured_outputs.choice"),
+            ({"structured_outputs": {"jason": SCHEMA}}, "invalid_request", "structured_outputs"),
+            ({"structured_outputs": {"structural_tag": "x"}}, "unsupported", "structured_outputs.structural_tag"),
+            ({"structured_outputs": {"whitespace_pattern": " "}}, "unsupported", "structured_outputs.whitespace_pattern"),
+            ({"structural_tag": {"begin": "<a>"}}, "unsupported", "structural_tag"),
+            ({"guided_whitespace_pattern": " "}, "unsupported", "guided_whitespace_pattern"),
+            ({"logits_processors": ["a.B"]}, "unsupported", "logits_processors"),
+            ({"allowed_token_ids": [5]}, "unsupported", "allowed_token_ids"),
+            ({"stop_regex": "a"}, "unsupported", "stop_regex"), ({"grammar_lazy": True}, "unsupported", "grammar_lazy"),
+            ({"custom_logit_processor": "x"}, "unsupported", "custom_logit_processor"),
+            ({"guided_json": "{"}, "invalid_request", "guided_json"), ({"guided_json": "[]"}, "invalid_request", "guided_json"),
+            ({"guided_json": {"x": "y" * 70_000}}, "invalid_request", "guided_json"),
+            ({"guided_choice": ["x" * 4096] * 20}, "invalid_request", "guided_choice"),
+            ({"guided_choice": [""]}, "invalid_request", "guided_choice"), ({"regex": 5}, "invalid_request", "regex"),
+            ({"regex": "x" * 70_000}, "invalid_request", "regex"), ({"grammar": {"type": "x"}}, "invalid_request", "grammar"),
+            ({"grammar": {"type": "regex", "value": {}}}, "invalid_request", "grammar"),
+            ({"min_tokens": 9, "seed": 1}, "invalid_request", "min_tokens"),
+            ({"min_tokens": -1}, "invalid_request", "min_tokens"), ({"bad_words": [5]}, "invalid_request", "bad_words"),
+            ({"stop_token_ids": [-1]}, "invalid_request", "stop_token_ids"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    async def test_what_cannot_be_is_refused(
+        self, gateway: Gateway, route: str, fields: dict[str, Any], code: str, param: str
+    ) -> None:
+        limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
+        async with as_tenant(gateway, "t") as http:
+            reply = await http.post(route, json={**dict(ASKING)[route], limit: 3, **fields})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, code), reply.text
+        assert reply.json()["error"]["param"].startswith(param)
+        assert not (await gateway.broker.list(Query(tenant="t"))).jobs
+
+    @pytest.mark.parametrize("route", FORMATTED)
+    @pytest.mark.parametrize(
+        "wanted",
+        [
+            {"type": "json_schema"}, {"type": "regex"}, {"type": "grammar"}, {"type": "text", "schema": SCHEMA},
+            {"type": "json_object", "pattern": "a"}, {"type": "regex", "pattern": "a", "schema": SCHEMA},
+            {"type": "structural_tag"}, {"type": "json_object", "value": SCHEMA}, {"type": "regex", "grammar": "a"},
+        ],
+        ids=str,
+    )  # fmt: skip
+    async def test_a_format_that_contradicts_itself(self, gateway: Gateway, route: str, wanted: dict[str, Any]) -> None:
+        async with as_tenant(gateway, "t") as http:
+            reply = await http.post(route, json={**dict(ASKING)[route], "response_format": wanted})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"].startswith("response_format")
+
+    async def test_a_format_and_a_constraint_are_two(self, gateway: Gateway) -> None:
+        both: list[tuple[str, dict[str, Any]]] = [
+            *((route, {"response_format": {"type": "json_object"}, "regex": "a"}) for route in FORMATTED),
+            ("/v1/responses", {"text": {"format": {"type": "json_object"}}, "regex": "a"}),
+        ]
+        async with as_tenant(gateway, "t") as http:
+            for route, fields in both:
+                reply = await http.post(route, json={**dict(ASKING)[route], **fields})
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "regex")
+
+    async def test_tools_go_with_json_only(self, gateway: Gateway) -> None:
+        tool = {"type": "function", "function": {"name": "f"}}
+        least = {**dict(ASKING)["/v1/chat/completions"], "tools": [tool]}
+        async with as_tenant(gateway, "t") as http:
+            for fields in ({"regex": "a"}, {"guided_choice": ["a"]}, {"ebnf": "a"}):
+                reply = await http.post("/v1/chat/completions", json={**least, **fields})
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
+        for fields in ({"guided_json": SCHEMA}, {"regex": "a", "tool_choice": "none"}):
+            assert (await asked(gateway, "/v1/chat/completions", {**least, **fields})).request.tools
+
+    @pytest.mark.parametrize("route", ALL)
+    async def test_when_a_reply_ends_and_what_it_must_not_say(self, gateway: Gateway, route: str) -> None:
+        fields = {"min_tokens": 2.0, "stop_token_ids": [5, 7], "bad_words": ["mill", ""]}
+        sampling = (await asked(gateway, route, {**dict(ASKING)[route], **fields})).request.sampling
+        assert (sampling.min_tokens, sampling.stop_token_ids, sampling.bad_words) == (2, (5, 7), ("mill",))
+        nothing = {"min_tokens": 0, "stop_token_ids": [], "bad_words": [""]}
+        sampling = (await asked(gateway, route, {**dict(ASKING)[route], **nothing})).request.sampling
+        assert (sampling.min_tokens, sampling.stop_token_ids, sampling.bad_words) == (0, (), ())
+
+
+async def test_a_request_that_is_repeated_behind_an_update_is_known_again() -> None:
+    """The digests of version 0.1.0 as it was before these bodies had the fields that they have now."""
+    message = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    flat = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    part = [{"type": "input_text", "text": "x"}]
+    before: list[tuple[str, type, dict[str, Any], str]] = [
+        ("/v1/jobs", GenerateJob, {"prompt": "x", "max_tokens": 5, "stop": ["a"]}, "a54f59e9ad7d6584"),
+        ("/v1/generate", Generate, {"messages": message, "tools": [tool], "response_format": form}, "141c4589f64e5e28"),
+        ("/v1/chat/completions", ChatCompletion,
+         {"model": "m", "messages": message, "tools": [tool], "response_format": form, "stream": True},
+         "29e3430720f551de"),
+        ("/v1/completions", TextCompletion, {"model": "m", "prompt": [1, 2]}, "0a5472707cac7c16"),
+        ("/v1/responses", CreateResponse,
+         {"model": "m", "input": [{"role": "user", "content": part}], "tools": [flat],
+          "tool_choice": {"type": "function", "name": "f"}, "text": {"format": {"type": "json_object"}}},
+         "e9e4c4b9c0eef062"),
+        ("/v1/messages", CreateMessage,
+         {"model": "m", "max_tokens": 5, "messages": message, "system": [{"type": "text", "text": "x"}],
+          "tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+         "05975853ff359c92"),
+        ("/v1/embeddings", CreateEmbeddings, {"model": "m", "input": ["x"]}, "a5be4abed8b0d3a0"),
+    ]  # fmt: skip
+    for route, kind, body, digest in before:
+        assert fingerprint([route, decode(json.dumps(body).encode(), kind)]).hex().startswith(digest), route
 
 
 class TestTenants:

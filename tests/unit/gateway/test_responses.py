@@ -210,11 +210,14 @@ class TestTheSequence:
 
     def test_a_reply_of_nothing_is_an_empty_message(self) -> None:
         view = View()
-        for reason, status in (("stop", "completed"), ("length", "incomplete")):
+        ends = (("stop", "completed"), ("length", "incomplete"), ("content_filter", "incomplete"))
+        for reason, status in ends:
             *_, last = sequence(job(view), view, log(["", ""], end=(Status.COMPLETED, (reason,), None)))
             (item,) = last["response"]["output"]
             assert (item["content"][0]["text"], item["status"]) == ("", status)
             assert last["response"]["status"] == status
+            why = {"length": "max_output_tokens"}.get(reason, reason)
+            assert last["response"]["incomplete_details"] == ({"reason": why} if status == "incomplete" else None)
 
     def test_a_call_that_was_cut_is_incomplete(self) -> None:
         view = View()

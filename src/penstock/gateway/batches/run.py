@@ -394,7 +394,7 @@ class Run:
         deadline = getattr(body, "deadline", None)
         wish = Submission(
             tenant=self.tenant,
-            user=getattr(body, "user_id", None) or getattr(body, "user", None),
+            user=getattr(body, "user_id", None) or getattr(body, "user", None) or None,
             priority=Priority.BATCH,
             idempotency_key=f"{self.id}/{number}",
             fingerprint=fingerprint([self.batch.endpoint, bytes(line.body)]),

@@ -23,14 +23,13 @@ from penstock.core.job import (
     ModelName,
     Priority,
     Request,
-    ResponseFormat,
     StopString,
     Tool,
     ToolCall,
 )
-from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, check_schema
+from penstock.core.tools import CallDelta, Piece, ToolParser, call_id
 from penstock.gateway.http import Call, error_reply, json_reply
-from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, not_text, structured, submission
+from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission
 from penstock.gateway.routes.tokens import tokens_of
 from penstock.gateway.sse import frame
 
@@ -137,8 +136,7 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
             raise Unsupported("effort is not supported: leave it out.", param="output_config.effort")
         form = None
         if config.format is not None:
-            check_schema(config.format.schema, "output_config.format.schema")
-            form = ResponseFormat("json_schema", config.format.schema)
+            form = json_schema(config.format.schema, "output_config.format.schema")
         tools = tuple(tool.tool() for tool in self.tools or ())
         messages = self._messages()
         prefilled = messages[-1].role == "assistant"
@@ -187,12 +185,12 @@ class CreateMessage(CountTokens, kw_only=True, frozen=True, forbid_unknown_field
     service_tier: str | None = None
 
     def request(self) -> Request:
-        if self.stop is not None:
+        if stops(self.stop):
             raise InvalidRequest("stop is called stop_sequences here.", param="stop")
         if self.n not in (None, 1):
             raise Unsupported("A message has one reply: n is 1.", param="n")
         sampling = self.sampling(max_tokens=self.max_tokens, temperature=1.0, logprobs=None)
-        sampling = msgspec.structs.replace(sampling, stop=tuple(self.stop_sequences or ()))
+        sampling = msgspec.structs.replace(sampling, stop=stops(self.stop_sequences))
         return msgspec.structs.replace(self.conversation(), sampling=sampling)
 
 
@@ -254,7 +252,7 @@ async def messages(call: Call) -> ASGIApp:
     wish = submission(
         call,
         msgspec.structs.replace(body, metadata=metadata),
-        user=body.user_id or (None if user is None else _user(user)),
+        user=body.user_id or (_user(user) if user else None),
         on_disconnect="cancel",
     )
     job = await call.gateway.submit(body.request(), wish)
@@ -321,7 +319,7 @@ class Blocks:
                     yield self._delta({"type": "input_json_delta", "partial_json": piece.arguments})
             elif piece:
                 if self._open != "text":
-                    yield from self._begin("text", {"type": "text", "text": "", "citations": None})
+                    yield from self._begin("text", {"type": "text", "text": ""})
                 yield self._delta({"type": "text_delta", "text": piece})
 
     def _begin(self, what: str | int, block: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from penstock.core.events import Completion, Ended, TokenLogprob, fold
 from penstock.core.job import Job, Request, Sampling, Task, TopLogprobs, Usage
 from penstock.core.tasks import Tokenized
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import Operation, Prepared, TokenId, TokenIds, several, submission
+from penstock.gateway.routes.bodies import Count, Operation, Prepared, TokenId, TokenIds, several, submission
 from penstock.gateway.routes.openai import OpenAIBody, TextDialect, respond
 from penstock.gateway.service import Following, Gateway
 from penstock.gateway.sse import ascii_json
@@ -37,11 +37,11 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
     """
 
     prompt: str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1)]
-    max_tokens: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     logprobs: TopLogprobs | None = None
     echo: bool = False
     suffix: str | None = None
-    best_of: int | None = None
+    best_of: Count | None = None
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:

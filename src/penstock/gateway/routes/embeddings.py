@@ -8,7 +8,7 @@ from msgspec import Meta
 from starlette.types import ASGIApp
 
 from penstock.core.events import Completion
-from penstock.core.job import Identifier, Job, ModelName, Request
+from penstock.core.job import Job, ModelName, OptionalIdentifier, Request
 from penstock.core.tasks import vector_values, vectors
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import JobBody, Operation, Prepared, TokenId, TokenIds, several, submission
@@ -28,7 +28,7 @@ class CreateEmbeddings(JobBody, kw_only=True, frozen=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     input_type: Literal["query", "document", "passage"] | None = None
-    user: Identifier | None = None
+    user: OptionalIdentifier | None = None
 
     def request(self) -> Request:
         return Request(

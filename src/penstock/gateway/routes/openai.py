@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, TokenLogprob, Tokens
-from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs, Usage
+from penstock.core.job import Job, MaxTokens, ModelName, OptionalIdentifier, Priority, Request, TopLogprobs, Usage
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.routes.bodies import (
@@ -38,7 +38,7 @@ class OpenAIBody(StructuredBody, kw_only=True, frozen=True):
     model: ModelName
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Identifier | None = None
+    user: OptionalIdentifier | None = None
     service_tier: str | None = None
     return_token_ids: bool = False
 
@@ -65,13 +65,15 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
             raise Unsupported("functions and function_call are not supported: use tools.", param="functions")
         if self.audio is not None or (self.modalities and self.modalities != ["text"]):
             raise Unsupported("Only text can be generated.", param="modalities")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
+        # OpenAI has deprecated max_tokens for the longer name.
+        body = msgspec.structs.replace(self, max_tokens=self.max_completion_tokens or self.max_tokens)
         request = Request(
             model=self.model,
             messages=plain(self.messages),
-            sampling=self.sampling(
-                max_tokens=self.max_completion_tokens or default_max_tokens,
+            sampling=body.sampling(
+                max_tokens=default_max_tokens,
                 temperature=1.0,
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             ),

@@ -26,6 +26,7 @@ from penstock.core.job import (
     Job,
     MaxTokens,
     ModelName,
+    OptionalIdentifier,
     Priority,
     Request,
     ResponseFormat,
@@ -33,7 +34,6 @@ from penstock.core.job import (
     TopLogprobs,
 )
 from penstock.core.ports import Broker
-from penstock.core.tools import check_schema
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.responses.items import (
     Item,
@@ -53,11 +53,13 @@ from penstock.gateway.responses.stream import last_number, render, whole
 from penstock.gateway.routes.bodies import (
     MAX_TOOLS,
     REFERENCE_GONE,
-    JobBody,
+    ConstrainedBody,
+    Count,
     Operation,
     Prepared,
     Role,
     ToolName,
+    json_schema,
     not_text,
     structured,
     submission,
@@ -176,8 +178,7 @@ class TextFormat(msgspec.Struct, frozen=True):
             return ResponseFormat("json_object")
         if self.schema is None:
             raise InvalidRequest("A text.format of type json_schema needs its schema.", param="text.format.schema")
-        check_schema(self.schema, "text.format.schema")
-        return ResponseFormat("json_schema", self.schema)
+        return json_schema(self.schema, "text.format.schema")
 
     def view(self) -> dict[str, Any]:
         if self.type != "json_schema":
@@ -201,7 +202,7 @@ class Reasoning(msgspec.Struct, frozen=True):
     summary: str | None = None
 
 
-class CreateResponse(JobBody, kw_only=True, frozen=True):
+class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
     """The body of ``POST /v1/responses``. What OpenAI has and this server cannot honour is refused, not dropped."""
 
     model: ModelName
@@ -221,10 +222,10 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
     truncation: Literal["auto", "disabled"] | None = None
     reasoning: Reasoning | None = None
     service_tier: str | None = None
-    user: Identifier | None = None
-    safety_identifier: Identifier | None = None
+    user: OptionalIdentifier | None = None
+    safety_identifier: OptionalIdentifier | None = None
     prompt_cache_key: str | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: Count | None = None
     conversation: Any = None
     prompt: Any = None
     context_management: list[Any] | None = None
@@ -254,7 +255,7 @@ class CreateResponse(JobBody, kw_only=True, frozen=True):
         choice, name, allowed = self._choice()
         return structured(
             request,
-            self.text.format.form() if self.text is not None and self.text.format is not None else None,
+            self.constraint("text.format", self.text.format.form() if self.text and self.text.format else None),
             tuple(
                 Tool(tool.name or "", tool.description or "", tool.parameters or {})
                 for tool in self.tools or ()

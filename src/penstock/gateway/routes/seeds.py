@@ -69,9 +69,9 @@ async def submit_job(call: Call) -> ASGIApp:
     """Queue a prompt for a user, whose jobs are all at ``GET /events?user_id=``."""
     body = await call.body(PromptBody)
     user = call.query.get("user_id") or body.user_id
-    if user is None:
+    if not user:
         raise InvalidRequest("Say whose job it is: ?user_id=…", param="user_id")
-    if body.user_id not in (None, user):
+    if body.user_id and body.user_id != user:
         raise InvalidRequest(f"The address says user {user!r}, the body {body.user_id!r}.", param="user_id")
     try:
         body = msgspec.structs.replace(body, user_id=msgspec.convert(user, Identifier))
