@@ -166,4 +166,4 @@ def test_a_call_that_breaks_costs_its_job_alone(backend: LlamaBackend, monkeypat
         ends |= {each.key: each.finish for each in backend.step() if each.finish is not None}
     assert ends[1].error is None
     assert ends[7].error is not None
-    assert (ends[7].error.code, "timings" in ends[7].error.message) == ("engine_error", True)
+    assert (ends[7].error.code, "KeyError" in ends[7].error.message) == ("engine_error", True)

@@ -17,9 +17,10 @@ from penstock.gateway.http import decode
 from penstock.gateway.lenient import takes_null
 from penstock.gateway.routes import batches
 from penstock.gateway.routes.batches import CreateBatch
+from penstock.gateway.routes.completions import TextCompletion
 from penstock.gateway.routes.files import FileUpload
 from penstock.gateway.routes.jobs import GenerateJob
-from penstock.gateway.routes.openai import ChatCompletion, TextCompletion
+from penstock.gateway.routes.openai import ChatCompletion
 from penstock.gateway.routes.seeds import PromptsBody
 
 #: The bodies of all POST routes but the upload's, which is a form.

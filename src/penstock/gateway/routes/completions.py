@@ -70,7 +70,8 @@ class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
         """What is to be done with a prompt: to tell of its own tokens where it is echoed, and to generate."""
         reply = self.request(prompt)
         task: Task = "tokenize" if self.logprobs is None else "score"
-        echo = msgspec.structs.replace(reply, task=task, n=1, sampling=Sampling(logprobs=self.logprobs))
+        sampling = Sampling(logprobs=self.logprobs)
+        echo = msgspec.structs.replace(reply, task=task, n=1, sampling=sampling, response_format=None)
         return ([echo] if self.echo else []) + ([reply] if self.max_tokens != 0 else [])
 
 
