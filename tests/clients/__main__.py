@@ -129,7 +129,7 @@ class Client:
             if (self.folder / "asks.py").exists():
                 command = [str(self.environment / "bin" / "python"), "-m", "pytest", "-c", os.devnull]
                 command += [f"--rootdir={self.folder}", f"--confcutdir={self.folder}", "-p", "no:cacheprovider", "-v"]
-                command += ["--tb=short", "--disable-warnings", f"--junitxml={report}", str(self.folder / "asks.py")]
+                command += ["--tb=native", "--disable-warnings", f"--junitxml={report}", str(self.folder / "asks.py")]
                 command += [word for option in PYTEST_OPTIONS for word in ("-o", option)]
             else:
                 command = ["node", "--test", "--test-reporter=spec", "--test-reporter-destination=stdout"]

@@ -134,9 +134,7 @@ def test_the_responses_api():
 
 
 def test_embeddings():
-    reply = litellm.embedding(
-        model=f"openai/{EMBED}", input=["a fox", "a river"], api_base=f"{URL}/v1", api_key="none"
-    )
+    reply = litellm.embedding(model=f"openai/{EMBED}", input=["a fox", "a river"], api_base=f"{URL}/v1", api_key="none")
     assert [len(each["embedding"]) for each in reply.data] == [64, 64]
 
 

@@ -99,7 +99,9 @@ def test_a_run_as_it_comes(model):
 
     output, events = asyncio.run(read())
     assert output == "The tool says: sunny in Paris"
-    deltas = [e.data.delta for e in events if getattr(getattr(e, "data", None), "type", "") == "response.output_text.delta"]
+    deltas = [
+        e.data.delta for e in events if getattr(getattr(e, "data", None), "type", "") == "response.output_text.delta"
+    ]
     assert "".join(deltas) == output
     assert len(deltas) > 1
     assert [e.item.type for e in events if e.type == "run_item_stream_event"] == [
