@@ -257,6 +257,8 @@ def talk(body: dict[str, Any]) -> Said:
         tools = []
     if choice == "required":
         tools = [tool for tool in tools if tool["name"] not in called] or tools
+    if choice == "auto" and (text := quoted(asked)) is not None:
+        return Said(text)
     if tools:
         tool = max(tools, key=lambda each: relevance(each, asked))
         if choice != "auto" or relevance(tool, asked):
@@ -265,9 +267,8 @@ def talk(body: dict[str, Any]) -> Said:
         return Said(text)
     if results:
         return Said(f"The tool says: {' and '.join(results)}")
-    return Said(
-        edit(asked, messages) or told(asked) or known(asked) or f"You asked me this. {asked[:200]} I have answered."
-    )
+    about = edit(asked, messages) or told(asked) or known(asked)
+    return Said(about or f"You asked me this. {asked[:200]} I have answered.")
 
 
 def relevance(tool: dict[str, Any], asked: str) -> int:
@@ -290,8 +291,16 @@ def calls_of(tool: dict[str, Any], asked: str, several: bool) -> list[Call]:
 
 def told(asked: str) -> str | None:
     """What it is told to say, word for word."""
-    found = re.search(r"\b(?:say|reply|answer|respond)\b[^\"“'`]*[\"“'`](.+?)[\"”'`]", asked, re.IGNORECASE | re.DOTALL)
+    found = re.search(
+        r"\b(?:say|reply|answer|respond)\b[^\"“‘'`]*[\"“‘'`](.+?)[\"”’'`]", asked, re.IGNORECASE | re.DOTALL
+    )
     return found[1] if found else None
+
+
+def quoted(asked: str) -> str | None:
+    """What the documents say that came with the question, where some did."""
+    found = re.findall(r"<source [^>]*>([^<]+)</source>", asked)
+    return f"The documents say: {' '.join(each.strip() for each in found)}" if found else None
 
 
 def edit(asked: str, messages: list[dict[str, Any]]) -> str | None:

@@ -35,7 +35,7 @@ def aider(folder, message, *options):
     return subprocess.run(
         [AIDER, "--model", f"openai/{MODEL}", *OPTIONS, *options, "--message", message, "greet.py"],
         cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
-        env={**os.environ, "OPENAI_API_BASE": f"{URL}/v1", "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "1"},
+        env={**os.environ, "OPENAI_API_BASE": f"{URL}/v1", "OPENAI_API_KEY": "none"},
     )  # fmt: skip
 
 
