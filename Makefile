@@ -14,7 +14,7 @@ WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants comply test-browser screenshots clean
+.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants comply clients test-browser screenshots clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -91,6 +91,9 @@ mutants: setup ## Break the code on purpose: every mutant must make a test fail
 comply: setup ## llm-comply's suites against the bundled model: fails where docs/compliance.md names no reason
 	$(BIN)/python -m tests.support.compliance
 
+clients: setup ## Real clients and outside suites, each in an environment of its own (ARGS="instructor aider" picks some)
+	$(BIN)/python -m tests.clients $(ARGS)
+
 check: lint ## Format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
@@ -119,4 +122,4 @@ loadtest: setup ## The serving layer alone: 600 requests, 60 at once, 64 tokens 
 	$(BIN)/python -m benchmarks compare synthetic $(ARGS)
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .venv-examples examples/openai-node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) .venv-examples .venv-clients examples/openai-node/node_modules tests/clients/*/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -3,7 +3,7 @@
 Each folder beside this file is one: ``requirements.txt`` and ``package.json`` with its lock say what it needs at exact
 versions (installed in ``.venv-clients``, and in the folder's ``node_modules``), ``asks.py`` or ``asks.mjs`` what it is
 asked, as tests of pytest or ``node --test``. They find the server in ``PENSTOCK_URL``, its models in ``PENSTOCK_MODEL``
-and ``PENSTOCK_EMBED``.
+(a second one, which says the same, in ``PENSTOCK_OTHER``) and ``PENSTOCK_EMBED``.
 
 Prints one table, and exits with 1 where something failed that ``docs/compliance.md`` does not name.
 """
@@ -21,8 +21,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 import xml.etree.ElementTree as ET
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from tests.support.server import Server, free_port, model
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parents[1] / ".venv-clients"
 RESULTS = ("passed", "failed", "skipped")
+#: The chat model's second name.
+OTHER = f"{CHAT}-other"
 #: Seconds that an installation and the asking may take.
 INSTALL_LIMIT, ASK_LIMIT = 1800, 900
 
@@ -93,34 +96,42 @@ class Client:
         stamp = self.environment / ".installed"
         if stamp.exists() and stamp.read_text() == wanted:
             return
-        print(f"{self.name}: installing {self.version} …", flush=True)
-        self.environment.mkdir(parents=True, exist_ok=True)
-        log = self.environment / "install.log"
-        log.write_text("")
+        print(f"{self.name}: installing {self.version}", flush=True)
         steps: list[list[str]] = []
         if files[0].name == "requirements.txt":
-            pip = [str(self.environment / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
-            steps += [[sys.executable, "-m", "venv", "--clear", str(self.environment)], [*pip, "-r", str(files[0])]]
+            # It names everything, so nothing has to be worked out; and what is never imported needs no compiling.
+            pip = [sys.executable, "-m", "pip", "--python", str(self.environment / "bin" / "python"), "install"]
+            pip += ["--disable-pip-version-check", "--progress-bar=off", "--no-deps", "--no-compile"]
+            steps += [[sys.executable, "-m", "venv", "--clear", "--without-pip", str(self.environment)]]
+            steps += [[*pip, "--requirement", str(files[0])]]
         if files[-1].name == "package-lock.json":
-            steps.append(["npm", "ci", "--no-audit", "--no-fund", "--prefix", str(self.folder)])
-        began = time.monotonic()
-        said = b""
+            steps += [["npm", "ci", "--no-audit", "--no-fund", "--prefix", str(self.folder)]]
         for step in steps:
-            try:
-                done = subprocess.run(
-                    step,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    timeout=INSTALL_LIMIT,
-                    env=self._variables({}),
-                )
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise CannotInstall(str(error)) from None
-            said += done.stdout
-            if done.returncode:
-                raise CannotInstall("\n".join(said.decode(errors="replace").splitlines()[-5:]))
+            self._run(step)
+        self.environment.mkdir(parents=True, exist_ok=True)
         stamp.write_text(wanted)
-        print(f"{self.name}: installed in {time.monotonic() - began:.0f} s", flush=True)
+
+    def _run(self, step: list[str]) -> None:
+        """A step of the installation; its output goes through. Raises `CannotInstall`."""
+        try:
+            process = subprocess.Popen(
+                step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self._variables({}), text=True
+            )
+        except OSError as error:
+            raise CannotInstall(str(error)) from None
+        assert process.stdout is not None
+        said: deque[str] = deque(maxlen=3)
+        limit = threading.Timer(INSTALL_LIMIT, process.kill)
+        limit.start()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said.append(line.strip())
+            if process.wait():
+                raise CannotInstall(" ".join(said) or f"{step[0]} ended with {process.returncode}")
+        finally:
+            limit.cancel()
+            process.kill()
 
     def ask(self, url: str) -> list[Outcome]:
         """Run its tests against the server at *url*; their output goes through."""
@@ -129,13 +140,14 @@ class Client:
             if (self.folder / "asks.py").exists():
                 command = [str(self.environment / "bin" / "python"), "-m", "pytest", "-c", os.devnull]
                 command += [f"--rootdir={self.folder}", f"--confcutdir={self.folder}", "-p", "no:cacheprovider", "-v"]
-                command += ["--tb=short", "--disable-warnings", f"--junitxml={report}", str(self.folder / "asks.py")]
+                command += ["--tb=native", "--disable-warnings", f"--junitxml={report}", str(self.folder / "asks.py")]
                 command += [word for option in PYTEST_OPTIONS for word in ("-o", option)]
             else:
                 command = ["node", "--test", "--test-reporter=spec", "--test-reporter-destination=stdout"]
                 command += ["--test-reporter=junit", f"--test-reporter-destination={report}"]
                 command.append(str(self.folder / "asks.mjs"))
-            variables = {"PENSTOCK_URL": url, "PENSTOCK_MODEL": CHAT, "PENSTOCK_EMBED": EMBED, "HOME": scratch}
+            variables = {"PENSTOCK_URL": url, "PENSTOCK_MODEL": CHAT, "PENSTOCK_OTHER": OTHER, "PENSTOCK_EMBED": EMBED}
+            variables["HOME"] = scratch
             # In a session of its own, so that what it starts ends with it.
             process = subprocess.Popen(command, cwd=scratch, env=self._variables(variables), start_new_session=True)
             try:
@@ -207,7 +219,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         upstream = stack.enter_context(scripted(free_port()))
-        models = [model(name, engine="upstream", path=upstream) for name in (CHAT, EMBED)]
+        named = {CHAT: CHAT, OTHER: CHAT, EMBED: EMBED}
+        models = [model(name, engine="upstream", path=upstream, model=theirs) for name, theirs in named.items()]
         server = Server(Path(folder), models=models)
         stack.callback(server.stop)
         server.start()

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server whose model is perfect: it does what it is asked, and nothing else.
 
-It answers as vLLM does (``/version``, ``/tokenize``, token ids, constraints), so that Penstock's upstream engine can use
+It answers as vLLM does (``/version``, ``/tokenize``, token ids, constraints), so that the upstream engine can use
 everything it has. The model is a handful of rules over the conversation: it calls the tool that is asked for with
 arguments that obey its schema, fills a schema with what the text names, reports what a tool answered, and says what it
 is told to say. What a client misses from it, the protocol between has lost.
@@ -86,9 +86,9 @@ class Refused(Exception):
 # ------------------------------------------------------------------------------------------ what a text names
 
 _NAME = r"[A-Z][\w'’]*(?:(?:, | )[A-Z][\w'’]*)*"
-_NO_NAMES = frozenset(
-    "A An And Answer Are Calculate Call Can Create Do Extract For Generate Give Have Hello Hi How I Is It Make My "
-    "Please Say Should Tell The Then This Use What When Where Which Who Write You Your".split()
+_NO_NAME = re.compile(
+    "A|An|And|Answer|Are|Calculate|Call|Can|Create|Do|Extract|For|Generate|Give|Have|Hello|Hi|How|I|Is|It|Make|My|"
+    "Please|Say|Should|Tell|The|Then|This|Use|What|When|Where|Which|Who|Write|You|Your"
 )
 
 
@@ -106,7 +106,7 @@ class Named:
         return [part for each in found for part in re.split(r" and ", each)]
 
     def _names(self) -> list[str]:
-        return [each for each in re.findall(_NAME, self.text) if each not in _NO_NAMES]
+        return [each for each in re.findall(_NAME, self.text) if not _NO_NAME.fullmatch(each)]
 
     def string(self) -> str:
         return self._strings.pop(0) if self._strings else self.text.strip()[:60] or "nothing"
@@ -173,8 +173,11 @@ def chosen(options: list[Any], text: str) -> Any:
 
 def matching(pattern: str) -> str:
     """A text that the regular expression *pattern* matches: of every choice the first, of every repetition the least
-    (but one)."""
-    return "".join(_least(re._parser.parse(pattern)))  # type: ignore[attr-defined]
+    (but one). Raises `Refused`."""
+    try:
+        return "".join(_least(re._parser.parse(pattern)))  # type: ignore[attr-defined]
+    except re.error as error:
+        raise Refused(f"Invalid regex: {error}") from None
 
 
 def _least(parsed: Any) -> Iterator[str]:
@@ -254,6 +257,8 @@ def talk(body: dict[str, Any]) -> Said:
         tools = []
     if choice == "required":
         tools = [tool for tool in tools if tool["name"] not in called] or tools
+    if choice == "auto" and (text := quoted(asked)) is not None:
+        return Said(text)
     if tools:
         tool = max(tools, key=lambda each: relevance(each, asked))
         if choice != "auto" or relevance(tool, asked):
@@ -262,9 +267,8 @@ def talk(body: dict[str, Any]) -> Said:
         return Said(text)
     if results:
         return Said(f"The tool says: {' and '.join(results)}")
-    return Said(
-        edit(asked, messages) or told(asked) or known(asked) or f"You asked me this. {asked[:200]} I have answered."
-    )
+    about = edit(asked, messages) or told(asked) or known(asked)
+    return Said(about or f"You asked me this. {asked[:200]} I have answered.")
 
 
 def relevance(tool: dict[str, Any], asked: str) -> int:
@@ -287,8 +291,16 @@ def calls_of(tool: dict[str, Any], asked: str, several: bool) -> list[Call]:
 
 def told(asked: str) -> str | None:
     """What it is told to say, word for word."""
-    found = re.search(r"\b(?:say|reply|answer|respond)\b[^\"“'`]*[\"“'`](.+?)[\"”'`]", asked, re.IGNORECASE | re.DOTALL)
+    found = re.search(
+        r"\b(?:say|reply|answer|respond)\b[^\"“‘'`]*[\"“‘'`](.+?)[\"”’'`]", asked, re.IGNORECASE | re.DOTALL
+    )
     return found[1] if found else None
+
+
+def quoted(asked: str) -> str | None:
+    """What the documents say that came with the question, where some did."""
+    found = re.findall(r"<source [^>]*>([^<]+)</source>", asked)
+    return f"The documents say: {' '.join(each.strip() for each in found)}" if found else None
 
 
 def edit(asked: str, messages: list[dict[str, Any]]) -> str | None:
@@ -425,41 +437,63 @@ def joined(tokens: list[Token]) -> list[dict[str, Any]]:
 
 async def complete(request: Request) -> Response:
     body = await read(request, CHAT)
-    prompt = body["prompt"] if isinstance(body["prompt"], list) else VOCABULARY.encode(body["prompt"])
-    text = "".join(VOCABULARY.pieces(prompt))
-    limit = fits(prompt, 16 if body.get("max_tokens") is None else body["max_tokens"])
-    answer = constrained(body, Named(text)) or f" {known(text) or 'and so it went on, word by word, to its end.'}\n"
-    tokens, reason, hit = cut(Said(answer), limit, stops(body))
-    before = [Token(each, piece, {}) for each, piece in zip(prompt, VOCABULARY.pieces(prompt), strict=True)]
-    echoed = before if body.get("echo") else []
-
-    def choice(some: list[Token], finish: str | None) -> dict[str, Any]:
-        ids = {"token_ids": [each.id for each in some if each in tokens]} if body.get("return_token_ids") else {}
-        logprobs = None if body.get("logprobs") is None or not some else completion_logprobs(some, before, echoed)
-        return {
-            "index": 0, "text": "".join(each.text for each in some), "logprobs": logprobs, "finish_reason": finish,
-            "stop_reason": finish and hit, "prompt_logprobs": None, **ids,
-        }  # fmt: skip
-
-    if not body.get("stream"):
-        answered = choice(echoed + tokens, reason)
+    echo, wanted = body.get("echo"), body.get("logprobs") is not None
+    prompts, replies, choices = [], [], []
+    for index, ids in enumerate(prompts_of(body["prompt"])):
+        prompt = [Token(each, piece, {}) for each, piece in zip(ids, VOCABULARY.pieces(ids), strict=True)]
+        text = "".join(each.text for each in prompt)
+        limit = fits(ids, 16 if body.get("max_tokens") is None else body["max_tokens"])
+        answer = constrained(body, Named(text)) or f" {known(text) or 'and so it went on, word by word, to its end.'}\n"
+        tokens, reason, hit = cut(Said(answer), limit, stops(body))
+        parts = ([prompt] if echo else []) + ([[each] for each in tokens] if body.get("stream") else [tokens])
+        for part in [*parts, []]:
+            end = {"finish_reason": reason, "stop_reason": hit} if not part else {"finish_reason": None}
+            choice = {"index": index, "text": "".join(each.text for each in part), "logprobs": None, **end}
+            if wanted and part:
+                choice["logprobs"] = completion_logprobs(part, prompt if part is prompt else [])
+            if body.get("return_token_ids"):
+                choice["token_ids"] = [] if part is prompt else [each.id for each in part]
+            choices.append(choice)
         if body.get("prompt_logprobs") is not None:
-            answered["prompt_logprobs"] = prompt_logprobs(before)
-        return JSONResponse(envelope("text_completion", [answered], prompt, tokens))
-    chunks = [choice(echoed, None)] if echoed else []
-    chunks += [choice([each], None) for each in tokens]
-    chunks.append(choice([], reason))
-    return stream("text_completion", chunks, body, prompt, tokens)
+            choices[-1]["prompt_logprobs"] = prompt_logprobs(prompt)
+        prompts += ids
+        replies += tokens
+    if not body.get("stream"):
+        return JSONResponse(envelope("text_completion", [*map(folded, grouped(choices))], prompts, replies))
+    return stream("text_completion", choices, body, prompts, replies)
 
 
-def completion_logprobs(some: list[Token], before: list[Token], echoed: list[Token]) -> dict[str, Any]:
+def prompts_of(prompt: Any) -> list[list[int]]:
+    """The token ids of each: a text, token ids, or several of one of them."""
+    several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    return [VOCABULARY.encode(each) if isinstance(each, str) else each for each in several]
+
+
+def grouped(choices: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    return [list(parts) for _, parts in itertools.groupby(choices, key=lambda each: each["index"])]
+
+
+def folded(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A choice's parts, as they would be streamed, in one."""
+    whole = dict(parts[-1], text="".join(each["text"] for each in parts))
+    if told := [each["logprobs"] for each in parts if each["logprobs"]]:
+        whole["logprobs"] = {name: [value for each in told for value in each[name]] for name in told[0]}
+    if "token_ids" in whole:
+        whole["token_ids"] = [id for each in parts for id in each["token_ids"]]
+    return whole
+
+
+def completion_logprobs(tokens: list[Token], prompt: list[Token]) -> dict[str, Any]:
+    """Of *tokens*, which are the *prompt* or, where that is empty, some of the reply."""
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token in some:
-        at = next((i for i, each in enumerate(before) if each is token), len(before))
-        likely, best = likelihood(before, at) if at < len(before) and echoed else (-0.01, token.text)
+    for at, token in enumerate(tokens):
+        likely, best = likelihood(prompt, at) if prompt else (-0.01, token.text)
+        first = bool(prompt) and at == 0  # of which nothing can be said
         found["tokens"].append(token.text)
-        found["token_logprobs"].append(None if at == 0 else likely)
-        found["top_logprobs"].append(None if at == 0 else {best: -0.01, token.text: likely})
+        found["token_logprobs"].append(None if first else likely)
+        found["top_logprobs"].append(
+            None if first else {best: likely if best == token.text else -0.01, token.text: likely}
+        )
         found["text_offset"].append(0)
     return found
 

@@ -5,11 +5,12 @@ import os
 import openai
 import pytest
 from langchain_anthropic import ChatAnthropic
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import BaseChatModel
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_tests.integration_tests import ChatModelIntegrationTests, EmbeddingsIntegrationTests
 
-URL, MODEL, EMBED = (os.environ[f"PENSTOCK_{name}"] for name in ("URL", "MODEL", "EMBED"))
+URL, MODEL, OTHER, EMBED = (os.environ[f"PENSTOCK_{name}"] for name in ("URL", "MODEL", "OTHER", "EMBED"))
 
 
 class TestChatOpenAI(ChatModelIntegrationTests):
@@ -24,12 +25,12 @@ class TestChatOpenAI(ChatModelIntegrationTests):
         return {"model": MODEL, "base_url": f"{URL}/v1", "api_key": "none", "stream_usage": True, "max_retries": 0}
 
     @property
-    def supports_json_mode(self) -> bool:
-        return True
+    def model_override_value(self) -> str:
+        return OTHER
 
     @property
-    def supports_anthropic_inputs(self) -> bool:
-        return False  # its tests bring tool_result blocks that no OpenAI route takes
+    def supports_json_mode(self) -> bool:
+        return True
 
 
 class TestChatOpenAIResponses(TestChatOpenAI):
@@ -50,6 +51,10 @@ class TestChatAnthropic(ChatModelIntegrationTests):
         return {"model": MODEL, "base_url": URL, "api_key": "none", "max_tokens": 1024, "max_retries": 0}
 
     @property
+    def model_override_value(self) -> str:
+        return OTHER
+
+    @property
     def supports_anthropic_inputs(self) -> bool:
         return True
 
@@ -66,16 +71,12 @@ class TestOpenAIEmbeddings(EmbeddingsIntegrationTests):
 
 
 def test_a_prompt_that_is_too_long_is_known_as_such():
-    from langchain_core.exceptions import ContextOverflowError
-
     chat = ChatOpenAI(model=MODEL, base_url=f"{URL}/v1", api_key="none", max_retries=0)
     with pytest.raises(ContextOverflowError):
         chat.invoke("word " * 20_000)
 
 
 def test_a_prompt_that_is_too_long_for_anthropics_route_is_known_as_such():
-    from langchain_core.exceptions import ContextOverflowError
-
     chat = ChatAnthropic(model=MODEL, base_url=URL, api_key="none", max_retries=0)
     with pytest.raises(ContextOverflowError):
         chat.invoke("word " * 20_000)
