@@ -14,7 +14,7 @@ WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants comply clients test-browser screenshots clean
+.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-valkey test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants comply clients test-browser screenshots clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -71,6 +71,10 @@ test-integration: setup ## Real server processes and real SDKs
 
 test-chaos: setup ## kill -9, SIGSTOP, dropped clients (short and seeded; python -m tests.chaos --help for long runs)
 	$(PYTEST) tests/chaos $(ARGS)
+
+test-valkey: setup ## The broker over Valkey instead of Redis: its scripts, its contract in a cluster, its durability
+	PENSTOCK_TEST_REDIS=valkey $(PYTEST) tests/contract/test_redis_broker.py::TestRedisCluster \
+	  tests/unit/brokers/test_redis_scripts.py tests/integration/test_redis_broker.py $(ARGS)
 
 VLLM_PYTHON ?= .venv-peers/vllm/bin/python
 

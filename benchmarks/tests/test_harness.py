@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
 
 import pytest
 from benchmarks import canned
 from benchmarks.client import ChunkedDecoder, EventSplitter, Exchange, ProtocolError
 from benchmarks.dialects import DIALECTS, Chat, Completions, Dialect, Generate, parse_events
+from benchmarks.processes import find_redis
 from benchmarks.scenarios.fairness import TENANTS, WEIGHTS, Fairness, half_bound, largest_difference
 from benchmarks.stats import Spread, Times, percentile
 from benchmarks.workload import Workload
@@ -122,6 +124,14 @@ def test_a_queue_in_order_of_arrival_is_beyond_the_bound() -> None:
     assert not run.holds
     assert Fairness(WEIGHTS["equal"], 1.0, {TENANTS[0].name: [0.0, 2 * half]} | idle, [(0.1, 0)]).holds
     assert not Fairness(WEIGHTS["equal"], 1.0, {TENANTS[0].name: [0.0, 1.0]} | idle, [(0.1, 1)]).holds
+
+
+def test_a_server_is_found_where_none_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_redis("redis") is None
+    found = find_redis()
+    assert found is not None
+    assert "Valkey" in subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def _count(dialect: Dialect, stream: bytes) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from penstock.brokers.redis import RedisBroker, link
 from penstock.core.errors import (
@@ -28,7 +29,7 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Event, Tokens
 from penstock.core.job import Job, Request, Status, new_job_id
-from penstock.core.ports import Append, Finish, Lease, QueuePolicy, Release, Verdict, WorkerInfo
+from penstock.core.ports import Append, Finish, Lease, Query, QueuePolicy, Release, Verdict, WorkerInfo
 from penstock.testing.clock import ManualClock
 from penstock.testing.oracle import check_log, check_views, tokens_of
 from tests.support.proxy import Proxy, Words
@@ -774,9 +775,8 @@ class TestReplicated:
 
         # Without its replica it promises nothing, so it acknowledges nothing; what is tried again counts once.
         replica.signal(signal.SIGSTOP)
-        doubtful = job(idempotency_key="k", fingerprint=b"f")
         with pytest.raises(BrokerUnavailable, match="replicas"):
-            await broker.submit(doubtful)
+            await broker.submit(job(idempotency_key="k", fingerprint=b"f"))
         with pytest.raises(BrokerUnavailable, match="replicas"):
             await broker.append([tokens(lease, 31, 2)])
         assert reader.last == 30, "delivered before it was safe"
@@ -786,7 +786,7 @@ class TestReplicated:
                 with contextlib.suppress(BrokerUnavailable):
                     again = await broker.submit(job(idempotency_key="k", fingerprint=b"f"))
                     break
-        assert again.id == doubtful.id
+        assert {each.id for each in (await broker.list(Query(tenant="acme"))).jobs} == {kept.id, again.id}
         assert (await broker.append([tokens(lease, 31, 2)])) == {kept.id: "ok"}
         await reader.until(32)
 
@@ -807,6 +807,103 @@ class TestReplicated:
         assert [token.id for token in check_log(await reader.end())] == list(range(1, 36))
         assert (await broker.get("acme", again.id)).status is Status.QUEUED
         assert problems(await store(second, broker)) == []
+
+    async def test_a_write_does_not_wait_for_the_replicas_regular_report(
+        self, make_redis: Any, connect: OpenBroker
+    ) -> None:
+        """A server with WAITAOF is told of a replica's file once a second, unless it asks when that is written."""
+        master = make_redis()
+        make_redis(replicaof=f"127.0.0.1 {master.port}")
+        _connected(master, 1)
+        broker = await connect(master.url, durability="replicated", replicas=1)
+        kept = await broker.submit(job())
+        [lease] = await claim(broker)
+        async with asyncio.timeout(PATIENCE):  # each would take a second
+            for position in range(1, 201):
+                assert (await broker.append([tokens(lease, position)])) == {kept.id: "ok"}
+
+    async def test_replicas_that_sync_once_a_second_are_waited_for(self, make_redis: Any, connect: OpenBroker) -> None:
+        master = make_redis(appendfsync="everysec")
+        make_redis(replicaof=f"127.0.0.1 {master.port}", appendfsync="everysec")
+        _connected(master, 1)
+        broker = await connect(master.url, durability="replicated", replicas=1)
+        with structlog.testing.capture_logs() as logs:
+            jobs = [await broker.submit(job()) for _ in range(3)]
+        assert len({each.id for each in jobs}) == 3
+        assert [each for each in logs if each["event"] == "redis_lost"] == []
+
+    async def test_the_start_waits_for_a_replica_that_has_just_joined(
+        self, make_redis: Any, connect: OpenBroker
+    ) -> None:
+        """It is connected, and confirms nothing before it has its copy."""
+        master = make_redis(repl_diskless_sync="yes", repl_diskless_sync_delay="2")
+        replica = make_redis(replicaof=f"127.0.0.1 {master.port}")
+        _connected(master, 1)
+        broker = await connect(master.url, durability="replicated", replicas=1)
+        kept = await broker.submit(job())
+        assert _has(replica, broker, kept)
+
+    @pytest.mark.parametrize("replicas", [1, 2])
+    async def test_a_start_without_confirmation_ends_and_says_what_it_waits_for(
+        self, make_redis: Any, connect: OpenBroker, replicas: int
+    ) -> None:
+        master = make_redis()
+        servers = [make_redis(replicaof=f"127.0.0.1 {master.port}") for _ in range(replicas)]
+        _connected(master, replicas, state="online")
+        servers[-1].signal(signal.SIGSTOP)
+        with pytest.raises(BrokerUnavailable, match=f"waiting for replicas, only {replicas - 1} of {replicas} have"):
+            await connect(master.url, durability="replicated", replicas=replicas, timeout=4.0)
+        servers[-1].signal(signal.SIGCONT)
+        await (await connect(master.url, durability="replicated", replicas=replicas)).submit(job())
+
+    async def test_a_replica_that_joins_later_costs_a_pause_which_is_told(
+        self, make_redis: Any, connect: OpenBroker
+    ) -> None:
+        """Nothing is refused, nothing counts twice: what is asked meanwhile is answered when the newcomer has it."""
+        master = make_redis(repl_diskless_sync="yes", repl_diskless_sync_delay="0")
+        first = make_redis(replicaof=f"127.0.0.1 {master.port}")
+        _connected(master, 1, state="online")
+        broker = await connect(master.url, durability="replicated", replicas=1)
+        running = await broker.submit(job())
+        [lease] = await claim(broker)
+        reader = Reader(broker, running)
+        await broker.append([tokens(lease, 1)])
+        with contextlib.closing(master.client()) as client:
+            client.config_set("repl-diskless-sync-delay", "2")
+        first.kill9()
+        second = make_redis(replicaof=f"127.0.0.1 {master.port}")
+        _connected(master, 1)
+        with structlog.testing.capture_logs() as logs:
+            verdicts, kept = await asyncio.gather(
+                broker.append([tokens(lease, 2, 2)]), broker.submit(job(idempotency_key="k", fingerprint=b"f"))
+            )
+            await eventually(lambda: any(each["event"] == "redis_found" for each in logs))
+        [told] = [each["error"] for each in logs if each["event"] == "redis_lost"]
+        assert "waiting for replicas, only 0 of 1 have received" in told
+        assert verdicts == {running.id: "ok"}
+        assert _has(second, broker, kept)
+        assert (await broker.submit(job(idempotency_key="k", fingerprint=b"f"))).id == kept.id
+        await broker.append([tokens(lease, 4, finish=STOP)])
+        assert [token.id for token in check_log(await reader.end())] == [1, 2, 3, 4]
+        assert problems(await store(master, broker)) == []
+
+
+def _connected(master: RedisServer, count: int, state: str = "") -> None:
+    """Wait until *count* replicas are connected, each in *state*."""
+
+    def there() -> bool:
+        info = client.info("replication")
+        return info["connected_slaves"] == count and all(
+            state in ("", info[f"slave{number}"]["state"]) for number in range(count)
+        )
+
+    with contextlib.closing(master.client()) as client:
+        wait_for(there, f"{count} replicas")
+
+
+def _has(server: RedisServer, broker: RedisBroker, kept: Job) -> bool:
+    with contextlib.closing(server.client()) as client:
+        return bool(client.exists(f"{broker._shards[0].base.decode()}job:{kept.id}"))
 
 
 # --------------------------------------------------------------------------------------------- news

@@ -1,10 +1,12 @@
-"""Real redis-servers for tests: one, one with a replica, or a cluster of three; on loopback, ended by their pids."""
+"""Real servers for tests, of Redis or Valkey: one, one with a replica, or a cluster of three.
+
+On loopback, ended by their pids.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from benchmarks.processes import find_redis
 
 from tests.support.server import free_port, wait_for
 
@@ -21,10 +24,15 @@ STRICT: dict[str, str] = {"appendonly": "yes", "appendfsync": "always"}
 
 
 def redis_binary() -> str:
-    """Where redis-server (or valkey-server) is; a laptop without one skips the test, CI fails."""
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    """Where redis-server is, or Valkey's; ``PENSTOCK_TEST_REDIS=redis`` (or ``valkey``) takes no other.
+
+    Without either a laptop skips the test, and CI fails.
+    """
+    kind = os.environ.get("PENSTOCK_TEST_REDIS", "")
+    assert kind in ("", "redis", "valkey"), f"PENSTOCK_TEST_REDIS={kind}: redis or valkey"
+    found = find_redis(kind)
     if found is None:
-        message = "redis-server is not installed (on Debian: apt install redis-server)"
+        message = f"{kind or 'redis'}-server is not installed (on Debian: apt install redis-server; or: make setup)"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)

@@ -3,6 +3,8 @@
 redis-py opens the connections (TLS, ACLs, sockets, the protocol); what is here is what its pool does not do: all calls
 of a process share one connection and travel together, a call that was sent is never cancelled, one whose reply was lost
 is sent again (the scripts are idempotent), and in the tier ``replicated`` a batch is answered once replicas have it.
+Where they do not confirm in time nothing is answered until they do, and what was not answered is sent again, as after a
+break.
 """
 
 from __future__ import annotations
@@ -63,6 +65,15 @@ BROKEN = (RedisError, OSError, asyncio.IncompleteReadError, TimeoutError, Runtim
 
 Word = bytes | str | int | float
 Command = Sequence[Word]
+
+
+class Unconfirmed(RedisError):
+    """Fewer replicas than the tier promises have what was written: in memory, or (*synced*) in their files."""
+
+    def __init__(self, reached: int, wanted: int, synced: bool) -> None:
+        have = "have written it to their files" if synced else "have received what was written"
+        hint = "writes its copy first, and each needs appendonly yes" if synced else "loads its copy first"
+        super().__init__(f"waiting for replicas, only {reached} of {wanted} {have} (one that has just joined {hint})")
 
 
 def masked(urls: str) -> str:
@@ -178,13 +189,13 @@ class _Call:
 
 
 class _Wait:
-    """What was written before it is answered once *replicas* have it."""
+    """*calls*, which were written before it, are answered once replicas have them."""
 
     __slots__ = ("calls", "sent_at")
 
-    def __init__(self, calls: list[_Call]) -> None:
+    def __init__(self, calls: list[_Call], sent_at: float) -> None:
         self.calls = calls
-        self.sent_at = 0.0
+        self.sent_at = sent_at
 
 
 class _Mender:
@@ -258,17 +269,31 @@ class Link(_Mender):
         super().__init__(address)
         self._greet = greet
         self._timeout = timeout
-        self._wait = b""
+        self._waits: list[bytes] = []
         self._replicas = 0
+        self._heard_at = 0.0
         self._queue: deque[_Call] = deque()
         self._flight: deque[_Call | _Wait] = deque()
         self._numbers = itertools.count()
         self._wake = asyncio.Event()
 
-    def wait_for_replicas(self, count: int, command: Command) -> None:
-        """Answer calls once *command* (``WAIT…``; empty for none) says that *count* replicas have what they wrote."""
-        self._wait = _packed(command) if command else b""
+    async def wait_for_replicas(self, connection: AbstractConnection, count: int, commands: Sequence[Command]) -> None:
+        """Answer calls once *commands* (``WAIT…``, none or more) say that *count* replicas have what they wrote.
+
+        Raises `Unconfirmed` while they do not have what *connection* wrote so far.
+        """
+        self._waits = [_packed(command) for command in commands]
         self._replicas = count
+        for command in commands:
+            self._check_replicas(await ask(connection, *command))
+
+    def _check_replicas(self, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            raise ResponseError(str(reply))
+        synced = isinstance(reply, list)  # WAITAOF answers [here, replicas]
+        reached = reply[-1] if synced else reply
+        if reached < self._replicas:
+            raise Unconfirmed(reached, self._replicas, synced)
 
     def send(self, command: Command) -> asyncio.Future[Any]:
         """Queue *command*; its reply. Whoever waits for it may go away: the call is completed all the same."""
@@ -304,7 +329,8 @@ class Link(_Mender):
 
     def unavailable(self) -> BrokerUnavailable:
         why = str(self.failure or "").rstrip(".")
-        message = f"Redis at {self._address.urls} does not answer{': ' if why else ''}{why}."
+        state = "cannot keep what it is told" if isinstance(self.failure, Unconfirmed) else "does not answer"
+        message = f"Redis at {self._address.urls} {state}{': ' if why else ''}{why}."
         return BrokerUnavailable(message, retry_after=2.0)
 
     async def _work(self, connection: AbstractConnection) -> None:
@@ -338,14 +364,13 @@ class Link(_Mender):
                     continue
                 self._flight.extend(batch)
                 packed = [call.packed for call in batch]
-                if self._wait:
-                    gate = _Wait(batch)
-                    gate.sent_at = now
-                    self._flight.append(gate)
-                    packed.append(self._wait)
+                for wait in self._waits:
+                    self._flight.append(_Wait(batch if wait is self._waits[-1] else [], now))
+                    packed.append(wait)
                 await connection.send_packed_command([b"".join(packed)], check_health=False)
 
     async def _read(self, connection: AbstractConnection) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             try:
                 reply = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
@@ -353,32 +378,25 @@ class Link(_Mender):
                 raise
             except ResponseError as error:
                 reply = _translate(error)
-            self._healthy()
-            entry = self._flight.popleft()
+            self._heard_at = loop.time()
+            entry = self._flight[0]
             if isinstance(entry, _Wait):
-                self._open_gate(entry, reply)
-            elif self._wait:
+                self._check_replicas(reply)  # else what is behind the gate counts as unanswered
+                for call in entry.calls:
+                    call.answer(call.reply)
+            elif self._waits:
                 entry.reply = reply
             else:
                 entry.answer(reply)
-
-    def _open_gate(self, gate: _Wait, reply: Any) -> None:
-        reached = reply[-1] if isinstance(reply, list) else reply
-        missing = reached if isinstance(reached, Exception) else None
-        if missing is None and reached < self._replicas:
-            missing = BrokerUnavailable(
-                f"Only {reached} of {self._replicas} replicas have confirmed the write; it may or may not survive.",
-                retry_after=1.0,
-            )
-        for call in gate.calls:
-            call.answer(missing or call.reply)
+            self._flight.popleft()
+            self._healthy()
 
     async def _watch(self) -> None:
         """A peer that swallows everything is as dead as one that hangs up."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(REPLY_TIMEOUT / 6)
-            if self._flight and self._flight[0].sent_at < loop.time() - REPLY_TIMEOUT:
+            if self._flight and max(self._flight[0].sent_at, self._heard_at) < loop.time() - REPLY_TIMEOUT:
                 raise TimeoutError(f"no reply within {REPLY_TIMEOUT:.0f} s")
 
 

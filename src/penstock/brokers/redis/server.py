@@ -13,8 +13,10 @@ from penstock.core.errors import InvalidRequest
 
 Durability = Literal["strict", "fast", "replicated"]
 
-#: Milliseconds that replicas have to confirm a write.
-REPLICA_TIMEOUT = 1000
+#: Milliseconds that replicas have to confirm that they received a write, and then that it is in their files (which are
+#: synced once a second with ``appendfsync everysec``, and reported once a second).
+RECEIVE_TIMEOUT = 1000
+SYNC_TIMEOUT = 2500
 
 
 class Tier(msgspec.Struct, frozen=True):
@@ -36,14 +38,17 @@ class Server(msgspec.Struct, frozen=True):
     version: tuple[int, ...]
     run_id: str
 
-    def waiting(self, tier: Tier) -> Command:
-        """The command that waits until replicas have what this connection wrote; empty where none has to."""
+    def waiting(self, tier: Tier) -> list[Command]:
+        """The commands that wait until replicas have what this connection wrote; none where none has to."""
         if tier.name != "replicated":
-            return ()
+            return []
+        received: Command = ("WAIT", tier.replicas, RECEIVE_TIMEOUT)
         # Before Redis 7.2 a replica confirms that it has received a write, from then on that it is in its file.
         if self.version < (7, 2):
-            return ("WAIT", tier.replicas, REPLICA_TIMEOUT)
-        return ("WAITAOF", 1, tier.replicas, REPLICA_TIMEOUT)
+            return [received]
+        # Asked at once, a replica answers before its file is synced, and says no more until its report of every second.
+        # Asked when it has received the write, it has synced it (with appendfsync always).
+        return [received, ("WAITAOF", 1, tier.replicas, SYNC_TIMEOUT)]
 
 
 async def inspect(connection: AbstractConnection, tier: Tier) -> Server:

@@ -161,8 +161,8 @@ class Shard:
                 f"Other processes have split this queue into {int(shards)} shards; this one is set to {self._shards}. "
                 "Give all of them the same number (--shards), or another --broker-prefix."
             )
-        self.link.wait_for_replicas(self._tier.replicas, server.waiting(self._tier))
         self._doubt()
+        await self.link.wait_for_replicas(connection, self._tier.replicas, server.waiting(self._tier))
         self._resync()
 
     # ------------------------------------------------------------------------------------ scripts
