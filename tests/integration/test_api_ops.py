@@ -29,7 +29,8 @@ def client(server: Server) -> httpx.AsyncClient:
 
 class TestHealth:
     async def test_live_and_ready(self, http: httpx.AsyncClient) -> None:
-        assert (await http.get("/healthz")).status_code == 200
+        alive = await http.get("/healthz")
+        assert (alive.status_code, alive.json()) == (200, {"status": "ok", "broker": "connected"})
         reply = await http.get("/readyz")
         assert reply.status_code == 200
         assert reply.json()["checks"] == {"broker": True, "worker": True, "accepting": True}

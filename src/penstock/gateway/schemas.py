@@ -551,7 +551,7 @@ class BasicResult(Answer):
 
 
 class TaskPending(Answer):
-    status: Literal["queued", "running"]
+    status: Literal["processing"]
     task_id: str
 
 
@@ -574,6 +574,7 @@ class TaskStatus(Answer):
 
 class Live(Answer):
     status: Literal["ok"]
+    broker: Literal["connected", "unavailable"]
 
 
 class Checks(Answer):
