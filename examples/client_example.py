@@ -57,8 +57,9 @@ def generate(client: httpx.Client, prompt: str, timeout: float, **sampling: Any)
         answer: dict[str, Any] = reply.json()
         if reply.status_code != 202:
             return answer
-        place = send(client, until, "GET", f"/status/{task}").json()["position_in_queue"]
-        print(f"{task} is {answer['status']}" + (f", number {place} in the queue" if place else ""), file=sys.stderr)
+        state = send(client, until, "GET", f"/status/{task}").json()
+        place = state["position_in_queue"]
+        print(f"{task} is {state['status']}" + (f", number {place} in the queue" if place else ""), file=sys.stderr)
         if time.monotonic() + pause > until:
             raise TimeoutError(f"{task} has not ended in time; it goes on: ask for /result/{task} later.")
         time.sleep(pause)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 from penstock.testing.oracle import check_log
 from tests.support.api import check_error, ended, poll, running, submit, until
+from tests.support.clock import SteppedClock
 from tests.support.server import PATIENCE, Server, wait_for
 from tests.support.sse import open_stream
 
@@ -27,7 +29,8 @@ def client(server: Server) -> httpx.AsyncClient:
 
 class TestHealth:
     async def test_live_and_ready(self, http: httpx.AsyncClient) -> None:
-        assert (await http.get("/healthz")).status_code == 200
+        alive = await http.get("/healthz")
+        assert (alive.status_code, alive.json()) == (200, {"status": "ok", "broker": "connected"})
         reply = await http.get("/readyz")
         assert reply.status_code == 200
         assert reply.json()["checks"] == {"broker": True, "worker": True, "accepting": True}
@@ -200,6 +203,59 @@ class TestMetrics:
             check_error(reply, status, code)
             after = samples((await http.get("/metrics")).text)["llm_gateway_errors_total"]
             assert after[label] == before.get(label, 0) + 1, path
+
+
+class TestClock:
+    @pytest.mark.parametrize("step", [-3600, 3600])
+    async def test_that_is_set_while_jobs_run_changes_no_duration(
+        self, make_server: Callable[..., Server], tmp_path: Path, step: int
+    ) -> None:
+        clock = SteppedClock(tmp_path, "server")
+        server = make_server(rate=20, options={"slots": 1}, settings={"log_dir": str(tmp_path / "log")}, start=False)
+        server.extra_env = clock.environment
+        server.start()
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+            began = time.monotonic()
+            runs = await submit(http, max_tokens=20, deadline=60)
+            await running(http, runs)
+            waits = await submit(http, max_tokens=5)
+            clock.step(step)
+            views = [await ended(http, job) for job in (runs, waits)]
+            views.append(await ended(http, await submit(http, max_tokens=1)))
+            lasted = time.monotonic() - began
+            for view in views:
+                assert (view["status"], view["attempt"]) == ("completed", 1), "no lease ran out, nor a deadline"
+                for name in ("queue_wait_time", "processing_time", "total_time", "time_to_first_token"):
+                    # Its clock goes back to the one on the wall at a twentieth of its pace.
+                    assert 0 <= view["timings"][name] <= 1.1 * lasted, (name, view["timings"])
+            assert views[0]["timings"]["processing_time"] >= 0.9 * 19 / 20
+            assert views[1]["timings"]["queue_wait_time"] > 0
+            found = samples((await http.get("/metrics")).text)
+            for name in ("gen_ai_server_request_duration_seconds_sum", "llm_queue_wait_seconds_sum"):
+                assert 0 <= sum(found[name].values()) <= 3.3 * lasted
+            log = (tmp_path / "log" / "llm_requests.log").read_text()
+            times = [float(text) for text in re.findall(r"(?:processing_time|total_time|queue_wait)=(\S+)s", log)]
+            assert len(times) == 9
+            assert all(0 <= seconds <= 1.1 * lasted for seconds in times)
+
+    async def test_that_is_set_back_between_two_lives_makes_none_negative(
+        self, make_server: Callable[..., Server], tmp_path: Path
+    ) -> None:
+        clock = SteppedClock(tmp_path, "server")
+        server = make_server(rate=20, start=False)
+        server.extra_env = clock.environment
+        server.start()
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+            job = await submit(http, max_tokens=60)
+            await running(http, job)
+            server.kill9()
+            clock.step(-3600)
+            server.restart()
+            view = await ended(http, job)
+            assert view["result"]["text"].startswith("1@1 ")
+            assert all(value >= 0 for value in view["timings"].values() if value is not None), view["timings"]
+            found = samples((await http.get("/metrics")).text)
+            assert all(value >= 0 for name in found for value in found[name].values() if name.endswith("_sum"))
 
 
 class TestDescription:

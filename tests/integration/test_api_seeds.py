@@ -184,7 +184,11 @@ class TestTasks:
         assert reply.headers["location"] == f"/result/{task}"
         early = await http.get(f"/result/{task}")
         assert early.status_code == 202
-        assert early.json()["status"] in ("queued", "running")
+        assert early.json() == {"status": "processing", "task_id": task}
+        await running(http, task)
+        assert (await http.get(f"/result/{task}")).json() == {"status": "processing", "task_id": task}
+        assert (await http.get(f"/status/{task}")).json()["status"] == "running"
+        assert (await http.get(f"/v1/jobs/{task}")).json()["status"] == "running", "in its own words"
         late = await poll(lambda: http.get(f"/result/{task}"), lambda reply: reply.status_code != 202)
         assert late.status_code == 200
         answer = late.json()
@@ -218,7 +222,7 @@ class TestTasks:
             assert [place["status"] for place in places] == ["queued", "queued"]
             assert [place["position_in_queue"] for place in places] == [1, 2]
             assert (await http.get(f"/status/{blocker}")).json()["position_in_queue"] is None
-            assert (await http.get(f"/result/{tasks[0]}")).json() == {"status": "queued", "task_id": tasks[0]}
+            assert (await http.get(f"/result/{tasks[0]}")).json() == {"status": "processing", "task_id": tasks[0]}
             await http.post(f"/v1/jobs/{tasks[0]}/cancel")
             cancelled = await http.get(f"/result/{tasks[0]}")
             assert cancelled.status_code == 200

@@ -203,6 +203,24 @@ class TestBatches:
             assert reply.choices[0].message.content == text_of(3)
         assert batch.id in [each.id for each in sdk.batches.list(limit=5)]
 
+    def test_a_result_is_one_line_whatever_splits_the_lines(self, sdk: openai.OpenAI) -> None:
+        """Unicode has more line ends than JSON; the SDK's ``iter_lines`` knows them all."""
+        odd = [
+            f"a{end}b" for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r\n", "é\U0001f600")
+        ]
+        lines = [
+            {**line(n, **({"temperature": 9} if bad else {})), "custom_id": f"{bad}{id}"}
+            for n, id in enumerate(odd)
+            for bad in (0, 1)
+        ]
+        batch = end(sdk, start(sdk, lines))
+        for bad, file in ((0, batch.output_file_id), (1, batch.error_file_id)):
+            assert file is not None
+            content = sdk.files.content(file)
+            assert content.content.isascii()
+            found = [json.loads(each)["custom_id"] for each in content.iter_lines()]
+            assert sorted(found) == sorted(f"{bad}{id}" for id in odd)
+
     def test_completions(self, sdk: openai.OpenAI) -> None:
         lines = (line(n, "/v1/completions", prompt="say it") for n in range(3))
         batch = end(sdk, start(sdk, lines, "/v1/completions"))

@@ -88,6 +88,16 @@ def test_jobs_from_list_to_cancel(server: Server) -> None:
     assert penstock("jobs", "cancel", long, job, url=server.url).stdout.split() == [long, "cancelled", job, "completed"]
 
 
+def test_json_is_one_line_whatever_splits_the_lines(server: Server) -> None:
+    note = "a\u2028b\u2029c\x85d é"
+    with Client(server.url) as client:
+        job = client.submit("Hi", max_tokens=1, user_id="odd", metadata={"note": note}).id
+        client.result(job)
+    (listed,) = penstock("jobs", "list", "--user", "odd", "--json", url=server.url).stdout.splitlines()
+    (shown,) = penstock("jobs", "show", job, "--json", url=server.url).stdout.splitlines()
+    assert json.loads(listed)[0]["metadata"] == json.loads(shown)["metadata"] == {"note": note}
+
+
 def test_jobs_tail(server: Server) -> None:
     with Client(server.url) as client:
         job = client.submit("Hi", model="paced", max_tokens=20).id

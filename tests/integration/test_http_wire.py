@@ -117,6 +117,9 @@ def check_refusal(answer: Answer, body: Any, status: int) -> str:
     return str(body["error"]["message"])
 
 
+#: What ``/healthz`` says.
+ALIVE = {"status": "ok", "broker": "connected"}
+
 #: Long answers, as a stream and in one piece: path and body.
 LONG = [
     pytest.param("/v1/generate", generate(stream=True), id="stream"),
@@ -141,7 +144,7 @@ class TestHead:
             assert (head.status, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
             assert "transfer-encoding" not in head.headers
             assert "content-length" not in head.headers
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
             assert await streams(http) == 0
         await http.post(f"/v1/jobs/{job}/cancel")
 
@@ -152,7 +155,7 @@ class TestHead:
             path = f"/v1/responses/{made['id']}"
             await connection.send(request("HEAD", f"{path}?stream=true"), request("GET", "/healthz"))
             assert (await connection.answer()).headers["content-type"].startswith("text/event-stream")
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
             assert await streams(http) == 0
         await http.post(f"{path}/cancel")
 
@@ -223,7 +226,7 @@ class TestPipelining:
             missing = await connection.answer()
             assert (missing.status, (await missing.json())["error"]["code"]) == (404, "not_found")
             assert (await (await connection.answer()).json())["text"] == text_of(2)
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
             await connection.send(request("GET", "/healthz"))
             assert (await connection.answer()).status == 200
 
@@ -237,7 +240,7 @@ class TestPipelining:
             assert (await (await connection.answer()).json())["text"] == text_of(25)
             for number in range(16):
                 answer = await connection.answer()
-                assert await answer.json() == {"status": "ok"}
+                assert await answer.json() == ALIVE
                 assert ("connection" in answer.headers) == (number == 15)
             assert await connection.closed() == b""
 
@@ -249,7 +252,7 @@ class TestPipelining:
                 request("POST", "/v1/generate", generate(tokens=1, prompt="x" * 200_000)),
             )
             assert (await (await connection.answer()).json())["text"] == text_of(25)
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
             assert await connection.closed() == b""
 
     async def test_what_is_nonsense_is_refused_in_its_turn(self, server: Server) -> None:
@@ -291,8 +294,8 @@ class TestUpgrade:
             await connection.send(write("POST", "/v1/generate", generate("synthetic", 3, stream=True), *headers))
             assert b'"status":"completed"' in await (await connection.answer()).body()
             await connection.send(request("GET", "/healthz", None, *headers), request("GET", "/healthz"))
-            assert await (await connection.answer()).json() == {"status": "ok"}
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
+            assert await (await connection.answer()).json() == ALIVE
 
     @pytest.mark.parametrize("headers", UPGRADES.values(), ids=UPGRADES)
     async def test_byte_by_byte(self, server: Server, headers: tuple[str, ...]) -> None:
@@ -343,7 +346,7 @@ class TestUpgrade:
         assert curl.returncode == 0
         first, second = out.decode().split("}{")
         assert json.loads(first + "}")["text"] == text_of(3)
-        assert json.loads("{" + second) == {"status": "ok"}
+        assert json.loads("{" + second) == ALIVE
 
 
 class TestHTTP10:
@@ -354,7 +357,7 @@ class TestHTTP10:
             await connection.send(request("GET", "/healthz", version="1.0", host=None))
             answer = await connection.answer()
             assert (answer.status, answer.headers["connection"]) == (200, "close")
-            assert await answer.json() == {"status": "ok"}
+            assert await answer.json() == ALIVE
             assert await connection.closed() == b""
 
     @pytest.mark.parametrize("path", ["/v1/generate", "/generate_stream", "/v1/completions"])
@@ -438,7 +441,7 @@ class TestHalfClose:
             )
             connection.writer.write_eof()
             assert (await (await connection.answer()).json())["text"] == text_of(20)
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
             assert (await (await connection.answer()).json())["text"] == text_of(2)
             assert await connection.closed() == b""
 
@@ -549,11 +552,11 @@ class TestMalformed:
     async def test_the_length_of_a_head_that_is_taken(self, server: Server) -> None:
         async with wire(server) as connection:
             await connection.send(request("GET", "/healthz", None, f"X: {'x' * 60_000}"))
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
 
     async def test_a_target_with_a_scheme(self, server: Server) -> None:
         """RFC 9112, 3.2.2: a server takes the absolute form."""
         async with wire(server) as connection:
             await connection.send(request("GET", f"{server.url}/healthz"), request("HEAD", server.url))
-            assert await (await connection.answer()).json() == {"status": "ok"}
+            assert await (await connection.answer()).json() == ALIVE
             assert (await connection.answer()).headers["content-type"].startswith("text/html")

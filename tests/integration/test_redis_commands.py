@@ -396,12 +396,14 @@ class TestStart:
             redis.kill9()
             await poll(reachable, lambda seen: not seen)
             assert (await http.get("/readyz")).status_code == 503
-            assert (await http.get("/healthz")).status_code == 200
+            alive = await http.get("/healthz")
+            assert (alive.status_code, alive.json()) == (200, {"status": "ok", "broker": "unavailable"})
             view = (await http.get("/health")).json()
             assert (view["status"], view["broker"]["connected"]) == ("degraded", False)
             check_error(await http.post("/v1/jobs", json={"prompt": "x"}), 503, "broker_unavailable")
             redis.start()
             await poll(reachable, bool)
+            assert (await http.get("/healthz")).json()["broker"] == "connected"
             assert (await http.post("/v1/jobs", json={"prompt": "x"})).status_code == 202
 
     async def test_a_worker_is_ended_while_redis_is_away(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -49,8 +50,8 @@ def write(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON."""
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    """One line of JSON, in ASCII: there are more line ends in Unicode than in JSON."""
+    sys.stdout.write(json.dumps(msgspec.to_builtins(value), separators=(",", ":")) + "\n")
     sys.stdout.flush()
 
 

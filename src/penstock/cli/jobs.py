@@ -49,7 +49,7 @@ def list_jobs(
         return
     rows = table("ID", "STATUS", "MODEL", "USER", "TOKENS", "CREATED", "TOOK")
     for view in views:
-        took = view.ended_at - view.created_at if view.ended_at and view.created_at else None
+        took = max(0.0, view.ended_at - view.created_at) if view.ended_at and view.created_at else None
         rows.add_row(
             view.id,
             _status(view.status),

@@ -13,6 +13,9 @@ from penstock.core.errors import ErrorInfo, Unsupported
 from penstock.core.events import Event, Logprob
 from penstock.core.job import Job, Priority, Request, Status, Task
 
+#: How much faster or slower than real time a clock runs that was set wrong: an hour takes twenty.
+SLEW = 0.05
+
 
 class Clock(Protocol):
     """Where time comes from; injected so that one contract test runs on every backend without sleeping."""
@@ -23,8 +26,35 @@ class Clock(Protocol):
 
 
 class SystemClock:
+    """The wall clock without its jumps: when somebody sets that, this one runs a little faster or slower until they
+    agree again. What lies between two times of a process is what has passed, also while the machine slept."""
+
+    def __init__(self) -> None:
+        self._latest = (_steady(), time.time())
+
     def now(self) -> float:
-        return time.time()
+        then, told = self._latest
+        at = _steady()
+        passed = at - then
+        behind = time.time() - (told + passed)
+        now = told + passed + max(-SLEW * passed, min(SLEW * passed, behind))
+        self._latest = (at, now)
+        return now
+
+
+def _steady() -> float:
+    """Seconds that nobody sets. Python's own monotonic clock stops on some systems while the machine sleeps."""
+    if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    if hasattr(time, "CLOCK_MONOTONIC"):  # macOS
+        return time.clock_gettime(time.CLOCK_MONOTONIC)
+    return time.monotonic()
+
+
+def elapsed(earlier: float, later: float) -> float:
+    """Seconds between two times of a job, never negative: different processes may have written them, by clocks that
+    disagree."""
+    return max(0.0, later - earlier)
 
 
 # ---------------------------------------------------------------------------------------------- broker

@@ -550,7 +550,7 @@ class BasicResult(Answer):
 
 
 class TaskPending(Answer):
-    status: Literal["queued", "running"]
+    status: Literal["processing"]
     task_id: str
 
 
@@ -573,6 +573,7 @@ class TaskStatus(Answer):
 
 class Live(Answer):
     status: Literal["ok"]
+    broker: Literal["connected", "unavailable"]
 
 
 class Checks(Answer):

@@ -30,7 +30,7 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-#: A text as an ASCII-only JSON string: U+2028 and friends break some clients' line splitting.
+#: A text as an ASCII-only JSON string: U+2028 and others break the line splitting of clients, here and in JSONL.
 json_string: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 

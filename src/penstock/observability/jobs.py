@@ -23,6 +23,7 @@ from penstock.core.ports import (
     SystemClock,
     Verdict,
     WorkerInfo,
+    elapsed,
 )
 
 
@@ -46,7 +47,10 @@ class JobRecord(msgspec.Struct, kw_only=True):
 
 
 class _Progress(msgspec.Struct):
+    """*ahead*: by how many seconds the store's clock, which wrote the job's times, was ahead of ours."""
+
     lease: Lease
+    ahead: float
     tokens: int
     prompt_tokens: int
     first_at: float | None = None
@@ -67,21 +71,28 @@ class ObservedBroker:
         self._on_end = on_end
         self._clock = clock or SystemClock()
         self._progress: dict[str, _Progress] = {}
+        self._ahead = 0.0
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
         leases = await self._broker.claim(worker, models, limit, wait)
+        now = self._clock.now()
         for lease in leases:
             job = lease.job
-            self._progress[job.id] = _Progress(lease, job.tokens, job.prompt_tokens or 0, job.first_token_at)
+            if lease.attempt == 1 and job.started_at is not None:  # that is this moment
+                self._ahead = job.started_at - now
+            self._progress[job.id] = _Progress(
+                lease, self._ahead, job.tokens, job.prompt_tokens or 0, job.first_token_at
+            )
         return leases
 
     async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
         verdicts = await self._broker.append(appends)
-        now = self._clock.now()
+        at = self._clock.now()
         for append in appends:
             progress = self._progress.get(append.lease.job)
             if progress is None:
                 continue
+            now = at + progress.ahead
             if append.ids:
                 progress.tokens = append.position + len(append.ids) - 1
                 progress.first_at = progress.first_at or now
@@ -123,7 +134,7 @@ class ObservedBroker:
         found = await self._broker.get(tenant, job)
         if found.status.terminal:
             progress = _Progress(
-                Lease(found, found.attempt), found.tokens, found.prompt_tokens or 0, found.first_token_at
+                Lease(found, found.attempt), 0.0, found.tokens, found.prompt_tokens or 0, found.first_token_at
             )
             self._end(progress, found.status, found.error.code if found.error else None, found.ended_at or 0.0)
 
@@ -145,11 +156,11 @@ class ObservedBroker:
             attempt=progress.lease.attempt,
             prompt_tokens=progress.prompt_tokens,
             completion_tokens=generated,
-            queue_wait=started - job.created_at,
-            processing_time=now - started,
-            total_time=now - job.created_at,
-            time_to_first_token=first - job.created_at if first is not None else None,
-            time_per_token=(now - first) / later if first is not None and later > 0 else None,
+            queue_wait=elapsed(job.created_at, started),
+            processing_time=elapsed(started, now),
+            total_time=elapsed(job.created_at, now),
+            time_to_first_token=elapsed(job.created_at, first) if first is not None else None,
+            time_per_token=elapsed(first, now) / later if first is not None and later > 0 else None,
         )
         for observer in self._on_end:
             observer(record)

@@ -48,6 +48,7 @@ from penstock.gateway.files import LineLog, StoredFile, in_thread, new_id
 from penstock.gateway.http import decode
 from penstock.gateway.routes.bodies import REFERENCE_GONE, Operation
 from penstock.gateway.service import Gateway, Submission
+from penstock.gateway.sse import ascii_json
 
 log = structlog.get_logger("penstock.batches")
 
@@ -495,7 +496,7 @@ class Run:
             "response": response,
             "error": error,
         }
-        return _Written(msgspec.json.encode(value) + b"\n", succeeded, slot)
+        return _Written(ascii_json(value).encode() + b"\n", succeeded, slot)
 
     # ------------------------------------------------------------------------------------ to the disk
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
 from penstock.core.events import Ended, Event, Tokens, fold
 from penstock.core.job import Job, ModelName, Request, Status, ToolCall, TopLogprobs, Usage
-from penstock.core.ports import Query
+from penstock.core.ports import Query, elapsed
 from penstock.core.tasks import vectors
 from penstock.core.tools import named, parse_tool_calls
 from penstock.gateway.feed import Cursor, Rendering, feed
@@ -322,12 +322,12 @@ def tool_call_view(call: ToolCall) -> dict[str, Any]:
 def timings(job: Job) -> dict[str, float | int | None]:
     """Durations in seconds, of a job that has ended."""
     assert job.ended_at is not None
-    processing = job.ended_at - job.started_at if job.started_at is not None else None
+    processing = elapsed(job.started_at, job.ended_at) if job.started_at is not None else None
     return {
-        "queue_wait_time": (job.started_at or job.ended_at) - job.created_at,
+        "queue_wait_time": elapsed(job.created_at, job.started_at or job.ended_at),
         "processing_time": processing,
-        "total_time": job.ended_at - job.created_at,
-        "time_to_first_token": job.first_token_at - job.created_at if job.first_token_at is not None else None,
+        "total_time": elapsed(job.created_at, job.ended_at),
+        "time_to_first_token": None if job.first_token_at is None else elapsed(job.created_at, job.first_token_at),
         "prompt_tokens": job.prompt_tokens or 0,
         "completion_tokens": job.tokens,
         "tokens_per_second": job.tokens / processing if processing else None,

@@ -13,8 +13,10 @@ from penstock.gateway.http import Call, json_reply
 
 
 async def healthz(call: Call) -> ASGIApp:
-    """Liveness: the process answers."""
-    return json_reply({"status": "ok"})
+    """Liveness: the process answers. It tells of the broker, as last seen, but does not fail with it: whoever restarts
+    what is not alive would restart every gateway when Redis is."""
+    broker = "connected" if call.gateway.catalogue.reachable else "unavailable"
+    return json_reply({"status": "ok", "broker": broker})
 
 
 async def readyz(call: Call) -> ASGIApp:

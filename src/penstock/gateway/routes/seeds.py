@@ -91,11 +91,11 @@ async def generate(call: Call) -> ASGIApp:
 
 
 async def result(call: Call) -> ASGIApp:
-    """What became of a task; 202 while it has not ended."""
+    """What became of a task; 202 while it has not ended: clients ask again as long as they read ``processing``."""
     job = await call.gateway.broker.get(call.tenant, call.path["id"])
-    answer: dict[str, Any] = {"status": job.status, "task_id": job.id}
     if not job.status.terminal:
-        return json_reply(answer, 202)
+        return json_reply({"status": "processing", "task_id": job.id}, 202)
+    answer: dict[str, Any] = {"status": job.status, "task_id": job.id}
     if job.error is not None:
         return json_reply({**answer, "error_message": job.error.message})
     view = await job_view(call, job)
