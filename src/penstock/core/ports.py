@@ -258,10 +258,12 @@ class Broker(Protocol):
         ...
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
-        """Lease up to *limit* jobs for *models*, waiting up to *wait* seconds for the first.
+        """Lease jobs for *models* that fill up to *limit* slots, waiting up to *wait* seconds for the first.
 
-        Order: priority class, then Virtual Token Counter across tenants, then oldest first. Jobs of the batch class are
-        leased only while more than ``worker.reserve`` of *limit* are left. Registers the worker.
+        Each choice takes a slot; a job with more of them than ``worker.slots`` counts as that many, so that it runs
+        alone. Order: priority class, then Virtual Token Counter across tenants, then oldest first; nothing overtakes a
+        job that does not fit yet. Jobs of the batch class leave ``worker.reserve`` of *limit* free, or all where they
+        take more than is beside it. Registers the worker.
         """
         ...
 
