@@ -175,7 +175,7 @@ class JobView(msgspec.Struct, frozen=True):
 
 class ModelView(msgspec.Struct, frozen=True):
     """A served model. ``state``: ready, loading, restarting, unloading, draining, unloaded, failed, or unavailable (no
-    worker); what comes after ``engine`` is known once a worker has had it up."""
+    worker, or nobody behind it); what comes after ``engine`` is known once a worker has had it up."""
 
     id: str
     state: str = "ready"

@@ -16,7 +16,7 @@ from penstock.testing.oracle import check_log, tokens_of
 from tests.support.api import check_error
 from tests.support.encoder import SIZE, TEXTS, Reference, encoder
 from tests.support.http import PATIENCE
-from tests.support.server import Server, model
+from tests.support.server import Server, model, wait_for
 from tests.support.sse import Event, Parser
 
 STREAMS = 32
@@ -103,6 +103,81 @@ async def test_a_replica_dies_in_the_middle_of_all_streams(front: Server, replic
 def assert_noticed(front: Server) -> None:
     """Broken calls alone open its circuit; a refused connection, if one is tried before that, tells that it is down."""
     assert "is out of service" in front.errors() or "is down" in front.errors()
+
+
+# ------------------------------------------------------------------------------------------ nobody is there
+
+#: Every way to ask for a reply.
+ASKED = [
+    ("/v1/generate", {"prompt": "x"}),
+    ("/v1/generate", {"prompt": "x", "stream": True}),
+    ("/v1/jobs", {"prompt": "x"}),
+    ("/v1/completions", {"model": "m", "prompt": "x"}),
+    ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}),
+    ("/v1/responses", {"model": "m", "input": "x"}),
+    ("/v1/messages", {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}),
+]
+
+
+def test_a_model_whose_only_server_is_dead_is_not_ready(tmp_path: Path) -> None:
+    behind = Server(tmp_path / "behind", models=[model("m", rate=20)])
+    front = Server(tmp_path / "front", models=[model("m", engine="upstream", path=behind.url)])
+    with httpx.Client(base_url=front.url, timeout=PATIENCE, trust_env=False) as client:
+        try:
+            behind.start()
+            front.start()
+            before = client.post("/v1/jobs", json={"prompt": "x", "max_tokens": 40}).json()["id"]
+            wait_for(lambda: client.get(f"/v1/jobs/{before}").json()["tokens"], "its first tokens")
+            behind.kill9()
+            wait_for(lambda: client.get("/readyz").status_code == 503, "not ready")
+            assert client.get("/readyz").json()["checks"]["worker"] is False
+            health = client.get("/health").json()
+            assert health["status"] == "degraded"
+            (told,) = health["models"]
+            assert (told["state"], told["ready"], told["info"]["away"]) == (
+                "unavailable", False, "no upstream server answers",
+            )  # fmt: skip
+            assert client.get("/v1/models/m").json()["state"] == "unavailable"
+            for path, body in ASKED:
+                refused = client.post(path, json=body)
+                assert refused.status_code == 503, (path, refused.text)
+                assert "no upstream server answers" in refused.json()["error"]["message"]
+                assert int(refused.headers["retry-after"]) >= 1
+                assert str(behind.port) not in refused.text
+            assert client.get("/healthz").status_code == 200
+            behind.restart()
+            wait_for(lambda: client.get("/readyz").status_code == 200, "ready again")
+            assert client.get("/health").json()["status"] == "ok"
+            assert client.post("/v1/generate", json={"prompt": "x", "max_tokens": 3}).status_code == 200
+            ended = wait_for(
+                lambda: (job := client.get(f"/v1/jobs/{before}").json())["status"] == "completed" and job, "its end"
+            )
+            assert ended["tokens"] == 40, "what was running is not lost"
+            assert behind.url in front.errors(), "its operator is told"
+        finally:
+            front.stop()
+            behind.stop()
+
+
+def test_one_of_two_servers_is_enough(tmp_path: Path) -> None:
+    both = [Server(tmp_path / name, models=[model("m", rate=200)]) for name in ("one", "two")]
+    front = before(tmp_path / "front", both)
+    front.settings["models"] = [model("m", engine="upstream", path=",".join(each.url for each in both))]
+    with httpx.Client(base_url=front.url, timeout=PATIENCE, trust_env=False) as client:
+        try:
+            for server in (*both, front):
+                server.start()
+            both[0].kill9()
+            wait_for(lambda: "is down" in front.errors(), "that it is noticed")
+            assert client.get("/readyz").status_code == 200
+            assert client.post("/v1/generate", json={"prompt": "x", "max_tokens": 3}).status_code == 200
+            both[1].kill9()
+            wait_for(lambda: client.get("/readyz").status_code == 503, "not ready")
+            both[0].restart()
+            wait_for(lambda: client.get("/readyz").status_code == 200, "ready again")
+        finally:
+            for server in (front, *both):
+                server.stop()
 
 
 # ------------------------------------------------------------------------------------------ embeddings

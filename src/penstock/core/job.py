@@ -198,6 +198,11 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         tools = len(msgspec.json.encode(self.tools)) // 4 if self.tools else 0
         return tools + sum(4 + len(message.content) // 4 for message in self.messages or ())
 
+    def slots(self, all: int) -> int:
+        """How many of an engine's slots it takes: one for each choice, but no more than *all* there are. One that is
+        wider has the engine for itself."""
+        return min(self.n, all)
+
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
         """The tools that the reply may call."""

@@ -76,6 +76,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[Task, ...] = ("generate",)
     dimensions: int = 0
     """Of a vector, where it embeds and this is known."""
+    away: str = ""
+    """Why it cannot serve right now, though its engine is up: what is behind that does not answer. For clients too."""
 
     def may(self, task: Task) -> bool:
         """Can it be asked for *task*? Of a model that was never loaded (``context_length`` 0) nobody knows."""
@@ -131,6 +133,11 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     takes_suspects: bool = True
     """May it be given suspects of an engine's death now? Where it may not, a broker with other workers leaves them."""
     seen_at: float = 0.0
+
+    def state_of(self, model: str) -> str:
+        """How *model* stands on it: its own state, or ``unavailable`` while it is ready and the model is away."""
+        away = any(info.name == model and info.away for info in self.models)
+        return "unavailable" if away and self.state == "ready" else self.state
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -288,10 +295,12 @@ class Broker(Protocol):
         ...
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
-        """Lease up to *limit* jobs for *models*, waiting up to *wait* seconds for the first.
+        """Lease jobs for *models* that fill up to *limit* slots, waiting up to *wait* seconds for the first.
 
-        Order: priority class, then Virtual Token Counter across tenants, then oldest first. Jobs of the batch class are
-        leased only while more than ``worker.reserve`` of *limit* are left. Registers the worker.
+        Each choice takes a slot; a job with more of them than ``worker.slots`` counts as that many, so that it runs
+        alone. Order: priority class, then Virtual Token Counter across tenants, then oldest first; nothing overtakes a
+        job that does not fit yet. Jobs of the batch class leave ``worker.reserve`` of *limit* free, or all where they
+        take more than is beside it. Registers the worker.
         """
         ...
 
@@ -380,7 +389,8 @@ class Engine(Protocol):
 
     ``start`` loads (raises `ModelLoadError`); ``add`` and ``abort`` never block; ``step`` waits for the next outputs of
     any sequence and raises `EngineDied` when the engine is gone (then every sequence is gone with it; call ``start``
-    again). A sequence that is refused (context, unsupported field) ends with ``finish.error``.
+    again). A sequence that is refused (context, unsupported field) ends with ``finish.error``. ``models`` tells at any
+    time how they stand (`ModelInfo.away`).
     """
 
     @property

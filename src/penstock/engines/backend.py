@@ -23,6 +23,7 @@ class Backend(Protocol):
     of its prompt, at once, is asked that instead of to ``add`` a request with this task."""
 
     info: ModelInfo
+    """May be replaced while it runs, by one that runs by itself: when the model cannot serve (`ModelInfo.away`)."""
     slots: int
     """How many sequences may run at once (a request with n choices takes n)."""
     wakeup: int | None

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
 from penstock.core.job import Request
-from penstock.core.ports import Output
+from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized
 from penstock.engines.backend import Backend, Loader, failed_output, tokenized_output
 from penstock.engines.frames import (
@@ -84,6 +84,7 @@ def serve(channel: Channel, backend: Backend) -> None:
     """Commands in, outputs out; for ever."""
     outbox = Outbox()
     running: set[int] = set()
+    told: ModelInfo | None = None
     spare_time: Iterator[None] | None = getattr(backend, "spare_time", None)
     tokenize: Callable[[Request], Tokenized] | None = getattr(backend, "tokenize", None)
 
@@ -102,6 +103,9 @@ def serve(channel: Channel, backend: Backend) -> None:
             channel.send(Outputs([failed_output(output.key, error)]))
 
     while True:
+        if backend.info is not told:
+            told = backend.info
+            channel.send(Ready(told, backend.slots))
         wait = backend.delay() if backend.busy else None
         if outbox.holds and backend.wakeup is not None and (due := outbox.due()) > 0:
             wait = due  # an engine that runs by itself may have more until then
@@ -168,7 +172,6 @@ def load(channel: Channel) -> Backend | None:
         message = f"Loading {command.model!r} with the {command.engine} engine failed: {error}"
         channel.send(Failed(ModelLoadError(message).info, traceback.format_exc()))
         return None
-    channel.send(Ready(backend.info, backend.slots))
     return backend
 
 

@@ -48,6 +48,8 @@ class Loading(msgspec.Struct, array_like=True, tag=True):
 
 
 class Ready(msgspec.Struct, array_like=True, tag=True):
+    """The model is loaded; again when something of it has changed."""
+
     info: ModelInfo
     slots: int
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import msgspec
 import uvloop
 
 from penstock.core.events import Logprob, Prefix
@@ -36,14 +37,15 @@ class Mailbox:
 
     def put(self, *outputs: Output) -> None:
         self._items.extend(outputs)
-        self._ring()
+        self.ring()
 
     def fail(self, error: BaseException) -> None:
         """The engine is broken: `take` raises *error*, and the process ends."""
         self._items.append(error)
-        self._ring()
+        self.ring()
 
-    def _ring(self) -> None:
+    def ring(self) -> None:
+        """Wake the main loop: there are outputs, or something else to see."""
         if not self._rung:
             self._rung = True
             os.write(self._bell, b".")
@@ -183,6 +185,12 @@ class AsyncBackend:
 
     def check(self, request: Request) -> None:
         """Raise a `PenstockError` for a request that must be refused."""
+
+    def tell_away(self, why: str) -> None:
+        """From now on the model cannot serve, and *why*; or it can again (empty)."""
+        if why != self.info.away:
+            self.info = msgspec.structs.replace(self.info, away=why)
+            self._mailbox.ring()
 
     def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
         """Outputs of one request; the first with ``prompt_tokens``, the last with ``finish``.

@@ -132,7 +132,7 @@ class EngineProcess(asyncio.Protocol):
         self._paused = False
         self._heard_at = time.monotonic()
         self._readable = asyncio.Event()
-        self._ready: asyncio.Future[Ready] | None = None
+        self._ready: asyncio.Future[None] | None = None
         self._death: ErrorInfo | None = None
 
     # ------------------------------------------------------------------------------------ Engine
@@ -165,14 +165,13 @@ class EngineProcess(asyncio.Protocol):
             self._transport, _ = await loop.create_unix_connection(lambda: self, sock=self._child.socket)
             self._send(Load(self.spec.engine, self.spec.model, self.spec.path, dict(self.spec.options)))
             async with asyncio.timeout(self._load_timeout):
-                ready = await self._ready
+                await self._ready
         except TimeoutError:
             await self.close()
             raise ModelLoadError(f"Loading {self.spec.model!r} took longer than {self._load_timeout:.0f} s.") from None
         except BaseException:
             await self.close()
             raise
-        self._info, self._slots = ready.info, ready.slots
         self._watchdog = asyncio.create_task(self._watch(), name=f"engine watchdog: {self.spec.model}")
 
     def add(self, key: int, lease: Lease) -> None:
@@ -220,8 +219,10 @@ class EngineProcess(asyncio.Protocol):
                     self._collect(outputs)
                 case Loading(what, fraction):
                     self.on_progress(what, fraction)
-                case Ready() if self._ready is not None and not self._ready.done():
-                    self._ready.set_result(message)
+                case Ready(info, slots):
+                    self._info, self._slots = info, slots
+                    if self._ready is not None and not self._ready.done():
+                        self._ready.set_result(None)
                 case Failed(error, trace):
                     if trace:
                         print(trace, file=sys.stderr, flush=True)

@@ -173,18 +173,35 @@ class Catalogue:
         return [worker for worker in self.workers if any(info.name == model for info in worker.models)]
 
     def state(self, model: str) -> str:
-        """The best state that it has on a live worker (`WORKER_STATES`); ``unavailable`` without any."""
-        states = {worker.state for worker in self.workers_of(model)}
+        """The best state that it has on a live worker (`WORKER_STATES`); ``unavailable`` without any, and where it is
+        away on all."""
+        states = {worker.state_of(model) for worker in self.workers_of(model)}
         return next((state for state in WORKER_STATES if state in states), "unavailable")
 
     def ready(self, model: str | None) -> bool:
         """Does a live worker serve *model* (None: the first one), or load it when a job comes?"""
         if not self.names:
             return False
+        name = model or self.names[0]
+        states = [(worker.state_of(name), worker.on_demand) for worker in self.workers_of(name)]
         return any(
-            worker.state == "ready" or (worker.on_demand and worker.state in ("unloaded", "loading", "unloading"))
-            for worker in self.workers_of(model or self.names[0])
+            state == "ready" or (on_demand and state in ("unloaded", "loading", "unloading"))
+            for state, on_demand in states
         )
+
+    def away(self, model: str) -> str:
+        """Why no live worker of *model* can serve it, though they are up; empty where one can, or none is up."""
+        if self.state(model) != "unavailable":
+            return ""
+        told = (info.away for worker in self.workers_of(model) for info in worker.models if info.name == model)
+        return next(filter(None, told), "")
+
+    def check_serving(self, model: str) -> None:
+        """Raise `NoWorker` for a *model* whose jobs would only fail now."""
+        if why := self.away(model):
+            raise NoWorker(
+                f"The model {model!r} cannot be served right now: {why}. Try again in a moment.", retry_after=2.0
+            )
 
     def check(self, request: Request) -> None:
         """Refuse an unknown model, or a field that the model's engine cannot honour."""
@@ -355,6 +372,7 @@ class Gateway:
             raise BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
         try:
             self.catalogue.check(request)
+            self.catalogue.check_serving(request.model)
         except PenstockError:  # the model may have been there when the same was asked first
             if (known := await self.repeated(submission)) is None:
                 raise

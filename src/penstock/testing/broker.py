@@ -152,6 +152,11 @@ def model(name: str = "m") -> ModelInfo:
     return ModelInfo(name=name, engine="synthetic", context_length=4096)
 
 
+def wide(n: int) -> Request:
+    """A request of *n* choices."""
+    return Request(model="m", prompt_ids=(1, 2, 3, 4), n=n)
+
+
 class Driver:
     """The verbs in short form, with the write position of every job kept."""
 
@@ -184,10 +189,22 @@ class Driver:
         return list(await asyncio.gather(*(self.submit(tenant, **fields) for _ in range(count))))
 
     async def claim(
-        self, limit: int = 1, *, models: Collection[str] = ("m",), wait: float = 0.0, worker: str = "w1"
+        self,
+        limit: int = 1,
+        *,
+        models: Collection[str] = ("m",),
+        wait: float = 0.0,
+        worker: str = "w1",
+        slots: int = 0,
+        reserve: int = 0,
     ) -> list[Lease]:
+        """By a worker of as many *slots*, or of as many as it asks for."""
         info = WorkerInfo(
-            id=worker, models=tuple(model(name) for name in models), slots=8, seen_at=self.harness.clock.now()
+            id=worker,
+            models=tuple(model(name) for name in models),
+            slots=slots or limit,
+            reserve=reserve,
+            seen_at=self.harness.clock.now(),
         )
         async with asyncio.timeout(PATIENCE + wait):
             leases = await self.broker.claim(info, models, limit, wait)
@@ -534,6 +551,58 @@ class ClaimContract(_Contract):
         assert len(await d.claim(3)) == 2
         assert await d.claim(3) == []
 
+    @total_order
+    async def test_a_choice_takes_a_slot(self, d: Driver) -> None:
+        jobs = [await d.submit(request=wide(n)) for n in (3, 2, 1, 2, 8)]
+        assert [lease.job.id for lease in await d.claim(6, slots=8)] == [job.id for job in jobs[:3]]
+        assert [lease.job.id for lease in await d.claim(3, slots=8)] == [jobs[3].id]
+        assert await d.claim(7, slots=8) == []
+        assert [lease.job.id for lease in await d.claim(8, slots=8)] == [jobs[4].id]
+
+    async def test_eight_wide_jobs_are_leased_one_by_one(self, d: Driver) -> None:
+        jobs = [await d.submit(request=wide(8)) for _ in range(8)]
+        leases = [await d.claim(8, slots=8) for _ in range(8)]
+        assert [len(each) for each in leases] == [1] * 8
+        assert {lease.job.id for (lease,) in leases} == {job.id for job in jobs}
+
+    async def test_a_job_that_is_wider_than_the_engine_runs_alone(self, d: Driver) -> None:
+        job = await d.submit(request=wide(8))
+        assert await d.claim(3, slots=4) == []
+        other = await d.submit()
+        assert [lease.job.id for lease in await d.claim(4, slots=4)] == [job.id]
+        assert [lease.job.id for lease in await d.claim(4, slots=4)] == [other.id]
+
+    async def test_what_does_not_fit_is_not_overtaken_for_ever(self, d: Driver) -> None:
+        """However many narrow jobs come, and also where order is not total."""
+        first = await d.submit(request=wide(8))
+        await d.submit_many(12)
+        running = await d.claim(7, slots=8)
+        for _ in range(40):
+            running += await d.claim(8 - len(running), slots=8)
+            if first.id in (lease.job.id for lease in running):
+                break
+            if running:
+                await d.finish(running.pop(0), 1)
+            await d.submit()
+        assert [lease.job.id for lease in running] == [first.id]
+
+    async def test_a_waiting_claim_is_given_what_fits(self, d: Driver) -> None:
+        few = asyncio.create_task(d.claim(3, slots=8, wait=BRIEF * 10, worker="w1"))
+        await asyncio.sleep(BRIEF)
+        job = await d.submit(request=wide(4))
+        assert await few == []
+        assert [lease.job.id for lease in await d.claim(4, slots=8, worker="w2")] == [job.id]
+
+    async def test_a_repeated_attempt_is_as_wide(self, d: Driver) -> None:
+        await d.submit(request=wide(3))
+        (lease,) = await d.claim(3)
+        await d.release(lease)
+        assert await d.claim(2, slots=8) == []
+        (lease,) = await d.claim(3, slots=8)
+        await d.lose_leases()
+        assert await d.claim(2, slots=8) == []
+        assert len(await d.claim(3, slots=8)) == 1
+
     async def test_claim_makes_the_job_running(self, d: Driver) -> None:
         lease = await d.start()
         job = await d.get(lease)
@@ -797,6 +866,19 @@ class ReserveContract(_Contract):
         assert await self.claim(d, 2) == []
         assert len(await self.claim(d, 3)) == 1
         assert len(await self.claim(d, 2, reserve=0)) == 2
+
+    async def test_choices_of_batch_jobs_leave_the_reserve_too(self, d: Driver) -> None:
+        jobs = [await d.submit(priority=Priority.BATCH, request=wide(3)) for _ in range(2)]
+        assert len(await d.claim(7, slots=8, reserve=2)) == 1
+        assert await d.claim(4, slots=8, reserve=2) == []
+        assert len(await d.claim(5, slots=8, reserve=2)) == 1
+        assert [(await d.get(job)).status for job in jobs] == [Status.RUNNING] * 2
+
+    async def test_a_batch_job_that_is_wider_than_what_it_may_have_runs_alone(self, d: Driver) -> None:
+        job = await d.submit(priority=Priority.BATCH, request=wide(8))
+        await d.submit(priority=Priority.BATCH)
+        assert await d.claim(7, slots=8, reserve=2) == []
+        assert [lease.job.id for lease in await d.claim(8, slots=8, reserve=2)] == [job.id]
 
     @total_order
     @pytest.mark.parametrize("priority", [Priority.INTERACTIVE, Priority.NORMAL])
@@ -2609,7 +2691,7 @@ class QueryContract(_Contract):
         assert {status: again[status] for status in TERMINAL} == {status: counts[status] for status in TERMINAL}
 
     async def test_stats_tell_the_workers_and_what_they_serve(self, d: Driver) -> None:
-        await d.claim(1, worker="w1", models=["m"])
+        await d.claim(1, worker="w1", models=["m"], slots=8)
         await d.claim(1, worker="w2", models=["m", "big"])
         workers = {worker.id: worker for worker in (await d.broker.stats()).workers}
         assert set(workers) == {"w1", "w2"}

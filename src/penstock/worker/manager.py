@@ -198,9 +198,12 @@ class ModelManager:
     @property
     def ready(self) -> bool:
         """Is every model up, or will be when it is wanted?"""
-        return not self._stopping.is_set() and all(
-            model.state == "ready" or (model.about.on_demand and model.state not in ("failed", "restarting"))
-            for model in self.models.values()
+        if self._stopping.is_set():
+            return False
+        states = [(model.info.state_of(model.name), model.about.on_demand) for model in self.models.values()]
+        return all(
+            state == "ready" or (on_demand and state not in ("failed", "restarting", "unavailable"))
+            for state, on_demand in states
         )
 
     async def _begin(self) -> None:

@@ -28,8 +28,10 @@ log = structlog.get_logger("penstock.worker")
 #: continues where it died) — unless it was there at this many deaths.
 TRIAL_TOKENS = 16
 TRIAL_CRASHES = 3
-#: Seconds that a claim waits when only slots are free that batch jobs may not have.
+#: Seconds that a claim waits when only slots are free that batch jobs may not have, and when not all are: what it asks
+#: for is decided as it begins, and a job of many choices may wait for those that come free meanwhile.
 RESERVED_WAIT = 0.05
+PARTIAL_WAIT = 0.25
 #: How often a worker that is never idle takes suspects all the same, in seconds.
 ROOM_INTERVAL = 10.0
 
@@ -173,7 +175,8 @@ class Worker:
             models = [model.name for model in self._engine.models]
             info = msgspec.structs.replace(self.info, takes_suspects=self._takes_suspects())
             # A claim that leaves batch jobs alone must not wait for long: with the next free slot it could take one.
-            wait = self._claim_wait if free > info.reserve else min(self._claim_wait, RESERVED_WAIT)
+            longest = RESERVED_WAIT if free <= info.reserve else PARTIAL_WAIT if self.busy else self._claim_wait
+            wait = min(self._claim_wait, longest)
             self._claim = asyncio.ensure_future(self._broker.claim(info, models, free, wait))
             try:
                 await asyncio.wait([self._claim])

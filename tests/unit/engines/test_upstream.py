@@ -481,6 +481,26 @@ async def test_when_no_replica_can_serve_the_job_goes_back_to_the_queue(
     assert outputs[-1].retryable
 
 
+async def test_a_client_is_not_told_where_the_servers_are(
+    servers: list[Upstream], engine_of: MakeEngine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine = await engine_of(servers[0], retries=0)
+    port = servers[0].url.rpartition(":")[2]
+    servers[0].script.append(answer(500, {"error": {"message": f"behind {servers[0].url} is nothing"}}))
+    assert (
+        error_of(await engine.run(ask())).message
+        == "No upstream server can serve this: HTTP 500: behind http://*** is nothing."
+    )
+    await servers[0].stop()
+    error = error_of(await engine.run(ask()))
+    assert error.message == "No upstream server can serve this: cannot connect (Connection refused)."
+    assert engine.backend.info.away == "no upstream server answers"
+    with pytest.raises(ModelLoadError) as caught:
+        await engine_of(servers[0])
+    assert port not in caught.value.message
+    assert capfd.readouterr().err.count(servers[0].url) >= 2, "its operator is"
+
+
 async def test_an_attempt_goes_on_behind_what_is_logged(servers: list[Upstream], engine_of: MakeEngine) -> None:
     engine = await engine_of(servers[0])
     outputs = await engine.run(ask(), [Prefix([-1, -1], ["w1 ", "w2 "])])

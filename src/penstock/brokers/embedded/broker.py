@@ -67,9 +67,12 @@ class _Running(msgspec.Struct):
 class _Claimant:
     """A `claim` that waits."""
 
-    def __init__(self, models: Collection[str], limit: int, reserve: int, future: asyncio.Future[list[Lease]]) -> None:
+    def __init__(
+        self, models: Collection[str], limit: int, slots: int, reserve: int, future: asyncio.Future[list[Lease]]
+    ) -> None:
         self.models = models
         self.limit = limit
+        self.slots = slots
         self.reserve = reserve
         self.future = future
         self.gave_up = False
@@ -282,7 +285,8 @@ class EmbeddedBroker:
         self._workers[worker.id] = msgspec.structs.replace(worker, seen_at=self._clock.now())
         if limit <= 0 or not models:
             return []
-        claimant = _Claimant(models, limit, worker.reserve, asyncio.get_running_loop().create_future())
+        slots = max(worker.slots, limit)
+        claimant = _Claimant(models, limit, slots, worker.reserve, asyncio.get_running_loop().create_future())
         try:
             await self._store.write(partial(self._offer, claimant, wait > 0))
             async with asyncio.timeout(wait if wait > 0 else None):
@@ -340,7 +344,7 @@ class EmbeddedBroker:
 
     def _take(self, tx: Transaction, claimant: _Claimant) -> list[Lease]:
         conn, policy, now = tx.conn, self._policy, self._clock.now()
-        models, limit = claimant.models, claimant.limit
+        models, free = claimant.models, claimant.limit
         leases: list[Lease] = []
         # 0 is no cap: an absurdly high one keeps the query simple.
         cap = policy.max_running_per_tenant or 2**62
@@ -353,8 +357,8 @@ class EmbeddedBroker:
             f"SELECT {_COLUMNS} FROM jobs WHERE status = 'queued' AND ready = 1 AND model = ? AND priority = ? "
             "AND tenant = ? ORDER BY head DESC, seq LIMIT 1"
         )
-        while len(leases) < limit:
-            lowest = Priority.BATCH if limit - len(leases) > claimant.reserve else Priority.NORMAL
+        while free > 0:
+            lowest = Priority.BATCH if free > claimant.reserve else Priority.NORMAL
             lane = conn.execute(next_lane, (*models, lowest, cap)).fetchone()
             if lane is None:
                 break
@@ -366,6 +370,14 @@ class EmbeddedBroker:
             if deadline_at is not None and deadline_at <= now:
                 self._expire(tx, row)
                 continue
+            head, log = _logged(conn, seq) if attempt > 1 else (0, ([], [], None))
+            job = msgspec.structs.replace(
+                _job(row, head, None, None), status=Status.RUNNING, attempt=attempt, started_at=row[15] or now
+            )
+            reserve = claimant.reserve if priority == Priority.BATCH else 0
+            if job.request.slots(claimant.slots - reserve) > free - reserve:
+                break  # it is waited for: what would overtake it now, others would tomorrow
+            free -= job.request.slots(claimant.slots)
             self._leave_queue(tx, tenant, model, priority)
             conn.execute(
                 "UPDATE jobs SET status = 'running', attempt = ?, started_at = coalesce(started_at, ?) WHERE seq = ?",
@@ -379,14 +391,10 @@ class EmbeddedBroker:
                 (cost, tenant),
             )
             self._count(tx, Status.QUEUED, Status.RUNNING)
-            head, log = _logged(conn, seq) if attempt > 1 else (0, ([], [], None))
             self._running[job_id] = _Running(
                 seq, tenant, attempt, head, now + policy.lease_ttl, deadline_at, prompt_tokens, estimate
             )
             tx.undo.append(partial(_pop, self._running, job_id))
-            job = msgspec.structs.replace(
-                _job(row, head, None, None), status=Status.RUNNING, attempt=attempt, started_at=row[15] or now
-            )
             leases.append(Lease(job, attempt, *log))
         return leases
 

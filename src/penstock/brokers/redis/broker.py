@@ -90,6 +90,7 @@ class _Claim:
     names: Sequence[str] = ()
     limit: int = 0
     reserve: int = 0
+    slots: int = 0
     claimant: str = ""
     load: int | str = ""
 
@@ -104,6 +105,7 @@ class _Claim:
             self.load,
             _EXPIRED,
             self.reserve,
+            self.slots,
         ]
 
 
@@ -154,6 +156,8 @@ class RedisBroker:
         self._worker_numbers: dict[str, int] = {}
         self._waiting: dict[int, list[asyncio.Event]] = defaultdict(list)
         self._registered: dict[str, float] = {}
+        self._held: dict[str, int] = {}
+        """The shard where a job waits for more of a claimant's slots."""
         self._arrivals: dict[bytes, list[asyncio.Queue[str]]] = defaultdict(list)
         self._subscribing: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Future[Any]] = set()
@@ -219,6 +223,7 @@ class RedisBroker:
             -(-policy.max_bytes_per_tenant // shards),
             int(self._full),
             "" if job.keep is None else repr(job.keep),
+            job.request.n,
         )
         if kind == b"new":
             created_at, position = rest
@@ -280,6 +285,7 @@ class RedisBroker:
                     names,
                     limit,
                     reserve=worker.reserve,
+                    slots=max(worker.slots, limit),
                     claimant=f"{self._inbox_id}/{number}",
                     load=max(0, worker.slots - limit) if left > 0 else "",
                 )
@@ -294,10 +300,16 @@ class RedisBroker:
             self._waiting[number].remove(bell)
 
     async def _take(self, claim: _Claim) -> list[Lease]:
-        """Claim from one shard after the other, each time beginning with the next, until enough jobs are leased."""
+        """Claim from one shard after the other, each time beginning with the next, until enough jobs are leased.
+
+        Where a job waits for more slots than are left, nothing is claimed behind it, and the next claim begins there:
+        the jobs of other shards would take what it waits for, again and again.
+        """
         leases: list[Lease] = []
-        answered, failure = False, None
-        first = next(self._rotation)
+        free, answered, failure = claim.limit, False, None
+        first = self._held.pop(claim.claimant, None)
+        if first is None:
+            first = next(self._rotation)
         now = asyncio.get_running_loop().time()
         for i in range(len(self._shards)):
             shard = self._shards[(first + i) % len(self._shards)]
@@ -309,15 +321,20 @@ class RedisBroker:
             rest = replace(
                 claim,
                 worker=claim.worker if registers else "",
-                limit=claim.limit - len(leases),
+                limit=free,
                 load="" if leases else claim.load,
             )
             try:
-                leases += [_lease(*each) for each in await shard.run("claim", *rest.arguments())]
+                found, held = await shard.run("claim", *rest.arguments())
                 answered = True
             except BrokerUnavailable as error:
                 failure = error
-            if len(leases) >= claim.limit:
+                continue
+            leases += (new := [_lease(*each) for each in found])
+            free -= sum(lease.job.request.slots(claim.slots) for lease in new)
+            if held:
+                self._held[claim.claimant] = shard.number
+            if held or free <= 0:
                 break
         if failure is not None and not answered:
             raise failure

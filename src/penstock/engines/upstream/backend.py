@@ -97,6 +97,18 @@ class UpstreamBackend(AsyncBackend):
             dimensions=next((each.dimensions for each in up if each.dimensions), 0),
         )
         self._dimensions = self.info.dimensions
+        for each in replicas:
+            each.on_change = self._look
+        self.run(self._watch())
+
+    def _look(self) -> None:
+        """A replica went down, or came up."""
+        up = any(each.dialect is not None and not each.down for each in self._replicas.all)
+        self.tell_away("" if up else "no upstream server answers")
+
+    async def _watch(self) -> None:
+        self._look()  # one may have gone since it was asked
+        self._watching = self.loop.create_task(self._replicas.watch())
 
     async def _connect(self, name: str, replicas: list[Replica], progress: Progress) -> None:
         options = self._options
@@ -117,7 +129,6 @@ class UpstreamBackend(AsyncBackend):
         except BaseException:
             await self._session.close()
             raise
-        self._watching = self.loop.create_task(self._replicas.watch())
 
     def close(self) -> None:
         async def disconnect() -> None:

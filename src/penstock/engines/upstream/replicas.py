@@ -92,6 +92,8 @@ class Replica:
         self.streams = 0
         self.failures = 0
         self.down = False
+        self.on_change: Callable[[], None] = lambda: None
+        """Is called when it went down, or came up again."""
         self.heard_at = 0.0
         self._clock = clock
         self._shut_until = 0.0
@@ -141,6 +143,7 @@ class Replica:
         if not self.down:
             self.down = True
             self.say(f"is down: {why}")
+            self.on_change()
 
     def found(self) -> None:
         """It answered a health check."""
@@ -149,6 +152,7 @@ class Replica:
             self.down = False
             self.failures = 0
             self.say("is up again")
+            self.on_change()
 
     def busy(self, seconds: float) -> None:
         """It asked not to be asked for so long."""
@@ -203,13 +207,18 @@ class Replicas:
         for replica, result in zip(self.all, results, strict=True):
             if isinstance(result, Unreachable):
                 replica.down = True
-                reasons.append(f"{replica.address}: {result}")
+                replica.say(f"does not answer: {result}")
+                reasons.append(str(result))
+            elif isinstance(result, ModelLoadError):
+                replica.say(f"cannot be used: {result}")
+                raise ModelLoadError(self.for_clients(result.message))
             elif isinstance(result, BaseException):
                 raise result
         if len(reasons) == len(self.all):
+            why = self.for_clients("; ".join(dict.fromkeys(reasons)))
             raise ModelLoadError(
-                f"No upstream server of {self._name!r} answers ({'; '.join(reasons)}). Start it, or correct the "
-                "address in --model NAME=URL."
+                f"No upstream server of {self._name!r} answers ({why}). Start it, or correct the address in --model "
+                "NAME=URL."
             )
         for reason in reasons:
             progress(f"warning: {reason}")

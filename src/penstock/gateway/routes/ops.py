@@ -39,7 +39,8 @@ async def health(call: Call) -> ASGIApp:
     await catalogue.refresh()
     stats = catalogue.stats
     broker: dict[str, Any] = {"kind": call.gateway.config.broker, "connected": catalogue.reachable}
-    view: dict[str, Any] = {"status": "ok" if catalogue.reachable else "degraded", "broker": broker}
+    well = catalogue.reachable and not any(catalogue.away(name) for name in catalogue.names)
+    view: dict[str, Any] = {"status": "ok" if well else "degraded", "broker": broker}
     if stats is not None and catalogue.reachable:
         broker["durability"] = stats.durability
         view["queue"] = {
@@ -73,7 +74,7 @@ async def health(call: Call) -> ASGIApp:
             "ready": catalogue.ready(name),
             "state": catalogue.state(name),
             "queued": queued[name],
-            "workers": {worker.id: worker.state for worker in catalogue.workers_of(name)},
+            "workers": {worker.id: worker.state_of(name) for worker in catalogue.workers_of(name)},
             "info": catalogue.info(name),
         }
         for name in catalogue.names

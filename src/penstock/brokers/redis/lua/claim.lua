@@ -1,11 +1,12 @@
--- Lease up to *limit* jobs. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 what it takes
+-- Lease jobs that fill up to *limit* slots. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 what it takes
 -- (models, and MODEL\0suspects where it may run them), 7 limit,
 -- 8 claimant (inbox/n), 9 how many jobs it runs ("" when it does not wait), 10 the error of an expired job,
--- 11 how much of the limit jobs of the batch class leave.
--- Answers the leases, {attempt, record, log} each. Sent twice (same request), it answers the same leases.
+-- 11 how much of the limit jobs of the batch class leave, 12 the worker's slots.
+-- Answers {the leases, {attempt, record, log} each; does a job wait for more slots than are left (1/0)}. Sent twice (same
+-- request), it answers the same leases.
 local now, lease_now = tick()
 local request, limit, claimant = ARGV[3], tonumber(ARGV[7]), ARGV[8]
-local free, reserve = limit, tonumber(ARGV[11])
+local free, reserve, slots = limit, tonumber(ARGV[11]), tonumber(ARGV[12])
 local models = cmsgpack.unpack(ARGV[6])
 local meta = base .. "meta"
 -- Seconds within which a claimant that was woken is expected.
@@ -31,7 +32,7 @@ if before then
     local job = load(given[1])
     if job and job.s == "running" and tonumber(job.a) == given[2] then leases[#leases + 1] = lease(job, given[2]) end
   end
-  return { leases, {} }
+  return { { leases, 0 }, {} }
 end
 
 -- The tenant served least among those in a class: (tenant, counter, when it was last picked). Scores are lower bounds of
@@ -59,13 +60,13 @@ local function top(priority, model)
   end
 end
 
--- The last class of which there may be another job when *leased* are taken.
-local function lowest(leased)
-  return free - leased > reserve and 2 or 1
+-- The last class of which there may be another job.
+local function lowest()
+  return free > reserve and 2 or 1
 end
 
-local function next_job(leased)
-  for priority = 0, lowest(leased) do
+local function next_job()
+  for priority = 0, lowest() do
     local best, best_counter, best_served, best_model
     for _, model in ipairs(models) do
       local tenant, value, served = top(priority, model)
@@ -90,7 +91,7 @@ local function share()
   for _, model in ipairs(models) do
     local called = call("ZCOUNT", base .. "called:" .. model, lease_now - CALLED, "+inf")
     others = math.max(others, called + call("ZCARD", base .. "idle:" .. model))
-    for priority = 0, lowest(0) do
+    for priority = 0, lowest() do
       ready = ready + tonumber(call("HGET", base .. "ready", class(priority, model)) or 0)
     end
   end
@@ -99,13 +100,18 @@ end
 
 if limit > 1 then limit = math.min(limit, share()) end
 local epoch = call("HGET", meta, "epoch") or "0"
-local leases, given = {}, {}
-while #leases < limit do
-  local job = next_job(#leases)
+local leases, given, held = {}, {}, 0
+while #leases < limit and free > 0 do
+  local job = next_job()
   if not job then break end
+  local kept = job.p == "2" and reserve or 0
   if job.dl and tonumber(job.dl) <= now then
     end_queued(job, "expired", ARGV[10], now)
+  elseif math.min(tonumber(job.n or 1), slots - kept) > free - kept then
+    held = 1 -- it is waited for: what would overtake it now, others would tomorrow
+    break
   else
+    free = free - math.min(tonumber(job.n or 1), slots)
     local key, tenant = base .. "job:" .. job.id, base .. "tenant:" .. job.t
     call("HINCRBY", tenant, "r", 1) -- first, so that the tenant is never idle in between
     leave_queue(job)
@@ -136,4 +142,4 @@ elseif ARGV[9] ~= "" then
     call("EXPIRE", base .. "idle:" .. model, 60)
   end
 end
-return deliver(leases)
+return deliver({ leases, held })

@@ -8,7 +8,7 @@
 --                      be claimed, hd 1 when it goes before the others, re retries, cr crashes, da deaths alone,
 --                      su suspects, lo leases lost, pt prompt tokens, ca/sa/fa/ea created, started, first token, ended at, lu lease until,
 --                      ep epoch of its submit or last claim, fl head when it was claimed in a new epoch, rs readers, by bytes,
---                      ke seconds to keep it after its end, en the end
+--                      ke seconds to keep it after its end, n choices (missing: 1), en the end
 -- req:ID         string  msgpack of the request and what no script looks at
 -- log:ID         stream  one entry a run, id = last position: t tokens | e the end
 -- gone:ID        string  tenant: the job's retention is over
@@ -272,7 +272,7 @@ end
 
 local JOB = {
   "t", "u", "m", "p", "w", "es", "dl", "q", "s", "a", "h", "rd", "hd", "pt", "ik", "rs", "re", "cr", "da", "su", "lo", "ep",
-  "by",
+  "by", "n",
 }
 
 -- What the transitions look at of a job, or nil. Missing fields are false.

@@ -1,7 +1,7 @@
 -- Store a job and queue it. ARGV: 3 id, 4 tenant, 5 user, 6 model, 7 priority, 8 estimated prompt tokens, 9 deadline ("" for
 -- none), 10 the caller's clock, 11 idempotency key, 12 fingerprint, 13 weight, 14 request, 15 max queued, 16 max queued per
 -- tenant, 17 max bytes per tenant, 18 is Redis nearly full (1/0), 19 seconds to keep it
--- after its end ("": the policy's). Answers {"new", created at, position} | {"old", record, position} | {"mismatch"} |
+-- after its end ("": the policy's), 20 choices. Answers {"new", created at, position} | {"old", record, position} | {"mismatch"} |
 -- {"memory" | "full" | "tenant" | "bytes", how many, ends in the last minute}. Sent twice (same id), it answers "old".
 local now = tick()
 local id, tenant, model = ARGV[3], ARGV[4], ARGV[6]
@@ -49,6 +49,7 @@ if ARGV[9] ~= "" then
   fields[#fields + 1], fields[#fields + 2] = "dl", deadline
   call("ZADD", base .. "deadlines", deadline, id)
 end
+if ARGV[20] ~= "1" then fields[#fields + 1], fields[#fields + 2] = "n", ARGV[20] end
 if ARGV[19] ~= "" then fields[#fields + 1], fields[#fields + 2] = "ke", ARGV[19] end
 if key then
   fields[#fields + 1], fields[#fields + 2] = "ik", ARGV[11]

@@ -1,0 +1,309 @@
+"""What the worker's loop decides, on a fake engine and a real broker: no process, no model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.brokers.embedded import EmbeddedBroker
+from penstock.core.errors import EngineDied
+from penstock.core.job import Job, Priority, Request, Sampling, Status, new_job_id
+from penstock.core.ports import Append, Finish, Lease, ModelInfo, Output, QueuePolicy, Release, Verdict, WorkerInfo
+from penstock.worker.worker import PARTIAL_WAIT, RESERVED_WAIT, Worker
+
+PATIENCE = 10.0
+
+
+class FakeEngine:
+    """Runs what it is given until the test says what comes of it."""
+
+    def __init__(self, slots: int = 8) -> None:
+        self.models = (ModelInfo(name="s", engine="fake", context_length=1000),)
+        self.slots = slots
+        self.running: dict[int, Lease] = {}
+        self.most = 0
+        """Sequences that ever ran at once."""
+        self.aborted: list[str] = []
+        self.starts = 0
+        self._outputs: asyncio.Queue[list[Output] | Exception] = asyncio.Queue()
+
+    async def start(self) -> None:
+        self.starts += 1
+
+    def add(self, key: int, lease: Lease) -> None:
+        self.running[key] = lease
+        self.most = max(self.most, sum(lease.job.request.n for lease in self.running.values()))
+
+    def abort(self, key: int) -> None:
+        if (lease := self.running.pop(key, None)) is not None:
+            self.aborted.append(lease.job.id)
+
+    async def step(self) -> list[Output]:
+        item = await self._outputs.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def close(self) -> None:
+        pass
+
+    @property
+    def jobs(self) -> set[str]:
+        return {lease.job.id for lease in self.running.values()}
+
+    def emit(self, job: str, count: int = 1, *, end: bool = False) -> None:
+        key, lease = next((key, lease) for key, lease in self.running.items() if lease.job.id == job)
+        if end:
+            del self.running[key]
+        finish = Finish(("stop",) * lease.job.request.n) if end else None
+        self._outputs.put_nowait([Output(key, [1] * count, ["x"] * count, finish=finish)])
+
+    def die(self) -> None:
+        self.running.clear()
+        self._outputs.put_nowait(EngineDied("gone"))
+
+
+class RecordingBroker(EmbeddedBroker):
+    """Knows what was asked of it by workers other than ``w0``, and can make them wait."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.claims: list[tuple[WorkerInfo, int, float]] = []
+        self.claiming = 0
+        self.verdicts: dict[str, Verdict] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
+        if worker.id != "w0" and limit:
+            await self.gate.wait()
+            self.claims.append((worker, limit, wait))
+        self.claiming += 1
+        try:
+            return await super().claim(worker, models, limit, wait)
+        finally:
+            self.claiming -= 1
+
+    async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
+        verdicts = await super().append(appends)
+        self.verdicts |= verdicts
+        return verdicts
+
+
+class Host:
+    def __init__(self, broker: RecordingBroker, ttl: float) -> None:
+        self.broker, self.ttl = broker, ttl
+        self.engine = FakeEngine()
+
+    async def submit(self, n: int = 1, priority: Priority = Priority.NORMAL) -> Job:
+        request = Request(model="s", prompt="x", sampling=Sampling(max_tokens=500), n=n)
+        return await self.broker.submit(Job(id=new_job_id(), tenant="t", request=request, priority=priority))
+
+    async def status(self, job: Job) -> Status:
+        return (await self.broker.get("t", job.id)).status
+
+    async def suspects(self, count: int, *beside: int) -> list[Job]:
+        """Jobs that were together in so many engines' deaths, each among so many jobs."""
+        jobs = [await self.submit() for _ in range(count)]
+        for each in beside:
+            leases = await self.broker.claim(WorkerInfo(id="w0"), ["s"], count, 0)
+            assert {lease.job.id for lease in leases} == {job.id for job in jobs}
+            await self.broker.release([Release(lease.key, crashed_beside=each) for lease in leases])
+        return jobs
+
+    @contextlib.asynccontextmanager
+    async def worker(self, **options: Any) -> AsyncIterator[Worker]:
+        worker = Worker(
+            self.broker,
+            self.engine,
+            lease_ttl=self.ttl,
+            drain_timeout=0.1,
+            restart_backoff=0.01,
+            **{"claim_wait": 0.5, **options},
+        )
+        running = asyncio.create_task(worker.run())
+        try:
+            yield worker
+        finally:
+            worker.stop()
+            await running
+
+    async def until(self, check: Callable[[], Any]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not check():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def written(self, job: Job, count: int) -> None:
+        """Until the log has so many tokens."""
+        async with asyncio.timeout(PATIENCE):
+            while (await self.broker.get("t", job.id)).tokens < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def claims(self, count: int = 2) -> None:
+        """Until the worker has asked so often again: whatever it would take, it has taken."""
+        seen = len(self.broker.claims)
+        await self.until(lambda: len(self.broker.claims) >= seen + count)
+
+
+@pytest.fixture
+async def host(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Host]:
+    ttl = getattr(request, "param", 60.0)
+    broker = RecordingBroker(tmp_path, policy=QueuePolicy(lease_ttl=ttl))
+    await broker.open()
+    yield Host(broker, ttl)
+    await broker.close()
+
+
+# ------------------------------------------------------------------------------------------ slots
+
+
+async def test_each_choice_takes_a_slot(host: Host) -> None:
+    """Eight jobs of eight choices are eight rounds of an engine with eight slots, not 64 sequences in it."""
+    jobs = [await host.submit(n=8) for _ in range(8)]
+    async with host.worker():
+        for job in jobs:
+            await host.until(lambda: host.engine.jobs)
+            assert host.engine.jobs == {job.id}
+            host.engine.emit(job.id, end=True)
+    assert host.engine.most == 8
+
+
+async def test_what_fits_beside_is_taken(host: Host) -> None:
+    first, second, third = [await host.submit(n=n) for n in (5, 3, 1)]
+    async with host.worker():
+        await host.until(lambda: host.engine.jobs == {first.id, second.id})
+        host.engine.emit(second.id, end=True)
+        await host.until(lambda: host.engine.jobs == {first.id, third.id})
+    assert host.engine.most == 8
+
+
+async def test_a_job_that_is_wider_than_the_engine_runs_alone(host: Host) -> None:
+    host.engine.slots = 4
+    narrow, wide, last = [await host.submit(n=n) for n in (1, 8, 1)]
+    async with host.worker(claim_wait=0.02):
+        await host.until(lambda: host.engine.jobs == {narrow.id})
+        await host.claims()
+        assert host.engine.jobs == {narrow.id}, "the wide one is not overtaken"
+        host.engine.emit(narrow.id, end=True)
+        await host.until(lambda: host.engine.jobs == {wide.id})
+        host.engine.emit(wide.id, end=True)
+        await host.until(lambda: host.engine.jobs == {last.id})
+    assert host.engine.most == 8
+
+
+async def test_a_wide_job_gets_the_slots_that_come_free_while_a_claim_waits(host: Host) -> None:
+    running = await host.submit()
+    async with host.worker(claim_wait=3600.0):
+        await host.until(lambda: host.engine.jobs == {running.id})
+        await host.until(lambda: host.broker.claims[-1][1:] == (7, PARTIAL_WAIT))
+        wide = await host.submit(n=8)
+        host.engine.emit(running.id, end=True)
+        await host.until(lambda: host.engine.jobs == {wide.id})
+
+
+async def test_a_claim_for_reserved_slots_is_short(host: Host) -> None:
+    jobs = [await host.submit(priority=Priority.BATCH) for _ in range(6)]
+    async with host.worker(batch_reserve=0.25):
+        await host.until(lambda: host.engine.jobs == {job.id for job in jobs})
+        await host.until(lambda: host.broker.claims[-1][1:] == (2, RESERVED_WAIT))
+
+
+# ------------------------------------------------------------------------------------------ leases
+
+
+async def test_a_cancelled_job_is_aborted_in_the_engine(host: Host) -> None:
+    job = await host.submit()
+    async with host.worker():
+        await host.until(lambda: job.id in host.engine.jobs)
+        await host.broker.cancel("t", job.id)
+        host.engine.emit(job.id)
+        await host.until(lambda: host.engine.aborted == [job.id])
+
+
+@pytest.mark.parametrize("host", [0.4], indirect=True)
+async def test_a_silent_job_keeps_its_lease(host: Host) -> None:
+    job = await host.submit()
+    async with host.worker():
+        await host.until(lambda: job.id in host.engine.jobs)
+        until = asyncio.get_running_loop().time() + 3 * host.ttl
+        while asyncio.get_running_loop().time() < until:
+            await host.broker.sweep()
+            await asyncio.sleep(0.05)
+        assert (await host.broker.get("t", job.id)).attempt == 1
+
+
+@pytest.mark.parametrize("host", [0.6], indirect=True)
+async def test_a_lease_that_was_lost_while_it_waited_is_not_begun(host: Host) -> None:
+    running = await host.submit()
+    async with host.worker(claim_wait=0.05):
+        await host.until(lambda: running.id in host.engine.jobs)
+        host.broker.gate.clear()
+        await host.until(lambda: not host.broker.claiming)
+        (suspect,) = await host.suspects(1, 2)
+        host.broker.gate.set()
+        await host.until(lambda: host.broker.verdicts.get(suspect.id) is Verdict.OK)  # of a heartbeat
+        assert suspect.id not in host.engine.jobs, "it waits for the bystander to end"
+        await host.broker.cancel("t", suspect.id)
+        await host.until(lambda: host.broker.verdicts[suspect.id] is Verdict.CANCELLED)
+        host.engine.emit(running.id, end=True)
+        last = await host.submit()
+        await host.until(lambda: host.engine.jobs == {last.id})
+
+
+# ------------------------------------------------------------------------------------------ suspects
+
+
+async def test_suspects_do_not_share_the_engine_with_who_came_along(host: Host) -> None:
+    (suspect,) = await host.suspects(1, 2)
+    other = await host.submit()
+    async with host.worker():
+        await host.until(lambda: host.engine.jobs)
+        assert host.engine.jobs == {suspect.id}
+        assert await host.status(other) is Status.QUEUED
+        host.engine.emit(suspect.id, end=True)
+        await host.until(lambda: host.engine.jobs == {other.id})
+
+
+async def test_a_suspect_beside_a_cleared_one_does_not_die_alone(host: Host) -> None:
+    a, b = await host.suspects(2, 4)
+    async with host.worker():
+        await host.until(lambda: {a.id, b.id} <= host.engine.jobs)
+        host.engine.emit(a.id, 16)
+        await host.written(a, 16)  # a is cleared, b is on trial
+        host.engine.die()
+        await host.until(lambda: host.engine.starts == 2)
+        for _ in range(2):  # b runs alone now, before or after a
+            await host.until(lambda: host.engine.jobs)
+            if host.engine.jobs == {b.id}:
+                break
+            host.engine.emit(a.id, end=True)
+        await host.until(lambda: host.engine.jobs == {b.id})
+        host.engine.die()  # the first death that is surely its own: not yet poisoned
+        await host.until(lambda: host.engine.jobs == {b.id} and host.engine.starts == 3)
+        assert await host.status(b) is Status.RUNNING
+
+
+async def test_who_was_at_three_deaths_is_not_cleared(host: Host) -> None:
+    (job,) = await host.suspects(1, 8, 8, 8)
+    async with host.worker():
+        await host.until(lambda: job.id in host.engine.jobs)
+        host.engine.emit(job.id, 40)
+        other = await host.submit()
+        await host.written(job, 40)
+        host.engine.emit(job.id)
+        await host.written(job, 41)
+        assert host.engine.jobs == {job.id}
+        assert await host.status(other) is Status.QUEUED
+
+
+async def test_a_busy_worker_leaves_suspects_to_others(host: Host) -> None:
+    job = await host.submit()
+    async with host.worker(claim_wait=0.02):
+        await host.until(lambda: job.id in host.engine.jobs and len(host.broker.claims) >= 3)
+        assert host.broker.claims[0][0].takes_suspects
+        await host.until(lambda: not host.broker.claims[-1][0].takes_suspects)
