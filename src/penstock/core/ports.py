@@ -67,7 +67,7 @@ _NEUTRAL = Request(model="", prompt="")
 
 def _asked_for(request: Request, field: str) -> str | None:
     """The name under which *request* asks for *field*, if it does."""
-    if field == "response_format" and request.guide is not None:
+    if field == "response_format" and request.form is not None:
         return field if request.response_format is not None else "tool_choice"  # a call that must be made is a format
     given, neutral = (request, _NEUTRAL) if hasattr(request, field) else (request.sampling, _NEUTRAL.sampling)
     return field if getattr(given, field) != getattr(neutral, field) else None

@@ -23,13 +23,16 @@ from typing import Any
 import msgspec
 
 from penstock.core.errors import InvalidRequest
-from penstock.core.job import Request, ToolCall
+from penstock.core.job import Request, ResponseFormat, ToolCall
 
 #: A schema's bounds: bytes of its JSON, and how deep that is nested (parsers downstream stop at 128).
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64
 #: An automaton for ``multipleOf`` has as many states as the number is large, in units of its last digit.
 MAX_MULTIPLE = 10_000
+#: Characters of a regular expression, and how many texts a reply may be chosen from.
+MAX_PATTERN = 4096
+MAX_CHOICES = 1024
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MISTRAL = "[TOOL_CALLS]"
@@ -71,6 +74,26 @@ def check_schema(schema: dict[str, Any], param: str) -> None:
             f"The schema's multipleOf values have a least common multiple above {MAX_MULTIPLE} (in units of their last "
             "digit); leave some of them out.",
             param=param,
+        )
+
+
+def check_form(form: ResponseFormat, param: str) -> None:
+    """Refuse a form other than JSON that is empty or too large; *param* names the field it came in.
+
+    Raises `InvalidRequest`. Whether it can be followed is for the engine to say.
+    """
+    size = len(form.pattern) + len(form.grammar) + sum(map(len, form.choices))
+    if form.json_schema is None and not (form.choices if form.type == "choice" else size):
+        raise InvalidRequest(f"The {form.type} is empty.", param=param)
+    if len(form.pattern) > MAX_PATTERN:
+        raise InvalidRequest(
+            f"The regular expression has {len(form.pattern)} characters; at most {MAX_PATTERN} are taken.", param=param
+        )
+    if len(form.choices) > MAX_CHOICES:
+        raise InvalidRequest(f"There are {len(form.choices)} choices; at most {MAX_CHOICES} are taken.", param=param)
+    if size > MAX_SCHEMA_BYTES:
+        raise InvalidRequest(
+            f"The {form.type} has {size} characters; at most {MAX_SCHEMA_BYTES} are taken.", param=param
         )
 
 

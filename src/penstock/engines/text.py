@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 
 import jinja2
 import jinja2.ext
+import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -227,18 +228,43 @@ class Follows(Protocol):
     def mask(self, logits: Any) -> None: ...
 
 
+class Bans:
+    """Tokens that a reply must not go on with: its ends before it has ``min_tokens``, and the last token of a text that
+    it must not have. Never all that its guide leaves: the guide comes first."""
+
+    def __init__(self, reply: Reply, least: int, ends: Iterable[int], spellings: Iterable[Sequence[int]]) -> None:
+        """*spellings*: the forbidden texts in tokens."""
+        self._reply = reply
+        self._least = least
+        self._ends = sorted(ends)
+        self._spellings = [(list(spelling[:-1]), spelling[-1]) for spelling in spellings]
+
+    def mask(self, logits: Any) -> None:
+        if self._reply.guide is not None:
+            self._reply.guide.mask(logits)
+        ids = self._reply.ids
+        banned = [last for before, last in self._spellings if not before or ids[-len(before) :] == before]
+        if len(ids) < self._least:
+            banned += self._ends
+        values = logits[banned]
+        logits[banned] = -np.inf
+        if not np.isfinite(logits).any():
+            logits[banned] = values
+
+
 class Reply:
     """One choice of one request, as its tokens come.
 
     ``finish`` is None until the reply has ended. *limit* is the number of tokens it may have, counted from its start.
     Construct it with the logged *prefix* of an earlier attempt to continue that attempt's reply. A *request* with tools
     ends with ``tool_calls`` when the reply has calls. A *guide* is told of every token, and ends the reply once nothing
-    more can follow.
+    more can follow. *bad_words* are the sampling's in tokens.
     """
 
     __slots__ = (
         "_detokenizer",
         "_ends",
+        "_least",
         "_limit",
         "_request",
         "_stops",
@@ -246,6 +272,7 @@ class Reply:
         "finish",
         "guide",
         "ids",
+        "mask",
         "push_text",
     )
 
@@ -259,18 +286,25 @@ class Reply:
         *,
         request: Request | None = None,
         guide: Follows | None = None,
+        bad_words: Iterable[Sequence[int]] = (),
     ) -> None:
         self._detokenizer = detokenizer
         self.push_text = detokenizer.push
         self._request = request if request is not None and request.callable_tools else None
         self._texts: list[str] = []
         self.guide = guide
-        self._ends: frozenset[int] = frozenset() if sampling.ignore_eos and guide is None else eos_ids
+        ends: frozenset[int] = frozenset() if sampling.ignore_eos and guide is None else eos_ids
+        self._ends = ends.union(sampling.stop_token_ids)
+        self._least = sampling.min_tokens
         self._stops = StopStrings(sampling.stop) if sampling.stop else None
         self._limit = limit
         self.ids: list[int] = []
         self.finish: str | None = None
         """None, or a reason as `penstock.core.job.FinishReason` has them."""
+        self.mask: Follows | Bans | None = guide
+        """Takes out of one row of logits what must not come next; None where everything may."""
+        if sampling.min_tokens or sampling.bad_words:
+            self.mask = Bans(self, sampling.min_tokens, self._ends, bad_words)
         for token in prefix:
             if self.finish is None:
                 self.push(token)
@@ -312,7 +346,7 @@ class Reply:
             self.finish = "stop"
             return self._rest("")
         text = self.push_text(token)
-        if self._stops is not None:
+        if self._stops is not None and len(ids) > self._least:
             text, stopped = self._stops.push(text)
             if stopped:
                 self.finish = "stop"
@@ -653,14 +687,14 @@ class TextModel:
         """How many special tokens *ids* end with."""
         return next((i for i, id in enumerate(reversed(ids)) if id not in self._special), len(ids))
 
-    def check_bias(self, sampling: Sampling) -> None:
-        """Raises `InvalidRequest` for a biased token beyond the vocabulary."""
-        for token in sampling.logit_bias:
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequest(
-                    f"logit_bias names token {token}; this model's ids are 0 … {self.vocab_size - 1}.",
-                    param="logit_bias",
-                )
+    def check_ids(self, sampling: Sampling) -> None:
+        """Raises `InvalidRequest` for a token beyond the vocabulary."""
+        for param in ("logit_bias", "stop_token_ids"):
+            for token in getattr(sampling, param):
+                if not 0 <= token < self.vocab_size:
+                    raise InvalidRequest(
+                        f"{param} names token {token}; this model's ids are 0 … {self.vocab_size - 1}.", param=param
+                    )
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt, with the special tokens that the tokenizer puts around a text."""
@@ -762,7 +796,25 @@ class TextModel:
     def reply(self, request: Request, limit: int, prefix: Iterable[int] = (), guide: Follows | None = None) -> Reply:
         """One choice of *request*, at most *limit* tokens, behind what an earlier attempt logged of it."""
         detokenizer = self.detokenizer(continuing=request.messages is None or request.continue_final)
-        return Reply(detokenizer, request.sampling, self.eos_ids, limit, prefix, request=request, guide=guide)
+        sampling = request.sampling
+        return Reply(
+            detokenizer,
+            sampling,
+            self.eos_ids,
+            limit,
+            prefix,
+            request=request,
+            guide=guide,
+            bad_words=[spelling for word in sampling.bad_words for spelling in self.spellings(word)],
+        )
+
+    def spellings(self, text: str) -> list[list[int]]:
+        """*text* in tokens, at a text's beginning and behind a space."""
+        text = text.strip()
+        return [ids for each in (text, f" {text}") if (ids := self._cut(each))]
+
+    def _cut(self, text: str) -> list[int]:
+        return self._tokenize(text, special=False)
 
     @property
     def has_token_bytes(self) -> bool:

@@ -447,7 +447,7 @@ class _Generate:
         for i, row in enumerate(rows):
             ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
             mask[i, width - len(row.ids) :] = 1
-            self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids, row.reply.guide)
+            self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids, row.reply.mask)
         draw = _Draw(rows, self._sampler)
         with torch.inference_mode():
             self._model.generate(

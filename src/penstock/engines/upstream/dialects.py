@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from penstock.core.errors import (
     RequestTooLarge,
     Unsupported,
 )
-from penstock.core.job import Message, Request, Task, Tool
+from penstock.core.job import Message, Request, ResponseFormat, Task, Tool
 from penstock.engines.upstream.stream import Reply
 
 
@@ -34,9 +35,21 @@ class Dialect:
 
 
 DIALECTS = {
-    "openai": Dialect("openai", unsupported=("ignore_eos", "input_type", "min_p", "repetition_penalty", "top_k")),
+    "openai": Dialect(
+        "openai",
+        unsupported=(
+            "bad_words",
+            "ignore_eos",
+            "input_type",
+            "min_p",
+            "min_tokens",
+            "repetition_penalty",
+            "stop_token_ids",
+            "top_k",
+        ),
+    ),
     "vllm": Dialect("vllm", tells_ids=True, begun_chat=True, unsupported=("input_type",)),
-    "llama": Dialect("llama", begun_chat=True, unsupported=("input_type",)),
+    "llama": Dialect("llama", begun_chat=True, unsupported=("bad_words", "input_type", "min_tokens", "stop_token_ids")),
     "penstock": Dialect("penstock", tells_ids=True, begun_chat=True),
 }
 OWNERS = {"penstock": "penstock", "vllm": "vllm", "llamacpp": "llama"}
@@ -124,6 +137,8 @@ def body(
         sent["timings_per_token"] = True
     sent |= _format(dialect, request)
     sent |= _sampling(dialect, request, context)
+    if (least := sampling.min_tokens - len(reply.ids)) > 0:
+        sent["min_tokens"] = least
     if sampling.seed is not None:
         sent["seed"] = _seed(sampling.seed, choice, len(reply.ids))
         if dialect.name == "llama":
@@ -147,12 +162,26 @@ def chat(request: Request, text: str) -> dict[str, Any]:
 def _format(dialect: Dialect, request: Request) -> dict[str, Any]:
     if (wanted := request.response_format) is None:
         return {}
+    if wanted.json_schema is None:
+        return _text_format(dialect, wanted)
     if dialect.name == "llama" and request.messages is None:
         return {"json_schema": wanted.json_schema}
     if wanted.type == "json_object":
         return {"response_format": {"type": "json_object"}}
     schema = {"name": "reply", "strict": True, "schema": wanted.schema}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+def _text_format(dialect: Dialect, wanted: ResponseFormat) -> dict[str, Any]:
+    """A form that is not JSON. llama.cpp takes its own kind of grammar; OpenAI's API has nothing like it."""
+    value: Any = {"regex": wanted.pattern, "choice": list(wanted.choices), "grammar": wanted.grammar}[wanted.type]
+    if dialect.tells_ids:  # vLLM, and Penstock
+        return {"structured_outputs": {wanted.type: value}}
+    if dialect.name == "llama" and wanted.type == "choice":
+        return {"grammar": "root ::= " + " | ".join(json.dumps(each, ensure_ascii=False) for each in value)}
+    if dialect.name == "llama" and wanted.type == "grammar" and "::=" in value:
+        return {"grammar": value}
+    raise Unsupported(f"The upstream server cannot hold a reply to this {wanted.type}.", param="response_format")
 
 
 def _tools(dialect: Dialect, request: Request) -> dict[str, Any]:
@@ -223,6 +252,9 @@ def _sampling(dialect: Dialect, request: Request, context: int) -> dict[str, Any
         sent["ignore_eos"] = True  # what must be JSON ends where the JSON ends
     if sampling.stop:
         sent["stop"] = list(sampling.stop)
+    for name in ("stop_token_ids", "bad_words"):
+        if values := getattr(sampling, name):
+            sent[name] = list(values)
     if sampling.logit_bias:
         sent["logit_bias"] = {str(token): value for token, value in sampling.logit_bias.items()}
     if sampling.logprobs is not None:
