@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from itertools import groupby
@@ -16,6 +17,7 @@ from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Identifier, Job, MaxTokens, ModelName, Priority, Request, TopLogprobs
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.http import Call, json_reply
+from penstock.gateway.responses.stream import logprob_view
 from penstock.gateway.routes.bodies import (
     ChatMessages,
     Operation,
@@ -183,9 +185,9 @@ async def _reply(call: Call, body: OpenAIBody, request: Request, dialect: type[D
     writer = dialect(job, include_usage=usage, token_ids=body.return_token_ids)
     if body.stream:
         after = call.last_event_id or 0
-        if after and isinstance(writer, ToolDialect):
+        if after and writer.looks_back:
             writer.after, writer.replay = after, partial(call.gateway.broker.tail, job.tenant, job.id)
-            if job.status.terminal and after == job.tokens + 1:
+            if isinstance(writer, ToolDialect) and job.status.terminal and after == job.tokens + 1:
                 after -= 1  # the end once more: its position is on more than the last block
         return await call.gateway.stream(call.gateway.follow(job, after), writer.render)
     completion = await call.gateway.fold(job, call.gone)
@@ -201,12 +203,17 @@ class Dialect:
     object = ""
     chunk_object = ""
     prefix = ""
+    looks_back = False
+    """Does what a chunk says depend on the tokens before it?"""
 
     def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
         self.job = job
         self.include_usage = include_usage
         self.token_ids = token_ids
         self.id = self.prefix + job.id.removeprefix("job_")
+        self.after = 0
+        """What the reader has seen; ``replay`` gives the log from its beginning, to know where that leaves off."""
+        self.replay: Callable[[], AsyncIterator[Event]] | None = None
         model = json_string(job.request.model)
         created = int(job.created_at)
         self._head = f'{{"id":"{self.id}","object":"{self.chunk_object}","created":{created},"model":{model},'
@@ -220,7 +227,7 @@ class Dialect:
         retry = "retry: 1000\n"
         first = True
         try:
-            async for event in events:
+            async for event in self._from_the_beginning(events):
                 if isinstance(event, Ended):
                     yield (retry + self._end(event, first)).encode()
                     return
@@ -232,6 +239,30 @@ class Dialect:
                     retry = ""
         except LogRewound as error:  # the store lost what this reader was given
             yield f"{retry}data: {ascii_json({'error': error.info})}\n\n".encode()
+
+    async def _from_the_beginning(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        """*events*, after everything before them has been looked at."""
+        async for event in events:
+            if self.replay is not None:
+                await self._catch_up(self.replay())
+                self.replay = None
+            yield event
+
+    async def _catch_up(self, events: AsyncIterator[Event]) -> None:
+        try:
+            async for event in events:
+                if isinstance(event, Ended):
+                    return
+                for i in range(min(len(event.ids), self.after - event.position + 1)):
+                    choice = event.choices[i] if event.choices is not None else 0
+                    self._look_at(choice, event.ids[i], event.texts[i], _at(event.logprobs, i))
+                if event.last >= self.after:
+                    return
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    def _look_at(self, choice: int, token: int, text: str, logprob: Logprob | None) -> None:
+        """Of a token that the reader has seen, what matters for those behind it."""
 
     def _run(self, run: Tokens) -> str:
         if run.choices is None and run.logprobs is None:
@@ -317,7 +348,7 @@ class ChatDialect(Dialect):
         )
 
     def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
-        extra = f',"logprobs":{ascii_json(_chat_logprobs(logprobs))}' if logprobs else ""
+        extra = f',"logprobs":{ascii_json(self._logprobs(logprobs))}' if logprobs else ""
         return f'{{"index":{index},"delta":{{"content":{json_string(text)}}}{extra},"finish_reason":null}}'
 
     def _finish(self, index: int, reason: str) -> str:
@@ -328,55 +359,36 @@ class ChatDialect(Dialect):
         return {
             "index": index,
             "message": {"role": "assistant", **self._message(index, text), "refusal": None, "annotations": []},
-            "logprobs": _chat_logprobs(logprobs) if logprobs else None,
+            "logprobs": self._logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
         }
 
     def _message(self, index: int, text: str) -> dict[str, Any]:
         return {"content": text}
 
+    def _logprobs(self, tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
+        count = self.job.request.sampling.logprobs or 0
+        return {"content": [logprob_view(text, logprob, count) for _, text, logprob in tokens]}
+
 
 class ToolDialect(ChatDialect):
     """Chat with tools: what a chunk says of a reply depends on all of its text so far."""
 
     empty = "null"
+    looks_back = True
 
     def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
         super().__init__(job, include_usage=include_usage, token_ids=token_ids)
         self._parsers = [ToolParser(job.request) for _ in range(job.request.n)]
-        self.after = 0
-        """What the reader has seen; ``replay`` gives the log from its beginning, to know where that leaves off."""
-        self.replay: Callable[[], AsyncIterator[Event]] | None = None
 
-    async def render(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-        async for block in super().render(self._from_the_beginning(events)):
-            yield block
-
-    async def _from_the_beginning(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-        """*events*, after everything before them has gone through the parsers."""
-        async for event in events:
-            if self.replay is not None:
-                await self._catch_up(self.replay())
-                self.replay = None
-            yield event
-
-    async def _catch_up(self, events: AsyncIterator[Event]) -> None:
-        try:
-            async for event in events:
-                if isinstance(event, Ended):
-                    return
-                for i in range(min(len(event.ids), self.after - event.position + 1)):
-                    self._parsers[event.choices[i] if event.choices is not None else 0].push(event.texts[i])
-                if event.last >= self.after:
-                    return
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
+    def _look_at(self, choice: int, token: int, text: str, logprob: Logprob | None) -> None:
+        self._parsers[choice].push(text)
 
     def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
         delta = self._parts(index, self._parsers[index].push(text))
         if not (delta or logprobs or self.token_ids):
             return ""
-        extra = f',"logprobs":{ascii_json(_chat_logprobs(logprobs))}' if logprobs else ""
+        extra = f',"logprobs":{ascii_json(self._logprobs(logprobs))}' if logprobs else ""
         return f'{{"index":{index},"delta":{ascii_json(delta)}{extra},"finish_reason":null}}'
 
     def _parts(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
@@ -419,8 +431,18 @@ class TextDialect(Dialect):
     chunk_object = "text_completion"
     prefix = "cmpl-"
 
+    def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
+        super().__init__(job, include_usage=include_usage, token_ids=token_ids)
+        self.looks_back = job.request.sampling.logprobs is not None
+        self._places = [_Places() for _ in range(job.request.n)]
+
+    def _look_at(self, choice: int, token: int, text: str, logprob: Logprob | None) -> None:
+        if logprob is not None:
+            self._places[choice].next(text, logprob)
+
     def _delta(self, index: int, text: str, logprobs: list[tuple[int, str, Logprob]] | None) -> str:
-        extra = f',"logprobs":{ascii_json(_text_logprobs(logprobs))}' if logprobs else ',"logprobs":null'
+        entries = _text_logprobs(logprobs, self._places[index]) if logprobs else None
+        extra = f',"logprobs":{ascii_json(entries)}'
         return f'{{"index":{index},"text":{json_string(text)}{extra},"finish_reason":null}}'
 
     def _finish(self, index: int, reason: str) -> str:
@@ -431,7 +453,7 @@ class TextDialect(Dialect):
         return {
             "index": index,
             "text": text,
-            "logprobs": _text_logprobs(logprobs) if logprobs else None,
+            "logprobs": _text_logprobs(logprobs, _Places()) if logprobs else None,
             "finish_reason": reason,
         }
 
@@ -440,26 +462,34 @@ def _at(logprobs: list[Logprob | None] | None, i: int) -> Logprob | None:
     return logprobs[i] if logprobs is not None else None
 
 
-def _chat_logprobs(tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
-    def entry(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+class _Places:
+    """Where the tokens of a choice are in the text that they make, in characters."""
 
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def next(self, text: str, logprob: Logprob) -> int:
+        """Where the token begins that comes next. (Its own text, or of older logs what it completed.)"""
+        place = self._offset
+        data = logprob.data or (text if logprob.text is None else logprob.text).encode()
+        self._offset += len(self._decoder.decode(data))
+        return place
+
+
+def _text_logprobs(tokens: list[tuple[int, str, Logprob]], places: _Places) -> dict[str, Any]:
+    texts, tops = [], []
+    for _, text, logprob in tokens:
+        own = text if logprob.text is None else logprob.text
+        texts.append(own)
+        top: dict[str, float] = {}
+        for other in sorted(logprob.top, key=lambda each: -each.logprob):
+            top.setdefault(other.text, other.logprob)  # of several tokens with one text the likeliest
+        top.setdefault(own, logprob.logprob)
+        tops.append(top)
     return {
-        "content": [
-            {**entry(text, logprob.logprob), "top_logprobs": [entry(top.text, top.logprob) for top in logprob.top]}
-            for _, text, logprob in tokens
-        ]
-    }
-
-
-def _text_logprobs(tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
-    offsets, offset = [], 0
-    for _, text, _logprob in tokens:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": [text for _, text, _ in tokens],
+        "tokens": texts,
         "token_logprobs": [logprob.logprob for _, _, logprob in tokens],
-        "top_logprobs": [{top.text: top.logprob for top in logprob.top} for _, _, logprob in tokens],
-        "text_offset": offsets,
+        "top_logprobs": tops,
+        "text_offset": [places.next(text, logprob) for _, text, logprob in tokens],
     }
