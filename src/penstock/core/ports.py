@@ -41,6 +41,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Greedy replies are the same alone, in any batch and after a resume."""
     vocab_size: int = 0
     chat: bool = True
+    no_chat: str = ""
+    """Why it cannot chat, where it is not that it has no chat template."""
     unsupported: tuple[str, ...] = ()
     """Request fields this model's engine cannot honour; asking for one is a 400 ``unsupported``."""
     tasks: tuple[Task, ...] = ("generate",)
@@ -56,7 +58,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         if not self.may(request.task):
             raise Unsupported(f"{self.name} cannot {request.task}: it can {' and '.join(self.tasks)}.", param="model")
         if request.messages is not None and not self.chat:
-            raise Unsupported(f"{self.name} has no chat template: send a prompt instead.", param="messages")
+            reason = self.no_chat or f"{self.name} has no chat template"
+            raise Unsupported(f"{reason}: send a prompt instead.", param="messages")
         for field in self.unsupported:
             if (name := _asked_for(request, field)) is not None:
                 raise Unsupported(f"The {self.engine} engine of {self.name} cannot honour {name!r}.", param=name)

@@ -115,6 +115,7 @@ class ContinuousBatching:
             deterministic=deterministic,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            no_chat=text.no_chat,
             unsupported=() if text.has_token_bytes else ("response_format",),
             tasks=("generate", "tokenize"),
         )

@@ -261,6 +261,7 @@ class LlamaBackend(ThreadedBackend):
             precision=precision,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            no_chat=text.no_chat,
             tasks=("generate", "tokenize"),
         )
         self.server = server

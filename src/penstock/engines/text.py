@@ -18,7 +18,10 @@ from typing import Any, NoReturn, Protocol
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import numpy as np
+import structlog
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -27,6 +30,8 @@ from penstock.core.events import Logprob, TopLogprob
 from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tasks import Tokenized
 from penstock.core.tools import finish_reason
+
+log = structlog.get_logger("penstock.engine")
 
 #: Context length when no file tells one.
 DEFAULT_CONTEXT = 2048
@@ -393,12 +398,30 @@ def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %} … {% endgeneration %}``: what the model wrote, for those who train it. Shown as it is."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012 (Jinja's own type)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # With a scope of its own, as in Hugging Face's library: what is set inside is not seen behind it.
+        return jinja2.nodes.CallBlock(self.call_method("_show"), [], [], body).set_lineno(line)
+
+    def _show(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
 class ChatTemplate:
-    """A model's own Jinja template, in a sandbox: operators choose models, but models come from the internet."""
+    """A model's own Jinja template, in a sandbox: operators choose models, but models come from the internet.
+
+    Raises `ModelLoadError` for one that cannot be read.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -406,9 +429,11 @@ class ChatTemplate:
         self._variables = dict(variables)
         self.takes_tools = "tools" in source
         """Does it show tools and their calls? `with_tools_as_text` is for those that do not."""
+        self.takes_developers = "developer" in source
+        """Does it know that role? `with_developers_as_system` is for those that do not."""
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ModelLoadError(f"The model's chat template cannot be read: {error}") from error
 
     def render(
@@ -493,6 +518,19 @@ def with_tools_as_text(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mappi
     return plain
 
 
+def with_developers_as_system(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation for a template that has no such role, and would leave out what a developer says."""
+    plain: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] != "developer":
+            plain.append(dict(turn))
+        elif plain and plain[-1]["role"] == "system":  # many templates take one system message only
+            plain[-1]["content"] += f"\n\n{turn['content']}"
+        else:
+            plain.append({**turn, "role": "system"})
+    return plain
+
+
 def _texts(value: Any) -> Iterator[str]:
     """Every string of a value of JSON's kinds, names included."""
     if isinstance(value, str):
@@ -529,7 +567,7 @@ def _token_string(value: Any) -> str | None:
 def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")
     source = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):  # several named ones: [{"name": "default", "template": …}, …]
         named = {entry["name"]: entry["template"] for entry in source}
@@ -593,7 +631,15 @@ class TextModel:
 
         strings = sorted((token.content for id, token in added.items() if token.special), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
-        self._chat = None if chat_template is None else ChatTemplate(chat_template, self._names)
+        self._chat: ChatTemplate | None = None
+        self.no_chat = ""
+        """Why it cannot chat, where its template cannot be read."""
+        if chat_template is not None:
+            try:
+                self._chat = ChatTemplate(chat_template, self._names)
+            except ModelLoadError as error:
+                self.no_chat = error.message
+                log.warning("no_chat", reason=error.message)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> TextModel:
@@ -715,8 +761,13 @@ class TextModel:
         is tokenized in pieces, cut at the marks. Text without special tokens is not touched.
         """
         if self._chat is None:
-            raise Unsupported("This model has no chat template: give 'prompt' instead of 'messages'.", param="messages")
+            raise Unsupported(
+                f"{self.no_chat or 'This model has no chat template'}: give 'prompt' instead of 'messages'.",
+                param="messages",
+            )
         turns, shown = turns_of(messages), [_tool_view(tool) for tool in tools]
+        if not self._chat.takes_developers:
+            turns = with_developers_as_system(turns)
         if not self._chat.takes_tools:
             turns, shown = with_tools_as_text(turns, shown), []
         texts = [*_texts(turns), *_texts(shown)]

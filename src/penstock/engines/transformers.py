@@ -548,6 +548,7 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         precision=network.precision,
         vocab_size=text.vocab_size,
         chat=text.has_chat_template,
+        no_chat=text.no_chat,
         unsupported=() if text.has_token_bytes else ("response_format",),
         tasks=("generate", "tokenize"),
     )

@@ -208,6 +208,7 @@ class VLLMBackend:
             precision=precision,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            no_chat=text.no_chat,
             tasks=("generate", "tokenize"),
         )
         self._text = text

@@ -424,6 +424,18 @@ async def test_a_form_is_sent_in_the_servers_words_or_refused(
         assert {name: server.bodies[0][name] for name in sent} == sent
 
 
+@pytest.mark.parametrize(
+    ("owner", "role"), [("vllm", "system"), ("llamacpp", "system"), ("penstock", "developer"), ("openai", "developer")]
+)
+async def test_what_a_developer_says_is_not_lost_in_a_template(engine_of: MakeEngine, owner: str, role: str) -> None:
+    server = Upstream(owner)
+    await server.start()
+    engine = await engine_of(server)
+    await engine.run(chat(Message("developer", "Be brief."), Message("user", "?")))
+    await server.stop()
+    assert [message["role"] for message in server.bodies[0]["messages"]] == [role, "user"]
+
+
 async def test_where_a_reply_may_end_is_sent_as_far_as_it_is_open(
     servers: list[Upstream], engine_of: MakeEngine
 ) -> None:

@@ -122,7 +122,9 @@ def body(
     }
     text = "" if by_ids else "".join(reply.texts)
     if request.messages is not None:
-        sent |= chat(request, text) | _tools(dialect, request)
+        # Servers that render with the model's own template would lose what it does not know.
+        developer = "system" if dialect.name in ("vllm", "llama") else "developer"
+        sent |= chat(request, text, developer) | _tools(dialect, request)
     elif by_ids:
         prompt = request.prompt_ids if request.prompt_ids is not None else reply.prompt_ids
         sent["prompt"] = [*(prompt or ()), *reply.ids]
@@ -146,9 +148,10 @@ def body(
     return sent
 
 
-def chat(request: Request, text: str) -> dict[str, Any]:
-    """The messages, and that the last one is the reply's beginning, where it is (*text* goes on with it)."""
-    messages = [_message(message) for message in request.messages or ()]
+def chat(request: Request, text: str, developer: str = "system") -> dict[str, Any]:
+    """The messages, and that the last one is the reply's beginning, where it is (*text* goes on with it). *developer*:
+    what the server calls that role."""
+    messages = [_message(message, developer) for message in request.messages or ()]
     sent: dict[str, Any] = {"messages": messages}
     if request.continue_final:
         messages[-1]["content"] = (messages[-1]["content"] or "") + text
@@ -211,8 +214,9 @@ def tool_views(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     ]
 
 
-def _message(message: Message) -> dict[str, Any]:
-    sent: dict[str, Any] = {"role": message.role, "content": message.content}
+def _message(message: Message, developer: str) -> dict[str, Any]:
+    role = developer if message.role == "developer" else message.role
+    sent: dict[str, Any] = {"role": role, "content": message.content}
     if message.tool_calls:
         sent["content"] = message.content or None
         sent["tool_calls"] = [
