@@ -50,6 +50,20 @@ AUTO = [
     ('{"name": "nobody", "parameters": {}}', None, None),
     ('{"answer": 42}', None, None),
     ("[1, 2]", None, None),
+    ("[]", None, None),
+    ('["a", {"name": "clock"}]', None, None),
+    ('{"name": "clo', None, None),
+    ('{"name": "clock"', None, None),
+    ('{"arguments": {}}', None, None),
+    ('{"id": "1", "type": "function", "name": "clock"}', None, [("clock", "{}")]),
+    ('{"arguments": {"a": ["}", "\\""]}, "x": [1, {}], "name": "clock"}', None, [("clock", '{"a": ["}", "\\""]}')]),
+    ('{"name": "clock", "parameters": null, "n": -1.5e3}', None, [("clock", "{}")]),
+    ('{"name": "clock"} {"name": "clock"}. Done', None, None),
+    ('{"name": "clock"}{"na', None, None),
+    ("[TOOL_CALLED] [1]", None, None),
+    ("[TOOL_CALLS] none", None, None),
+    ('[1, 2]\n<tool_call>{"name": "clock"}</tool_call>', "[1, 2]", [("clock", "{}")]),
+    ('{"answer": "<tool_call>{\\"name\\": \\"clock\\"}"', None, None),
     ('[{"name": "clock", "arguments": {"z": 1e400}}]', None, [("clock", '{"z": 1e400}')]),
     (
         ' [TOOL_CALLS] [{"name": "clock", "arguments": {}}, {"name": "clock", "arguments": {}}]',
@@ -87,7 +101,39 @@ def test_any_cut_gives_the_same_at_every_point(text: str, data: st.DataObject) -
             assert join(pieces) == parse_tool_calls(source, request(tool_choice=choice))
 
 
-@given(st.text('<>/tool_call{}"\\ \nnameclock:arguments', max_size=200))
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ('{"answer": 42}', '{"a'),
+        ('{"x": 42}', '{"'),
+        ("[1, 2]", "["),
+        ("[ 1, 2]", "[ "),
+        ('["a"]', "["),
+        ("[TOOL] x", "[TOOL"),
+        ("{ }", "{ "),
+        ("{1: 2}", "{"),
+        ('{"name": "nobody"}', '{"name": "'),
+        ('{"name": "clock tower"}', '{"name": "clock'),
+        ('{"name": 5}', '{"name": '),
+        ('{"arguments": 5', '{"arguments": '),
+        ('{"name" "clock"}', '{"name" '),
+        ('{"name": "clock"} is one', '{"name": "clock"} '),
+        ('[{"name": "clock"}; {', '[{"name": "clock"}'),
+        ('{"parameters": {"a": 1]', '{"parameters": {"a": 1'),
+    ],
+)
+def test_what_cannot_be_a_call_any_more_is_given_out_at_once(text: str, held: str) -> None:
+    for more in (text[len(held)], text[len(held) :], text[len(held) :] + " and so on"):
+        parser = ToolParser(request())
+        assert parser.push(held) == [], "it may still become one"
+        assert parser.push(more) == [(held + more).rstrip()]
+        assert (
+            join([*parser.push(" the end"), *parser.finish()])[0]
+            == (held + more)[len((held + more).rstrip()) :] + " the end"
+        )
+
+
+@given(st.text('<>/tool_call{}[];,"\\ \nnameclock:arguments', max_size=200))
 def test_nothing_is_lost_of_a_text_without_calls(text: str) -> None:
     content, calls = parse_tool_calls(text, request())
     assert calls or content == text

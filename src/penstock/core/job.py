@@ -102,8 +102,8 @@ class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class ResponseFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the text of the reply has to be: any JSON object, JSON that obeys ``schema``, a text that the regular
-    expression ``pattern`` matches as a whole, one of the ``choices``, or one that the ``grammar`` (Lark or EBNF)
-    derives."""
+    expression ``pattern`` matches as a whole, one of the ``choices``, or what the ``grammar`` (Lark or EBNF) derives.
+    """
 
     type: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     schema: dict[str, Any] = {}
@@ -112,8 +112,11 @@ class ResponseFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     grammar: str = ""
 
     @property
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": "object"} if self.type == "json_object" else self.schema
+    def json_schema(self) -> dict[str, Any] | None:
+        """None: it need not be JSON."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return self.schema if self.type == "json_schema" else None
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -185,6 +188,17 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
                 raise InvalidRequest("Give at least one 'input' to embed.", param="input")
         elif len(given) != 1 or self.inputs is not None:
             raise InvalidRequest("Give exactly one of 'prompt' and 'messages'.", param="prompt")
+        if self.sampling.min_tokens > self.sampling.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.sampling.min_tokens}, more than max_tokens, which is {self.sampling.max_tokens}.",
+                param="min_tokens",
+            )
+        form = self.response_format
+        if form is not None and form.json_schema is None and self.callable_tools:
+            raise InvalidRequest(
+                f"A reply that has to be a {form.type} cannot call tools: leave one of the two out.",
+                param="response_format",
+            )
 
     @property
     def estimated_prompt_tokens(self) -> int:
@@ -211,11 +225,18 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         return tuple(tool for tool in self.tools if self.tool_name in (None, tool.name))
 
     @property
-    def guide(self) -> dict[str, Any] | None:
-        """The JSON schema that the text of each reply must obey; None where it is free.
+    def form(self) -> ResponseFormat | None:
+        """What the text of each reply has to be; None where it is free. This is all that an engine has to enforce."""
+        if self.response_format is not None and self.response_format.json_schema is None:
+            return self.response_format
+        return None if (schema := self.guide) is None else ResponseFormat("json_schema", schema)
 
-        This is all that an engine has to enforce: a response format is its schema, and a call that must be made is an
-        object with the tool's name and arguments. Where the model may call a tool, or answer in a format, it is either.
+    @property
+    def guide(self) -> dict[str, Any] | None:
+        """The JSON schema that the text of each reply must obey; None where it need not be JSON.
+
+        A response format is its schema, and a call that must be made is an object with the tool's name and arguments.
+        Where the model may call a tool, or answer in a format, it is either.
         """
         tools = self.callable_tools
         form = None if self.response_format is None else self.response_format.json_schema

@@ -71,6 +71,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Greedy replies are the same alone, in any batch and after a resume."""
     vocab_size: int = 0
     chat: bool = True
+    no_chat: str = ""
+    """Why it cannot chat, where it is not that it has no chat template."""
     unsupported: tuple[str, ...] = ()
     """Request fields this model's engine cannot honour; asking for one is a 400 ``unsupported``."""
     tasks: tuple[Task, ...] = ("generate",)
@@ -88,7 +90,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         if not self.may(request.task):
             raise Unsupported(f"{self.name} cannot {request.task}: it can {' and '.join(self.tasks)}.", param="model")
         if request.messages is not None and not self.chat:
-            raise Unsupported(f"{self.name} has no chat template: send a prompt instead.", param="messages")
+            reason = self.no_chat or f"{self.name} has no chat template"
+            raise Unsupported(f"{reason}: send a prompt instead.", param="messages")
         for field in self.unsupported:
             if (name := _asked_for(request, field)) is not None:
                 raise Unsupported(f"The {self.engine} engine of {self.name} cannot honour {name!r}.", param=name)
@@ -99,7 +102,7 @@ _NEUTRAL = Request(model="", prompt="")
 
 def _asked_for(request: Request, field: str) -> str | None:
     """The name under which *request* asks for *field*, if it does."""
-    if field == "response_format" and request.guide is not None:
+    if field == "response_format" and request.form is not None:
         return field if request.response_format is not None else "tool_choice"  # a call that must be made is a format
     given, neutral = (request, _NEUTRAL) if hasattr(request, field) else (request.sampling, _NEUTRAL.sampling)
     return field if getattr(given, field) != getattr(neutral, field) else None

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -26,13 +26,16 @@ import msgspec
 
 from penstock.core.errors import InvalidRequest
 from penstock.core.foreign import whole
-from penstock.core.job import Request, ToolCall
+from penstock.core.job import Request, ResponseFormat, ToolCall
 
 #: A schema's bounds: bytes of its JSON, and how deep that is nested (parsers downstream stop at 128).
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64
 #: An automaton for ``multipleOf`` has as many states as the number is large, in units of its last digit.
 MAX_MULTIPLE = 10_000
+#: Characters of a regular expression, and how many texts a reply may be chosen from.
+MAX_PATTERN = 4096
+MAX_CHOICES = 1024
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MISTRAL = "[TOOL_CALLS]"
@@ -74,6 +77,26 @@ def check_schema(schema: dict[str, Any], param: str) -> None:
             f"The schema's multipleOf values have a least common multiple above {MAX_MULTIPLE} (in units of their last "
             "digit); leave some of them out.",
             param=param,
+        )
+
+
+def check_form(form: ResponseFormat, param: str) -> None:
+    """Refuse a form other than JSON that is empty or too large; *param* names the field it came in.
+
+    Raises `InvalidRequest`. Whether it can be followed is for the engine to say.
+    """
+    size = len(form.pattern) + len(form.grammar) + sum(map(len, form.choices))
+    if form.json_schema is None and not (form.choices if form.type == "choice" else size):
+        raise InvalidRequest(f"The {form.type} is empty.", param=param)
+    if len(form.pattern) > MAX_PATTERN:
+        raise InvalidRequest(
+            f"The regular expression has {len(form.pattern)} characters; at most {MAX_PATTERN} are taken.", param=param
+        )
+    if len(form.choices) > MAX_CHOICES:
+        raise InvalidRequest(f"There are {len(form.choices)} choices; at most {MAX_CHOICES} are taken.", param=param)
+    if size > MAX_SCHEMA_BYTES:
+        raise InvalidRequest(
+            f"The {form.type} has {size} characters; at most {MAX_SCHEMA_BYTES} are taken.", param=param
         )
 
 
@@ -119,7 +142,8 @@ class ToolParser:
         self.calls = 0
         """How many calls there were so far."""
         self._state = self._forced if request.tool_choice == "required" else self._opening
-        self._scanned = 0  # of a call's text: how far its strings are known
+        self._shape = _Shape(self._names)
+        self._scanned = 0  # of a call's text: how far it is known
         self._in_string = False
         self._arguments: list[str] = []  # of the forced call
 
@@ -155,7 +179,11 @@ class ToolParser:
         return bool(start)
 
     def _whole(self, pieces: list[Piece]) -> bool:
-        return False
+        if self._shape.take(self._held[self._scanned :]):
+            self._scanned = len(self._held)
+            return False
+        self._state = self._text
+        return True
 
     def _text(self, pieces: list[Piece]) -> bool:
         found = self._held.find(BEGIN)
@@ -231,6 +259,148 @@ class ToolParser:
             if self._most is None or self.calls < self._most:
                 pieces.append(CallDelta(self.calls, call.name, call.arguments))
                 self.calls += 1
+
+
+_State = Callable[[str], Any]
+_SPACE = " \t\r\n"
+
+
+class _Shape:
+    """Whether a reply that begins like JSON may still be calls as a whole (see `_calls`), character by character.
+
+    Each state is what the next character may be, and gives the state behind it; None: it cannot be a call any more.
+    """
+
+    #: What a call may begin with.
+    KEYS = ("name", "arguments", "parameters", "id", "type")
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self._state: _State | None = self._start
+        self._word = ""  # a key, the tool's name, or what is left of a tag
+        self._key = ""
+        self._open = ""  # brackets that a value has open
+        self._behind: _State = self._between
+        self._named = False
+
+    def take(self, text: str) -> bool:
+        for char in text:
+            if self._state is None:
+                break
+            self._state = self._state(char)
+        return self._state is not None
+
+    def _start(self, char: str) -> _State | None:
+        return self._tag_or_list if char == "[" else self._calls(char) or (self._start if char.isspace() else None)
+
+    def _tag_or_list(self, char: str) -> _State | None:
+        if char != MISTRAL[1]:
+            return self._list(char)
+        self._word = MISTRAL[2:]
+        return self._tag
+
+    def _tag(self, char: str) -> _State | None:
+        if char != self._word[0]:
+            return None
+        self._word = self._word[1:]
+        return self._tag if self._word else self._tagged
+
+    def _tagged(self, char: str) -> _State | None:
+        return self._tagged if char in _SPACE else self._list if char == "[" else self._calls(char)
+
+    def _list(self, char: str) -> _State | None:
+        self._behind = self._item_end
+        return self._list if char in _SPACE else self._calls(char)
+
+    def _item_end(self, char: str) -> _State | None:
+        if char in _SPACE:
+            return self._item_end
+        return self._list if char == "," else self._end if char == "]" else None
+
+    def _end(self, char: str) -> _State | None:
+        return self._end if char in _SPACE else None
+
+    def _between(self, char: str) -> _State | None:
+        return self._between if char in f"{_SPACE};" else self._calls(char)
+
+    def _calls(self, char: str) -> _State | None:
+        self._named = False
+        return self._first_key if char == "{" else None
+
+    def _first_key(self, char: str) -> _State | None:
+        self._word = ""
+        return self._first_key if char in _SPACE else self._known_key if char == '"' else None
+
+    def _known_key(self, char: str) -> _State | None:
+        if char == '"':
+            return self._key_end(char) if self._word in self.KEYS else None
+        self._word += char
+        return self._known_key if any(key.startswith(self._word) for key in self.KEYS) else None
+
+    def _next_key(self, char: str) -> _State | None:
+        self._word = ""
+        return self._next_key if char in _SPACE else self._any_key if char == '"' else None
+
+    def _any_key(self, char: str) -> _State | None:
+        if char == '"':
+            return self._key_end(char)
+        self._word += char
+        return self._escaped(self._any_key) if char == "\\" else self._any_key
+
+    def _key_end(self, char: str) -> _State | None:
+        self._key, self._word = self._word, ""
+        return self._colon
+
+    def _colon(self, char: str) -> _State | None:
+        return self._colon if char in _SPACE else self._value if char == ":" else None
+
+    def _value(self, char: str) -> _State | None:
+        if char in _SPACE:
+            return self._value
+        if self._key == "name":
+            return self._name if char == '"' else None
+        if self._key in ("arguments", "parameters") and char not in '{"n':
+            return None
+        self._open = ""
+        return self._inside(char) if char in '{["' else self._scalar
+
+    def _name(self, char: str) -> _State | None:
+        if char == '"':
+            self._named = True
+            return self._value_end if self._word in self._names else None
+        self._word += char
+        return self._name if any(name.startswith(self._word) for name in self._names) else None
+
+    def _scalar(self, char: str) -> _State | None:
+        return self._scalar if char.isalnum() or char in "+-." else self._value_end(char)
+
+    def _inside(self, char: str) -> _State | None:
+        if char == '"':
+            return self._string
+        if char in "{[":
+            self._open += char
+        elif char in "}]":
+            if self._open[-1] != ("{" if char == "}" else "["):
+                return None
+            self._open = self._open[:-1]
+        return self._inside if self._open else self._value_end
+
+    def _string(self, char: str) -> _State | None:
+        if char == "\\":
+            return self._escaped(self._string)
+        if char != '"':
+            return self._string
+        return self._inside if self._open else self._value_end
+
+    def _escaped(self, behind: _State) -> _State:
+        return lambda char: behind
+
+    def _value_end(self, char: str) -> _State | None:
+        if char in _SPACE:
+            return self._value_end
+        if char == "}":
+            return self._behind if self._named else None
+        return self._next_key if char == "," else None
 
 
 #: The beginning of what `Request.guide` makes a model write.

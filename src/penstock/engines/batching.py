@@ -167,6 +167,7 @@ class ContinuousBatching:
             deterministic=deterministic,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            no_chat=text.no_chat,
             unsupported=() if text.has_token_bytes else ("response_format",),
             tasks=("generate", "tokenize", "score"),
         )
@@ -195,7 +196,7 @@ class ContinuousBatching:
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text, sampling = self._text, request.sampling
         prompt = text.encode_request(request)
-        text.check_bias(sampling)
+        text.check_ids(sampling)
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
         job = _Job(key, len(prompt))
         for choice, prefix in enumerate(prefixes):
@@ -295,7 +296,7 @@ class ContinuousBatching:
         self._drawn[slot] = len(sequence.reply.ids)
         reply = sequence.reply
         self._sampler.occupy(
-            slot, sequence.request.sampling, sequence.rng, sequence.prompt, reply.ids, guide=reply.guide
+            slot, sequence.request.sampling, sequence.rng, sequence.prompt, reply.ids, guide=reply.mask
         )
         self._prefilling.append(sequence)
 

@@ -1,31 +1,35 @@
-"""Replies that must obey a JSON schema (`Request.guide`): which tokens may come next.
+"""Replies that must have a form (`Request.form`): which tokens may come next.
 
-llguidance compiles the schema and reads the reply as bytes, so that a token may span any number of JSON's own. Special
-tokens are never allowed, except the end token where the JSON may end. White space is allowed where people put it, one
-space after a colon or a comma: a weak model that may write any amount of it writes nothing else.
+llguidance compiles the schema, regular expression or grammar and reads the reply as bytes, so that a token may span any
+number of JSON's own. Special tokens are never allowed, except the end token where the text may end. White space in JSON
+is allowed where people put it, one space after a colon or a comma: a weak model that may write any amount of it writes
+nothing else.
 """
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from functools import cached_property
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
 from penstock.core.errors import EngineError, InvalidRequest
-from penstock.core.job import Request
+from penstock.core.job import Request, ResponseFormat
+from penstock.core.tools import check_form
 from penstock.engines.text import Follows, TextModel
 
 Floats = npt.NDArray[np.float32]
 
-#: Compiled schemas that are kept.
+#: Compiled grammars that are kept.
 CACHED = 64
 #: Symbols of a grammar. The largest that fit took some 0.3 s to compile, with everybody else waiting.
 MAX_GRAMMAR = 50_000
+#: What a regular expression may cost to begin with. One that takes more took some 0.2 s to be refused.
+MAX_LEXER = 200_000
 
 WHITE_SPACE = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
@@ -39,12 +43,12 @@ class Guide:
         self._matcher = matcher
         self._endless = endless
         self.over = False
-        """Is the JSON complete, and nothing can follow?"""
+        """Is the text complete, and nothing can follow?"""
 
     @property
     def error(self) -> str | None:
         """Why it cannot go on: a step was too complex, or a token came that it had not allowed."""
-        return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
+        return _words(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def mask(self, logits: Floats) -> None:
         """Take the tokens that must not come next out of one row of logits."""
@@ -68,12 +72,15 @@ class Guide:
 
 
 class Guides:
-    """Compiles the schemas of one model's requests."""
+    """Compiles what the replies to one model's requests have to be."""
 
     def __init__(self, text: TextModel) -> None:
         self._text = text
         self._endless = not text.eos_ids
         self._limits = LLParserLimits(max_grammar_size=MAX_GRAMMAR, verbose_errors=False)
+        self._text_limits = LLParserLimits(
+            max_grammar_size=MAX_GRAMMAR, initial_lexer_fuel=MAX_LEXER, verbose_errors=False
+        )
         self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
 
     @cached_property
@@ -87,46 +94,78 @@ class Guides:
         return LLTokenizer(TokenizerWrapper(_Vocabulary(self._text, tokens, ends)), n_vocab=len(tokens), eos_token=ends)
 
     def begin(self, request: Request) -> Guide | None:
-        """For one choice of *request*; None where its text is free. Raises `InvalidRequest` for a schema that cannot be
+        """For one choice of *request*; None where its text is free. Raises `InvalidRequest` for a form that cannot be
         followed, in llguidance's words."""
-        schema = request.guide
-        if schema is None:
+        form = request.form
+        if form is None:
             return None
-        key = msgspec.json.encode(schema)
+        key = msgspec.json.encode(form)
         if (matcher := self._compiled.get(key)) is None:
-            matcher = self._compiled[key] = self._compile(schema, request)
+            matcher = self._compiled[key] = self._compile(form, request)
             if len(self._compiled) > CACHED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return Guide(matcher.deep_copy(), self._endless)
 
-    def _compile(self, schema: dict[str, Any], request: Request) -> LLMatcher:
-        # Nobody but us tells the compiler what to ignore.
-        plain = {name: part for name, part in schema.items() if name != "x-guidance"}
+    def _compile(self, form: ResponseFormat, request: Request) -> LLMatcher:
+        what, param = _NAMES[form.type], "response_format"
+        if request.response_format is None:
+            what, param = "A tool's parameters", "tools"
+        check_form(form, param)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(plain, overrides=WHITE_SPACE)  # type: ignore[arg-type]
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            limits = self._limits if form.type == "json_schema" else self._text_limits
+            matcher = LLMatcher(self._tokenizer, grammar_of(form), log_level=0, limits=limits)
             error = matcher.get_error()
-            if not error:  # one that nothing can satisfy shows at the first token only
-                first = matcher.deep_copy()
-                first.compute_bitmask()
-                error = first.get_error() or (first.is_stopped() and "nothing satisfies it") or ""
+            for _ in range(2):
+                # One that nothing can satisfy shows at the first token only; one that is too large at the next look.
+                if not error:
+                    first = matcher.deep_copy()
+                    first.compute_bitmask()
+                    error = first.get_error() or (first.is_stopped() and "nothing satisfies it") or ""
         except (ValueError, RecursionError) as failure:
             error = str(failure)
         if error:
-            what, param = (
-                ("The JSON schema", "response_format") if request.response_format else ("A tool's parameters", "tools")
-            )
-            message = error.splitlines()[0].removesuffix(".")
-            raise InvalidRequest(f"{what} cannot be followed here: {message}.", param=param)
+            raise InvalidRequest(f"{what} cannot be followed here: {_words(error)}.", param=param)
         return matcher
+
+
+_NAMES = {
+    "json_schema": "The JSON schema",
+    "regex": "The regular expression",
+    "choice": "The choices",
+    "grammar": "The grammar",
+}
+
+
+def grammar_of(form: ResponseFormat) -> str:
+    """A `Request.form` in llguidance's words. Raises `ValueError` for what is no grammar."""
+    if (schema := form.json_schema) is None:
+        return lark_of(form)
+    # Nobody but us tells the compiler what to ignore.
+    plain = {name: part for name, part in schema.items() if name != "x-guidance"}
+    return LLMatcher.grammar_from_json_schema(plain, overrides=WHITE_SPACE)  # type: ignore[arg-type]
+
+
+def lark_of(form: ResponseFormat) -> str:
+    """A form other than JSON as a grammar in Lark's syntax. Raises `ValueError` for what is no grammar."""
+    if form.type == "regex":
+        made = msgspec.json.decode(LLMatcher.grammar_from_regex(form.pattern))
+        return str(made["grammars"][0]["lark_grammar"])
+    if form.type == "choice":
+        return "start: " + " | ".join(map(json.dumps, form.choices))
+    return grammar_from("grammar", form.grammar)  # in Lark's own syntax, or Backus and Naur's
+
+
+def _words(error: str) -> str:
+    """What llguidance says, all of it but where in its own code it was."""
+    return error.partition("<backtrace>")[0].removesuffix("<non-verbose/>").strip().removesuffix(".")
 
 
 def followed(guide: Follows | None) -> EngineError | None:
     """What went wrong with a reply that has ended, if anything did."""
     if guide is None or (error := guide.error) is None:
         return None
-    return EngineError(f"The reply could not be held to its JSON schema any longer: {error}")
+    return EngineError(f"The reply could not be held to its form any longer: {error}")
 
 
 class _Vocabulary:

@@ -10,7 +10,7 @@ Each running sequence has a thread that waits in llama.cpp; those are woken once
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from penstock.core.job import Request
 from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
 from penstock.engines.backend import Progress, failed_output
-from penstock.engines.guide import Guide, Guides, followed
+from penstock.engines.guide import Guide, Guides, followed, lark_of
 from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, ThreadedBackend
 from penstock.engines.options import parse
@@ -46,6 +46,8 @@ from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel, we
 
 #: How llama.cpp writes JSON that obeys a schema.
 SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+#: What a grammar begins with, for llama.cpp, that its library for schemas reads.
+LARK = "%llguidance"
 #: An id for a token that llama.cpp did not tell: part of a character that never became one.
 UNTOLD = -1
 #: How many of the likeliest next tokens are looked at first for one that a schema allows.
@@ -143,6 +145,12 @@ class GgufText(TextModel):
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         return [well_formed(text)]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
+
+    tokens_of: Callable[[list[int | str]], list[int]]
+    """What llama.cpp makes of a prompt in pieces."""
+
+    def _cut(self, text: str) -> list[int]:
+        return self.tokens_of([text])
 
     def pieces(self, request: Request) -> list[int | str]:
         """The prompt for llama.cpp: ids, and texts that it tokenizes.
@@ -252,18 +260,20 @@ class LlamaBackend(ThreadedBackend):
             precision=precision,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            no_chat=text.no_chat,
             tasks=("generate", "tokenize"),
         )
         self.server = server
         self._key = key
         self.text = text
+        text.tokens_of = self._tokens_of
         self._guides = Guides(text)
         self._threads = ThreadPoolExecutor(options.slots, "sequence")
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text = self.text
         prompt = text.pieces(request)
-        text.check_bias(request.sampling)
+        text.check_ids(request.sampling)
         guides = [self._guides.begin(request) for _ in prefixes]
         prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
         self.jobs[key] = job = Choices(key, len(prefixes), prompt_tokens)
@@ -276,25 +286,25 @@ class LlamaBackend(ThreadedBackend):
             self._threads.submit(_Sequence(self, job, request, choice, reply, prefix, guide).run, prompt)
 
     def tokenize(self, request: Request) -> Tokenized:
-        ids = request.prompt_ids
-        if ids is None:  # xllamacpp has no call for this; llama.cpp's server, which listens in any case, has a route
-            asked = {
-                "content": self.text.pieces_to_tokenize(request),
-                "add_special": request.add_special_tokens,
-                "parse_special": True,
-            }
-            try:
-                answer = httpx.post(
-                    f"{self.server.listening_address}/tokenize",
-                    json=asked,
-                    headers={"Authorization": f"Bearer {self._key}"},
-                    timeout=TOKENIZE_TIMEOUT,
-                    trust_env=False,
-                )
-                ids = answer.raise_for_status().json()["tokens"]
-            except httpx.HTTPError as error:
-                raise EngineError(f"llama.cpp cannot tokenize this: {error}") from error
+        ids: Sequence[int] | None = request.prompt_ids
+        if ids is None:
+            ids = self._tokens_of(self.text.pieces_to_tokenize(request), request.add_special_tokens)
         return self.text.named(self.text.known(ids, "tokens"))
+
+    def _tokens_of(self, pieces: list[int | str], add_special: bool = False) -> list[int]:
+        """xllamacpp has no call for this; llama.cpp's server, which listens in any case, has a route."""
+        try:
+            answer = httpx.post(
+                f"{self.server.listening_address}/tokenize",
+                json={"content": pieces, "add_special": add_special, "parse_special": True},
+                headers={"Authorization": f"Bearer {self._key}"},
+                timeout=TOKENIZE_TIMEOUT,
+                trust_env=False,
+            )
+            ids: list[int] = answer.raise_for_status().json()["tokens"]
+        except httpx.HTTPError as error:
+            raise EngineError(f"llama.cpp cannot tokenize this: {error}") from error
+        return ids
 
 
 class _Sequence:
@@ -324,8 +334,10 @@ class _Sequence:
         self._guide = guide
         #: The reply so far, for a prompt that ends with it.
         self._said = [text if id == UNTOLD else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
-        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself.
-        self._here = guide is not None and bool(self._said)
+        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and it has no way to
+        #: forbid texts, or an end for a while.
+        sampling = request.sampling
+        self._here = bool((guide is not None and self._said) or sampling.bad_words or sampling.min_tokens)
 
     def run(self, prompt: list[int | str]) -> None:
         try:
@@ -345,11 +357,15 @@ class _Sequence:
     def _draw(self, prompt: list[int | str]) -> None:
         body = _body(self._request, self._choice, len(self._said))
         body["prompt"] = self._prompt(prompt)
-        if self._request.guide is not None:
+        if (form := self._request.form) is not None:
             # It has the same library for this as we have, in a version to which separators are no patterns, and which
-            # knows less; where it has no grammar for a schema, it draws freely. What it allows counts only where ours
+            # knows less; where it cannot compile something, it draws freely. What it allows counts only where ours
             # allows it too.
-            body["json_schema"] = {**self._request.guide, "x-guidance": SEPARATORS}
+            if (schema := form.json_schema) is not None:
+                body["json_schema"] = {**schema, "x-guidance": SEPARATORS}
+            else:
+                grammar = lark_of(form)
+                body["grammar"] = grammar if grammar.startswith(LARK) else f"{LARK} {{}}\n{grammar}"
         self._behind = len(self._said)
         self._seen = 0  # tokens that it has drawn so far
         self._server.handle_completions(body, self._take)
@@ -396,18 +412,20 @@ class _Sequence:
     # ------------------------------------------------------------------------------------ drawn here
 
     def _choose(self, prompt: list[int | str]) -> None:
-        text, sampling, reply, guide = self._text, self._request.sampling, self._reply, self._guide
+        text, sampling, reply, mask = self._text, self._request.sampling, self._reply, self._reply.mask
         sampler = Sampler(1, text.vocab_size)
         key = stream_key(sampling.seed, self._choice)
         # Log-probabilities are llama.cpp's own: those of a few candidates would not add up.
         unlogged = msgspec.structs.replace(sampling, logprobs=None)
-        sampler.occupy(0, unlogged, key, reply=reply.ids, guide=guide)
+        sampler.occupy(0, unlogged, key, reply=reply.ids, guide=mask)
+        # A few may be enough, but not where an unlikely one may be raised, or what the guide leaves is a choice of few.
+        few = not sampling.logit_bias and (self._guide is None or mask is self._guide)
         while reply.finish is None and not self._job.over:
-            for count in (CANDIDATES, text.vocab_size):
+            for count in (CANDIDATES, text.vocab_size) if few else (text.vocab_size,):
                 own, prompt_tokens = self._candidates(self._prompt(prompt), count)
                 allowed = own[0].copy()
-                if guide is not None:
-                    guide.mask(allowed)
+                if mask is not None:
+                    mask.mask(allowed)
                 if np.isfinite(allowed).any():
                     break
             (token,), _ = sampler.draw(own.copy(), np.zeros(1, np.int64), np.array([len(reply.ids) + 1]))
@@ -417,6 +435,8 @@ class _Sequence:
                 best = [(int(id), float(own[0, id])) for id in likeliest]
                 logprobs = [text.logprob(token, float(own[0, token]), best)]
             self._push([token], logprobs, prompt_tokens - len(self._said))
+            if reply.finish is None and prompt_tokens + 1 >= text.context_length:
+                reply.end("length")
         self._end()
 
     def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int]:
@@ -515,7 +535,7 @@ def _body(request: Request, choice: int, before: int) -> dict[str, Any]:
         "repeat_penalty": sampling.repetition_penalty,
         "seed": stream_key(sampling.seed, choice * MAX_REPLY + before) & 0x7FFFFFFF,
         "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
-        "ignore_eos": sampling.ignore_eos and request.guide is None,
+        "ignore_eos": sampling.ignore_eos and request.form is None,
         # The ids of tokens come with their probabilities. Those after sampling are cheap, the model's own are not.
         "n_probs": max(1, sampling.logprobs or 0),
         "post_sampling_probs": sampling.logprobs is None,

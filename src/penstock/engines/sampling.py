@@ -3,7 +3,7 @@
 The random number of a token depends on nothing but (seed, choice, position in the reply), and each row is computed by
 itself: from the same logits a sequence draws the same tokens alone, in any batch, and after a resume.
 
-Order, as in vLLM: bias, penalties, the guide's mask, temperature, top_k, top_p (of what top_k left), min_p. Every one
+Order, as in vLLM: bias, penalties, the reply's mask, temperature, top_k, top_p (of what top_k left), min_p. Every one
 of the last three keeps the tokens above some value, so together they are one threshold per row. Reported
 log-probabilities are the model's own, before all of this.
 """
@@ -87,7 +87,7 @@ class _Adjustment:
 
 
 class Mask(Protocol):
-    """Forbids tokens (`penstock.engines.guide.Guide`)."""
+    """Forbids tokens (`penstock.engines.guide.Guide`, `penstock.engines.text.Bans`)."""
 
     def mask(self, logits: Floats) -> None:
         """Set the logits of tokens that must not be drawn to -inf, in one row; never all of them."""

@@ -87,7 +87,7 @@ class StaticBatching(ThreadedBackend):
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         text = self.text
         prompt = text.encode_request(request)
-        text.check_bias(request.sampling)
+        text.check_ids(request.sampling)
         limit = min(request.sampling.max_tokens, text.context_length - len(prompt))
         job = Choices(key, len(prefixes), len(prompt))
         rows = []

@@ -64,7 +64,17 @@ class SyntheticBackend:
             engine="synthetic",
             context_length=CONTEXT,
             deterministic=True,
-            unsupported=("logit_bias", "logprobs", "response_format", "seed", "stop", "tools"),
+            unsupported=(
+                "bad_words",
+                "logit_bias",
+                "logprobs",
+                "min_tokens",
+                "response_format",
+                "seed",
+                "stop",
+                "stop_token_ids",
+                "tools",
+            ),
         )
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:

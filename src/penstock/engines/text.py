@@ -18,6 +18,10 @@ from typing import Any, NoReturn, Protocol
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import numpy as np
+import structlog
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -26,6 +30,8 @@ from penstock.core.events import Logprob, TopLogprob
 from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tasks import Tokenized
 from penstock.core.tools import finish_reason
+
+log = structlog.get_logger("penstock.engine")
 
 #: Context length when no file tells one.
 DEFAULT_CONTEXT = 2048
@@ -227,18 +233,43 @@ class Follows(Protocol):
     def mask(self, logits: Any) -> None: ...
 
 
+class Bans:
+    """Tokens that a reply must not go on with: its ends before it has ``min_tokens``, and the last token of a text that
+    it must not have. Never all that its guide leaves: the guide comes first."""
+
+    def __init__(self, reply: Reply, least: int, ends: Iterable[int], spellings: Iterable[Sequence[int]]) -> None:
+        """*spellings*: the forbidden texts in tokens."""
+        self._reply = reply
+        self._least = least
+        self._ends = sorted(ends)
+        self._spellings = [(list(spelling[:-1]), spelling[-1]) for spelling in spellings]
+
+    def mask(self, logits: Any) -> None:
+        if self._reply.guide is not None:
+            self._reply.guide.mask(logits)
+        ids = self._reply.ids
+        banned = [last for before, last in self._spellings if not before or ids[-len(before) :] == before]
+        if len(ids) < self._least:
+            banned += self._ends
+        values = logits[banned]
+        logits[banned] = -np.inf
+        if not np.isfinite(logits).any():
+            logits[banned] = values
+
+
 class Reply:
     """One choice of one request, as its tokens come.
 
     ``finish`` is None until the reply has ended. *limit* is the number of tokens it may have, counted from its start.
     Construct it with the logged *prefix* of an earlier attempt to continue that attempt's reply. A *request* with tools
     ends with ``tool_calls`` when the reply has calls. A *guide* is told of every token, and ends the reply once nothing
-    more can follow.
+    more can follow. *bad_words* are the sampling's in tokens.
     """
 
     __slots__ = (
         "_detokenizer",
         "_ends",
+        "_least",
         "_limit",
         "_request",
         "_stops",
@@ -246,6 +277,7 @@ class Reply:
         "finish",
         "guide",
         "ids",
+        "mask",
         "push_text",
     )
 
@@ -259,18 +291,25 @@ class Reply:
         *,
         request: Request | None = None,
         guide: Follows | None = None,
+        bad_words: Iterable[Sequence[int]] = (),
     ) -> None:
         self._detokenizer = detokenizer
         self.push_text = detokenizer.push
         self._request = request if request is not None and request.callable_tools else None
         self._texts: list[str] = []
         self.guide = guide
-        self._ends: frozenset[int] = frozenset() if sampling.ignore_eos and guide is None else eos_ids
+        ends: frozenset[int] = frozenset() if sampling.ignore_eos and guide is None else eos_ids
+        self._ends = ends.union(sampling.stop_token_ids)
+        self._least = sampling.min_tokens
         self._stops = StopStrings(sampling.stop) if sampling.stop else None
         self._limit = limit
         self.ids: list[int] = []
         self.finish: str | None = None
         """None, or a reason as `penstock.core.job.FinishReason` has them."""
+        self.mask: Follows | Bans | None = guide
+        """Takes out of one row of logits what must not come next; None where everything may."""
+        if sampling.min_tokens or sampling.bad_words:
+            self.mask = Bans(self, sampling.min_tokens, self._ends, bad_words)
         for token in prefix:
             if self.finish is None:
                 self.push(token)
@@ -312,7 +351,7 @@ class Reply:
             self.finish = "stop"
             return self._rest("")
         text = self.push_text(token)
-        if self._stops is not None:
+        if self._stops is not None and len(ids) > self._least:
             text, stopped = self._stops.push(text)
             if stopped:
                 self.finish = "stop"
@@ -359,12 +398,30 @@ def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %} … {% endgeneration %}``: what the model wrote, for those who train it. Shown as it is."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012 (Jinja's own type)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # With a scope of its own, as in Hugging Face's library: what is set inside is not seen behind it.
+        return jinja2.nodes.CallBlock(self.call_method("_show"), [], [], body).set_lineno(line)
+
+    def _show(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
 class ChatTemplate:
-    """A model's own Jinja template, in a sandbox: operators choose models, but models come from the internet."""
+    """A model's own Jinja template, in a sandbox: operators choose models, but models come from the internet.
+
+    Raises `ModelLoadError` for one that cannot be read.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -372,9 +429,11 @@ class ChatTemplate:
         self._variables = dict(variables)
         self.takes_tools = "tools" in source
         """Does it show tools and their calls? `with_tools_as_text` is for those that do not."""
+        self.takes_developers = "developer" in source
+        """Does it know that role? `with_developers_as_system` is for those that do not."""
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ModelLoadError(f"The model's chat template cannot be read: {error}") from error
 
     def render(
@@ -459,6 +518,19 @@ def with_tools_as_text(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mappi
     return plain
 
 
+def with_developers_as_system(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation for a template that has no such role, and would leave out what a developer says."""
+    plain: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] != "developer":
+            plain.append(dict(turn))
+        elif plain and plain[-1]["role"] == "system":  # many templates take one system message only
+            plain[-1]["content"] += f"\n\n{turn['content']}"
+        else:
+            plain.append({**turn, "role": "system"})
+    return plain
+
+
 def _texts(value: Any) -> Iterator[str]:
     """Every string of a value of JSON's kinds, names included."""
     if isinstance(value, str):
@@ -495,7 +567,7 @@ def _token_string(value: Any) -> str | None:
 def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")
     source = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):  # several named ones: [{"name": "default", "template": …}, …]
         named = {entry["name"]: entry["template"] for entry in source}
@@ -559,7 +631,15 @@ class TextModel:
 
         strings = sorted((token.content for id, token in added.items() if token.special), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
-        self._chat = None if chat_template is None else ChatTemplate(chat_template, self._names)
+        self._chat: ChatTemplate | None = None
+        self.no_chat = ""
+        """Why it cannot chat, where its template cannot be read."""
+        if chat_template is not None:
+            try:
+                self._chat = ChatTemplate(chat_template, self._names)
+            except ModelLoadError as error:
+                self.no_chat = error.message
+                log.warning("no_chat", reason=error.message)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> TextModel:
@@ -653,14 +733,14 @@ class TextModel:
         """How many special tokens *ids* end with."""
         return next((i for i, id in enumerate(reversed(ids)) if id not in self._special), len(ids))
 
-    def check_bias(self, sampling: Sampling) -> None:
-        """Raises `InvalidRequest` for a biased token beyond the vocabulary."""
-        for token in sampling.logit_bias:
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequest(
-                    f"logit_bias names token {token}; this model's ids are 0 … {self.vocab_size - 1}.",
-                    param="logit_bias",
-                )
+    def check_ids(self, sampling: Sampling) -> None:
+        """Raises `InvalidRequest` for a token beyond the vocabulary."""
+        for param in ("logit_bias", "stop_token_ids"):
+            for token in getattr(sampling, param):
+                if not 0 <= token < self.vocab_size:
+                    raise InvalidRequest(
+                        f"{param} names token {token}; this model's ids are 0 … {self.vocab_size - 1}.", param=param
+                    )
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt, with the special tokens that the tokenizer puts around a text."""
@@ -681,8 +761,13 @@ class TextModel:
         is tokenized in pieces, cut at the marks. Text without special tokens is not touched.
         """
         if self._chat is None:
-            raise Unsupported("This model has no chat template: give 'prompt' instead of 'messages'.", param="messages")
+            raise Unsupported(
+                f"{self.no_chat or 'This model has no chat template'}: give 'prompt' instead of 'messages'.",
+                param="messages",
+            )
         turns, shown = turns_of(messages), [_tool_view(tool) for tool in tools]
+        if not self._chat.takes_developers:
+            turns = with_developers_as_system(turns)
         if not self._chat.takes_tools:
             turns, shown = with_tools_as_text(turns, shown), []
         texts = [*_texts(turns), *_texts(shown)]
@@ -762,7 +847,25 @@ class TextModel:
     def reply(self, request: Request, limit: int, prefix: Iterable[int] = (), guide: Follows | None = None) -> Reply:
         """One choice of *request*, at most *limit* tokens, behind what an earlier attempt logged of it."""
         detokenizer = self.detokenizer(continuing=request.messages is None or request.continue_final)
-        return Reply(detokenizer, request.sampling, self.eos_ids, limit, prefix, request=request, guide=guide)
+        sampling = request.sampling
+        return Reply(
+            detokenizer,
+            sampling,
+            self.eos_ids,
+            limit,
+            prefix,
+            request=request,
+            guide=guide,
+            bad_words=[spelling for word in sampling.bad_words for spelling in self.spellings(word)],
+        )
+
+    def spellings(self, text: str) -> list[list[int]]:
+        """*text* in tokens, at a text's beginning and behind a space."""
+        text = text.strip()
+        return [ids for each in (text, f" {text}") if (ids := self._cut(each))]
+
+    def _cut(self, text: str) -> list[int]:
+        return self._tokenize(text, special=False)
 
     @property
     def has_token_bytes(self) -> bool:

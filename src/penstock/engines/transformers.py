@@ -453,7 +453,7 @@ class _Generate:
         for i, row in enumerate(rows):
             ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
             mask[i, width - len(row.ids) :] = 1
-            self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids, row.reply.guide)
+            self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids, row.reply.mask)
         draw = _Draw(rows, self._sampler)
         with torch.inference_mode():
             self._model.generate(
@@ -554,6 +554,7 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         precision=network.precision,
         vocab_size=text.vocab_size,
         chat=text.has_chat_template,
+        no_chat=text.no_chat,
         unsupported=() if text.has_token_bytes else ("response_format",),
         tasks=("generate", "tokenize"),
     )

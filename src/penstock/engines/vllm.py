@@ -26,9 +26,10 @@ import psutil
 
 from penstock.core.errors import EngineError, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.events import Logprob, Prefix
-from penstock.core.job import Request
+from penstock.core.job import Request, ResponseFormat
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
+from penstock.core.tools import check_form
 from penstock.engines.backend import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.options import one_of, parse
@@ -97,8 +98,8 @@ class Core(Protocol):
     """Can it be told which tokens of a prompt are the reply's (see `sampling_params`)?"""
 
     def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
-        """Begin a sequence. *guide*: the JSON schema it must obey, or None; the last *logged* tokens of *prompt* are
-        the reply's beginning. Raises ValueError for what vLLM refuses."""
+        """Begin a sequence. *guide*: what it must obey, as arguments of vLLM's ``StructuredOutputsParams``, or None;
+        the last *logged* tokens of *prompt* are the reply's beginning. Raises ValueError for what vLLM refuses."""
         ...
 
     def abort(self, ids: list[str]) -> None: ...
@@ -119,8 +120,12 @@ def sampling_params(
         "max_tokens": limit - len(prefix),
         "temperature": sampling.temperature,
         "ignore_eos": True,  # vLLM knows one end token; the model may have several
-        "stop_token_ids": sorted(ends),
+        "stop_token_ids": sorted(ends.union(sampling.stop_token_ids)),
     }
+    if (least := sampling.min_tokens - len(prefix)) > 0:
+        params["min_tokens"] = least
+    if sampling.bad_words:
+        params["bad_words"] = list(sampling.bad_words)
     if sampling.temperature > 0:
         params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
         if sampling.seed is not None:
@@ -144,6 +149,17 @@ def sampling_params(
     if sampling.logprobs is not None:
         params["logprobs"] = sampling.logprobs
     return params
+
+
+def _guide(form: ResponseFormat) -> dict[str, Any]:
+    """A `Request.form` as arguments of vLLM's ``StructuredOutputsParams``. Raises `InvalidRequest` for an empty or too
+    large one."""
+    check_form(form, "response_format")
+    if (schema := form.json_schema) is not None:
+        return {"json": schema}
+    if form.type == "choice":
+        return {"choice": list(form.choices)}
+    return {"regex": form.pattern} if form.type == "regex" else {"grammar": form.grammar}
 
 
 # ------------------------------------------------------------------------------------------ the backend
@@ -192,6 +208,7 @@ class VLLMBackend:
             precision=precision,
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
+            no_chat=text.no_chat,
             tasks=("generate", "tokenize"),
         )
         self._text = text
@@ -203,15 +220,16 @@ class VLLMBackend:
     # ---------------------------------------------------------------------------- Backend
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
-        text, sampling, guide = self._text, request.sampling, request.guide
+        text, sampling, form = self._text, request.sampling, request.form
+        guide = None if form is None else _guide(form)
         prompt = text.encode_request(request)
-        text.check_bias(sampling)
+        text.check_ids(sampling)
         if guide is not None:
             if not text.eos_ids:
                 raise Unsupported(
-                    "This model has no end token, so it cannot end a JSON reply.", param="response_format"
+                    "This model has no end token, so it cannot end a reply of a given form.", param="response_format"
                 )
-            # The grammar allows nothing but the end token once the JSON is complete.
+            # The grammar allows nothing but the end token once the text is complete.
             sampling = msgspec.structs.replace(sampling, ignore_eos=False)
         ends = frozenset() if sampling.ignore_eos else text.eos_ids
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
@@ -322,7 +340,7 @@ class VLLMBackend:
         self._drop(job)
         if job.guided and reason == "error":
             error = EngineError(
-                "vLLM cannot follow this JSON schema: it has no grammar for it, or what was already written of the "
+                "vLLM cannot hold the reply to its form: it has no grammar for it, or what was already written of the "
                 "reply does not obey it."
             )
         else:
@@ -368,7 +386,7 @@ class VLLMCore:
     def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
         given = self._params(**params, **self._fixed)
         if guide is not None:
-            given.structured_outputs = self._guide(json=guide)
+            given.structured_outputs = self._guide(**guide)
         try:
             inner = self._engine.add_request(id, self._tokens_input(prompt), given)
         except self._refusal as error:
@@ -400,7 +418,7 @@ def _advanced(compiling: Any, id: str, tokens: list[int]) -> Future[Any]:
         try:
             grammar = compiled.result()
             if not all(grammar.accept_tokens(id, [token]) for token in tokens):  # as they were drawn
-                raise ValueError("The logged beginning of the reply does not obey its JSON schema.")
+                raise ValueError("The logged beginning of the reply does not have its form.")
             result.set_result(grammar)
         except Exception as error:
             result.set_exception(error)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -86,6 +87,18 @@ def task_lease(
     request = Request(model=engine.models[0].name, task=task, **fields)
     return Lease(Job(id="job", tenant="t", request=request), attempt, list(prefix), list(texts))
 
+
+#: Fields that an engine may not be able to honour, and something to ask of each.
+FIELDS: dict[str, Any] = {
+    "seed": 1,
+    "stop": ("x",),
+    "logit_bias": {7: 1.0},
+    "logprobs": 1,
+    "response_format": ResponseFormat("json_object"),
+    "min_tokens": 1,
+    "stop_token_ids": (7,),
+    "bad_words": ("x",),
+}
 
 #: A past call whose arguments write half a character, as a reply has it that was cut there.
 HALF = (
@@ -499,15 +512,12 @@ class EngineContract(TaskContract):
         assert str(context) in bad.finish.error.message
         assert len(good.ids) == 24
 
-    @pytest.mark.parametrize("field", ["seed", "stop", "logit_bias", "logprobs", "response_format"])
+    @pytest.mark.parametrize("field", FIELDS)
     async def test_what_it_declares_unsupported_it_refuses(self, engine: Engine, field: str) -> None:
         """A job may have been accepted before anything was known of its model."""
         if field not in engine.models[0].unsupported:
             pytest.skip("this engine honours it")
-        asked: dict[str, Any] = {"seed": 1, "stop": ("x",), "logit_bias": {7: 1.0}, "logprobs": 1}
-        form = ResponseFormat("json_object") if field == "response_format" else None
-        given = {field: asked[field]} if form is None else {}
-        (result,) = await run(engine, lease(engine, response_format=form, **given))
+        (result,) = await run(engine, lease(engine, **{field: FIELDS[field]}))
         assert result.finish is not None
         assert result.finish.error is not None
         assert (result.finish.error.code, result.finish.error.param) == ("unsupported", field)
@@ -649,6 +659,101 @@ class EngineContract(TaskContract):
         assert content is None
         assert call.name == "look_up"
         assert_obeys(call.arguments)
+
+    # ------------------------------------------------------------------------------------ replies of another form
+
+    @pytest.mark.parametrize(
+        ("form", "right"),
+        [
+            (ResponseFormat("regex", pattern=r"[A-Z][a-z]{2,9}é\d{3}"), r"[A-Z][a-z]{2,9}é\d{3}"),
+            (ResponseFormat("choice", choices=("yes, it is", 'no "🚰"', "perhaps\n")), 'yes, it is|no "🚰"|perhaps\n'),
+            (ResponseFormat("grammar", grammar='start: "<" N ("," N){1,3} ">"\nN: /[0-9]/'), "<[0-9](,[0-9]){1,3}>"),
+            (ResponseFormat("grammar", grammar='root ::= "a" ("b" | "c")+ "d"'), "a[bc]+d"),
+        ],
+        ids=["regex", "choice", "lark", "gbnf"],
+    )
+    async def test_a_guided_reply_of_another_form(self, engine: Engine, form: ResponseFormat, right: str) -> None:
+        needs(engine, "response_format")
+        settings: dict[str, Any] = {"max_tokens": 200, "response_format": form}
+        for wanted in ({"temperature": 0.9, "seed": 3}, {"stop": ("no such words",)}):
+            (whole,) = await run(engine, lease(engine, **settings, **wanted))
+            if whole.finish != Finish(("length",)):
+                assert whole.finish == Finish(("stop",))
+                assert re.fullmatch(right, whole.text)
+            for cut in sorted({1, len(whole.ids) // 2}):
+                if not self.guided_replies_resume:
+                    break
+                logged: dict[str, Any] = {"prefix": whole.ids[:cut], "texts": whole.texts[:cut], "attempt": 2}
+                (rest,) = await run(engine, lease(engine, **settings, **wanted, **logged))
+                if rest.finish != Finish(("length",)):
+                    assert re.fullmatch(right, "".join(whole.texts[:cut]) + rest.text)
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            ResponseFormat("regex", pattern="(?<=a)b"),
+            ResponseFormat("regex", pattern="(a{1000}){1000}"),
+            ResponseFormat("choice", choices=()),
+            ResponseFormat("grammar", grammar="start: nobody"),
+            ResponseFormat("grammar", grammar='root ::= "a" ('),
+        ],
+        ids=["look-behind", "too large", "none", "unknown name", "broken"],
+    )
+    async def test_a_guided_reply_of_a_form_that_is_none(self, engine: Engine, form: ResponseFormat) -> None:
+        needs(engine, "response_format")
+        refused, good = await run(engine, lease(engine, response_format=form), lease(engine))
+        assert refused.finish is not None
+        assert refused.finish.error is not None
+        assert (refused.finish.error.code, refused.finish.error.param) == ("invalid_request", "response_format")
+        assert good.finish == Finish(("length",))
+
+    # ------------------------------------------------------------------------------------ where a reply may end
+
+    async def test_no_end_before_min_tokens(self, engine: Engine) -> None:
+        needs(engine, "min_tokens", "stop_token_ids")
+        (free,) = await run(engine, lease(engine, max_tokens=30))
+        end, stop = free.ids[2], free.text[:2]
+        first = free.ids.index(end)
+        settings: dict[str, Any] = {"max_tokens": 30, "stop_token_ids": (end,)}
+        at_once, later, words = await run(
+            engine,
+            lease(engine, **settings),
+            lease(engine, min_tokens=12, **settings),
+            lease(engine, max_tokens=30, min_tokens=12, stop=(stop,)),
+        )
+        assert at_once.ids == free.ids[: first + 1]
+        assert at_once.text == "".join(free.texts[:first])
+        assert at_once.finish is not None
+        assert at_once.finish.finish_reasons == ("stop",)
+        assert end not in later.ids[:12]
+        assert len(later.ids) > 12
+        assert len(words.ids) >= 12
+        assert words.text.startswith(stop)
+        if engine.models[0].deterministic:
+            for cut in (1, 5, 11, 13):
+                logged: dict[str, Any] = {"prefix": later.ids[:cut], "texts": later.texts[:cut], "attempt": 2}
+                (rest,) = await run(engine, lease(engine, min_tokens=12, **settings, **logged))
+                assert later.ids[:cut] + rest.ids == later.ids
+
+    async def test_bad_words_are_not_written(self, engine: Engine) -> None:
+        needs(engine, "bad_words")
+        (free,) = await run(engine, lease(engine, max_tokens=40))
+        bad = tuple(word for word in re.findall(r"\w+", free.text)[:8])
+        (result,) = await run(engine, lease(engine, max_tokens=40, bad_words=bad))
+        found = [entry for entry in re.findall(r" (\w+)(?= )", result.text) if entry in bad]
+        assert result.text != free.text
+        assert len(found) < len([entry for entry in re.findall(r" (\w+)(?= )", free.text) if entry in bad])
+        if engine.models[0].deterministic:
+            logged: dict[str, Any] = {"prefix": result.ids[:9], "texts": result.texts[:9], "attempt": 2}
+            (rest,) = await run(engine, lease(engine, max_tokens=40, bad_words=bad, **logged))
+            assert result.ids[:9] + rest.ids == result.ids
+
+    async def test_ids_to_stop_at_are_the_models(self, engine: Engine) -> None:
+        needs(engine, "stop_token_ids")
+        (result,) = await run(engine, lease(engine, stop_token_ids=(10_000_000,)))
+        assert result.finish is not None
+        assert result.finish.error is not None
+        assert (result.finish.error.code, result.finish.error.param) == ("invalid_request", "stop_token_ids")
 
     # ------------------------------------------------------------------------------------ tokens
 

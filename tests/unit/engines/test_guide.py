@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models as tiny
+from llguidance import LLMatcher
 
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
+from penstock.core.schema import FORMATS
 from penstock.engines.guide import Guide, Guides, followed
 from penstock.engines.models import BUNDLED
 from penstock.engines.sampling import Sampler
@@ -153,6 +156,83 @@ def test_what_cannot_be_followed_is_refused(schema: dict[str, Any]) -> None:
             Request(model="m", messages=(Message("user", "?"),), tools=(tool,), tool_choice="required")
         )
     assert caught.value.param == "tools"
+
+
+def test_the_librarys_words_are_not_cut() -> None:
+    with pytest.raises(InvalidRequest, match="look-ahead and look-behind, is not supported"):
+        Guides(MODELS["millrace"]).begin(guided({"type": "string", "pattern": "^(?=a)b"}))
+    with pytest.raises(InvalidRequest, match='unknown name: "nobody"'):
+        Guides(MODELS["millrace"]).begin(formed("grammar", grammar="start: nobody"))
+    with pytest.raises(InvalidRequest, match="panic") as caught:
+        Guides(MODELS["millrace"]).begin(formed("grammar", grammar="start: <|end|>"))
+    assert "unknown>" not in caught.value.message, "where it was in its own code is of no use"
+
+
+def test_the_formats_that_grammars_know_are_all_that_there_are() -> None:
+    """A format that a grammar knows is followed; so every one that is not in `FORMATS` must be unknown to it."""
+    others = ("idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex", "uri-reference")
+    guides = Guides(MODELS["millrace"])
+    for name in (*FORMATS, *others, "uri-template", "relative-json-pointer", "password", "int32"):
+        grammar = LLMatcher.grammar_from_json_schema({"type": "string", "format": name})
+        error = LLMatcher.validate_grammar(grammar, guides._tokenizer)
+        assert (error == "") is (name in FORMATS), (name, error)
+        assert guides.begin(guided({"type": "string", "format": name})) is not None
+
+
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"type": "regex", "pattern": r"\d{3}-[a-f]+/x"}, r"\d{3}-[a-f]+/x"),
+    ({"type": "regex", "pattern": "^(yes|no)$"}, "yes|no"),
+    ({"type": "choice", "choices": ("a", "ab", 'b"\\/\n', "🚰 \u2028")}, 'a|ab|b"\\\\/\n|🚰 \u2028'),
+    ({"type": "grammar", "grammar": 'start: "x" N\nN: /[0-9]{2}/'}, "x[0-9]{2}"),
+    ({"type": "grammar", "grammar": 'root ::= "x" n n\nn ::= [0-9]'}, "x[0-9]{2}"),
+    ({"type": "grammar", "grammar": 'start: %json {"const": [1]}'}, r"\[\s*1\s*\]"),
+]
+
+
+def formed(type: Any, **fields: Any) -> Request:
+    return Request(model="m", prompt="", response_format=ResponseFormat(type, **fields))
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
+@pytest.mark.parametrize(("fields", "right"), FORMS)
+def test_any_draw_has_the_form(model: TextModel, fields: dict[str, Any], right: str) -> None:
+    for seed in range(4):
+        whole = walk(model, formed(**fields), seed, 2000)
+        assert whole.finish == "stop"
+        assert re.fullmatch(right, text_of(model, whole.ids))
+        for cut in (1, len(whole.ids) // 2):
+            rest = walk(model, formed(**fields), seed, 2000, whole.ids[:cut])
+            assert re.fullmatch(right, text_of(model, rest.ids))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "regex"},
+        {"type": "regex", "pattern": "("},
+        {"type": "regex", "pattern": r"\bword\b"},
+        {"type": "regex", "pattern": "(a{1000}){1000}"},
+        {"type": "regex", "pattern": "a" * 5000},
+        {"type": "choice"},
+        {"type": "choice", "choices": ("x",) * 2000},
+        {"type": "choice", "choices": ("x" * 70_000,)},
+        {"type": "grammar"},
+        {"type": "grammar", "grammar": "hello"},
+        {"type": "grammar", "grammar": "root ::= (" * 2000},
+    ],
+)
+def test_a_form_that_cannot_be_followed_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Guides(MODELS["millrace"]).begin(formed(**fields))
+    assert caught.value.param == "response_format"
+
+
+def test_a_form_that_is_no_json_cannot_be_had_beside_tools() -> None:
+    form = ResponseFormat("choice", choices=("a",))
+    messages = (Message("user", "?"),)
+    with pytest.raises(InvalidRequest, match="tools"):
+        Request(model="m", messages=messages, tools=(Tool("f"),), response_format=form)
+    Request(model="m", messages=messages, tools=(Tool("f"),), tool_choice="none", response_format=form)
 
 
 def test_what_nothing_satisfies_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import select
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,38 @@ def test_it_listens_for_nobody(backend: LlamaBackend) -> None:
     assert "127.0.0.1" in url
     reply = httpx.post(f"{url}/completion", json={"prompt": "x"}, timeout=10)
     assert reply.status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ({"type": "string", "format": "uri", "maxLength": 20}, r'"[A-Za-z][A-Za-z0-9+.-]*:.*"'),
+        ({"type": "array", "items": {"format": "uri", "type": "string", "maxLength": 9}, "maxItems": 2}, r"\[.*\]"),
+        ({"type": "string", "format": "password", "maxLength": 5}, r'".{0,5}"'),
+    ],
+)
+def test_what_its_own_library_cannot_compile_is_guided_here(
+    backend: LlamaBackend, capfd: pytest.CaptureFixture[str], schema: dict[str, Any], pattern: str
+) -> None:
+    form = ResponseFormat("json_schema", schema)
+    for sampling in (Sampling(max_tokens=80, temperature=1.0, seed=2), Sampling(80, temperature=0, logprobs=1)):
+        outputs = generate(backend, Request("m", prompt="Once", sampling=sampling, response_format=form))
+        _, text = told(outputs)
+        assert outputs[-1].finish is not None
+        assert outputs[-1].finish.finish_reasons == ("stop",)
+        assert re.fullmatch(pattern, text)
+        json.loads(text)
+    assert ("llg error" in capfd.readouterr().err) == ("uri" in json.dumps(schema)), "does it still not know it?"
+
+
+def test_a_reply_that_is_drawn_here_ends_where_the_context_does(backend: LlamaBackend) -> None:
+    sampling = Sampling(max_tokens=300, temperature=0.0, ignore_eos=True, min_tokens=300)
+    outputs = generate(backend, Request("m", prompt="Once upon a time", sampling=sampling))
+    ids, _ = told(outputs)
+    assert outputs[0].prompt_tokens is not None
+    assert len(ids) + outputs[0].prompt_tokens == 256
+    assert outputs[-1].finish is not None
+    assert outputs[-1].finish.finish_reasons == ("length",)
 
 
 def test_a_call_that_breaks_costs_its_job_alone(backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,3 +320,15 @@ def test_options_are_read_strictly(
     monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
     with pytest.raises(ModelLoadError, match=words):
         loaded(folder, **options)
+
+
+@pytest.mark.parametrize("template", [b"{% for %}", b"{{ '\xff' }}{% generation %}", b"{{ messages | nobody }}"])
+def test_a_folder_whose_chat_template_cannot_be_read_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: bytes
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    folder = tiny.llama(tmp_path / "tiny")
+    (folder / "chat_template.jinja").write_bytes(template)
+    backend = loaded(folder)
+    assert (backend.info.chat, "cannot be read" in backend.info.no_chat) == (False, True)
+    assert generate(backend, request(sampling=Sampling(max_tokens=3, ignore_eos=True)))

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.job import Message, Request, Sampling
-from penstock.engines.text import Reply, StopStrings, TextModel
+from penstock.core.ports import ModelInfo
+from penstock.engines.text import ChatTemplate, Reply, StopStrings, TextModel
 
 MODELS = {
     "byte level": TextModel(tiny.byte_level()),
@@ -280,9 +281,58 @@ def test_whatever_a_template_does_is_a_refusal(template: str) -> None:
         model.encode_chat([Message("user", "hi")])
 
 
-def test_a_template_that_is_not_jinja_does_not_load() -> None:
-    with pytest.raises(ModelLoadError, match="chat template"):
-        TextModel(tiny.byte_level(), chat_template="{% for %}")
+@pytest.mark.parametrize("template", ["{% for %}", "{% generation %}", "{{ x |nosuchfilter }}", "{" * 3 + "%" * 9])
+def test_a_template_that_cannot_be_read_costs_chat_and_nothing_else(template: str) -> None:
+    model = TextModel(tiny.byte_level(), config={"max_position_embeddings": 99}, chat_template=template)
+    assert not model.has_chat_template
+    assert model.encode_request(Request("m", prompt="hi"))
+    info = ModelInfo(name="m", engine="e", context_length=9, chat=model.has_chat_template, no_chat=model.no_chat)
+    for refuse in (info.check, model.encode_request):
+        with pytest.raises(Unsupported, match=r"chat template cannot be read: .+: (send|give)") as caught:
+            refuse(Request("m", messages=(Message("user", "hi"),)))
+        assert caught.value.param == "messages"
+
+
+GENERATION = (
+    "{% set ns = namespace(n=0) %}{% for m in messages %}\n  {%- if m.role == 'assistant' %}\n"
+    "{% generation %}\n  {%- set ns.n = ns.n + 1 %}{% set x = 1 %}{{ m.content }}<{{ ns.n }}>\n  {% endgeneration %}\n"
+    "{% else %}{{ m.content | trim }}{{ x is defined }}\n{% endif %}"
+    "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    "{{ {'é': ['<&>']} | tojson(indent=1) }}{{ strftime_now('%Y') | length }}"
+)
+
+
+def test_a_template_is_rendered_as_the_models_makers_do() -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}] * 2
+    theirs = utils._compile_jinja_template(GENERATION).render(messages=messages, add_generation_prompt=True, tools=None)
+    assert ChatTemplate(GENERATION, {}).render(messages) == theirs
+
+
+def test_what_was_generated_is_shown_as_it_is() -> None:
+    rendered = ChatTemplate(GENERATION, {}).render([{"role": "assistant", "content": "b"}] * 2)
+    assert "b<1>" in rendered
+    assert "b<2>" in rendered
+
+
+PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "right"),
+    [
+        (PLAIN, ("developer", "user"), "[system] 0\n[user] 1\n"),
+        (PLAIN, ("system", "developer", "user"), "[system] 0\n\n1\n[user] 2\n"),
+        (PLAIN, ("user", "developer"), "[user] 0\n[system] 1\n"),
+        (PLAIN, ("developer", "developer", "user"), "[system] 0\n\n1\n[user] 2\n"),
+        (PLAIN + "{# developer #}", ("developer", "user"), "[developer] 0\n[user] 1\n"),
+        ("{{ messages[0].content if messages[0].role == 'system' }}", ("developer", "user"), "0"),
+    ],
+)
+def test_what_a_developer_says_does_not_vanish(template: str, roles: tuple[str, ...], right: str) -> None:
+    model = TextModel(tiny.byte_level(), chat_template=template)
+    messages = [Message(role, str(i)) for i, role in enumerate(roles)]
+    assert model.tokenizer.decode(model.encode_chat(messages)) == right
 
 
 def test_tojson_is_plain_json_and_loops_have_controls() -> None:

@@ -382,10 +382,13 @@ async def test_what_is_neutral_is_not_sent(engine_of: MakeEngine) -> None:
     await server.start()
     engine = await engine_of(server)
     assert set(engine.backend.info.unsupported) == {
+        "bad_words",
         "ignore_eos",
         "input_type",
         "min_p",
+        "min_tokens",
         "repetition_penalty",
+        "stop_token_ids",
         "top_k",
     }
     await engine.run(ask(temperature=1.0, stop=("END",), logit_bias={5: 1.5}))
@@ -393,6 +396,58 @@ async def test_what_is_neutral_is_not_sent(engine_of: MakeEngine) -> None:
     await server.stop()
     assert set(body) == {"model", "prompt", "max_tokens", "stream", "stream_options", "stop", "logit_bias"}
     assert body["logit_bias"] == {"5": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("owner", "form", "sent"),
+    [
+        ("vllm", ResponseFormat("regex", pattern="a+"), {"structured_outputs": {"regex": "a+"}}),
+        ("penstock", ResponseFormat("choice", choices=("a", "b")), {"structured_outputs": {"choice": ["a", "b"]}}),
+        ("vllm", ResponseFormat("grammar", grammar='start: "a"'), {"structured_outputs": {"grammar": 'start: "a"'}}),
+        ("llamacpp", ResponseFormat("choice", choices=('"', "é\n")), {"grammar": 'root ::= "\\"" | "é\\n"'}),
+        ("llamacpp", ResponseFormat("grammar", grammar='root ::= "a"'), {"grammar": 'root ::= "a"'}),
+        ("llamacpp", ResponseFormat("grammar", grammar='start: "a"'), None),
+        ("llamacpp", ResponseFormat("regex", pattern="a+"), None),
+        ("somebody", ResponseFormat("choice", choices=("a",)), None),
+    ],
+)
+async def test_a_form_is_sent_in_the_servers_words_or_refused(
+    engine_of: MakeEngine, owner: str, form: ResponseFormat, sent: dict[str, Any] | None
+) -> None:
+    server = Upstream(owner)
+    await server.start()
+    engine = await engine_of(server)
+    outputs = await engine.run(chat(response_format=form))
+    await server.stop()
+    if sent is None:
+        assert (error_of(outputs).code, error_of(outputs).param) == ("unsupported", "response_format")
+        assert not server.bodies
+    else:
+        assert {name: server.bodies[0][name] for name in sent} == sent
+
+
+@pytest.mark.parametrize(
+    ("owner", "role"), [("vllm", "system"), ("llamacpp", "system"), ("penstock", "developer"), ("openai", "developer")]
+)
+async def test_what_a_developer_says_is_not_lost_in_a_template(engine_of: MakeEngine, owner: str, role: str) -> None:
+    server = Upstream(owner)
+    await server.start()
+    engine = await engine_of(server)
+    await engine.run(chat(Message("developer", "Be brief."), Message("user", "?")))
+    await server.stop()
+    assert [message["role"] for message in server.bodies[0]["messages"]] == [role, "user"]
+
+
+async def test_where_a_reply_may_end_is_sent_as_far_as_it_is_open(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(servers[0])
+    request = ask(min_tokens=6, stop_token_ids=(7, 9), bad_words=("oh",))
+    await engine.run(request, [Prefix([1, 2], WORDS[:2])])
+    body = servers[0].bodies[0]
+    assert (body["min_tokens"], body["stop_token_ids"], body["bad_words"]) == (4, [7, 9], ["oh"])
+    await engine.run(ask())
+    assert not {"min_tokens", "stop_token_ids", "bad_words"} & set(servers[0].bodies[1])
 
 
 async def test_the_key_is_sent_and_never_shown(

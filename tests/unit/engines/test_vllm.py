@@ -15,9 +15,9 @@ import pytest
 from tests.unit.engines import vllm_recording as recording
 from tests.unit.engines.vllm_recording import SCENARIOS, Played, play
 
-from penstock.core.errors import ModelLoadError
+from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
-from penstock.core.job import Request, Sampling
+from penstock.core.job import Request, ResponseFormat, Sampling
 from penstock.core.ports import ModelInfo, Output
 from penstock.engines.models import BUNDLED
 from penstock.engines.options import parse
@@ -259,3 +259,29 @@ def test_where_vllm_is_missing_the_error_says_what_to_install(monkeypatch: pytes
     monkeypatch.setattr("penstock.engines.vllm._prepare_environment", lambda: None)
     with pytest.raises(ModelLoadError, match=r"pip install 'penstock\[vllm\]'"):
         load("millrace", None, {}, lambda what, fraction: None)
+
+
+def test_ends_and_bad_words_go_to_vllm() -> None:
+    asked = params(min_tokens=10, stop_token_ids=(5, 9), bad_words=("oh", "no"))
+    assert (asked["min_tokens"], asked["stop_token_ids"], asked["bad_words"]) == (10, [2, 5, 9], ["oh", "no"])
+    assert params(4, min_tokens=10)["min_tokens"] == 6, "what is logged counts"
+    assert "min_tokens" not in params(10, min_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("form", "guide"),
+    [
+        (ResponseFormat("json_object"), {"json": {"type": "object"}}),
+        (ResponseFormat("regex", pattern="a+"), {"regex": "a+"}),
+        (ResponseFormat("choice", choices=("a", "b")), {"choice": ["a", "b"]}),
+        (ResponseFormat("grammar", grammar='start: "a"'), {"grammar": 'start: "a"'}),
+    ],
+)
+def test_forms_go_to_vllm_in_its_words(form: ResponseFormat, guide: dict[str, Any]) -> None:
+    core = Recorded([["add", "1-0", [5], None, guide, 0, None]])
+    asked: list[Any] = []
+    core.add = lambda id, prompt, params, guide, logged: asked.append(guide)  # type: ignore[method-assign]
+    backend(core).add(1, Request("m", prompt_ids=(5,), response_format=form), [Prefix()], 1)
+    assert asked == [guide]
+    with pytest.raises(InvalidRequest, match="empty"):
+        backend(core).add(2, Request("m", prompt_ids=(5,), response_format=ResponseFormat("choice")), [Prefix()], 1)

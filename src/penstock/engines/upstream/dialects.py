@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from penstock.core.errors import (
     Unsupported,
 )
 from penstock.core.foreign import Malformed, Mismatch, decode, whole
-from penstock.core.job import Message, Request, Task, Tool
+from penstock.core.job import Message, Request, ResponseFormat, Task, Tool
 from penstock.engines.upstream.stream import Reply, as_count
 
 
@@ -36,9 +37,21 @@ class Dialect:
 
 
 DIALECTS = {
-    "openai": Dialect("openai", unsupported=("ignore_eos", "input_type", "min_p", "repetition_penalty", "top_k")),
+    "openai": Dialect(
+        "openai",
+        unsupported=(
+            "bad_words",
+            "ignore_eos",
+            "input_type",
+            "min_p",
+            "min_tokens",
+            "repetition_penalty",
+            "stop_token_ids",
+            "top_k",
+        ),
+    ),
     "vllm": Dialect("vllm", tells_ids=True, begun_chat=True, unsupported=("input_type",)),
-    "llama": Dialect("llama", begun_chat=True, unsupported=("input_type",)),
+    "llama": Dialect("llama", begun_chat=True, unsupported=("bad_words", "input_type", "min_tokens", "stop_token_ids")),
     "penstock": Dialect("penstock", tells_ids=True, begun_chat=True),
 }
 OWNERS = {"penstock": "penstock", "vllm": "vllm", "llamacpp": "llama"}
@@ -126,7 +139,9 @@ def body(
     }
     text = "" if by_ids else "".join(reply.texts)
     if request.messages is not None:
-        sent |= chat(request, text) | _tools(dialect, request)
+        # Servers that render with the model's own template would lose what it does not know.
+        developer = "system" if dialect.name in ("vllm", "llama") else "developer"
+        sent |= chat(request, text, developer) | _tools(dialect, request)
     elif by_ids:
         prompt = request.prompt_ids if request.prompt_ids is not None else reply.prompt_ids
         sent["prompt"] = [*(prompt or ()), *reply.ids]
@@ -141,6 +156,8 @@ def body(
         sent["timings_per_token"] = True
     sent |= _format(dialect, request)
     sent |= _sampling(dialect, request, context)
+    if (least := sampling.min_tokens - len(reply.ids)) > 0:
+        sent["min_tokens"] = least
     if sampling.seed is not None:
         sent["seed"] = _seed(sampling.seed, choice, len(reply.ids))
         if dialect.name == "llama":
@@ -148,9 +165,10 @@ def body(
     return sent
 
 
-def chat(request: Request, text: str) -> dict[str, Any]:
-    """The messages, and that the last one is the reply's beginning, where it is (*text* goes on with it)."""
-    messages = [_message(message) for message in request.messages or ()]
+def chat(request: Request, text: str, developer: str = "system") -> dict[str, Any]:
+    """The messages, and that the last one is the reply's beginning, where it is (*text* goes on with it). *developer*:
+    what the server calls that role."""
+    messages = [_message(message, developer) for message in request.messages or ()]
     sent: dict[str, Any] = {"messages": messages}
     if request.continue_final:
         messages[-1]["content"] = (messages[-1]["content"] or "") + text
@@ -164,12 +182,26 @@ def chat(request: Request, text: str) -> dict[str, Any]:
 def _format(dialect: Dialect, request: Request) -> dict[str, Any]:
     if (wanted := request.response_format) is None:
         return {}
+    if wanted.json_schema is None:
+        return _text_format(dialect, wanted)
     if dialect.name == "llama" and request.messages is None:
         return {"json_schema": wanted.json_schema}
     if wanted.type == "json_object":
         return {"response_format": {"type": "json_object"}}
     schema = {"name": "reply", "strict": True, "schema": wanted.schema}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+def _text_format(dialect: Dialect, wanted: ResponseFormat) -> dict[str, Any]:
+    """A form that is not JSON. llama.cpp takes its own kind of grammar; OpenAI's API has nothing like it."""
+    value: Any = {"regex": wanted.pattern, "choice": list(wanted.choices), "grammar": wanted.grammar}[wanted.type]
+    if dialect.tells_ids:  # vLLM, and Penstock
+        return {"structured_outputs": {wanted.type: value}}
+    if dialect.name == "llama" and wanted.type == "choice":
+        return {"grammar": "root ::= " + " | ".join(json.dumps(each, ensure_ascii=False) for each in value)}
+    if dialect.name == "llama" and wanted.type == "grammar" and "::=" in value:
+        return {"grammar": value}
+    raise Unsupported(f"The upstream server cannot hold a reply to this {wanted.type}.", param="response_format")
 
 
 def _tools(dialect: Dialect, request: Request) -> dict[str, Any]:
@@ -199,8 +231,9 @@ def tool_views(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     ]
 
 
-def _message(message: Message) -> dict[str, Any]:
-    sent: dict[str, Any] = {"role": message.role, "content": message.content}
+def _message(message: Message, developer: str) -> dict[str, Any]:
+    role = developer if message.role == "developer" else message.role
+    sent: dict[str, Any] = {"role": role, "content": message.content}
     if message.tool_calls:
         sent["content"] = message.content or None
         sent["tool_calls"] = [
@@ -240,6 +273,9 @@ def _sampling(dialect: Dialect, request: Request, context: int) -> dict[str, Any
         sent["ignore_eos"] = True  # what must be JSON ends where the JSON ends
     if sampling.stop:
         sent["stop"] = list(sampling.stop)
+    for name in ("stop_token_ids", "bad_words"):
+        if values := getattr(sampling, name):
+            sent[name] = list(values)
     if sampling.logit_bias:
         sent["logit_bias"] = {str(token): value for token, value in sampling.logit_bias.items()}
     if sampling.logprobs is not None:

@@ -95,7 +95,8 @@ class EventSequence:
     def token(self, text: str, logprob: Logprob | None) -> str:
         """One token; with tools nothing but the parser knows what of its text can be given out."""
         if logprob is not None:
-            self._unsaid.append(logprob_view(text, logprob))
+            count = self._job.request.sampling.logprobs or 0
+            self._unsaid.append(logprob_view(text, logprob, count))
         if self._parser is not None:
             return self._pieces(self._parser.push(text))
         return self._delta(text) if text or self._unsaid else ""
@@ -228,11 +229,20 @@ class EventSequence:
         )
 
 
-def logprob_view(text: str, logprob: Logprob) -> dict[str, Any]:
-    def entry(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+def logprob_view(text: str, logprob: Logprob, count: int) -> dict[str, Any]:
+    """A token with its *count* alternatives, itself among them. *text*: what it completed, for logs that have nothing
+    of the token itself."""
 
-    return {**entry(text, logprob.logprob), "top_logprobs": [entry(top.text, top.logprob) for top in logprob.top]}
+    def entry(text: str, data: bytes | None, logprob: float) -> dict[str, Any]:
+        return {"token": text, "bytes": list(data or text.encode()), "logprob": logprob}
+
+    top = logprob.top
+    if len(top) > count > 0:  # the chosen one stands behind the likeliest
+        top = (*top[: count - 1], top[-1])
+    return {
+        **entry(text if logprob.text is None else logprob.text, logprob.data, logprob.logprob),
+        "top_logprobs": [entry(each.text, each.data, each.logprob) for each in top],
+    }
 
 
 def error_event(error: PenstockError, number: int) -> str:

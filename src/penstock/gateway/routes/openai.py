@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from itertools import groupby
@@ -15,6 +17,7 @@ from penstock.core.events import Completion, Ended, Event, Logprob, TokenLogprob
 from penstock.core.job import Job, MaxTokens, ModelName, OptionalIdentifier, Priority, Request, TopLogprobs, Usage
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.http import Call, json_reply
+from penstock.gateway.responses.stream import logprob_view
 from penstock.gateway.routes.bodies import (
     ChatMessages,
     Operation,
@@ -142,9 +145,9 @@ async def respond(call: Call, body: OpenAIBody, request: Request, dialect: type[
     writer = dialect(job, include_usage=usage, token_ids=body.return_token_ids)
     if body.stream:
         after = call.last_event_id or 0
-        if after and isinstance(writer, ToolDialect):
+        if after and writer.looks_back:
             writer.after, writer.replay = after, partial(call.gateway.broker.tail, job.tenant, job.id)
-            if job.status.terminal and after == job.tokens + 1:
+            if isinstance(writer, ToolDialect) and job.status.terminal and after == job.tokens + 1:
                 after -= 1  # the end once more: its position is on more than the last block
         return await call.gateway.stream(call.gateway.follow(job, after), writer.render)
     completion = await call.gateway.fold(job, call.gone)
@@ -160,6 +163,8 @@ class Dialect:
     object = ""
     chunk_object = ""
     prefix = ""
+    looks_back = False
+    """Does what a chunk says depend on the tokens before it?"""
 
     positions = True
     """Are there ``id:``s?"""
@@ -169,6 +174,9 @@ class Dialect:
         self.include_usage = include_usage
         self.token_ids = token_ids
         self.id = self.prefix + job.id.removeprefix("job_")
+        self.after = 0
+        """What the reader has seen; ``replay`` gives the log from its beginning, to know where that leaves off."""
+        self.replay: Callable[[], AsyncIterator[Event]] | None = None
         model = json_string(job.request.model)
         created = int(job.created_at)
         self._head = f'{{"id":"{self.id}","object":"{self.chunk_object}","created":{created},"model":{model},'
@@ -182,7 +190,7 @@ class Dialect:
         retry = "retry: 1000\n"
         first = True
         try:
-            async for event in events:
+            async for event in self._from_the_beginning(events):
                 if isinstance(event, Ended):
                     yield (retry + self._end(event, first)).encode()
                     return
@@ -194,6 +202,30 @@ class Dialect:
                     retry = ""
         except LogRewound as error:  # the store lost what this reader was given
             yield f"{retry}data: {ascii_json({'error': error.info})}\n\n".encode()
+
+    async def _from_the_beginning(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        """*events*, after everything before them has been looked at."""
+        async for event in events:
+            if self.replay is not None:
+                await self._catch_up(self.replay())
+                self.replay = None
+            yield event
+
+    async def _catch_up(self, events: AsyncIterator[Event]) -> None:
+        try:
+            async for event in events:
+                if isinstance(event, Ended):
+                    return
+                for i in range(min(len(event.ids), self.after - event.position + 1)):
+                    choice = event.choices[i] if event.choices is not None else 0
+                    self._look_at(choice, event.ids[i], event.texts[i], _at(event.logprobs, i))
+                if event.last >= self.after:
+                    return
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    def _look_at(self, choice: int, token: int, text: str, logprob: Logprob | None) -> None:
+        """Of a token that the reader has seen, what matters for those behind it."""
 
     def run(self, run: Tokens) -> str:
         """The chunks of some more tokens."""
@@ -299,7 +331,7 @@ class ChatDialect(Dialect):
         )
 
     def _delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None) -> str:
-        extra = f',"logprobs":{ascii_json(_chat_logprobs(logprobs))}' if logprobs else ""
+        extra = f',"logprobs":{ascii_json(self._logprobs(logprobs))}' if logprobs else ""
         return f'{{"index":{index},"delta":{{"content":{json_string(text)}}}{extra},"finish_reason":null}}'
 
     def _finish(self, index: int, reason: str) -> str:
@@ -310,55 +342,36 @@ class ChatDialect(Dialect):
         return {
             "index": index,
             "message": {"role": "assistant", **self._message(index, text), "refusal": None, "annotations": []},
-            "logprobs": _chat_logprobs(logprobs) if logprobs else None,
+            "logprobs": self._logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
         }
 
     def _message(self, index: int, text: str) -> dict[str, Any]:
         return {"content": text}
 
+    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
+        count = self.job.request.sampling.logprobs or 0
+        return {"content": [logprob_view(text, logprob, count) for _, text, logprob in tokens if logprob]}
+
 
 class ToolDialect(ChatDialect):
     """Chat with tools: what a chunk says of a reply depends on all of its text so far."""
 
     empty = "null"
+    looks_back = True
 
     def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
         super().__init__(job, include_usage=include_usage, token_ids=token_ids)
         self._parsers = [ToolParser(job.request) for _ in range(job.request.n)]
-        self.after = 0
-        """What the reader has seen; ``replay`` gives the log from its beginning, to know where that leaves off."""
-        self.replay: Callable[[], AsyncIterator[Event]] | None = None
 
-    async def render(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-        async for block in super().render(self._from_the_beginning(events)):
-            yield block
-
-    async def _from_the_beginning(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-        """*events*, after everything before them has gone through the parsers."""
-        async for event in events:
-            if self.replay is not None:
-                await self._catch_up(self.replay())
-                self.replay = None
-            yield event
-
-    async def _catch_up(self, events: AsyncIterator[Event]) -> None:
-        try:
-            async for event in events:
-                if isinstance(event, Ended):
-                    return
-                for i in range(min(len(event.ids), self.after - event.position + 1)):
-                    self._parsers[event.choices[i] if event.choices is not None else 0].push(event.texts[i])
-                if event.last >= self.after:
-                    return
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
+    def _look_at(self, choice: int, token: int, text: str, logprob: Logprob | None) -> None:
+        self._parsers[choice].push(text)
 
     def _delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None) -> str:
         delta = self._parts(index, self._parsers[index].push(text))
         if not (delta or logprobs or self.token_ids):
             return ""
-        extra = f',"logprobs":{ascii_json(_chat_logprobs(logprobs))}' if logprobs else ""
+        extra = f',"logprobs":{ascii_json(self._logprobs(logprobs))}' if logprobs else ""
         return f'{{"index":{index},"delta":{ascii_json(delta)}{extra},"finish_reason":null}}'
 
     def _parts(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
@@ -404,13 +417,23 @@ class TextDialect(Dialect):
     first = 0
     """The index of this prompt's first choice."""
 
+    def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
+        super().__init__(job, include_usage=include_usage, token_ids=token_ids)
+        self.looks_back = job.request.sampling.logprobs is not None
+        self._places: defaultdict[int, _Places] = defaultdict(_Places)
+
     def opening(self, n: int, text: str, ids: list[int], logprobs: list[TokenLogprob]) -> str:
         """The chunk with which *n* choices begin that echo their prompt."""
         delta = self._with_ids
         return self.chunk("[" + ",".join(delta(self._delta(i, text, logprobs or None), ids) for i in range(n)) + "]")
 
+    def _look_at(self, choice: int, token: int, text: str, logprob: Logprob | None) -> None:
+        if logprob is not None:
+            self._places[choice].next(text, logprob)
+
     def _delta(self, index: int, text: str, logprobs: list[TokenLogprob] | None) -> str:
-        extra = f',"logprobs":{ascii_json(_text_logprobs(logprobs))}' if logprobs else ',"logprobs":null'
+        entries = _text_logprobs(logprobs, self._places[index]) if logprobs else None
+        extra = f',"logprobs":{ascii_json(entries)}'
         return f'{{"index":{self.first + index},"text":{json_string(text)}{extra},"finish_reason":null}}'
 
     def _finish(self, index: int, reason: str) -> str:
@@ -421,7 +444,7 @@ class TextDialect(Dialect):
         return {
             "index": self.first + index,
             "text": text,
-            "logprobs": _text_logprobs(logprobs) if logprobs else None,
+            "logprobs": _text_logprobs(logprobs, _Places()) if logprobs else None,
             "finish_reason": reason,
         }
 
@@ -430,27 +453,39 @@ def _at(logprobs: list[Logprob | None] | None, i: int) -> Logprob | None:
     return logprobs[i] if logprobs is not None else None
 
 
-def _chat_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
-    def entry(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+class _Places:
+    """Where the tokens of a choice are in the text that they make, in characters."""
 
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def next(self, text: str, logprob: Logprob | None) -> int:
+        """Where the token begins that comes next. (Its own text, or of older logs what it completed.)"""
+        place = self._offset
+        data = logprob.data if logprob is not None else None
+        self._offset += len(self._decoder.decode(data or _own(text, logprob).encode()))
+        return place
+
+
+def _own(text: str, logprob: Logprob | None) -> str:
+    """A token's own text, where it is known: else the one that it completed."""
+    return text if logprob is None or logprob.text is None else logprob.text
+
+
+def _text_logprobs(tokens: list[TokenLogprob], places: _Places) -> dict[str, Any]:
     return {
-        "content": [
-            {**entry(text, logprob.logprob), "top_logprobs": [entry(top.text, top.logprob) for top in logprob.top]}
-            for _, text, logprob in tokens
-            if logprob is not None
-        ]
+        "tokens": [_own(text, logprob) for _, text, logprob in tokens],
+        "token_logprobs": [None if logprob is None else logprob.logprob for _, _, logprob in tokens],
+        "top_logprobs": [None if logprob is None else _best(text, logprob) for _, text, logprob in tokens],
+        "text_offset": [places.next(text, logprob) for _, text, logprob in tokens],
     }
 
 
-def _text_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
-    offsets, offset = [], 0
-    for _, text, _logprob in tokens:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": [text for _, text, _ in tokens],
-        "token_logprobs": [logprob and logprob.logprob for _, _, logprob in tokens],
-        "top_logprobs": [logprob and {top.text: top.logprob for top in logprob.top} for _, _, logprob in tokens],
-        "text_offset": offsets,
-    }
+def _best(text: str, logprob: Logprob) -> dict[str, float]:
+    """The likeliest tokens by their texts, and the one that was drawn. Of several with one text it is the likeliest."""
+    best: dict[str, float] = {}
+    for other in sorted(logprob.top, key=lambda each: -each.logprob):
+        best.setdefault(other.text, other.logprob)
+    best.setdefault(_own(text, logprob), logprob.logprob)
+    return best
