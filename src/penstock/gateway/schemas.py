@@ -773,7 +773,7 @@ class FunctionCallOutputItem(Answer, tag_field="type", tag="function_call_output
 class ResponseFailure(Answer):
     """``code`` is one of OpenAI's."""
 
-    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt", "context_length_exceeded"]
     message: str
     type: str
     param: str | None

@@ -231,7 +231,11 @@ class TestTheSequence:
     @pytest.mark.parametrize(
         ("error", "code"),
         [
-            (ErrorInfo("Too long.", "invalid_request_error", "messages", "context_length_exceeded"), "invalid_prompt"),
+            (
+                ErrorInfo("Too long.", "invalid_request_error", "messages", "context_length_exceeded"),
+                "context_length_exceeded",
+            ),
+            (ErrorInfo("Not so.", "invalid_request_error", "messages", "invalid_request"), "invalid_prompt"),
             (ErrorInfo("Full.", "rate_limit_error", None, "overloaded"), "rate_limit_exceeded"),
             (ErrorInfo("Killed engines.", "server_error", None, "poisoned"), "server_error"),
         ],
@@ -242,6 +246,7 @@ class TestTheSequence:
         assert last["type"] == "response.failed"
         assert last["response"]["error"]["code"] == code
         assert last["response"]["error"]["message"] == error.message
+        assert last["response"]["error"]["param"] == {"messages": "input"}.get(error.param or "")
         assert last["response"]["output"] == []
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from penstock.core.errors import ErrorInfo, InvalidRequest
+from penstock.core.errors import ContextLengthExceeded, ErrorInfo, InvalidRequest
 from penstock.core.events import Ended
 from penstock.core.job import Job, Message, Priority, Status, ToolCall, Usage
 
@@ -258,12 +258,19 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
+def as_told(error: ErrorInfo) -> ErrorInfo:
+    """An error by the name that this API has for a conversation."""
+    return msgspec.structs.replace(error.shown, param="input") if error.param == "messages" else error.shown
+
+
 def _error(error: ErrorInfo) -> dict[str, Any]:
     """OpenAI's codes are a closed list; what we know besides is in the message, the type and the job."""
-    if error.type == "invalid_request_error":
+    if error.code == ContextLengthExceeded.code:
+        code = ContextLengthExceeded.code  # it is none of the list, but what OpenAI sends and clients look for
+    elif error.type == "invalid_request_error":
         code = "invalid_prompt"
     elif error.type == "rate_limit_error":
         code = "rate_limit_exceeded"
     else:
         code = "server_error"
-    return {"code": code, "message": error.message, "type": error.type, "param": error.param}
+    return {"code": code, "message": error.message, "type": error.type, "param": as_told(error).param}

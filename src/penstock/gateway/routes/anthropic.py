@@ -13,7 +13,15 @@ from msgspec import Meta
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from penstock.core.errors import STATUS_OF_CODE, ErrorInfo, InvalidRequest, LogRewound, PenstockError, Unsupported
+from penstock.core.errors import (
+    STATUS_OF_CODE,
+    ContextLengthExceeded,
+    ErrorInfo,
+    InvalidRequest,
+    LogRewound,
+    PenstockError,
+    Unsupported,
+)
 from penstock.core.events import Ended, Event
 from penstock.core.job import (
     Identifier,
@@ -495,7 +503,12 @@ _TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_erro
 def _error(error: ErrorInfo, status: int, request_id: str) -> dict[str, Any]:
     """A failure as Anthropic's clients know it: ours in an envelope, its ``type`` one of theirs."""
     kind = error.type if error.type != "server_error" else "api_error"
-    told: dict[str, Any] = msgspec.structs.asdict(error) | {"type": _TYPES.get(status, kind)}
+    told: dict[str, Any] = msgspec.to_builtins(error.shown) | {"type": _TYPES.get(status, kind)}
+    if error.code == ContextLengthExceeded.code:  # by these words clients know it
+        counted = (
+            f"{error.tokens} tokens > {error.limit - 1} maximum" if error.tokens and error.limit else error.message
+        )
+        told["message"] = f"prompt is too long: {counted}"
     if error.param == "thread":  # by this the SDK's tool runner knows that it has to go on without one
         told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return {"type": "error", "error": told, "request_id": request_id}

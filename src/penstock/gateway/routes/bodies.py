@@ -161,8 +161,8 @@ class JsonSchemaBody(msgspec.Struct, frozen=True):
 
 
 class ResponseFormatBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the reply has to be. ``regex`` has a ``pattern``, ``grammar`` a ``grammar``; a ``schema`` may come as itself,
-    as other servers have it, beside ``json_object`` also."""
+    """What the reply has to be. ``regex`` has a ``pattern``, ``grammar`` a ``grammar``; a ``schema`` may come as it is,
+    beside ``json_object`` also, as other servers have it."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
     json_schema: JsonSchemaBody | None = None

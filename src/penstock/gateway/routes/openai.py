@@ -262,7 +262,7 @@ class Dialect:
 
     def _end(self, ended: Ended, first: bool) -> str:
         if ended.error is not None:
-            return f"id: {ended.position}\ndata: " + ascii_json({"error": ended.error}) + "\n\n"
+            return f"id: {ended.position}\ndata: " + ascii_json({"error": ended.error.shown}) + "\n\n"
         blocks = self._opening() if first and ended.position == 1 else ""
         for i, reason in enumerate(ended.finish_reasons):
             blocks += self.chunk(f"[{self._with_stop(self._finish(i, reason), ended.stop(i))}]")

@@ -34,10 +34,11 @@ from penstock.core.job import (
     TopLogprobs,
 )
 from penstock.core.ports import Broker
-from penstock.gateway.http import Call, json_reply
+from penstock.gateway.http import Call, error_reply, json_reply
 from penstock.gateway.responses.items import (
     Item,
     View,
+    as_told,
     ended_status,
     input_items,
     job_id,
@@ -347,6 +348,7 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
 
 
 async def create(call: Call) -> ASGIApp:
+    call.refuse = _refusal
     body = await call.body(CreateResponse)
     gateway = call.gateway
     job = await _submit(call, body)
@@ -366,6 +368,10 @@ async def create(call: Call) -> ASGIApp:
     answer = whole(job, view, completion, await _ended_at(call, job))
     await _delivered(call, job, view)
     return json_reply(answer, headers=headers)
+
+
+def _refusal(error: PenstockError) -> Response:
+    return error_reply(error, body={"error": as_told(error.info)})
 
 
 async def _submit(call: Call, body: CreateResponse) -> Job:
