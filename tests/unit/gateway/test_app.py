@@ -351,8 +351,8 @@ class TestConstraints:
             ({"structured_outputs": {"choice": ["a"]}, "regex": "a"}, "invalid_request", "structured_outputs.choice"),
             ({"structured_outputs": {"jason": SCHEMA}}, "invalid_request", "structured_outputs"),
             ({"structured_outputs": {"structural_tag": "x"}}, "unsupported", "structured_outputs.structural_tag"),
-
-                      ({"structured_outputs": {"whitespace_pattern": " "}}, "unsupported", "structured_outputs.whitespace_pattern"),
+            ({"structured_outputs": {"disable_any_whitespace": True}}, "unsupported", "structured_outputs.disable_any"),
+            ({"structured_outputs": {"whitespace_pattern": " "}}, "unsupported", "structured_outputs.whitespace"),
             ({"structural_tag": {"begin": "<a>"}}, "unsupported", "structural_tag"),
             ({"guided_whitespace_pattern": " "}, "unsupported", "guided_whitespace_pattern"),
             ({"logits_processors": ["a.B"]}, "unsupported", "logits_processors"),
@@ -494,8 +494,8 @@ class TestTooLong:
             assert error["message"] == "prompt is too long: 99 tokens > 19 maximum"
         elif route in field:
             assert error["message"].startswith(
-                "This model's maximum context length is 20 tokens. However, your messages resulted in 99 tokens. Please "
-                "reduce the length of the messages"
+                "This model's maximum context length is 20 tokens. However, your messages resulted in 99 tokens. "
+                "Please reduce the length of the messages"
             )
         else:
             assert error["message"].startswith(

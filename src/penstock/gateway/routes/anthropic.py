@@ -43,6 +43,8 @@ from penstock.gateway.sse import frame
 
 #: Anthropic's names of tools are longer than OpenAI's.
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+#: Blocks of an assistant's turn that have no part in what is said.
+THOUGHTS = ("thinking", "redacted_thinking")
 UserId = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 #: As ours, but that the ``user_id`` may be null.
 NullableMetadata = Annotated[
@@ -53,7 +55,8 @@ NullableMetadata = Annotated[
 class Block(msgspec.Struct, frozen=True):
     """A content block: ``text``, ``tool_use`` with the call that an earlier reply made, or its ``tool_result``.
 
-    Whatever else a block may carry (``cache_control``, ``citations``, ``caller``) makes no difference here.
+    What an earlier reply thought (``thinking``, ``redacted_thinking``) is let be. Whatever else a block may carry
+    (``cache_control``, ``citations``, ``caller``) makes no difference here.
     """
 
     type: str
@@ -175,6 +178,8 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
                     messages[-1] = Message(last.role, f"{last.content}\n\n{message.content}")
                 else:
                     messages.append(message)
+        if not messages:
+            raise InvalidRequest("The messages have no text: add a message to answer.", param="messages")
         if messages[-1].tool_calls:
             raise InvalidRequest(
                 "The last message calls tools: add a message with their tool_result.", param="messages"
@@ -209,8 +214,9 @@ def _plain(turn: Turn, where: str) -> Iterator[Message]:
         return
     if turn.role == "assistant":
         calls = [_call(block, where) for block in turn.content if block.type == "tool_use"]
-        texts = [block for block in turn.content if block.type != "tool_use"]
-        yield Message("assistant", _text(texts, where), tuple(calls))
+        texts = [block for block in turn.content if block.type not in ("tool_use", *THOUGHTS)]
+        if texts or calls:
+            yield Message("assistant", _text(texts, where), tuple(calls))
         return
     texts = []
     for block in turn.content:
