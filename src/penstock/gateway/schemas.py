@@ -754,11 +754,13 @@ class MessageItem(Answer, tag_field="type", tag="message"):
     content: list[OutputText | InputText]
 
 
-class FunctionCallItem(Answer, tag_field="type", tag="function_call"):
+class FunctionCallItem(Answer, tag_field="type", tag="function_call", kw_only=True):
     id: str
     status: ItemStatus
     call_id: str
     name: str
+    namespace: str | UnsetType = UNSET
+    """Of the function, where it was given in one."""
     arguments: str
     """JSON, as the model wrote it."""
 
@@ -803,12 +805,17 @@ class TextView(Answer):
     verbosity: Literal["medium"]
 
 
-class FunctionToolView(Answer):
-    type: Literal["function"]
+class FunctionToolView(Answer, tag_field="type", tag="function"):
     name: str
     description: str | None
     parameters: dict[str, Any] | None
     strict: bool
+
+
+class NamespaceToolView(Answer, tag_field="type", tag="namespace"):
+    name: str
+    description: str | None
+    tools: list[FunctionToolView]
 
 
 class InputTokensDetails(Answer):
@@ -850,7 +857,7 @@ class ResponseView(Answer):
     temperature: float
     text: TextView
     tool_choice: str | dict[str, Any]
-    tools: list[FunctionToolView]
+    tools: list[FunctionToolView | NamespaceToolView]
     top_logprobs: int
     top_p: float
     presence_penalty: float

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -40,6 +40,7 @@ from penstock.gateway.responses.items import (
     View,
     as_told,
     ended_status,
+    flat,
     input_items,
     job_id,
     messages,
@@ -89,6 +90,7 @@ class InputItem(msgspec.Struct, frozen=True):
     content: str | list[InputPart] | None = None
     call_id: Identifier | None = None
     name: ToolName | None = None
+    namespace: ToolName | UnsetType = UNSET
     arguments: str | None = None
     output: str | list[InputPart] | None = None
 
@@ -109,8 +111,14 @@ class InputItem(msgspec.Struct, frozen=True):
         if kind == "function_call":
             if self.call_id is None or self.name is None:
                 raise InvalidRequest(f"{where}: a function_call has a call_id and a name.", param=where)
-            arguments = "{}" if self.arguments is None else self.arguments
-            return Item("function_call", self.id or "", call_id=self.call_id, name=self.name, arguments=arguments)
+            return Item(
+                "function_call",
+                self.id or "",
+                call_id=self.call_id,
+                name=self.name,
+                namespace=self.namespace or "",
+                arguments="{}" if self.arguments is None else self.arguments,
+            )
         if kind == "function_call_output":
             if self.call_id is None or self.output is None:
                 raise InvalidRequest(f"{where}: a function_call_output has a call_id and an output.", param=where)
@@ -131,15 +139,38 @@ def _texts(parts: list[InputPart], where: str) -> tuple[str, ...]:
 
 
 class FunctionTool(msgspec.Struct, frozen=True):
-    """A function, in the flat form of this API. ``strict`` makes no difference: a call's schema is always enforced."""
+    """A function, in the flat form of this API, or (``namespace``) a list of some.
+
+    ``strict`` makes no difference: a call's schema is always enforced.
+    """
 
     type: str
     name: ToolName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | UnsetType = UNSET
+
+    def functions(self, where: str, namespace: str = "") -> Iterator[Tool]:
+        """The functions that it is, by the names that models are told. *where* it stands is for errors."""
+        if self.type != "function" and (self.type != "namespace" or namespace):
+            hint = _OFF.get(self.type.removesuffix("_preview"), "")
+            raise Unsupported(
+                f"{where}: there is no tool of type {self.type!r} here, only functions and namespaces of functions. "
+                f"Leave it out of the tools{hint}.",
+                param=where,
+            )
+        if self.name is None:
+            raise InvalidRequest(f"{where}: a {self.type} has a name.", param=f"{where}.name")
+        if self.type == "function":
+            yield Tool(flat(namespace, self.name), self.description or "", self.parameters or {})
+        for number, tool in enumerate(self.tools or () if self.type == "namespace" else ()):
+            yield from tool.functions(f"{where}.tools[{number}]", self.name)
 
     def view(self) -> dict[str, Any]:
+        if self.type == "namespace":
+            inner = [tool.view() for tool in self.tools or ()]
+            return {"type": "namespace", "name": self.name, "description": self.description, "tools": inner}
         return {
             "type": "function",
             "name": self.name,
@@ -149,9 +180,18 @@ class FunctionTool(msgspec.Struct, frozen=True):
         }
 
 
+#: How a client that asks for it by itself is told not to, where that is known.
+_OFF = {"web_search": ' (Codex: web_search = "disabled" in its config.toml)'}
+
+
 class AllowedTool(msgspec.Struct, frozen=True):
     type: str
     name: ToolName | None = None
+    namespace: ToolName | UnsetType = UNSET
+
+    @property
+    def flat(self) -> str:
+        return flat(self.namespace or "", self.name or "")
 
 
 class FunctionChoice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -159,6 +199,7 @@ class FunctionChoice(msgspec.Struct, frozen=True, omit_defaults=True):
 
     type: str
     name: ToolName | None = None
+    namespace: ToolName | UnsetType = UNSET
     mode: Literal["auto", "required"] | None = None
     tools: list[AllowedTool] | None = None
 
@@ -253,15 +294,12 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
                 logprobs=(self.top_logprobs or 0) if wanted else None,
             ),
         )
-        choice, name, allowed = self._choice()
+        tools = self._functions()
+        choice, name, allowed = self._choice({tool.name for tool in tools})
         return structured(
             request,
             self.constraint("text.format", self.text.format.form() if self.text and self.text.format else None),
-            tuple(
-                Tool(tool.name or "", tool.description or "", tool.parameters or {})
-                for tool in self.tools or ()
-                if allowed is None or tool.name in allowed
-            ),
+            tuple(tool for tool in tools if allowed is None or tool.name in allowed),
             choice=choice,
             name=name,
             parallel=self.parallel_tool_calls is not False,
@@ -291,16 +329,28 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             )
         )
 
-    def _choice(self) -> tuple[Literal["none", "auto", "required"], str | None, frozenset[str] | None]:
-        """What is to be called: how, which one, and which may be (None: any)."""
+    def _functions(self) -> list[Tool]:
+        found = [
+            function for number, tool in enumerate(self.tools or ()) for function in tool.functions(f"tools[{number}]")
+        ]
+        if len(found) > MAX_TOOLS:
+            raise InvalidRequest(f"There are {len(found)} functions; at most {MAX_TOOLS} are taken.", param="tools")
+        return found
+
+    def _choice(self, known: set[str]) -> tuple[Literal["none", "auto", "required"], str | None, frozenset[str] | None]:
+        """What of the *known* functions is to be called: how, which one, and which may be (None: any)."""
         choice = self.tool_choice
         if not isinstance(choice, FunctionChoice):
             return choice or "auto", None, None
         if choice.type == "function" and choice.name is not None:
-            return "required", choice.name, None
+            return "required", flat(choice.namespace or "", choice.name), None
         if choice.type == "allowed_tools" and choice.tools is not None:
-            known = {tool.name for tool in self.tools or ()}
-            allowed = frozenset(tool.name for tool in choice.tools if tool.name is not None)
+            allowed = frozenset(
+                name
+                for tool in choice.tools
+                if tool.name is not None
+                for name in (self._members(tool.name) if tool.type == "namespace" else [tool.flat])
+            )
             if unknown := sorted(allowed - known):
                 raise InvalidRequest(
                     f"tool_choice allows the tool {unknown[0]!r}, which is not given.", param="tool_choice"
@@ -312,6 +362,11 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             param="tool_choice",
         )
 
+    def _members(self, namespace: str) -> list[str]:
+        """The functions of a namespace."""
+        found = [tool for tool in self.tools or () if tool.type == "namespace" and tool.name == namespace]
+        return [function.name for tool in found for function in tool.functions("tools")]
+
     def _check(self) -> None:
         """Refuse what contradicts itself, and what would have to be ignored."""
         if self.background and not self.stored:
@@ -322,14 +377,6 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             raise Unsupported("response_format is called text.format here.", param="response_format")
         if (self.n or 1) != 1:
             raise Unsupported("A response has one output: n is not supported.", param="n")
-        for number, tool in enumerate(self.tools or ()):
-            if tool.type != "function":
-                param = f"tools[{number}]"
-                raise Unsupported(
-                    f"{param}: tools of type {tool.type!r} are not supported: functions are.", param=param
-                )
-            if tool.name is None:
-                raise InvalidRequest(f"tools[{number}]: a function has a name.", param=f"tools[{number}].name")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise Unsupported("text.verbosity is 'medium': models here know no other.", param="text.verbosity")
         if self.reasoning is not None and self.reasoning.effort not in (None, "none"):
