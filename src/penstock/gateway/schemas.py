@@ -221,6 +221,7 @@ class ChatTokenLogprob(ChatLogprob):
 
 class ChatLogprobs(Answer):
     content: list[ChatTokenLogprob]
+    refusal: None
 
 
 class AssistantMessage(Answer, kw_only=True):
@@ -469,10 +470,33 @@ class ModelList(Answer):
     data: list[ModelView]
 
 
+class MessageModel(Answer):
+    """A model as Anthropic's clients know it. ``max_input_tokens``: null while it was never loaded."""
+
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None
+
+
+class MessageModelList(Answer):
+    data: list[MessageModel]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class ProgressEvent(Answer):
     state: str
     what: str
     fraction: float | None
+
+
+class ResponseInputTokens(Answer):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
 
 
 class Embedding(Answer):
@@ -971,6 +995,7 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("POST", "/v1/completions"): {200: TextReply},
     ("POST", "/v1/responses"): {200: ResponseView},
     ("POST", "/v1/responses/compact"): {404: ErrorBody},
+    ("POST", "/v1/responses/input_tokens"): {200: ResponseInputTokens},
     ("GET", "/v1/responses/{id}"): {200: ResponseView},
     ("DELETE", "/v1/responses/{id}"): {200: ResponseDeleted},
     ("POST", "/v1/responses/{id}/cancel"): {200: ResponseView},
@@ -1001,6 +1026,12 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("GET", "/healthz"): {200: Live},
     ("GET", "/readyz"): {200: Ready, 503: Ready},
     ("GET", "/health"): {200: Health},
+}
+
+#: What some of them answer instead to who says an ``anthropic-version``; so are their failures in Anthropic's envelope.
+FOR_ANTHROPIC: dict[Key, Any] = {
+    ("GET", "/v1/models"): MessageModelList,
+    ("GET", "/v1/models/{model:path}"): MessageModel,
 }
 
 _JOB_EVENTS = {"token": TokenEvent, "done": DoneEvent, "error": ErrorEvent}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest
-from penstock.core.job import Job, Priority, ResponseFormat, Sampling, fingerprint
+from penstock.core.job import Job, Priority, Request, ResponseFormat, Sampling, fingerprint
 from penstock.core.ports import Append, Finish, ModelInfo, Query, QueuePolicy, WorkerInfo
 from penstock.gateway import openapi
 from penstock.gateway.app import create_app
@@ -427,6 +427,95 @@ class TestConstraints:
         nothing = {"min_tokens": 0, "stop_token_ids": [], "bad_words": [""]}
         sampling = (await asked(gateway, route, {**dict(ASKING)[route], **nothing})).request.sampling
         assert (sampling.min_tokens, sampling.stop_token_ids, sampling.bad_words) == (0, (), ())
+
+
+def named(*names: str) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name}} for name in names]
+
+
+class TestChat:
+    """What OpenAI's clients send on chat completions beside the plain things."""
+
+    ROUTE = "/v1/chat/completions"
+
+    async def request(self, gateway: Gateway, *messages: dict[str, Any], **fields: Any) -> Request:
+        body = {"model": "m", "messages": list(messages) or CHAT, **fields}
+        return (await asked(gateway, self.ROUTE, body)).request
+
+    @pytest.mark.parametrize(("mode", "choice"), [("auto", "auto"), ("required", "required")])
+    async def test_allowed_tools(self, gateway: Gateway, mode: str, choice: str) -> None:
+        allowed = {"mode": mode, "tools": named("c", "a")}
+        found = await self.request(
+            gateway, tools=named("a", "b", "c"), tool_choice={"type": "allowed_tools", "allowed_tools": allowed}
+        )
+        assert [tool.name for tool in found.callable_tools] == ["a", "c"]
+        assert (found.tool_choice, found.tool_name) == (choice, None)
+
+    @pytest.mark.parametrize(
+        "choice",
+        [
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named("d")}},
+            {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": named("a")}},
+            {"type": "allowed_tools", "mode": "auto", "tools": named("a")},
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
+            {"type": "function"}, {"type": "custom", "custom": {"name": "a"}}, "any",
+        ],
+        ids=str,
+    )  # fmt: skip
+    async def test_other_choices_are_refused(self, gateway: Gateway, choice: Any) -> None:
+        async with as_tenant(gateway, "t") as http:
+            body = {"model": "m", "messages": CHAT, "tools": named("a", "b"), "tool_choice": choice}
+            reply = await http.post(self.ROUTE, json=body)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"].startswith("tool_choice")
+
+    @pytest.mark.parametrize("fields", [{"function_call": "none"}, {"function_call": "auto"}, {"functions": []}])
+    async def test_functions_that_ask_for_nothing(self, gateway: Gateway, fields: dict[str, Any]) -> None:
+        assert await self.request(gateway, **fields) == await self.request(gateway)
+
+    @pytest.mark.parametrize("fields", [{"function_call": {"name": "f"}}, {"functions": [{"name": "f"}]}])
+    async def test_functions_that_ask_for_some_are_refused(self, gateway: Gateway, fields: dict[str, Any]) -> None:
+        async with as_tenant(gateway, "t") as http:
+            reply = await http.post(self.ROUTE, json={"model": "m", "messages": CHAT, **fields})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "functions")
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"content": [{"type": "refusal", "refusal": "No."}]}, {"content": None, "refusal": "No."},
+            {"refusal": "No."}, {"content": "No.", "refusal": None}, {"content": "No.", "name": "ann", "audio": None},
+        ],
+        ids=str,
+    )  # fmt: skip
+    async def test_a_refusal_is_what_was_said(self, gateway: Gateway, said: dict[str, Any]) -> None:
+        found = await self.request(gateway, *CHAT, {"role": "assistant", **said}, *CHAT)
+        assert [message.content for message in found.messages or ()] == ["x", "No.", "x"]
+
+    async def test_and_in_an_input(self, gateway: Gateway) -> None:
+        said = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+        body = {"model": "m", "input": [{"role": "user", "content": "x"}, said, {"role": "user", "content": "y"}]}
+        found = (await asked(gateway, "/v1/responses", body)).request
+        assert [message.content for message in found.messages or ()] == ["x", "No.", "y"]
+
+    @pytest.mark.parametrize("role", ["developer", "system", "critic"])
+    @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/jobs", "/v1/generate"])
+    async def test_roles_pass_as_they_are(self, gateway: Gateway, route: str, role: str) -> None:
+        """What a template makes of them is the engine's to know."""
+        messages = [{"role": role, "content": "Be brief."}, *CHAT]
+        found = (await asked(gateway, route, {"model": "m", "messages": messages})).request
+        assert [(message.role, message.content) for message in found.messages or ()] == [
+            (role, "Be brief."), ("user", "x"),
+        ]  # fmt: skip
+
+    async def test_a_developers_message_is_no_less_on_responses(self, gateway: Gateway) -> None:
+        body = {
+            "model": "m",
+            "input": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "x"}],
+        }
+        found = (await asked(gateway, "/v1/responses", body)).request
+        assert [(message.role, message.content) for message in found.messages or ()] == [
+            ("system", "Be brief."), ("user", "x"),
+        ]  # fmt: skip
 
 
 PROMPTED = [route for route in ALL if route not in ("/v1/jobs", "/generate")]

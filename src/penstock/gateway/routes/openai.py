@@ -65,7 +65,7 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
     add_generation_prompt: bool | None = None
 
     def request(self, default_max_tokens: int) -> Request:
-        if self.functions or self.function_call is not None:
+        if self.functions or self.function_call not in (None, "none", "auto"):
             raise Unsupported("functions and function_call are not supported: use tools.", param="functions")
         if self.audio is not None or (self.modalities and self.modalities != ["text"]):
             raise Unsupported("Only text can be generated.", param="modalities")
@@ -453,7 +453,8 @@ def _chat_logprobs(tokens: list[tuple[int, str, Logprob]]) -> dict[str, Any]:
         "content": [
             {**entry(text, logprob.logprob), "top_logprobs": [entry(top.text, top.logprob) for top in logprob.top]}
             for _, text, logprob in tokens
-        ]
+        ],
+        "refusal": None,
     }
 
 

@@ -30,6 +30,7 @@ from penstock.core.job import (
     Priority,
     Request,
     ResponseFormat,
+    Sampling,
     Tool,
     TopLogprobs,
 )
@@ -60,12 +61,14 @@ from penstock.gateway.routes.bodies import (
     Operation,
     Prepared,
     Role,
+    TextPart,
     ToolName,
+    allowed_only,
     json_schema,
-    not_text,
     structured,
     submission,
 )
+from penstock.gateway.routes.tokens import tokens_of
 from penstock.gateway.service import Following, Gateway, Submission
 from penstock.gateway.sse import EventStream
 
@@ -74,25 +77,18 @@ LOGPROBS = "message.output_text.logprobs"
 UNSTORED_KEEP = 60.0
 
 
-class InputPart(msgspec.Struct, frozen=True):
-    """A part of a message's content; of the known types those with text."""
-
-    type: str
-    text: str = ""
-
-
 class InputItem(msgspec.Struct, frozen=True):
     """One item of the input, as a client writes it or as an earlier response gave it out. Without a type: a message."""
 
     type: str | None = None
     id: str | None = None
     role: Role | None = None
-    content: str | list[InputPart] | None = None
+    content: str | list[TextPart] | None = None
     call_id: Identifier | None = None
     name: ToolName | None = None
     namespace: ToolName | UnsetType = UNSET
     arguments: str | None = None
-    output: str | list[InputPart] | None = None
+    output: str | list[TextPart] | None = None
 
     @property
     def reference(self) -> str | None:
@@ -131,11 +127,8 @@ class InputItem(msgspec.Struct, frozen=True):
         )
 
 
-def _texts(parts: list[InputPart], where: str) -> tuple[str, ...]:
-    for number, part in enumerate(parts):
-        if part.type not in ("input_text", "output_text", "text"):
-            raise not_text(f"{where}[{number}]", part.type)
-    return tuple(part.text for part in parts)
+def _texts(parts: list[TextPart], where: str) -> tuple[str, ...]:
+    return tuple(part.plain(f"{where}[{number}]") for number, part in enumerate(parts))
 
 
 class FunctionTool(msgspec.Struct, frozen=True):
@@ -295,11 +288,11 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             ),
         )
         tools = self._functions()
-        choice, name, allowed = self._choice({tool.name for tool in tools})
+        choice, name, allowed = self._choice()
         return structured(
             request,
             self.constraint("text.format", self.text.format.form() if self.text and self.text.format else None),
-            tuple(tool for tool in tools if allowed is None or tool.name in allowed),
+            tools if allowed is None else allowed_only(tools, allowed),
             choice=choice,
             name=name,
             parallel=self.parallel_tool_calls is not False,
@@ -329,32 +322,27 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             )
         )
 
-    def _functions(self) -> list[Tool]:
-        found = [
-            function for number, tool in enumerate(self.tools or ()) for function in tool.functions(f"tools[{number}]")
-        ]
+    def _functions(self) -> tuple[Tool, ...]:
+        given = enumerate(self.tools or ())
+        found = tuple(function for number, tool in given for function in tool.functions(f"tools[{number}]"))
         if len(found) > MAX_TOOLS:
             raise InvalidRequest(f"There are {len(found)} functions; at most {MAX_TOOLS} are taken.", param="tools")
         return found
 
-    def _choice(self, known: set[str]) -> tuple[Literal["none", "auto", "required"], str | None, frozenset[str] | None]:
-        """What of the *known* functions is to be called: how, which one, and which may be (None: any)."""
+    def _choice(self) -> tuple[Literal["none", "auto", "required"], str | None, list[str] | None]:
+        """What is to be called: how, which one, and which may be (None: any)."""
         choice = self.tool_choice
         if not isinstance(choice, FunctionChoice):
             return choice or "auto", None, None
         if choice.type == "function" and choice.name is not None:
             return "required", flat(choice.namespace or "", choice.name), None
         if choice.type == "allowed_tools" and choice.tools is not None:
-            allowed = frozenset(
+            allowed = [
                 name
                 for tool in choice.tools
                 if tool.name is not None
                 for name in (self._members(tool.name) if tool.type == "namespace" else [tool.flat])
-            )
-            if unknown := sorted(allowed - known):
-                raise InvalidRequest(
-                    f"tool_choice allows the tool {unknown[0]!r}, which is not given.", param="tool_choice"
-                )
+            ]
             return choice.mode or "auto", None, allowed
         raise Unsupported(
             'tool_choice is \'auto\', \'none\', \'required\', {"type": "function", "name": …} or {"type": '
@@ -389,6 +377,12 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             if getattr(self, name):
                 hint = ": use previous_response_id" if name == "conversation" else ""
                 raise Unsupported(f"{name} is not supported{hint}.", param=name)
+
+
+class CountInputTokens(CreateResponse, kw_only=True, frozen=True):
+    """The body of ``POST /v1/responses/input_tokens``: what makes the prompt; the rest makes no difference."""
+
+    model: ModelName | None = None  # type: ignore[assignment]
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -458,6 +452,16 @@ async def cancel(call: Call) -> ASGIApp:
     if not job.status.terminal:
         job = await call.gateway.broker.cancel(job.tenant, job.id)
     return json_reply(await _object(call, job, view), headers={"x-penstock-job": job.id})
+
+
+async def count_input_tokens(call: Call) -> ASGIApp:
+    call.refuse = _refusal
+    body = await call.body(CountInputTokens)
+    model = body.model or call.gateway.catalogue.default_for("tokenize")
+    items = await conversation(call.gateway, call.tenant, body)
+    request = msgspec.structs.replace(body, model=model).request(items, call.gateway.config.default_max_tokens)
+    found = await tokens_of(call, msgspec.structs.replace(request, task="tokenize", sampling=Sampling()))
+    return json_reply({"object": "response.input_tokens", "input_tokens": len(found.tokens)})
 
 
 async def compact(call: Call) -> ASGIApp:
