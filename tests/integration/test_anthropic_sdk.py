@@ -372,6 +372,40 @@ class TestTheModelInTheBox:
         )
         assert begun + rest.content[0].text == text  # type: ignore[union-attr]
 
+    def test_the_models(self, boxed: anthropic.Anthropic, sdk: anthropic.Anthropic, server: Server) -> None:
+        (found,) = boxed.models.list()
+        assert (found.id, found.type, found.display_name) == ("millrace", "model", "millrace")
+        assert found.created_at.tzinfo is not None
+        assert found.max_input_tokens == 1024
+        assert boxed.models.retrieve("millrace") == found
+        with pytest.raises(anthropic.NotFoundError) as refused:
+            boxed.models.retrieve("nobody")
+        assert refused.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
+        names = [each["id"] for each in server.get("/v1/models").json()["data"]]
+        assert len(names) == 3, "and who does not say that it is Anthropic's client gets OpenAI's list"
+        for limit in (1, 2, 3):
+            assert [each.id for each in sdk.models.list(limit=limit)] == names
+        assert [each.id for each in sdk.models.list(before_id=names[2], limit=1).data] == [names[1]]
+        assert sdk.models.list(after_id=names[2]).data == []
+        for wrong in ({"limit": 0}, {"after_id": "nobody"}, {"after_id": names[0], "before_id": names[1]}):
+            with pytest.raises(anthropic.BadRequestError):
+                sdk.models.list(**wrong)  # type: ignore[arg-type]
+
+    def test_what_is_not_there_says_so_in_anthropics_envelope(self, server: Server) -> None:
+        for method, path, status in (
+            ("GET", "/v1/messages/batches", 404),
+            ("POST", "/v1/messages/batches", 404),
+            ("GET", "/v1/messages/batches/x/results", 404),
+            ("GET", "/v1/messages", 405),
+            ("DELETE", "/v1/messages/count_tokens", 405),
+        ):
+            reply = httpx.request(method, server.url + path, timeout=PATIENCE)
+            body = reply.json()
+            assert (reply.status_code, body["type"]) == (status, "error")
+            assert body["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+            assert body["request_id"] == reply.headers["request-id"] == reply.headers["x-request-id"]
+            assert ("allow" in reply.headers) == (status == 405)
+
     def test_count_tokens(self, boxed: anthropic.Anthropic) -> None:
         fields: Any = {"model": "millrace", "system": "Be brief.", "messages": HELLO}
         count = boxed.messages.count_tokens(**fields)

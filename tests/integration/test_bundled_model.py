@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -190,9 +191,24 @@ async def test_token_ids_are_a_prompt_and_bad_ones_are_refused(sdk: openai.Async
 
 async def test_a_prompt_beyond_the_context_is_refused(http: httpx.AsyncClient) -> None:
     context = (await http.get(f"/v1/models/{MODEL}")).json()["context_length"]
-    body = {"model": MODEL, "prompt": "word " * (context + 10), "max_tokens": 5}
-    check_error(await http.post("/v1/completions", json=body), 400, "context_length_exceeded")
-    check_error(await http.post("/v1/generate", json={**body, "stream": True}), 400, "context_length_exceeded")
+    text = "word " * (context + 10)
+    body = {"model": MODEL, "prompt": text, "max_tokens": 5}
+    words = f"This model's maximum context length is {context} tokens. However, "
+    for route, fields in (("/v1/completions", {}), ("/v1/generate", {"stream": True})):
+        error = check_error(await http.post(route, json={**body, **fields}), 400, "context_length_exceeded", "prompt")
+        assert error["message"].startswith(words + "you requested ")
+    messages = [{"role": "user", "content": text}]
+    chat = {"model": MODEL, "messages": messages, "max_tokens": 5}
+    reply = await http.post("/v1/chat/completions", json=chat)
+    error = check_error(reply, 400, "context_length_exceeded", "messages")
+    assert error["message"].startswith(words + "your messages resulted in ")
+    reply = await http.post("/v1/responses", json={"model": MODEL, "input": text})
+    assert check_error(reply, 400, "context_length_exceeded", "input")["message"].startswith(words)
+    for long in (text, text * 40):  # the second is refused before anybody counts
+        reply = await http.post("/v1/messages", json={**chat, "messages": [{"role": "user", "content": long}]})
+        told = re.fullmatch(r"prompt is too long: (\d+) tokens > (\d+) maximum", reply.json()["error"]["message"])
+        assert told is not None, reply.text
+        assert int(told[1]) > int(told[2]) == context - 1
 
 
 async def test_killing_the_engine_changes_not_a_single_token(bundled: Server, http: httpx.AsyncClient) -> None:

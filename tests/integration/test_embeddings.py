@@ -125,7 +125,9 @@ async def test_vectors_are_cut_where_the_model_allows_it(sdk: openai.AsyncOpenAI
 async def test_one_that_is_too_long_is_named(http: httpx.AsyncClient) -> None:
     reply = await http.post("/v1/embeddings", json={"model": MODEL, "input": ["water", "the mill " * 60]})
     error = check_error(reply, 400, "context_length_exceeded", "input")
-    assert error["message"].startswith("Input 1 has 122 tokens; the model takes 64")
+    assert error["message"].startswith(
+        "This model's maximum context length is 64 tokens. However, input 1 resulted in 122"
+    )
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,26 @@ class TestCreate:
             sdk.responses.create(model="nobody", input="x")
         assert caught.value.code == "model_not_found"
 
+    def test_the_tokens_of_an_input(self, sdk: openai.OpenAI) -> None:
+        """As many as the response itself then counts."""
+        fields: Any = {"model": "millrace", "input": RIVER, "instructions": "Be brief.", "tools": [LOOK_UP]}
+        counted = sdk.responses.input_tokens.count(**fields)
+        assert counted.object == "response.input_tokens"
+        answered = sdk.responses.create(**fields, max_output_tokens=2)
+        assert answered.usage is not None
+        assert counted.input_tokens == answered.usage.input_tokens
+        more: Any = {"previous_response_id": answered.id, "input": "And a mill?"}
+        beyond = sdk.responses.input_tokens.count(model="millrace", **more)
+        asked = sdk.responses.create(model="millrace", max_output_tokens=1, **more)
+        assert asked.usage is not None
+        assert beyond.input_tokens == asked.usage.input_tokens > 8
+        assert sdk.responses.input_tokens.count(input=RIVER).input_tokens > 0, "of the first model that has a tokenizer"
+        with pytest.raises(openai.NotFoundError):
+            sdk.responses.input_tokens.count(model="nobody", input=RIVER)
+        with pytest.raises(openai.BadRequestError) as refused:
+            sdk.responses.input_tokens.count(model="millrace", input=[{"role": "user"}])  # type: ignore[list-item]
+        assert refused.value.param == "input[0]"
+
     def test_there_is_no_compaction(self, sdk: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError):
             sdk.responses.compact(model="synthetic", input="x")

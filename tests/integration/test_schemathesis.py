@@ -52,6 +52,7 @@ NEEDED: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "/v1/chat/completions": SAMPLE.map(lambda body: {**body, "messages": CHAT}),
     "/v1/completions": SAMPLE.map(lambda body: {**body, "prompt": "The mill"}),
     "/v1/responses": st.just({"model": "millrace", "input": "Hello.", "max_output_tokens": 3}),
+    "/v1/responses/input_tokens": st.just({"model": "millrace", "input": "Hello."}),
     "/v1/embeddings": st.sampled_from(["water", ["water", "mill"], [5, 6]]).map(
         lambda texts: {"model": "encoder", "input": texts}
     ),

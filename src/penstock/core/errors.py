@@ -29,6 +29,7 @@ PenstockError
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=False):
@@ -42,6 +43,15 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=False):
     type: str = "server_error"
     param: str | None = None
     code: str | None = None
+    tokens: int | UnsetType = UNSET
+    """Of a prompt that is too long: how many it has, at least, …"""
+    limit: int | UnsetType = UNSET
+    """… and how many the model's context holds. Every dialect has words of its own for it; clients look for them."""
+
+    @property
+    def shown(self) -> ErrorInfo:
+        """What clients see of it: the four fields of the one error shape."""
+        return self if self.tokens is UNSET else msgspec.structs.replace(self, tokens=UNSET, limit=UNSET)
 
 
 class PenstockError(Exception):
@@ -73,7 +83,52 @@ class Unsupported(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
+    """The prompt leaves no room in the model's context. ``tokens`` and ``limit`` as in `ErrorInfo`, where known."""
+
     code = "context_length_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        tokens: int | UnsetType = UNSET,
+        limit: int | UnsetType = UNSET,
+    ) -> None:
+        super().__init__(message, param=param, retry_after=retry_after)
+        self.tokens = tokens
+        self.limit = limit
+
+    @classmethod
+    def of(
+        cls, param: str, tokens: int, limit: int, *, characters: int | None = None, index: int | None = None
+    ) -> ContextLengthExceeded:
+        """For what came in the field *param*: ``messages``, a ``prompt``, or (*index*: which of them) an ``input``.
+
+        In OpenAI's words, by which clients know it. *characters*: so many, nobody has counted more than that.
+        """
+        what = f"{param} {index}" if index is not None else f"your {param}"
+        if characters is not None:
+            said = f"{what} of {characters} characters is at least {tokens} tokens. Please reduce its length."
+        elif param == "messages":
+            said = (
+                f"your messages resulted in {tokens} tokens. Please reduce the length of the messages: the reply needs "
+                "at least one."
+            )
+        elif param == "prompt":
+            said = (
+                f"you requested {tokens + 1} tokens ({tokens} in the prompt, at least 1 for the completion). Please "
+                "reduce the length of the prompt."
+            )
+        else:
+            said = f"{what} resulted in {tokens} tokens. Please cut it into pieces."
+        message = f"This model's maximum context length is {limit} tokens. However, {said}"
+        return cls(message, param=param, tokens=tokens, limit=limit)
+
+    @property
+    def info(self) -> ErrorInfo:
+        return msgspec.structs.replace(super().info, tokens=self.tokens, limit=self.limit)
 
 
 class PreviousResponseNotFound(InvalidRequest):
@@ -212,6 +267,8 @@ STATUS_OF_CODE: dict[str, int] = {
 def error_from_info(info: ErrorInfo) -> PenstockError:
     """Rebuild an exception from its wire form (a job's error, a server's error body)."""
     for cls in _tree(PenstockError):
+        if cls is ContextLengthExceeded and cls.code == info.code:
+            return ContextLengthExceeded(info.message, param=info.param, tokens=info.tokens, limit=info.limit)
         if cls.code == info.code and cls is not PenstockError:
             return cls(info.message, param=info.param)
     error = PenstockError(info.message, param=info.param)

@@ -253,9 +253,7 @@ class EmbeddingBackend:
         if not ids:
             raise InvalidRequest(f"Input {index} is empty.", param="input")
         if len(ids) > most:
-            raise ContextLengthExceeded(
-                f"Input {index} has {len(ids)} tokens; the model takes {most}. Cut it into pieces.", param="input"
-            )
+            raise ContextLengthExceeded.of("input", len(ids), most, index=index)
         return ids
 
     def _gather(self) -> list[tuple[_Job, int, list[int]]]:

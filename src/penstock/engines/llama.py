@@ -546,10 +546,7 @@ def _body(request: Request, choice: int, before: int) -> dict[str, Any]:
 def _error(error: Mapping[str, Any]) -> PenstockError:
     message = str(error.get("message", error))
     if error.get("type") == "exceed_context_size_error":
-        return ContextLengthExceeded(
-            f"The prompt has {error.get('n_prompt_tokens')} tokens; the model's context holds {error.get('n_ctx')}.",
-            param="prompt",
-        )
+        return ContextLengthExceeded.of("prompt", int(error.get("n_prompt_tokens", 0)), int(error.get("n_ctx", 0)))
     if error.get("type") == "invalid_request_error":
         return InvalidRequest(f"llama.cpp refuses the request: {message}")
     return EngineError(f"llama.cpp failed: {message}")

@@ -81,7 +81,8 @@ class SyntheticBackend:
         text = request.prompt or " ".join(message.content for message in request.messages or ())
         prompt_tokens = len(request.prompt_ids) if request.prompt_ids is not None else len(text.split())
         if prompt_tokens >= CONTEXT:
-            raise ContextLengthExceeded(f"The prompt has {prompt_tokens} tokens, the model takes {CONTEXT}.")
+            param = "messages" if request.messages is not None else "prompt"
+            raise ContextLengthExceeded.of(param, prompt_tokens, CONTEXT)
         sequence = _Sequence(request, prefixes, attempt, prompt_tokens)
         misbehaviour = next((kind for kind, word in self._words.items() if word in text), None)
         if misbehaviour == "crash":

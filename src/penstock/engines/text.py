@@ -691,11 +691,7 @@ class TextModel:
         if not ids:
             raise InvalidRequest("The prompt is empty.", param=param)
         if len(ids) + (request.task == "generate") > self.context_length:
-            raise ContextLengthExceeded(
-                f"The prompt has {len(ids)} tokens; the model's context holds {self.context_length}, of which at "
-                "least one must be left for the reply.",
-                param=param,
-            )
+            raise ContextLengthExceeded.of(param, len(ids), self.context_length)
         return ids
 
     def _ids(self, request: Request) -> list[int]:
@@ -820,11 +816,8 @@ class TextModel:
         """Refuse at once what cannot fit: a tokenizer may take very long over a text of megabytes."""
         most = self.context_length * self._longest_token
         if characters > most:
-            raise ContextLengthExceeded(
-                f"The prompt has {characters} characters; the model's context of {self.context_length} tokens cannot "
-                f"hold more than {most}.",
-                param=param,
-            )
+            tokens = -(-characters // self._longest_token)
+            raise ContextLengthExceeded.of(param, tokens, self.context_length, characters=characters)
 
     @cached_property
     def _longest_token(self) -> int:

@@ -50,6 +50,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/responses", responses.create),
     ("POST", "/v1/responses/compact", responses.compact),
+    ("POST", "/v1/responses/input_tokens", responses.count_input_tokens),
     ("GET", "/v1/responses/{id}", responses.retrieve),
     ("DELETE", "/v1/responses/{id}", responses.delete),
     ("POST", "/v1/responses/{id}/cancel", responses.cancel),
@@ -129,10 +130,10 @@ def create_app(
             yield
 
     app: ASGIApp = Router(paths, default=_nothing_here, redirect_slashes=False, lifespan=lifespan)
-    app = Slashes(app)
     app = OriginCheck(app, gateway.config.allowed_origins)
     app = HostCheck(app, gateway.config.allowed_hosts)
     app = Frame(app)
+    app = Slashes(app)
     for layer in reversed(middleware):
         app = layer(app)
     return app
@@ -202,7 +203,7 @@ class Frame:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = given if _REQUEST_ID.match(given) else "req_" + secrets.token_hex(12)
         scope["penstock.request_id"] = request_id
-        if f"{scope['path']}/".startswith("/v1/messages/"):
+        if _is_anthropics(scope):
             scope["penstock.refuse"] = partial(anthropic.refusal, request_id)
 
         async def send_framed(message: Message) -> None:
@@ -218,6 +219,14 @@ class Frame:
             await refuse(error, scope, receive, send_framed)
         else:
             await self.app(scope, receive, send_framed)
+
+
+def _is_anthropics(scope: Scope) -> bool:
+    """Is it asked in Anthropic's way? Its models have the path of OpenAI's."""
+    path = f"{scope['path']}/"
+    if path.startswith("/v1/models/"):
+        return any(name == b"anthropic-version" for name, _ in scope["headers"])
+    return path.startswith("/v1/messages/")
 
 
 class OriginCheck:

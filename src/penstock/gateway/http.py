@@ -152,7 +152,7 @@ def error_reply(error: PenstockError, headers: dict[str, str] | None = None, bod
         seconds = error.retry_after if error.retry_after is not None else 1.0
         headers["retry-after"] = str(max(1, round(seconds)))
         headers["retry-after-ms"] = str(max(1, round(seconds * 1000)))
-    return json_reply(body or {"error": error.info}, error.status, headers)
+    return json_reply(body or {"error": error.info.shown}, error.status, headers)
 
 
 async def refuse(

@@ -54,7 +54,12 @@ def _meant(value: Any, kind: inspect.Type) -> inspect.Type:
         wanted = (inspect.ListType,)
     elif isinstance(value, float) and not any(isinstance(each, inspect.FloatType) for each in kinds):
         wanted = (inspect.IntType,)
-    return next((each for each in kinds if isinstance(each, wanted)), inspect.AnyType())
+    return next((each for each in kinds if isinstance(each, wanted) and _tagged(value, each)), inspect.AnyType())
+
+
+def _tagged(value: Any, kind: inspect.Type) -> bool:
+    """Has *value* the tag of *kind*, where that is one of several objects?"""
+    return not isinstance(kind, inspect.StructType) or kind.tag_field is None or value.get(kind.tag_field) == kind.tag
 
 
 def takes_null(kind: inspect.Type) -> bool:

@@ -19,10 +19,10 @@ from penstock.gateway.routes.files import FileUpload
 from penstock.gateway.routes.jobs import Generate, GenerateJob
 from penstock.gateway.routes.models import ManageModel
 from penstock.gateway.routes.openai import ChatCompletion
-from penstock.gateway.routes.responses import CreateResponse
+from penstock.gateway.routes.responses import CountInputTokens, CreateResponse
 from penstock.gateway.routes.seeds import GenerateVLLM, PromptBody, PromptsBody
 from penstock.gateway.routes.tokens import Detokenize, Tokenize
-from penstock.gateway.schemas import ANSWERS, EVENTS, ErrorBody, Key, MessageErrorBody
+from penstock.gateway.schemas import ANSWERS, EVENTS, FOR_ANTHROPIC, ErrorBody, Key, MessageErrorBody
 
 _ID = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
 
@@ -45,6 +45,7 @@ _RESUME_AT = [
     {**_LAST_EVENT_ID, "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"}},
     {"name": "after", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}},
 ]
+_ANTHROPIC = {"name": "anthropic-version", "in": "header", "schema": {"type": "string"}}
 _ORDER = {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"]}}
 _STATUS = "|".join(Status)
 
@@ -87,6 +88,13 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
     ("POST", "/v1/completions"): ("OpenAI completions", TextCompletion, 200, True, []),
     ("POST", "/v1/responses"): ("OpenAI responses; in the background, too", CreateResponse, 200, True, []),
     ("POST", "/v1/responses/compact"): ("Not offered", None, 404, False, []),
+    ("POST", "/v1/responses/input_tokens"): (
+        "How many tokens a response's input has",
+        CountInputTokens,
+        200,
+        False,
+        [],
+    ),
     ("GET", "/v1/responses/{id}"): (
         "A response as it is, or its events; resumable",
         None,
@@ -143,8 +151,14 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
     ("POST", "/detokenize"): ("The text of token ids", Detokenize, 200, False, []),
     ("POST", "/v1/messages"): ("Anthropic Messages", CreateMessage, 200, True, []),
     ("POST", "/v1/messages/count_tokens"): ("How many tokens a message's input has", CountTokens, 200, False, []),
-    ("GET", "/v1/models"): ("The models served", None, 200, False, []),
-    ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, _MODEL),
+    ("GET", "/v1/models"): (
+        "The models served; to who says an anthropic-version as Anthropic has it, in pages",
+        None,
+        200,
+        False,
+        [_ANTHROPIC],
+    ),
+    ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, [*_MODEL, _ANTHROPIC]),
     ("POST", "/v1/models/{model:path}/load"): ("Load a model of this process", ManageModel, 200, True, _MODEL),
     ("POST", "/v1/models/{model:path}/unload"): ("Unload a model of this process", ManageModel, 200, True, _MODEL),
     ("POST", "/submit_job"): ("Queue a prompt for a user", PromptBody, 200, False, _query(user_id="string")),
@@ -177,7 +191,8 @@ def document() -> dict[str, Any]:
     bodies = {body for _, body, *_ in OPERATIONS.values() if body is not None}
     answers = {kind for answers in ANSWERS.values() for kind in answers.values()}
     events = {kind for events in EVENTS.values() for kind in events.values()}
-    kinds = sorted({*bodies, *answers, *events, *FAILURES.values()}, key=lambda kind: kind.__name__)
+    others = {*FOR_ANTHROPIC.values(), *FAILURES.values()}
+    kinds = sorted({*bodies, *answers, *events, *others}, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     schema_of = dict(zip(kinds, schemas, strict=True))
     asked: dict[str, Any] = msgspec.json.schema_components(bodies - {FileUpload})[1]  # that one is a form
@@ -188,6 +203,8 @@ def document() -> dict[str, Any]:
         responses: dict[str, Any] = {}
         for code, kind in ANSWERS.get((method, path), {} if stream else {status: None}).items():
             schema = schema_of[kind] if kind is not None else {"type": "object"}
+            if (method, path) in FOR_ANTHROPIC:
+                schema = {"anyOf": [schema, schema_of[FOR_ANTHROPIC[method, path]]]}
             responses[str(code)] = {"description": summary, "content": {"application/json": {"schema": schema}}}
         if stream:
             answer = responses.setdefault("200", {"description": summary, "content": {}})
@@ -200,9 +217,8 @@ def document() -> dict[str, Any]:
             responses["206"] = {"description": "What the header `Range` asked for", "content": part}
         if path in ("/v1/jobs/{id}/events", "/v1/responses/{id}") and stream:
             responses["204"] = {"description": "Everything was delivered already"}
-        responses |= {
-            code: answer for code, answer in _failures(path, body, parameters).items() if code not in responses
-        }
+        failures = _failures((method, path), body, parameters)
+        responses |= {code: answer for code, answer in failures.items() if code not in responses}
         operation: dict[str, Any] = {"summary": summary, "responses": responses}
         if parameters:
             operation["parameters"] = parameters
@@ -223,8 +239,8 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": components,
             "responses": {
-                name: {"description": "Error", "content": {"application/json": {"schema": schema_of[kind]}}}
-                for name, kind in FAILURES.items()
+                **{name: _failure(schema_of[kind]) for name, kind in FAILURES.items()},
+                "EitherError": _failure({"anyOf": [schema_of[kind] for kind in FAILURES.values()]}),
             },
         },
     }
@@ -263,8 +279,13 @@ def _event(data: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
     return {"description": "A server-sent event (docs/protocol.md)", "anyOf": options}
 
 
-def _failures(path: str, body: type | None, parameters: list[dict[str, Any]]) -> dict[str, Any]:
+def _failure(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": "Error", "content": {"application/json": {"schema": schema}}}
+
+
+def _failures(key: Key, body: type | None, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     """The failures that a client should expect of an operation; any other has the same shape."""
+    path = key[1]
     statuses: set[int] = set()
     if body is not None or parameters:
         statuses.add(400)
@@ -274,7 +295,7 @@ def _failures(path: str, body: type | None, parameters: list[dict[str, Any]]) ->
         statuses |= {404, 422, 429, 503}
     if "{" in path:
         statuses.add(404)
-    name = "MessageError" if path.startswith("/v1/messages") else "Error"
+    name = "MessageError" if path.startswith("/v1/messages") else "EitherError" if key in FOR_ANTHROPIC else "Error"
     error = {"$ref": f"#/components/responses/{name}"}
     return {**{str(status): error for status in sorted(statuses)}, "default": error}
 

@@ -221,6 +221,7 @@ class ChatTokenLogprob(ChatLogprob):
 
 class ChatLogprobs(Answer):
     content: list[ChatTokenLogprob]
+    refusal: None
 
 
 class AssistantMessage(Answer, kw_only=True):
@@ -469,10 +470,33 @@ class ModelList(Answer):
     data: list[ModelView]
 
 
+class MessageModel(Answer):
+    """A model as Anthropic's clients know it. ``max_input_tokens``: null while it was never loaded."""
+
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None
+
+
+class MessageModelList(Answer):
+    data: list[MessageModel]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class ProgressEvent(Answer):
     state: str
     what: str
     fraction: float | None
+
+
+class ResponseInputTokens(Answer):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
 
 
 class Embedding(Answer):
@@ -755,11 +779,13 @@ class MessageItem(Answer, tag_field="type", tag="message"):
     content: list[OutputText | InputText]
 
 
-class FunctionCallItem(Answer, tag_field="type", tag="function_call"):
+class FunctionCallItem(Answer, tag_field="type", tag="function_call", kw_only=True):
     id: str
     status: ItemStatus
     call_id: str
     name: str
+    namespace: str | UnsetType = UNSET
+    """Of the function, where it was given in one."""
     arguments: str
     """JSON, as the model wrote it."""
 
@@ -774,7 +800,7 @@ class FunctionCallOutputItem(Answer, tag_field="type", tag="function_call_output
 class ResponseFailure(Answer):
     """``code`` is one of OpenAI's."""
 
-    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt", "context_length_exceeded"]
     message: str
     type: str
     param: str | None
@@ -804,12 +830,17 @@ class TextView(Answer):
     verbosity: Literal["medium"]
 
 
-class FunctionToolView(Answer):
-    type: Literal["function"]
+class FunctionToolView(Answer, tag_field="type", tag="function"):
     name: str
     description: str | None
     parameters: dict[str, Any] | None
     strict: bool
+
+
+class NamespaceToolView(Answer, tag_field="type", tag="namespace"):
+    name: str
+    description: str | None
+    tools: list[FunctionToolView]
 
 
 class InputTokensDetails(Answer):
@@ -851,7 +882,7 @@ class ResponseView(Answer):
     temperature: float
     text: TextView
     tool_choice: str | dict[str, Any]
-    tools: list[FunctionToolView]
+    tools: list[FunctionToolView | NamespaceToolView]
     top_logprobs: int
     top_p: float
     presence_penalty: float
@@ -965,6 +996,7 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("POST", "/v1/completions"): {200: TextReply},
     ("POST", "/v1/responses"): {200: ResponseView},
     ("POST", "/v1/responses/compact"): {404: ErrorBody},
+    ("POST", "/v1/responses/input_tokens"): {200: ResponseInputTokens},
     ("GET", "/v1/responses/{id}"): {200: ResponseView},
     ("DELETE", "/v1/responses/{id}"): {200: ResponseDeleted},
     ("POST", "/v1/responses/{id}/cancel"): {200: ResponseView},
@@ -995,6 +1027,12 @@ ANSWERS: dict[Key, dict[int, Any]] = {
     ("GET", "/healthz"): {200: Live},
     ("GET", "/readyz"): {200: Ready, 503: Ready},
     ("GET", "/health"): {200: Health},
+}
+
+#: What some of them answer instead to who says an ``anthropic-version``; so are their failures in Anthropic's envelope.
+FOR_ANTHROPIC: dict[Key, Any] = {
+    ("GET", "/v1/models"): MessageModelList,
+    ("GET", "/v1/models/{model:path}"): MessageModel,
 }
 
 _JOB_EVENTS = {"token": TokenEvent, "done": DoneEvent, "error": ErrorEvent}

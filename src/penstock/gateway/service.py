@@ -61,6 +61,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     disconnect_grace: float = 10.0
     hold: float = 0.25
     """How long a stream's headers wait for its first event, so that an early refusal is still an HTTP error."""
+    hold_long_prompt: float = 30.0
+    """… where the prompt may be more than the context holds, which an engine says only when it has a slot."""
     drain_timeout: float = 5.0
     """How long JSON replies are waited for after `Gateway.drain`; then they are 503 and their jobs go on."""
     default_max_tokens: int = 2048
@@ -341,6 +343,7 @@ class Gateway:
         self.catalogue = Catalogue(broker, self.config.models, own)
         self.readers = Readers(broker, self.config.disconnect_grace)
         self.started_at = time.time()
+        self._draining = asyncio.Event()
         self._over = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -362,6 +365,7 @@ class Gateway:
     def drain(self) -> None:
         """End every stream; the clients are told to come back. Replies in one piece get ``drain_timeout`` seconds."""
         self.streams.close()
+        self._draining.set()
         asyncio.get_running_loop().call_later(self.config.drain_timeout, self._over.set)
 
     # ------------------------------------------------------------------------------------ submit, follow, fold
@@ -455,13 +459,35 @@ class Gateway:
                 await following.close(complete)
 
         try:
-            for first in await asyncio.gather(*(following.peek(self.config.hold) for following in followings)):
+            for first in await asyncio.gather(*map(self._first_event, followings)):
                 if isinstance(first, Ended) and first.error is not None and first.position == 1:
                     raise error_from_info(first.error)
         except BaseException:
             await close(complete=True)
             raise
         return EventStream(self.streams, blocks, headers=headers, on_close=close)
+
+    def _may_not_fit(self, request: Request) -> bool:
+        """Can the prompt be more than the model's context holds? A token is a byte at least."""
+        info = self.catalogue.info(request.model)
+        return info is not None and 0 < info.context_length <= _most_tokens(request)
+
+    async def _first_event(self, following: Following) -> Event | None:
+        """If it comes soon; one that may be a refusal is waited for longer."""
+        first = await following.peek(self.config.hold)
+        if first is None and self._may_not_fit(following.job.request):
+            first = await self._long_peek(following)
+        return first
+
+    async def _long_peek(self, following: Following) -> Event | None:
+        draining = asyncio.create_task(self._draining.wait())
+        peeking = asyncio.create_task(following.peek(self.config.hold_long_prompt))
+        try:
+            await asyncio.wait([draining, peeking], return_when=asyncio.FIRST_COMPLETED)
+            return await peeking if peeking.done() else None
+        finally:
+            draining.cancel()
+            peeking.cancel()
 
     async def ask(
         self, request: Request, submission: Submission, gone: Callable[[], Awaitable[None]]
@@ -502,6 +528,17 @@ class Gateway:
         if ended.error is not None:
             raise error_from_info(ended.error)
         return completion
+
+
+def _most_tokens(request: Request) -> int:
+    """What the prompt of *request* can have of tokens, but for those of a chat template."""
+    if request.prompt_ids is not None:
+        return len(request.prompt_ids)
+    texts = [request.prompt or ""]
+    for message in request.messages or ():
+        texts += [message.content, *(call.arguments for call in message.tool_calls)]
+    tools = len(msgspec.json.encode(request.tools)) if request.tools else 0
+    return tools + sum(len(text.encode(errors="replace")) for text in texts)
 
 
 async def _collect(following: Following) -> list[Event]:

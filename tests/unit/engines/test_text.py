@@ -368,16 +368,19 @@ def test_a_bos_token_is_added_or_left_out_as_the_config_says() -> None:
 
 def test_a_prompt_needs_room_for_one_token(chat: TextModel) -> None:
     assert len(chat.encode_request(Request("m", prompt_ids=(5,) * 255))) == 255
-    with pytest.raises(ContextLengthExceeded, match=r"256 tokens.*holds 256"):
+    with pytest.raises(ContextLengthExceeded, match=r"context length is 256 tokens.*256 in the prompt") as caught:
         chat.encode_request(Request("m", prompt_ids=(5,) * 256))
+    assert (caught.value.tokens, caught.value.limit) == (256, 256)
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
     chat: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat, "encode", None)
-    with pytest.raises(ContextLengthExceeded, match="characters"):
+    with pytest.raises(ContextLengthExceeded, match="characters") as caught:
         chat.encode_request(Request("m", prompt="x" * 1_000_000))
+    assert caught.value.limit == 256
+    assert 256 < int(caught.value.tokens or 0) <= 1_000_000
 
 
 @pytest.mark.parametrize("ids", [(-1,), (10_000,), ()])

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.errors import ErrorInfo, LogRewound
+from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage
-from penstock.gateway.http import json_reply
-from penstock.gateway.routes.anthropic import MessageWriter, reply
+from penstock.gateway.http import decode, json_reply
+from penstock.gateway.routes.anthropic import CreateMessage, MessageWriter, reply
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
 
@@ -197,6 +197,81 @@ def test_a_text_block_has_no_null_that_clients_refuse(name: str) -> None:
 
 def test_a_filtered_reply_is_a_refusal() -> None:
     assert message(parse(written(*CASES["filtered"])))["stop_reason"] == "refusal"
+
+
+THINKING = {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"}
+REDACTED = {"type": "redacted_thinking", "data": "ZGF0YQ=="}
+SAID = {"type": "text", "text": "Yes.", "cache_control": {"type": "ephemeral"}, "citations": None}
+CALLED = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {}}
+ANSWERED = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "Rain."}
+
+
+def asked(*turns: tuple[str, Any], **fields: Any) -> Request:
+    """What these turns ask for."""
+    given = [{"role": role, "content": content} for role, content in turns]
+    body = {"model": "m", "max_tokens": 5, "messages": given, **fields}
+    return decode(json.dumps(body).encode(), CreateMessage).request()
+
+
+class TestThoughts:
+    """Of an earlier reply, which clients send back as they came: ignored while nothing here thinks."""
+
+    @pytest.mark.parametrize(
+        ("blocks", "same"),
+        [
+            ([THINKING, SAID], [SAID]), ([REDACTED, SAID], [SAID]), ([THINKING, REDACTED, SAID, SAID], [SAID, SAID]),
+            ([THINKING, CALLED], [CALLED]), ([THINKING, SAID, REDACTED, CALLED], [SAID, CALLED]),
+        ],
+        ids=["thinking", "redacted", "both", "call", "between"],
+    )  # fmt: skip
+    def test_make_no_difference(self, blocks: list[Any], same: list[Any]) -> None:
+        behind = ("user", [ANSWERED] if CALLED in blocks else "Why?")
+        before = ("user", "Is it so?")
+        assert asked(before, ("assistant", blocks), behind) == asked(before, ("assistant", same), behind)
+
+    def test_a_turn_of_nothing_else_is_none(self) -> None:
+        found = asked(("user", "Hi"), ("assistant", [THINKING]), ("user", "And?"))
+        assert found.messages == asked(("user", "Hi"), ("user", "And?")).messages
+        assert not asked(("user", "Hi"), ("assistant", [REDACTED])).continue_final, "there is no beginning of a reply"
+
+    def test_nothing_but_thoughts_cannot_be_answered(self) -> None:
+        with pytest.raises(InvalidRequest) as refused:
+            asked(("assistant", [THINKING, REDACTED]))
+        assert refused.value.param == "messages"
+
+    def test_only_an_assistants(self) -> None:
+        for kind in (THINKING, REDACTED):
+            with pytest.raises(Unsupported):
+                asked(("user", [kind]))
+
+    @pytest.mark.parametrize("field", [{"type": "disabled"}, None])
+    def test_may_be_switched_off(self, field: Any) -> None:
+        assert asked(("user", "Hi"), thinking=field) == asked(("user", "Hi"))
+        with pytest.raises(Unsupported):
+            asked(("user", "Hi"), thinking={"type": "enabled", "budget_tokens": 1024})
+
+
+@pytest.mark.parametrize("kind", ["image", "document", "search_result", "server_tool_use", "web_search_tool_result"])
+def test_a_block_that_is_no_text_is_named(kind: str) -> None:
+    block = {"type": kind, "source": {"type": "text", "data": "x"}, "title": "x"}
+    for turn in (("user", [block]), ("user", [{**ANSWERED, "content": [block]}])):
+        with pytest.raises(Unsupported, match=f"content of type '{kind}' is not supported") as refused:
+            asked(turn)
+        assert refused.value.param is not None
+        assert refused.value.param.startswith("messages[0]")
+
+
+def test_a_mark_for_a_cache_makes_no_difference() -> None:
+    mark = {"cache_control": {"type": "ephemeral", "ttl": "5m"}}
+    tool = {"name": "weather", "input_schema": {"type": "object"}}
+    plain = asked(("user", [{"type": "text", "text": "Hi"}]), system=[{"type": "text", "text": "S"}], tools=[tool])
+    marked = asked(
+        ("user", [{"type": "text", "text": "Hi", **mark}]),
+        system=[{"type": "text", "text": "S", **mark}],
+        tools=[{**tool, **mark}],
+        **mark,
+    )
+    assert marked == plain
 
 
 def test_a_call_that_was_cut_has_no_arguments() -> None:

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.brokers.embedded import EmbeddedBroker
-from penstock.core.errors import InvalidRequest
-from penstock.core.job import Job, Priority, ResponseFormat, Sampling, fingerprint
-from penstock.core.ports import Append, Finish, Query, QueuePolicy, WorkerInfo
+from penstock.core.errors import ContextLengthExceeded, InvalidRequest
+from penstock.core.job import Job, Priority, Request, ResponseFormat, Sampling, fingerprint
+from penstock.core.ports import Append, Finish, ModelInfo, Query, QueuePolicy, WorkerInfo
 from penstock.gateway import openapi
 from penstock.gateway.app import create_app
 from penstock.gateway.feed import Cursor
@@ -329,10 +329,12 @@ class TestConstraints:
     @pytest.mark.parametrize(
         ("wanted", "form"),
         [
-            ({"type": "json_object", "schema": SCHEMA}, AS_SCHEMA), ({"type": "json_schema", "schema": SCHEMA}, AS_SCHEMA),
+            ({"type": "json_object", "schema": SCHEMA}, AS_SCHEMA),
+            ({"type": "json_schema", "schema": SCHEMA}, AS_SCHEMA),
             ({"type": "json_object", "json_schema": {"schema": SCHEMA}}, AS_SCHEMA),
             ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": None}}, AS_SCHEMA),
-            ({"type": "regex", "pattern": "[a-z]+"}, AS_REGEX), ({"type": "grammar", "grammar": 'root ::= "a"'}, AS_GRAMMAR),
+            ({"type": "regex", "pattern": "[a-z]+"}, AS_REGEX),
+            ({"type": "grammar", "grammar": 'root ::= "a"'}, AS_GRAMMAR),
             ({"type": "json_object", "schema": {}}, ResponseFormat("json_object")),
             ({"type": "text"}, None), ({"type": None}, None), ({"type": "text", "json_schema": None}, None),
         ],
@@ -353,18 +355,21 @@ class TestConstraints:
             ({"structured_outputs": {"choice": ["a"]}, "regex": "a"}, "invalid_request", "structured_outputs.choice"),
             ({"structured_outputs": {"jason": SCHEMA}}, "invalid_request", "structured_outputs"),
             ({"structured_outputs": {"structural_tag": "x"}}, "unsupported", "structured_outputs.structural_tag"),
-            ({"structured_outputs": {"whitespace_pattern": " "}}, "unsupported", "structured_outputs.whitespace_pattern"),
+            ({"structured_outputs": {"disable_any_whitespace": True}}, "unsupported", "structured_outputs.disable_any"),
+            ({"structured_outputs": {"whitespace_pattern": " "}}, "unsupported", "structured_outputs.whitespace"),
             ({"structural_tag": {"begin": "<a>"}}, "unsupported", "structural_tag"),
             ({"guided_whitespace_pattern": " "}, "unsupported", "guided_whitespace_pattern"),
             ({"logits_processors": ["a.B"]}, "unsupported", "logits_processors"),
             ({"allowed_token_ids": [5]}, "unsupported", "allowed_token_ids"),
             ({"stop_regex": "a"}, "unsupported", "stop_regex"), ({"grammar_lazy": True}, "unsupported", "grammar_lazy"),
             ({"custom_logit_processor": "x"}, "unsupported", "custom_logit_processor"),
-            ({"guided_json": "{"}, "invalid_request", "guided_json"), ({"guided_json": "[]"}, "invalid_request", "guided_json"),
+            ({"guided_json": "{"}, "invalid_request", "guided_json"),
+            ({"guided_json": "[]"}, "invalid_request", "guided_json"),
             ({"guided_json": {"x": "y" * 70_000}}, "invalid_request", "guided_json"),
             ({"guided_choice": ["x" * 4096] * 20}, "invalid_request", "guided_choice"),
             ({"guided_choice": [""]}, "invalid_request", "guided_choice"), ({"regex": 5}, "invalid_request", "regex"),
-            ({"regex": "x" * 70_000}, "invalid_request", "regex"), ({"grammar": {"type": "x"}}, "invalid_request", "grammar"),
+            ({"regex": "x" * 70_000}, "invalid_request", "regex"),
+            ({"grammar": {"type": "x"}}, "invalid_request", "grammar"),
             ({"grammar": {"type": "regex", "value": {}}}, "invalid_request", "grammar"),
             ({"min_tokens": 9, "seed": 1}, "invalid_request", "min_tokens"),
             ({"min_tokens": -1}, "invalid_request", "min_tokens"), ({"bad_words": [5]}, "invalid_request", "bad_words"),
@@ -426,6 +431,237 @@ class TestConstraints:
         nothing = {"min_tokens": 0, "stop_token_ids": [], "bad_words": [""]}
         sampling = (await asked(gateway, route, {**dict(ASKING)[route], **nothing})).request.sampling
         assert (sampling.min_tokens, sampling.stop_token_ids, sampling.bad_words) == (0, (), ())
+
+
+def named(*names: str) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name}} for name in names]
+
+
+class TestChat:
+    """What OpenAI's clients send on chat completions beside the plain things."""
+
+    ROUTE = "/v1/chat/completions"
+
+    async def request(self, gateway: Gateway, *messages: dict[str, Any], **fields: Any) -> Request:
+        body = {"model": "m", "messages": list(messages) or CHAT, **fields}
+        return (await asked(gateway, self.ROUTE, body)).request
+
+    @pytest.mark.parametrize(("mode", "choice"), [("auto", "auto"), ("required", "required")])
+    async def test_allowed_tools(self, gateway: Gateway, mode: str, choice: str) -> None:
+        allowed = {"mode": mode, "tools": named("c", "a")}
+        found = await self.request(
+            gateway, tools=named("a", "b", "c"), tool_choice={"type": "allowed_tools", "allowed_tools": allowed}
+        )
+        assert [tool.name for tool in found.callable_tools] == ["a", "c"]
+        assert (found.tool_choice, found.tool_name) == (choice, None)
+
+    @pytest.mark.parametrize(
+        "choice",
+        [
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named("d")}},
+            {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": named("a")}},
+            {"type": "allowed_tools", "mode": "auto", "tools": named("a")},
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
+            {"type": "function"}, {"type": "custom", "custom": {"name": "a"}}, "any",
+        ],
+        ids=str,
+    )  # fmt: skip
+    async def test_other_choices_are_refused(self, gateway: Gateway, choice: Any) -> None:
+        async with as_tenant(gateway, "t") as http:
+            body = {"model": "m", "messages": CHAT, "tools": named("a", "b"), "tool_choice": choice}
+            reply = await http.post(self.ROUTE, json=body)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"].startswith("tool_choice")
+
+    @pytest.mark.parametrize("fields", [{"function_call": "none"}, {"function_call": "auto"}, {"functions": []}])
+    async def test_functions_that_ask_for_nothing(self, gateway: Gateway, fields: dict[str, Any]) -> None:
+        assert await self.request(gateway, **fields) == await self.request(gateway)
+
+    @pytest.mark.parametrize("fields", [{"function_call": {"name": "f"}}, {"functions": [{"name": "f"}]}])
+    async def test_functions_that_ask_for_some_are_refused(self, gateway: Gateway, fields: dict[str, Any]) -> None:
+        async with as_tenant(gateway, "t") as http:
+            reply = await http.post(self.ROUTE, json={"model": "m", "messages": CHAT, **fields})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "functions")
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"content": [{"type": "refusal", "refusal": "No."}]}, {"content": None, "refusal": "No."},
+            {"refusal": "No."}, {"content": "No.", "refusal": None}, {"content": "No.", "name": "ann", "audio": None},
+        ],
+        ids=str,
+    )  # fmt: skip
+    async def test_a_refusal_is_what_was_said(self, gateway: Gateway, said: dict[str, Any]) -> None:
+        found = await self.request(gateway, *CHAT, {"role": "assistant", **said}, *CHAT)
+        assert [message.content for message in found.messages or ()] == ["x", "No.", "x"]
+
+    async def test_and_in_an_input(self, gateway: Gateway) -> None:
+        said = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+        body = {"model": "m", "input": [{"role": "user", "content": "x"}, said, {"role": "user", "content": "y"}]}
+        found = (await asked(gateway, "/v1/responses", body)).request
+        assert [message.content for message in found.messages or ()] == ["x", "No.", "y"]
+
+    @pytest.mark.parametrize("role", ["developer", "system", "critic"])
+    @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/jobs", "/v1/generate"])
+    async def test_roles_pass_as_they_are(self, gateway: Gateway, route: str, role: str) -> None:
+        """What a template makes of them is the engine's to know."""
+        messages = [{"role": role, "content": "Be brief."}, *CHAT]
+        found = (await asked(gateway, route, {"model": "m", "messages": messages})).request
+        assert [(message.role, message.content) for message in found.messages or ()] == [
+            (role, "Be brief."), ("user", "x"),
+        ]  # fmt: skip
+
+    async def test_a_developers_message_is_no_less_on_responses(self, gateway: Gateway) -> None:
+        body = {
+            "model": "m",
+            "input": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "x"}],
+        }
+        found = (await asked(gateway, "/v1/responses", body)).request
+        assert [(message.role, message.content) for message in found.messages or ()] == [
+            ("system", "Be brief."), ("user", "x"),
+        ]  # fmt: skip
+
+
+PROMPTED = [route for route in ALL if route not in ("/v1/jobs", "/generate")]
+STREAMED = [route for route in PROMPTED if route != "/generate_stream"]
+TOO_LONG = "x" * 40
+
+
+async def refuse(gateway: Gateway, *, tokens: int = 99, limit: int = 20) -> None:
+    """Refuse what is queued as an engine does whose context it is too long for."""
+    for lease in await gateway.broker.claim(WorkerInfo(id="w", slots=50), ["m"], 50, 0):
+        param = "messages" if lease.job.request.messages is not None else "prompt"
+        finish = Finish(error=ContextLengthExceeded.of(param, tokens, limit).info)
+        await gateway.broker.append([Append(lease.key, 1, [], [], finish=finish)])
+
+
+async def queued(gateway: Gateway) -> None:
+    async with asyncio.timeout(30):
+        while not (await gateway.broker.stats()).queued:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def long(route: str, **fields: Any) -> dict[str, Any]:
+    least = {**dict(ASKING)[route], **fields}
+    for name in ("prompt", "input"):
+        if name in least:
+            least[name] = TOO_LONG
+    return least | ({"messages": [{"role": "user", "content": TOO_LONG}]} if "messages" in least else {})
+
+
+class TestTooLong:
+    """A prompt that its model's context does not hold, in the words by which each dialect's clients know that."""
+
+    @pytest.fixture
+    async def busy(self, tmp_path: Path) -> AsyncIterator[Gateway]:
+        """A gateway whose model has a context of 20 tokens and no slot free; streams' headers wait for nothing else."""
+        broker = EmbeddedBroker(tmp_path)
+        await broker.open()
+        gateway = Gateway(broker, GatewayConfig(models=("m",), hold=0.0))
+        async with gateway.running():
+            info = ModelInfo(name="m", engine="synthetic", context_length=20)
+            await broker.claim(WorkerInfo(id="w", models=(info,)), [], 0, 0)
+            await gateway.catalogue.refresh()
+            yield gateway
+        await broker.close()
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("route", PROMPTED)
+    async def test_is_a_400_in_the_dialects_words(self, busy: Gateway, route: str, stream: bool) -> None:
+        """Also of a stream that had to wait for a slot."""
+        async with as_tenant(busy, "t") as http:
+            body = long(route, stream=stream) if route in STREAMED else long(route)
+            asking = asyncio.create_task(http.post(route, json=body))
+            await queued(busy)
+            await refuse(busy)
+            reply = await asking
+            job = (await busy.broker.list(Query(tenant="t"))).jobs[0]
+            view = (await http.get(f"/v1/jobs/{job.id}")).json()
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["type"]) == (
+            400, "context_length_exceeded", "invalid_request_error",
+        )  # fmt: skip
+        field = {"/v1/responses": "input", "/v1/chat/completions": "messages", "/v1/messages": "messages"}
+        assert error["param"] == field.get(route, "prompt")
+        if route == "/v1/messages":
+            assert error["message"] == "prompt is too long: 99 tokens > 19 maximum"
+        elif route in field:
+            assert error["message"].startswith(
+                "This model's maximum context length is 20 tokens. However, your messages resulted in 99 tokens. "
+                "Please reduce the length of the messages"
+            )
+        else:
+            assert error["message"].startswith(
+                "This model's maximum context length is 20 tokens. However, you requested 100 tokens (99 in the prompt"
+            )
+        assert set(error) == set(view["error"]) == {"message", "type", "param", "code"}
+
+    @pytest.mark.parametrize("route", STREAMED)
+    async def test_what_fits_does_not_wait_for_a_slot(self, busy: Gateway, route: str) -> None:
+        """The headers have gone by the time that it fails."""
+        async with as_tenant(busy, "t") as http:
+            asking = asyncio.create_task(http.post(route, json={**dict(ASKING)[route], "stream": True}))
+            await queued(busy)
+            async with asyncio.timeout(30):
+                while not len(busy.streams):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            await refuse(busy)
+            reply = await asking
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert "context_length_exceeded" in reply.text
+        assert '"limit"' not in reply.text
+        assert ("prompt is too long" in reply.text) == (route == "/v1/messages")
+
+    async def test_what_may_not_fit_streams_once_it_has_begun(self, busy: Gateway) -> None:
+        async with as_tenant(busy, "t") as http:
+            asking = asyncio.create_task(http.post("/v1/generate", json=long("/v1/generate", stream=True)))
+            await queued(busy)
+            await work(busy)
+            reply = await asking
+        assert reply.status_code == 200
+        assert "event: done" in reply.text
+
+    async def test_a_drain_does_not_wait_for_it(self, busy: Gateway) -> None:
+        async with as_tenant(busy, "t") as http:
+            asking = asyncio.create_task(http.post("/v1/generate", json=long("/v1/generate", stream=True)))
+            await queued(busy)
+            busy.drain()
+            async with asyncio.timeout(busy.config.hold_long_prompt / 2):
+                reply = await asking
+        assert reply.status_code == 200
+        assert reply.text.startswith("retry: ")
+
+    @pytest.mark.parametrize(
+        ("body", "most"),
+        [
+            ({"prompt": "é" * 10}, 20), ({"prompt": [1] * 20}, 20), ({"prompt": "x" * 19}, 19),
+            ({"messages": [{"role": "user", "content": "x" * 12}, {"role": "assistant", "content": "é" * 4}]}, 20),
+        ],
+        ids=["bytes", "ids", "fits", "messages"],
+    )  # fmt: skip
+    async def test_only_what_has_as_many_bytes_as_the_context_tokens(
+        self, busy: Gateway, body: dict[str, Any], most: int
+    ) -> None:
+        async with as_tenant(busy, "t") as http:
+            asking = asyncio.create_task(http.post("/v1/generate", json={**body, "stream": True}))
+            await queued(busy)
+            if most < 20:
+                async with asyncio.timeout(30):
+                    while not len(busy.streams):  # noqa: ASYNC110
+                        await asyncio.sleep(0.005)
+            await refuse(busy)
+            assert (await asking).status_code == (400 if most >= 20 else 200)
+
+    async def test_an_error_without_numbers_keeps_its_message(self, busy: Gateway) -> None:
+        """An upstream server's: it has been said in that server's words."""
+        async with as_tenant(busy, "t") as http:
+            for route, said in (("/v1/messages", "prompt is too long: Too much."), ("/v1/completions", "Too much.")):
+                asking = asyncio.create_task(http.post(route, json=long(route)))
+                await queued(busy)
+                for lease in await busy.broker.claim(WorkerInfo(id="w", slots=50), ["m"], 50, 0):
+                    finish = Finish(error=ContextLengthExceeded("Too much.").info)
+                    await busy.broker.append([Append(lease.key, 1, [], [], finish=finish)])
+                assert (await asking).json()["error"]["message"] == said
 
 
 async def test_a_request_that_is_repeated_behind_an_update_is_known_again() -> None:

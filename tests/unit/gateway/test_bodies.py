@@ -50,8 +50,10 @@ def examples(kind: inspect.Type) -> list[Any]:
     found: list[Any] = []
     for each in bare(kind):
         match each:
-            case inspect.StructType(fields=fields):
-                found.append({field.encode_name: examples(field.type)[0] for field in fields if field.required})
+            case inspect.StructType(fields=fields, tag_field=tag_field, tag=tag):
+                tagged = {} if tag_field is None else {tag_field: tag}
+                required = {field.encode_name: examples(field.type)[0] for field in fields if field.required}
+                found.append({**tagged, **required})
             case inspect.ListType(item_type=item):
                 found += [[value] for value in examples(item)]
             case inspect.DictType():

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError, Unsupported
 from penstock.core.events import Ended, Event, Logprob, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, ToolCall, Usage
-from penstock.gateway.responses.items import Item, View, input_items, messages, owner, view_of
+from penstock.gateway.http import decode
+from penstock.gateway.responses.items import Item, View, input_items, messages, output_items, owner, view_of
 from penstock.gateway.responses.stream import last_number, render, whole
-from penstock.gateway.routes.responses import CreateResponse
+from penstock.gateway.routes.responses import CreateResponse, InputItem
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
 
@@ -119,6 +120,85 @@ def sequence(job: Job, view: View, events: Sequence[Event], after: int = -1) -> 
         assert event.data["sequence_number"] == number
         assert event.data["type"] == event.event
     return [event.data for event in found]
+
+
+SPACES: list[dict[str, Any]] = [
+    {"type": "function", "name": "shell", "description": "A shell.", "parameters": {"type": "object"}, "strict": False},
+    {
+        "type": "namespace", "name": "mcp__calendar__", "description": "Plan events.",
+        "tools": [{"type": "function", "name": "_create", "parameters": {"type": "object"}, "defer_loading": True}],
+    },
+    {
+        "type": "namespace", "name": "crm", "description": "Customers.",
+        "tools": [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("find", "shell")],
+    },
+]  # fmt: skip
+
+
+class TestNamespaces:
+    """Tools in namespaces, as agents bring them: models know flat names, clients get back what they gave."""
+
+    def body(self, **fields: Any) -> CreateResponse:
+        return decode(json.dumps({"model": "m", "input": "x", "tools": SPACES, **fields}).encode(), CreateResponse)
+
+    def asked(self, **fields: Any) -> Request:
+        return self.body(**fields).request((Item("message", role="user", content=("x",)),), 10)
+
+    def test_models_know_their_functions_by_flat_names(self) -> None:
+        names = [tool.name for tool in self.asked().callable_tools]
+        assert names == ["shell", "mcp__calendar___create", "crm__find", "crm__shell"]
+
+    @pytest.mark.parametrize(
+        ("flat", "namespace", "name"),
+        [
+            ("shell", None, "shell"), ("mcp__calendar___create", "mcp__calendar__", "_create"),
+            ("crm__find", "crm", "find"), ("crm__shell", "crm", "shell"),
+        ],
+    )  # fmt: skip
+    def test_a_call_has_the_name_and_the_namespace_apart(self, flat: str, namespace: str | None, name: str) -> None:
+        body = self.body()
+        view = msgspec.json.decode(body.view(()), type=View)
+        of = job(view, tools=self.asked().tools)
+        call = f'<tool_call>{{"name": "{flat}", "arguments": {{"a": 1}}}}</tool_call>'
+        events = sequence(of, view, log([call[:20], call[20:]], end=(Status.COMPLETED, ("tool_calls",), None)))
+        items = [event["item"] for event in events if "item" in event]
+        assert len(items) == 2
+        for item in items:
+            assert (item["name"], item.get("namespace")) == (name, namespace)
+        done = next(event for event in events if event["type"] == "response.function_call_arguments.done")
+        assert done["name"] == name
+        # … and goes back to the model under the name that it used, whether it is sent again or referred to.
+        (item,) = events[-1]["response"]["output"]
+        output = {"type": "function_call_output", "call_id": item["call_id"], "output": "done"}
+        given = [InputItem(role="user", content="x"), *(msgspec.convert(each, InputItem) for each in (item, output))]
+        sent = messages(None, [each.plain(place) for place, each in enumerate(given)])
+        kept = messages(None, [given[0].plain(0), *output_items([item]), given[2].plain(2)])
+        assert sent[1:] == kept[1:]
+        assert [call.name for call in sent[1].tool_calls] == [flat]
+
+    def test_they_are_told_again_as_they_came(self) -> None:
+        view = json.loads(self.body().view(()))
+        assert [(tool["type"], tool["name"]) for tool in view["tools"]] == [
+            ("function", "shell"), ("namespace", "mcp__calendar__"), ("namespace", "crm"),
+        ]  # fmt: skip
+        assert [tool["name"] for tool in view["tools"][2]["tools"]] == ["find", "shell"]
+
+    @pytest.mark.parametrize(
+        ("choice", "names"),
+        [
+            ({"type": "function", "name": "shell"}, ["shell"]),
+            ({"type": "function", "namespace": "crm", "name": "shell"}, ["crm__shell"]),
+            ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "namespace", "name": "crm"}]},
+             ["crm__find", "crm__shell"]),
+            ({"type": "allowed_tools", "mode": "required",
+              "tools": [{"type": "function", "namespace": "crm", "name": "find"},
+                        {"type": "function", "name": "shell"}]},
+             ["shell", "crm__find"]),
+        ],
+        ids=["function", "of a namespace", "a namespace", "some"],
+    )  # fmt: skip
+    def test_choices(self, choice: dict[str, Any], names: list[str]) -> None:
+        assert [tool.name for tool in self.asked(tool_choice=choice).callable_tools] == names
 
 
 class TestTheSequence:
@@ -231,7 +311,11 @@ class TestTheSequence:
     @pytest.mark.parametrize(
         ("error", "code"),
         [
-            (ErrorInfo("Too long.", "invalid_request_error", "messages", "context_length_exceeded"), "invalid_prompt"),
+            (
+                ErrorInfo("Too long.", "invalid_request_error", "messages", "context_length_exceeded"),
+                "context_length_exceeded",
+            ),
+            (ErrorInfo("Not so.", "invalid_request_error", "messages", "invalid_request"), "invalid_prompt"),
             (ErrorInfo("Full.", "rate_limit_error", None, "overloaded"), "rate_limit_exceeded"),
             (ErrorInfo("Killed engines.", "server_error", None, "poisoned"), "server_error"),
         ],
@@ -242,6 +326,7 @@ class TestTheSequence:
         assert last["type"] == "response.failed"
         assert last["response"]["error"]["code"] == code
         assert last["response"]["error"]["message"] == error.message
+        assert last["response"]["error"]["param"] == {"messages": "input"}.get(error.param or "")
         assert last["response"]["output"] == []
 
 
@@ -451,6 +536,37 @@ class TestBodies:
         request = body.request((Item("message", role="user", content=("x",)),), 10)
         assert request.sampling == Sampling(max_tokens=10, temperature=1.0)
         assert request.response_format is None
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "web_search", "web_search_preview", "file_search", "local_shell", "shell", "computer_use_preview", "mcp",
+            "image_generation", "code_interpreter", "custom", "apply_patch", "tool_search", "whatever_comes_next",
+        ],
+    )  # fmt: skip
+    def test_tools_that_are_not_here_are_named(self, kind: str) -> None:
+        """Clients have some of them on by themselves: the message says where it is and that it has to go."""
+        function = {"type": "function", "name": "f", "parameters": {}}
+        for place, tools in (
+            ("tools[1]", [function, {"type": kind, "name": "x"}]),
+            ("tools[0].tools[1]", [{"type": "namespace", "name": "n", "tools": [function, {"type": kind}]}]),
+        ):
+            error = self.refused(tools=tools)
+            assert isinstance(error, Unsupported)
+            assert error.param == place
+            assert f"{place}: there is no tool of type {kind!r} here" in error.message
+            assert "Leave it out of the tools" in error.message
+            assert ('web_search = "disabled"' in error.message) == kind.startswith("web_search")
+
+    def test_namespaces_have_functions_only(self) -> None:
+        inner = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]}
+        assert self.refused(tools=[{"type": "namespace", "name": "m", "tools": [inner]}]).param == "tools[0].tools[0]"
+        assert self.refused(tools=[{"type": "namespace", "tools": []}]).param == "tools[0].name"
+        many = [{"type": "function", "name": f"f{i}"} for i in range(70)]
+        spaces = [{"type": "namespace", "name": name, "tools": many} for name in ("a", "b")]
+        assert self.refused(tools=spaces).param == "tools"
+        twice = [{"type": "function", "name": "n__f"}, inner]
+        assert "two tools named 'n__f'" in self.refused(tools=twice).message
 
     def test_allowed_tools(self) -> None:
         tools = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b", "c")]

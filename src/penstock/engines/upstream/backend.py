@@ -154,11 +154,7 @@ class UpstreamBackend(AsyncBackend):
 
     def _check_prompt(self, request: Request) -> None:
         if request.prompt_ids is not None and len(request.prompt_ids) >= self.info.context_length:
-            raise ContextLengthExceeded(
-                f"The prompt has {len(request.prompt_ids)} tokens; the model's context holds "
-                f"{self.info.context_length}, of which at least one must be left for the reply.",
-                param="prompt",
-            )
+            raise ContextLengthExceeded.of("prompt", len(request.prompt_ids), self.info.context_length)
         if request.response_format is not None and request.messages is None:
             self._refuse({"openai"}, "follow a response_format without messages", "response_format")
         if request.continue_final and self._options.continuation != "text":
@@ -167,11 +163,7 @@ class UpstreamBackend(AsyncBackend):
     def _check_inputs(self, request: Request) -> None:
         for index, ids in enumerate(request.inputs or ()):
             if not isinstance(ids, str) and len(ids) > self.info.context_length:
-                raise ContextLengthExceeded(
-                    f"Input {index} has {len(ids)} tokens; the model takes {self.info.context_length}. Cut it into "
-                    "pieces.",
-                    param="input",
-                )
+                raise ContextLengthExceeded.of("input", len(ids), self.info.context_length, index=index)
 
     def _check_ids(self, request: Request) -> None:
         """llama.cpp stumbles over ids that it does not have; it says how many it has."""

@@ -383,7 +383,7 @@ class Run:
         except _NotRunError:
             written = self._not_run(number, line, job)
         except PenstockError as error:
-            written = self._answer(number, line, job, error.status, {"error": error.info})
+            written = self._answer(number, line, job, error.status, {"error": error.info.shown})
         except Exception:
             log.exception("batch_line_failed", batch_id=self.id, tenant=self.tenant, line=number)
             broken = PenstockError("Something broke inside the server; its log has the details.")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from penstock.core.errors import ErrorInfo, InvalidRequest
+from penstock.core.errors import ContextLengthExceeded, ErrorInfo, InvalidRequest
 from penstock.core.events import Ended
 from penstock.core.job import Job, Message, Priority, Status, ToolCall, Usage
 
@@ -30,6 +30,7 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True):
     content: tuple[str, ...] = ()
     call_id: str = ""
     name: str = ""
+    namespace: str = ""
     arguments: str = ""
     output: str = ""
 
@@ -40,7 +41,7 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True):
             parts = [text_part(text) if own else {"type": "input_text", "text": text} for text in self.content]
             return message_item(self.id, parts, role=self.role)
         if self.type == "function_call":
-            return call_item(self.id, self.call_id, self.name, self.arguments)
+            return call_item(self.id, self.call_id, self.name, self.arguments, namespace=self.namespace)
         return {
             "id": self.id,
             "type": "function_call_output",
@@ -112,12 +113,34 @@ def output_items(output: Iterable[dict[str, Any]]) -> list[Item]:
     return [
         Item("message", item["id"], "assistant", tuple(part["text"] for part in item["content"]))
         if item["type"] == "message"
-        else Item("function_call", item["id"], call_id=item["call_id"], name=item["name"], arguments=item["arguments"])
+        else Item(
+            "function_call",
+            item["id"],
+            call_id=item["call_id"],
+            name=item["name"],
+            namespace=item.get("namespace", ""),
+            arguments=item["arguments"],
+        )
         for item in output
     ]
 
 
 # ---------------------------------------------------------------------------------------------- for the model
+
+
+def flat(namespace: str, name: str) -> str:
+    """What a model knows a function by: models know of no namespaces."""
+    return namespace + name if not namespace or namespace.endswith("__") else f"{namespace}__{name}"
+
+
+def named(view: View) -> dict[str, tuple[str, str]]:
+    """The namespace and name of each function that has one, by what the model knows it by."""
+    return {
+        flat(tool["name"], function["name"]): (tool["name"], function["name"])
+        for tool in view.tools
+        if tool["type"] == "namespace"
+        for function in tool["tools"]
+    }
 
 
 def messages(instructions: str | None, items: Sequence[Item]) -> tuple[Message, ...]:
@@ -141,7 +164,7 @@ def messages(instructions: str | None, items: Sequence[Item]) -> tuple[Message, 
             turns.append(Message("tool", item.output, tool_call_id=item.call_id))
         elif item.type == "function_call":
             waiting[item.call_id] = None
-            call = ToolCall(item.call_id, item.name, item.arguments)
+            call = ToolCall(item.call_id, flat(item.namespace, item.name), item.arguments)
             if last is not None and last.role == "assistant":
                 turns[-1] = msgspec.structs.replace(last, tool_calls=(*last.tool_calls, call))
             else:
@@ -172,7 +195,9 @@ def message_item(
     return {"id": id, "type": "message", "status": status, "content": content, "role": role}
 
 
-def call_item(id: str, call_id: str, name: str, arguments: str, status: str = "completed") -> dict[str, Any]:
+def call_item(
+    id: str, call_id: str, name: str, arguments: str, status: str = "completed", *, namespace: str = ""
+) -> dict[str, Any]:
     return {
         "id": id,
         "type": "function_call",
@@ -180,6 +205,7 @@ def call_item(id: str, call_id: str, name: str, arguments: str, status: str = "c
         "arguments": arguments,
         "call_id": call_id,
         "name": name,
+        **({"namespace": namespace} if namespace else {}),
     }
 
 
@@ -258,12 +284,19 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
+def as_told(error: ErrorInfo) -> ErrorInfo:
+    """An error by the name that this API has for a conversation."""
+    return msgspec.structs.replace(error.shown, param="input") if error.param == "messages" else error.shown
+
+
 def _error(error: ErrorInfo) -> dict[str, Any]:
     """OpenAI's codes are a closed list; what we know besides is in the message, the type and the job."""
-    if error.type == "invalid_request_error":
+    if error.code == ContextLengthExceeded.code:
+        code = ContextLengthExceeded.code  # it is none of the list, but what OpenAI sends and clients look for
+    elif error.type == "invalid_request_error":
         code = "invalid_prompt"
     elif error.type == "rate_limit_error":
         code = "rate_limit_exceeded"
     else:
         code = "server_error"
-    return {"code": code, "message": error.message, "type": error.type, "param": error.param}
+    return {"code": code, "message": error.message, "type": error.type, "param": as_told(error).param}

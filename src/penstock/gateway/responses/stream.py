@@ -22,6 +22,7 @@ from penstock.gateway.responses.items import (
     ended_status,
     item_id,
     message_item,
+    named,
     response_object,
     status_of,
     text_part,
@@ -40,6 +41,7 @@ class _Item(msgspec.Struct):
     id: str
     index: int
     name: str = ""
+    namespace: str = ""
     call_id: str = ""
     call: int = -1
     """The number of the call among the reply's calls."""
@@ -50,7 +52,7 @@ class _Item(msgspec.Struct):
     def view(self, status: str) -> dict[str, Any]:
         text = "".join(self.texts)
         if self.name:
-            return call_item(self.id, self.call_id, self.name, text, status)
+            return call_item(self.id, self.call_id, self.name, text, status, namespace=self.namespace)
         return message_item(self.id, [text_part(text, self.logprobs)], status)
 
 
@@ -62,6 +64,7 @@ class EventSequence:
         self._view = view
         self._after = after
         self._parser = ToolParser(job.request) if job.request.callable_tools else None
+        self._named = named(view)
         self._item: _Item | None = None
         self._unsaid: list[dict[str, Any]] = []
         """Log-probabilities of tokens whose text the parser still holds."""
@@ -175,10 +178,12 @@ class EventSequence:
         if self._item is None or self._item.call != piece.index:
             blocks = self._close("completed")
             index = len(self.output)
+            namespace, name = self._named.get(piece.name or "", ("", piece.name or ""))
             self._item = _Item(
                 item_id(self._job.id, "function_call", index),
                 index,
-                name=piece.name or "",
+                name=name,
+                namespace=namespace,
                 call_id=call_id(self._job.id, 0, piece.index),
                 call=piece.index,
             )

@@ -13,7 +13,15 @@ from msgspec import Meta
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from penstock.core.errors import STATUS_OF_CODE, ErrorInfo, InvalidRequest, LogRewound, PenstockError, Unsupported
+from penstock.core.errors import (
+    STATUS_OF_CODE,
+    ContextLengthExceeded,
+    ErrorInfo,
+    InvalidRequest,
+    LogRewound,
+    PenstockError,
+    Unsupported,
+)
 from penstock.core.events import Ended, Event
 from penstock.core.job import (
     Identifier,
@@ -35,6 +43,8 @@ from penstock.gateway.sse import frame
 
 #: Anthropic's names of tools are longer than OpenAI's.
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+#: Blocks of an assistant's turn that have no part in what is said.
+THOUGHTS = ("thinking", "redacted_thinking")
 UserId = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 #: As ours, but that the ``user_id`` may be null.
 NullableMetadata = Annotated[
@@ -45,7 +55,8 @@ NullableMetadata = Annotated[
 class Block(msgspec.Struct, frozen=True):
     """A content block: ``text``, ``tool_use`` with the call that an earlier reply made, or its ``tool_result``.
 
-    Whatever else a block may carry (``cache_control``, ``citations``, ``caller``) makes no difference here.
+    What an earlier reply thought (``thinking``, ``redacted_thinking``) is let be. Whatever else a block may carry
+    (``cache_control``, ``citations``, ``caller``) makes no difference here.
     """
 
     type: str
@@ -167,6 +178,8 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
                     messages[-1] = Message(last.role, f"{last.content}\n\n{message.content}")
                 else:
                     messages.append(message)
+        if not messages:
+            raise InvalidRequest("The messages have no text: add a message to answer.", param="messages")
         if messages[-1].tool_calls:
             raise InvalidRequest(
                 "The last message calls tools: add a message with their tool_result.", param="messages"
@@ -201,8 +214,9 @@ def _plain(turn: Turn, where: str) -> Iterator[Message]:
         return
     if turn.role == "assistant":
         calls = [_call(block, where) for block in turn.content if block.type == "tool_use"]
-        texts = [block for block in turn.content if block.type != "tool_use"]
-        yield Message("assistant", _text(texts, where), tuple(calls))
+        texts = [block for block in turn.content if block.type not in ("tool_use", *THOUGHTS)]
+        if texts or calls:
+            yield Message("assistant", _text(texts, where), tuple(calls))
         return
     texts = []
     for block in turn.content:
@@ -493,7 +507,12 @@ _TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_erro
 def _error(error: ErrorInfo, status: int, request_id: str) -> dict[str, Any]:
     """A failure as Anthropic's clients know it: ours in an envelope, its ``type`` one of theirs."""
     kind = error.type if error.type != "server_error" else "api_error"
-    told: dict[str, Any] = msgspec.structs.asdict(error) | {"type": _TYPES.get(status, kind)}
+    told: dict[str, Any] = msgspec.to_builtins(error.shown) | {"type": _TYPES.get(status, kind)}
+    if error.code == ContextLengthExceeded.code:  # by these words clients know it
+        counted = (
+            f"{error.tokens} tokens > {error.limit - 1} maximum" if error.tokens and error.limit else error.message
+        )
+        told["message"] = f"prompt is too long: {counted}"
     if error.param == "thread":  # by this the SDK's tool runner knows that it has to go on without one
         told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return {"type": "error", "error": told, "request_id": request_id}

@@ -6,7 +6,7 @@ known again (`fingerprint`) then is that of the same body before.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -72,8 +72,19 @@ Role = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 class TextPart(msgspec.Struct, frozen=True):
+    """A part of a message's content; of the known types those with text. A refusal is what an earlier reply said."""
+
     type: str
     text: str = ""
+    refusal: str | UnsetType = UNSET
+
+    def plain(self, where: str) -> str:
+        """*where* it stands, for errors."""
+        if self.type == "refusal":
+            return self.refusal or ""
+        if self.type not in ("text", "input_text", "output_text"):
+            raise not_text(where, self.type)
+        return self.text
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
@@ -96,6 +107,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
     content: str | list[TextPart] | None = None
     tool_calls: Annotated[list[AssistantCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Identifier | None = None
+    refusal: str | UnsetType = UNSET
+    """What an earlier reply said instead of a content."""
 
     def plain(self, where: str) -> Message:
         """*where* the message is, for errors: ``messages[3]``."""
@@ -108,11 +121,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
     def _text(self, where: str) -> str:
         if not isinstance(self.content, list):
-            return self.content or ""
-        for number, part in enumerate(self.content):
-            if part.type not in ("text", "input_text"):
-                raise not_text(f"{where}.content[{number}]", part.type)
-        return "".join(part.text for part in self.content)
+            return self.content or self.refusal or ""
+        return "".join(part.plain(f"{where}.content[{number}]") for number, part in enumerate(self.content))
 
 
 def several(value: str | list[Any], most: int, param: str) -> tuple[str | tuple[int, ...], ...]:
@@ -164,9 +174,21 @@ class NamedFunction(msgspec.Struct, frozen=True):
     name: ToolName
 
 
-class NamedTool(msgspec.Struct, frozen=True):
-    type: Literal["function"]
+class NamedTool(msgspec.Struct, frozen=True, tag_field="type", tag="function"):
+    """A function; as a choice, the one that must be called."""
+
     function: NamedFunction
+
+
+class AllowedTools(msgspec.Struct, frozen=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(msgspec.Struct, frozen=True, tag_field="type", tag="allowed_tools"):
+    """Some of the functions, which may be called or one of which must be."""
+
+    allowed_tools: AllowedTools
 
 
 class JsonSchemaBody(msgspec.Struct, frozen=True):
@@ -179,8 +201,8 @@ class JsonSchemaBody(msgspec.Struct, frozen=True):
 
 
 class ResponseFormatBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the reply has to be. ``regex`` has a ``pattern``, ``grammar`` a ``grammar``; a ``schema`` may come as itself,
-    as other servers have it, beside ``json_object`` also."""
+    """What the reply has to be. ``regex`` has a ``pattern``, ``grammar`` a ``grammar``; a ``schema`` may come as it is,
+    beside ``json_object`` also, as other servers have it."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
     json_schema: JsonSchemaBody | None = None
@@ -390,7 +412,7 @@ class StructuredBody(ConstrainedBody, kw_only=True, frozen=True):
 
     response_format: ResponseFormatBody | None = None
     tools: Annotated[list[ToolBody], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
 
     def structured(self, request: Request) -> Request:
@@ -399,13 +421,22 @@ class StructuredBody(ConstrainedBody, kw_only=True, frozen=True):
             Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {})
             for tool in self.tools or ()
         )
-        choice = self.tool_choice
+        choice: Literal["none", "auto", "required"]
+        name: str | None
+        match self.tool_choice:
+            case NamedTool(function=function):
+                choice, name = "required", function.name
+            case AllowedChoice(allowed_tools=allowed):
+                tools = allowed_only(tools, (tool.function.name for tool in allowed.tools))
+                choice, name = allowed.mode, None
+            case given:
+                choice, name = given or "auto", None
         return structured(
             request,
             self.constraint("response_format", self.response_format.form() if self.response_format else None),
             tools,
-            choice="required" if isinstance(choice, NamedTool) else choice or "auto",
-            name=choice.function.name if isinstance(choice, NamedTool) else None,
+            choice=choice,
+            name=name,
             parallel=self.parallel_tool_calls is not False,
             where="tools[{}].function.parameters",
         )
@@ -479,6 +510,14 @@ def structured(
         tool_name=name,
         parallel_tool_calls=parallel,
     )
+
+
+def allowed_only(tools: tuple[Tool, ...], allowed: Iterable[str]) -> tuple[Tool, ...]:
+    """Those of the *tools* that a ``tool_choice`` names as *allowed*. Raises `InvalidRequest` for a name of none."""
+    names = frozenset(allowed)
+    if unknown := sorted(names - {tool.name for tool in tools}):
+        raise InvalidRequest(f"tool_choice allows the tool {unknown[0]!r}, which is not given.", param="tool_choice")
+    return tuple(tool for tool in tools if tool.name in names)
 
 
 def submission(

@@ -216,7 +216,7 @@ def _extras(run: Tokens) -> list[str]:
 
 def end_frame(job: str, ended: Ended) -> bytes:
     if ended.error is not None:
-        return frame("error", {"job_id": job, "status": ended.status, "error": ended.error}, ended.position)
+        return frame("error", {"job_id": job, "status": ended.status, "error": ended.error.shown}, ended.position)
     return frame("done", _end_view(job, ended), ended.position)
 
 
@@ -234,7 +234,7 @@ def rewound_frame(job: str, error: PenstockError, cursor: str) -> bytes:
 
 
 def complete_frame(job: str, ended: Ended, cursor: str) -> bytes:
-    return frame("job_complete", {**_end_view(job, ended), "error": ended.error}, cursor)
+    return frame("job_complete", {**_end_view(job, ended), "error": ended.error and ended.error.shown}, cursor)
 
 
 def _error_frame(job: str, status: Status, error: PenstockError) -> bytes:
@@ -282,7 +282,7 @@ def _summary(job: Job) -> dict[str, Any]:
         "metadata": job.metadata,
         "tokens": job.tokens,
         "finish_reason": job.finish_reasons[0] if job.finish_reasons else None,
-        "error": job.error,
+        "error": job.error and job.error.shown,
         "links": _links(job.id),
     }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp
 
-from penstock.core.errors import Forbidden, ModelNotFound, PenstockError, Unsupported
+from penstock.core.errors import Forbidden, InvalidRequest, ModelNotFound, PenstockError, Unsupported
 from penstock.core.ports import LoadProgress, ModelControl
 from penstock.gateway.http import Call, decode, json_reply
 from penstock.gateway.sse import EventStream, frame
@@ -22,14 +23,45 @@ class ManageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def list_models(call: Call) -> ASGIApp:
+    if "anthropic-version" in call.headers:
+        return _for_anthropic(call)
     return json_reply({"object": "list", "data": [_model(call, name) for name in call.gateway.catalogue.names]})
 
 
 async def show_model(call: Call) -> ASGIApp:
     name = call.path["model"]
+    anthropic = "anthropic-version" in call.headers
     if name not in call.gateway.catalogue.names:
         raise ModelNotFound(f"The model {name!r} does not exist here.", param="model")
-    return json_reply(_model(call, name))
+    return json_reply(_message_model(call, name) if anthropic else _model(call, name))
+
+
+def _for_anthropic(call: Call) -> ASGIApp:
+    """A page of the models, by Anthropic's parameters: ``limit``, and ``after_id`` or ``before_id``."""
+    limit, after, before = call.query.get("limit", "20"), call.query.get("after_id"), call.query.get("before_id")
+    if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= 1000):
+        raise InvalidRequest("limit is between 1 and 1000.", param="limit")
+    if after and before:
+        raise InvalidRequest("A page begins after_id or ends before_id: send one of them.", param="before_id")
+    names = call.gateway.catalogue.names
+    for param, id in (("after_id", after), ("before_id", before)):
+        if id and id not in names:
+            raise InvalidRequest(f"There is no model {id[:100]!r}.", param=param)
+    if before:
+        rest = names[: names.index(before)]
+        page = rest[-int(limit) :]
+    else:
+        rest = names[names.index(after) + 1 :] if after else names
+        page = rest[: int(limit)]
+    return json_reply(
+        {
+            "data": [_message_model(call, name) for name in page],
+            "has_more": len(rest) > len(page),
+            "first_id": page[0] if page else None,
+            "last_id": page[-1] if page else None,
+        },
+        headers={"request-id": call.request_id},
+    )
 
 
 async def load_model(call: Call) -> ASGIApp:
@@ -84,6 +116,19 @@ async def _frames(
             yield frame("done", _model(call, call.path["model"]))
         except PenstockError as error:
             yield frame("error", {"error": error.info})
+
+
+def _message_model(call: Call, name: str) -> dict[str, Any]:
+    info = call.gateway.catalogue.info(name)
+    created = datetime.fromtimestamp(int(call.gateway.started_at), UTC)
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": info.context_length if info is not None and info.context_length else None,
+    }
 
 
 def _model(call: Call, name: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
     add_generation_prompt: bool | None = None
 
     def request(self, default_max_tokens: int) -> Request:
-        if self.functions or self.function_call is not None:
+        if self.functions or self.function_call not in (None, "none", "auto"):
             raise Unsupported("functions and function_call are not supported: use tools.", param="functions")
         if self.audio is not None or (self.modalities and self.modalities != ["text"]):
             raise Unsupported("Only text can be generated.", param="modalities")
@@ -254,7 +254,7 @@ class Dialect:
 
     def _end(self, ended: Ended, first: bool) -> str:
         if ended.error is not None:
-            return f"id: {ended.position}\ndata: " + ascii_json({"error": ended.error}) + "\n\n"
+            return f"id: {ended.position}\ndata: " + ascii_json({"error": ended.error.shown}) + "\n\n"
         blocks = self._opening() if first and ended.position == 1 else ""
         blocks += self.finishes(ended)
         # The end's position belongs to its last block: who saw less of it gets all of it again.
@@ -351,7 +351,8 @@ class ChatDialect(Dialect):
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         count = self.job.request.sampling.logprobs or 0
-        return {"content": [logprob_view(text, logprob, count) for _, text, logprob in tokens if logprob]}
+        found = [logprob_view(text, logprob, count) for _, text, logprob in tokens if logprob]
+        return {"content": found, "refusal": None}
 
 
 class ToolDialect(ChatDialect):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -30,15 +30,18 @@ from penstock.core.job import (
     Priority,
     Request,
     ResponseFormat,
+    Sampling,
     Tool,
     TopLogprobs,
 )
 from penstock.core.ports import Broker
-from penstock.gateway.http import Call, json_reply
+from penstock.gateway.http import Call, error_reply, json_reply
 from penstock.gateway.responses.items import (
     Item,
     View,
+    as_told,
     ended_status,
+    flat,
     input_items,
     job_id,
     messages,
@@ -58,12 +61,14 @@ from penstock.gateway.routes.bodies import (
     Operation,
     Prepared,
     Role,
+    TextPart,
     ToolName,
+    allowed_only,
     json_schema,
-    not_text,
     structured,
     submission,
 )
+from penstock.gateway.routes.tokens import tokens_of
 from penstock.gateway.service import Following, Gateway, Submission
 from penstock.gateway.sse import EventStream, stream_of
 
@@ -72,24 +77,18 @@ LOGPROBS = "message.output_text.logprobs"
 UNSTORED_KEEP = 60.0
 
 
-class InputPart(msgspec.Struct, frozen=True):
-    """A part of a message's content; of the known types those with text."""
-
-    type: str
-    text: str = ""
-
-
 class InputItem(msgspec.Struct, frozen=True):
     """One item of the input, as a client writes it or as an earlier response gave it out. Without a type: a message."""
 
     type: str | None = None
     id: str | None = None
     role: Role | None = None
-    content: str | list[InputPart] | None = None
+    content: str | list[TextPart] | None = None
     call_id: Identifier | None = None
     name: ToolName | None = None
+    namespace: ToolName | UnsetType = UNSET
     arguments: str | None = None
-    output: str | list[InputPart] | None = None
+    output: str | list[TextPart] | None = None
 
     @property
     def reference(self) -> str | None:
@@ -108,8 +107,14 @@ class InputItem(msgspec.Struct, frozen=True):
         if kind == "function_call":
             if self.call_id is None or self.name is None:
                 raise InvalidRequest(f"{where}: a function_call has a call_id and a name.", param=where)
-            arguments = "{}" if self.arguments is None else self.arguments
-            return Item("function_call", self.id or "", call_id=self.call_id, name=self.name, arguments=arguments)
+            return Item(
+                "function_call",
+                self.id or "",
+                call_id=self.call_id,
+                name=self.name,
+                namespace=self.namespace or "",
+                arguments="{}" if self.arguments is None else self.arguments,
+            )
         if kind == "function_call_output":
             if self.call_id is None or self.output is None:
                 raise InvalidRequest(f"{where}: a function_call_output has a call_id and an output.", param=where)
@@ -122,23 +127,43 @@ class InputItem(msgspec.Struct, frozen=True):
         )
 
 
-def _texts(parts: list[InputPart], where: str) -> tuple[str, ...]:
-    for number, part in enumerate(parts):
-        if part.type not in ("input_text", "output_text", "text"):
-            raise not_text(f"{where}[{number}]", part.type)
-    return tuple(part.text for part in parts)
+def _texts(parts: list[TextPart], where: str) -> tuple[str, ...]:
+    return tuple(part.plain(f"{where}[{number}]") for number, part in enumerate(parts))
 
 
 class FunctionTool(msgspec.Struct, frozen=True):
-    """A function, in the flat form of this API. ``strict`` makes no difference: a call's schema is always enforced."""
+    """A function, in the flat form of this API, or (``namespace``) a list of some.
+
+    ``strict`` makes no difference: a call's schema is always enforced.
+    """
 
     type: str
     name: ToolName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | UnsetType = UNSET
+
+    def functions(self, where: str, namespace: str = "") -> Iterator[Tool]:
+        """The functions that it is, by the names that models are told. *where* it stands is for errors."""
+        if self.type != "function" and (self.type != "namespace" or namespace):
+            hint = _OFF.get(self.type.removesuffix("_preview"), "")
+            raise Unsupported(
+                f"{where}: there is no tool of type {self.type!r} here, only functions and namespaces of functions. "
+                f"Leave it out of the tools{hint}.",
+                param=where,
+            )
+        if self.name is None:
+            raise InvalidRequest(f"{where}: a {self.type} has a name.", param=f"{where}.name")
+        if self.type == "function":
+            yield Tool(flat(namespace, self.name), self.description or "", self.parameters or {})
+        for number, tool in enumerate(self.tools or () if self.type == "namespace" else ()):
+            yield from tool.functions(f"{where}.tools[{number}]", self.name)
 
     def view(self) -> dict[str, Any]:
+        if self.type == "namespace":
+            inner = [tool.view() for tool in self.tools or ()]
+            return {"type": "namespace", "name": self.name, "description": self.description, "tools": inner}
         return {
             "type": "function",
             "name": self.name,
@@ -148,9 +173,18 @@ class FunctionTool(msgspec.Struct, frozen=True):
         }
 
 
+#: How a client that asks for it by itself is told not to, where that is known.
+_OFF = {"web_search": ' (Codex: web_search = "disabled" in its config.toml)'}
+
+
 class AllowedTool(msgspec.Struct, frozen=True):
     type: str
     name: ToolName | None = None
+    namespace: ToolName | UnsetType = UNSET
+
+    @property
+    def flat(self) -> str:
+        return flat(self.namespace or "", self.name or "")
 
 
 class FunctionChoice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -158,6 +192,7 @@ class FunctionChoice(msgspec.Struct, frozen=True, omit_defaults=True):
 
     type: str
     name: ToolName | None = None
+    namespace: ToolName | UnsetType = UNSET
     mode: Literal["auto", "required"] | None = None
     tools: list[AllowedTool] | None = None
 
@@ -252,15 +287,12 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
                 logprobs=(self.top_logprobs or 0) if wanted else None,
             ),
         )
+        tools = self._functions()
         choice, name, allowed = self._choice()
         return structured(
             request,
             self.constraint("text.format", self.text.format.form() if self.text and self.text.format else None),
-            tuple(
-                Tool(tool.name or "", tool.description or "", tool.parameters or {})
-                for tool in self.tools or ()
-                if allowed is None or tool.name in allowed
-            ),
+            tools if allowed is None else allowed_only(tools, allowed),
             choice=choice,
             name=name,
             parallel=self.parallel_tool_calls is not False,
@@ -290,26 +322,38 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             )
         )
 
-    def _choice(self) -> tuple[Literal["none", "auto", "required"], str | None, frozenset[str] | None]:
+    def _functions(self) -> tuple[Tool, ...]:
+        given = enumerate(self.tools or ())
+        found = tuple(function for number, tool in given for function in tool.functions(f"tools[{number}]"))
+        if len(found) > MAX_TOOLS:
+            raise InvalidRequest(f"There are {len(found)} functions; at most {MAX_TOOLS} are taken.", param="tools")
+        return found
+
+    def _choice(self) -> tuple[Literal["none", "auto", "required"], str | None, list[str] | None]:
         """What is to be called: how, which one, and which may be (None: any)."""
         choice = self.tool_choice
         if not isinstance(choice, FunctionChoice):
             return choice or "auto", None, None
         if choice.type == "function" and choice.name is not None:
-            return "required", choice.name, None
+            return "required", flat(choice.namespace or "", choice.name), None
         if choice.type == "allowed_tools" and choice.tools is not None:
-            known = {tool.name for tool in self.tools or ()}
-            allowed = frozenset(tool.name for tool in choice.tools if tool.name is not None)
-            if unknown := sorted(allowed - known):
-                raise InvalidRequest(
-                    f"tool_choice allows the tool {unknown[0]!r}, which is not given.", param="tool_choice"
-                )
+            allowed = [
+                name
+                for tool in choice.tools
+                if tool.name is not None
+                for name in (self._members(tool.name) if tool.type == "namespace" else [tool.flat])
+            ]
             return choice.mode or "auto", None, allowed
         raise Unsupported(
             'tool_choice is \'auto\', \'none\', \'required\', {"type": "function", "name": …} or {"type": '
             '"allowed_tools", "mode": …, "tools": […]}.',
             param="tool_choice",
         )
+
+    def _members(self, namespace: str) -> list[str]:
+        """The functions of a namespace."""
+        found = [tool for tool in self.tools or () if tool.type == "namespace" and tool.name == namespace]
+        return [function.name for tool in found for function in tool.functions("tools")]
 
     def _check(self) -> None:
         """Refuse what contradicts itself, and what would have to be ignored."""
@@ -321,14 +365,6 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             raise Unsupported("response_format is called text.format here.", param="response_format")
         if (self.n or 1) != 1:
             raise Unsupported("A response has one output: n is not supported.", param="n")
-        for number, tool in enumerate(self.tools or ()):
-            if tool.type != "function":
-                param = f"tools[{number}]"
-                raise Unsupported(
-                    f"{param}: tools of type {tool.type!r} are not supported: functions are.", param=param
-                )
-            if tool.name is None:
-                raise InvalidRequest(f"tools[{number}]: a function has a name.", param=f"tools[{number}].name")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise Unsupported("text.verbosity is 'medium': models here know no other.", param="text.verbosity")
         if self.reasoning is not None and self.reasoning.effort not in (None, "none"):
@@ -343,10 +379,17 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
                 raise Unsupported(f"{name} is not supported{hint}.", param=name)
 
 
+class CountInputTokens(CreateResponse, kw_only=True, frozen=True):
+    """The body of ``POST /v1/responses/input_tokens``: what makes the prompt; the rest makes no difference."""
+
+    model: ModelName | None = None  # type: ignore[assignment]
+
+
 # ---------------------------------------------------------------------------------------------- routes
 
 
 async def create(call: Call) -> ASGIApp:
+    call.refuse = _refusal
     body = await call.body(CreateResponse)
     gateway = call.gateway
     job = await _submit(call, body)
@@ -366,6 +409,10 @@ async def create(call: Call) -> ASGIApp:
     answer = whole(job, view, completion, await _ended_at(call, job))
     await _delivered(call, job, view)
     return json_reply(answer, headers=headers)
+
+
+def _refusal(error: PenstockError) -> Response:
+    return error_reply(error, body={"error": as_told(error.info)})
 
 
 async def _submit(call: Call, body: CreateResponse) -> Job:
@@ -407,6 +454,16 @@ async def cancel(call: Call) -> ASGIApp:
     if not job.status.terminal:
         job = await call.gateway.broker.cancel(job.tenant, job.id)
     return json_reply(await _object(call, job, view), headers={"x-penstock-job": job.id})
+
+
+async def count_input_tokens(call: Call) -> ASGIApp:
+    call.refuse = _refusal
+    body = await call.body(CountInputTokens)
+    model = body.model or call.gateway.catalogue.default_for("tokenize")
+    items = await conversation(call.gateway, call.tenant, body)
+    request = msgspec.structs.replace(body, model=model).request(items, call.gateway.config.default_max_tokens)
+    found = await tokens_of(call, msgspec.structs.replace(request, task="tokenize", sampling=Sampling()))
+    return json_reply({"object": "response.input_tokens", "input_tokens": len(found.tokens)})
 
 
 async def compact(call: Call) -> ASGIApp:

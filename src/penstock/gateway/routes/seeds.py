@@ -167,7 +167,7 @@ async def _result(call: Call, job: Job, leaving: asyncio.Future[None]) -> dict[s
     except BrokerUnavailable:  # it is the server that ends, not the job
         raise
     except PenstockError as error:
-        return {"job_id": job.id, "error": error.info}
+        return {"job_id": job.id, "error": error.info.shown}
 
 
 def _answer(job: Job, completion: Completion) -> dict[str, Any]:
