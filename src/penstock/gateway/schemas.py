@@ -357,6 +357,7 @@ class DirectCaller(Answer):
 
 class TextBlock(Answer, tag_field="type", tag="text"):
     text: str
+    citations: list[Any]
 
 
 class ToolUseBlock(Answer, tag_field="type", tag="tool_use"):

@@ -333,7 +333,8 @@ class Blocks:
                     yield self._delta({"type": "input_json_delta", "partial_json": piece.arguments})
             elif piece:
                 if self._open != "text":
-                    yield from self._begin("text", {"type": "text", "text": ""})
+                    # Anthropic's own description wants the citations, and some clients want no null there.
+                    yield from self._begin("text", {"type": "text", "text": "", "citations": []})
                 yield self._delta({"type": "text_delta", "text": piece})
 
     def _begin(self, what: str | int, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
