@@ -187,6 +187,8 @@ def _least(parsed: Any) -> Iterator[str]:
                 yield chr(value)
             case "ANY":
                 yield "a"
+            case "NOT_LITERAL":
+                yield "b" if value == ord("a") else "a"
             case "IN":
                 yield _member(*value[0])
             case "MAX_REPEAT" | "MIN_REPEAT":

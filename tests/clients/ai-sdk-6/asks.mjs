@@ -120,6 +120,20 @@ for (const [kind, model] of Object.entries(models)) {
     await assert.rejects(ask({ prompt: "word ".repeat(20_000) }), refused);
   });
 
+  test(`${kind}: a tool that fails`, async () => {
+    const failing = { weather: { ...tools.weather, execute: async () => Promise.reject(new Error("no such city")) } };
+    const result = await ask({ prompt: "What is the weather in Paris?", tools: failing, stopWhen: stepCountIs(3) });
+    assert.match(result.text, /no such city/);
+  });
+
+  test(`${kind}: a tool that must be called, in a stream`, async () => {
+    const result = stream({ prompt: "Hello in Paris", tools, toolChoice: "required" });
+    const deltas = [];
+    for await (const part of result.fullStream) if (part.type === "tool-input-delta") deltas.push(part.delta);
+    assert.deepEqual((await result.toolCalls).map((call) => call.input), [{ city: "Paris" }]);
+    assert.equal(deltas.join(""), '{"city": "Paris"}');
+  });
+
   test(`${kind}: a reply that is given up`, async () => {
     const controller = new AbortController();
     const result = stream({ prompt: `Say '${"word ".repeat(500)}'.`, abortSignal: controller.signal });
@@ -131,6 +145,52 @@ for (const [kind, model] of Object.entries(models)) {
     assert.equal(types.at(-1), "abort");
   });
 }
+
+for (const kind of ["chat", "compatible", "anthropic"])
+  test(`${kind}: a stop sequence`, async () => {
+    const result = await generateText({ model: models[kind], prompt: "Say 'one two three'.", stopSequences: ["three"] });
+    assert.equal(result.text.trim(), "one two");
+  });
+
+test("chat: options of OpenAI's", async () => {
+  const providerOptions = { openai: { logprobs: 2, user: "somebody", metadata: { a: "b" }, store: false } };
+  const { text, providerMetadata } = await generateText({ model: models.chat, prompt: "Say 'one two'.", providerOptions });
+  assert.equal(text, "one two");
+  assert.deepEqual(providerMetadata.openai.logprobs.map((each) => each.token), ["one", " two"]);
+});
+
+test("responses: the turn before by its id", async () => {
+  const first = await generateText({ model: models.responses, prompt: "Say 'one'." });
+  const previousResponseId = first.providerMetadata.openai.responseId;
+  const second = await generateText({
+    model: models.responses,
+    prompt: "Say 'two'.",
+    providerOptions: { openai: { previousResponseId, store: false, user: "somebody", metadata: { a: "b" } } },
+  });
+  assert.equal(second.text, "two");
+  assert.ok(second.usage.inputTokens > first.usage.inputTokens);
+});
+
+test("responses: nothing is stored, and calls are sent back whole", async () => {
+  const providerOptions = { openai: { store: false } };
+  const ask = { model: models.responses, tools, stopWhen: stepCountIs(3), providerOptions };
+  const result = await generateText({ ...ask, prompt: "What is the weather in Paris?" });
+  assert.equal(result.text, "The tool says: sunny in Paris");
+});
+
+test("anthropic: what is to be cached is marked", async () => {
+  const providerOptions = { anthropic: { cacheControl: { type: "ephemeral" } } };
+  const result = await generateText({
+    model: models.anthropic,
+    allowSystemInMessages: true,
+    tools: { weather: { ...tools.weather, providerOptions } },
+    messages: [
+      { role: "system", content: "Be brief.", providerOptions },
+      { role: "user", content: [{ type: "text", text: "Say 'hello'.", providerOptions }] },
+    ],
+  });
+  assert.equal(result.text, "hello");
+});
 
 test("chat: a schema that is no zod, with a description", async () => {
   const schema = jsonSchema({ type: "object", properties: { age: { type: "integer", description: "Years" } }, required: ["age"] });

@@ -1,6 +1,7 @@
 """instructor: structures out of text, by tools and by JSON, from OpenAI's and Anthropic's routes."""
 
 import os
+from collections.abc import Iterable
 
 import anthropic
 import instructor
@@ -36,6 +37,7 @@ OPENAI_MODES = [
     instructor.Mode.JSON_SCHEMA,
     instructor.Mode.MD_JSON,
     instructor.Mode.RESPONSES_TOOLS,
+    instructor.Mode.RESPONSES_TOOLS_WITH_INBUILT_TOOLS,
 ]
 
 
@@ -67,6 +69,19 @@ def test_several_structures_as_they_come():
         model=MODEL, messages=ASK, response_model=User
     )
     assert [user.model_dump() for user in users] == [JASON]
+
+
+def test_several_calls_at_once():
+    class Weather(BaseModel):
+        """The weather in a city."""
+
+        city: str
+
+    calls = openai_client(instructor.Mode.PARALLEL_TOOLS).chat.completions.create(
+        model=MODEL, response_model=Iterable[Weather],
+        messages=[{"role": "user", "content": "What is the weather in Paris and in Rome?"}],
+    )  # fmt: skip
+    assert [call.city for call in calls] == ["Paris", "Rome"]
 
 
 def test_a_reply_that_is_not_taken_is_asked_for_again():

@@ -1,5 +1,6 @@
 """LiteLLM: its SDK on every dialect, and its proxy between a client and Penstock."""
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -133,6 +134,35 @@ def test_the_responses_api():
     assert reply.output[0].content[0].text == "good morning"
 
 
+def test_the_responses_api_as_it_comes():
+    events = list(
+        litellm.responses(
+            model=f"openai/{MODEL}", input="Say 'one two'.", stream=True, api_base=f"{URL}/v1", api_key="none"
+        )
+    )
+    assert events[-1].type == "response.completed"
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "one two"
+
+
+def test_a_response_is_fetched_and_deleted():
+    where = {"api_base": f"{URL}/v1", "api_key": "none", "custom_llm_provider": "openai"}
+    made = litellm.responses(model=f"openai/{MODEL}", input="Say 'one'.", api_base=f"{URL}/v1", api_key="none")
+    assert litellm.get_responses(response_id=made.id, **where).output[0].content[0].text == "one"
+    assert litellm.delete_responses(response_id=made.id, **where).deleted
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+def test_anthropics_messages(provider):
+    message = asyncio.run(
+        litellm.anthropic.messages.acreate(
+            model=PROVIDERS[provider]["model"], api_base=PROVIDERS[provider]["api_base"], api_key="none",
+            max_tokens=50, messages=user("Say 'good morning'."),
+        )
+    )  # fmt: skip
+    assert message["content"][0]["text"] == "good morning"
+    assert message["stop_reason"] == "end_turn"
+
+
 def test_embeddings():
     reply = litellm.embedding(model=f"openai/{EMBED}", input=["a fox", "a river"], api_base=f"{URL}/v1", api_key="none")
     assert [len(each["embedding"]) for each in reply.data] == [64, 64]
@@ -213,6 +243,24 @@ def test_anthropics_sdk_through_the_proxy(proxy, name):
     client = anthropic.Anthropic(base_url=proxy, api_key=KEY, max_retries=0)
     message = client.messages.create(model=name, max_tokens=50, messages=user("Say 'good morning'."))
     assert message.content[0].text == "good morning"
+
+
+@pytest.mark.parametrize("name", ["by-openai", "by-anthropic"])
+def test_a_stream_of_anthropics_sdk_through_the_proxy(proxy, name):
+    client = anthropic.Anthropic(base_url=proxy, api_key=KEY, max_retries=0)
+    tool = {"name": "weather", "description": "Weather", "input_schema": TOOLS[0]["function"]["parameters"]}
+    asked = user("What is the weather in Paris?")
+    with client.messages.stream(model=name, max_tokens=50, messages=asked, tools=[tool]) as stream:
+        message = stream.get_final_message()
+    assert message.stop_reason == "tool_use"
+    assert [block.input for block in message.content if block.type == "tool_use"] == [{"city": "Paris"}]
+
+
+@pytest.mark.parametrize("name", ["by-openai", "by-hosted_vllm"])
+def test_the_responses_api_through_the_proxy(through, name):
+    with through.responses.stream(model=name, input="Say 'one two three'.") as stream:
+        response = stream.get_final_response()
+    assert response.output_text == "one two three"
 
 
 def test_embeddings_through_the_proxy(through):
