@@ -25,7 +25,6 @@ from typing import Any
 import msgspec
 
 from penstock.core.errors import InvalidRequest
-from penstock.core.foreign import whole
 from penstock.core.job import Request, ToolCall
 
 #: A schema's bounds: bytes of its JSON, and how deep that is nested (parsers downstream stop at 128).
@@ -266,7 +265,7 @@ def _calls(text: str, names: frozenset[str], *, tagged: bool) -> list[Call]:
             raw = call.parameters if bytes(call.arguments) == b"null" else call.arguments
             text = bytes(raw).decode()
             told = tagged and text.startswith('"')
-            arguments = _string(text) if told else _arguments(text)
+            arguments = json.loads(text) if told else _arguments(text)
             if arguments is None or not (told or call.name in names):
                 return []
             found.append(Call(call.name, arguments))
@@ -294,13 +293,8 @@ def _arguments(text: str) -> str | None:
     if text == "null":
         return "{}"
     if text.startswith('"'):
-        text = _string(text)
+        text = json.loads(text)
     return text if isinstance(json.loads(text), dict) else None
-
-
-def _string(text: str) -> str:
-    value: str = json.loads(text)
-    return whole(value)  # half a surrogate is no text that could be sent
 
 
 def parse_tool_calls(text: str, request: Request) -> tuple[str | None, list[Call]]:

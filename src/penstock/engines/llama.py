@@ -18,6 +18,7 @@ from typing import Any
 
 import gguf
 import httpx
+import msgspec
 import numpy as np
 import psutil
 import xllamacpp
@@ -31,6 +32,7 @@ from penstock.core.errors import (
     PenstockError,
 )
 from penstock.core.events import Logprob, Prefix
+from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
@@ -212,6 +214,12 @@ class _Untold:
 # ------------------------------------------------------------------------------------------ sequences
 
 
+class _Tokens(msgspec.Struct):
+    """What llama.cpp's server answers to ``/tokenize``."""
+
+    tokens: tuple[int, ...]
+
+
 class LlamaBackend(ThreadedBackend):
     """See `penstock.engines.backend.Backend`."""
 
@@ -268,8 +276,8 @@ class LlamaBackend(ThreadedBackend):
                     timeout=TOKENIZE_TIMEOUT,
                     trust_env=False,
                 )
-                ids = answer.raise_for_status().json()["tokens"]
-            except httpx.HTTPError as error:
+                ids = decode(answer.raise_for_status().content, _Tokens).tokens
+            except (httpx.HTTPError, Malformed) as error:
                 raise EngineError(f"llama.cpp cannot tokenize this: {error}") from error
         return self.text.named(self.text.known(ids, "tokens"))
 
