@@ -17,6 +17,7 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy
 from penstock.engines.backend import Progress
+from penstock.engines.check import check
 from penstock.engines.process import EngineProcess, EngineSpec
 from penstock.engines.standby import Standby, WarmPool
 from penstock.gateway.app import WORKER_ROUTES, create_app
@@ -61,6 +62,8 @@ class Watcher(Protocol):
 
 async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: bool) -> None:
     """A gateway, workers with their engines, or both, over the broker of *settings*; until SIGTERM or SIGINT."""
+    if workers:
+        _check_models(settings)
     with _address(settings, gateway) as address, termination() as terminate:
         try:
             async with _broker(settings, watcher, terminate) as store:
@@ -94,21 +97,32 @@ async def _work(
     *,
     gateway: bool,
 ) -> None:
-    """Everything at work until a signal; then the drain: streams end, jobs finish or are given back, HTTP closes."""
-    async with asyncio.TaskGroup() as tasks:
-        sweeping = tasks.create_task(_sweep(broker), name="sweep")
-        http = tasks.create_task(server.serve(sockets=[address.socket]), name="http")
-        working = tasks.create_task(crew.run(), name="models") if crew else None
-        await terminate.wait()
+    """Everything at work until a signal, or until a part of it fails; then the drain: streams end, jobs finish or are
+    given back, HTTP closes. Raises what failed."""
+    http = asyncio.create_task(server.serve(sockets=[address.socket]), name="http")
+    sweeping = asyncio.create_task(_sweep(broker), name="sweep")
+    parts: list[asyncio.Task[Any]] = [http, sweeping]
+    ends: list[asyncio.Task[Any]] = [asyncio.create_task(terminate.wait(), name="signal")]
+    if crew is not None:
+        parts.append(working := asyncio.create_task(crew.run(), name="models"))
+        ends.append(asyncio.create_task(crew.stopped(), name="models: end"))
+    try:
+        await asyncio.wait([*parts, *ends], return_when=asyncio.FIRST_COMPLETED)
         log.info("draining", streams=len(front.streams))
         front.drain()
         server.should_exit = gateway  # a worker alone tells how its drain goes to the end
-        if crew is not None and working is not None:
+        if crew is not None:
             crew.stop()
-            await working
+            await asyncio.wait([working])
         server.should_exit = True
-        await http
-        sweeping.cancel()
+        await asyncio.wait([http])
+    finally:
+        for task in (*parts, *ends):
+            task.cancel()
+        results = await asyncio.gather(*parts, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
 
 
 def _address(settings: Settings, gateway: bool) -> Address:
@@ -120,6 +134,13 @@ def _address(settings: Settings, gateway: bool) -> Address:
             "authenticates in front of the loopback address, or say --insecure-public if your network is closed."
         )
     return Address(settings.host, settings.port, flag="--port")
+
+
+def _check_models(settings: Settings) -> None:
+    """Refuse what cannot be loaded at the start, before anybody connects. Models on demand cost their jobs only."""
+    for model in settings.models:
+        if model.load == "start":
+            check(EngineSpec(model.engine, model.name, model.path, model.options))
 
 
 async def _sweep(broker: Broker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,6 +141,75 @@ class TestErrors:
             assert "rats" in worker["error"]["message"]
             check_error(await http.post("/v1/generate", json={"prompt": "x", "model": "bad"}), 500, "model_load_error")
             assert (await http.post("/v1/generate", json={"prompt": "x", "model": "synthetic"})).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("bad", "words"),
+        [
+            ({"engine": "openvino", "path": "/no/such/folder"}, "There is no model '/no/such/folder'"),
+            ({"engine": "openvino", "path": "."}, "has neither openvino_model.xml nor"),
+            ({"engine": "openvino", "precisoin": "f32"}, "did you mean 'precision'"),
+            ({"engine": "llama", "path": "none.gguf"}, "There is no file none.gguf"),
+            ({"engine": "llama", "path": "server.err"}, "is not a GGUF file"),
+            ({"engine": "transformers", "path": "."}, "needs config.json and"),
+            ({"engine": "vllm", "max_num_seqs": "many"}, "max_num_seqs is a number"),
+            ({"engine": "upstream", "path": "ftp://x"}, "has the form http"),
+            ({"engine": "upstream", "path": "http://127.0.0.1:9", "key_env": "NO_SUCH_ONE"}, "NO_SUCH_ONE"),
+            ({"engine": "synthetic", "rats": 1}, "has no option 'rats'"),
+            ({"engine": "openvin"}, "engine 'openvin'"),
+        ],
+    )
+    def test_what_can_be_told_before_loading_is_told_before_listening(
+        self, make_server: Make, bad: dict[str, Any], words: str
+    ) -> None:
+        """With another model that is well, and would be ready first."""
+        server = make_server(models=[model("good"), model("bad", **bad)], start=False)
+        server.spawn()
+        assert server.process is not None
+        assert server.process.wait(PATIENCE) == 1
+        assert words in server.errors()
+        assert "listens" not in server.errors()
+        assert "Traceback" not in server.errors()
+
+    async def test_a_process_that_dies_answers_who_is_connected(self, make_server: Make) -> None:
+        """As at SIGTERM: streams end with a time to come back, replies are JSON, and jobs are given back."""
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def behind(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asked.set()
+            await answer.wait()
+            writer.write(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+
+        async with await asyncio.start_server(behind, "127.0.0.1", 0) as upstream:
+            url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"
+            server = make_server(
+                models=[model("good", rate=50), model("bad", engine="upstream", path=url)],
+                settings={"drain_timeout": 0.3},
+                start=False,
+            )
+            await asyncio.to_thread(server.spawn)
+            await asyncio.wait_for(asked.wait(), PATIENCE)
+            async with client(server) as http:
+                await poll(lambda: http.get("/readyz"), lambda reply: reply.status_code == 200)
+                waiting = asyncio.create_task(http.post("/v1/generate", json={"prompt": "x", "max_tokens": 5000}))
+                job = await submit(http, max_tokens=400)
+                async with await open_stream(f"{server.url}/v1/jobs/{job}/events") as stream:
+                    before = await stream.take(3)
+                    answer.set()
+                    before += await stream.rest()
+                    assert not stream.torn
+                    *_, last = stream.raw.split(b"\n\n")
+                    assert re.fullmatch(rb"(: ping\n)*retry: \d+\n", last), last
+                check_error(await waiting, 503, "broker_unavailable")
+            assert server.process is not None
+            assert await asyncio.to_thread(server.process.wait, PATIENCE) == 1
+            assert "No upstream server of 'bad' answers" in server.errors()
+        server.settings["models"] = [model("good", rate=500)]
+        await asyncio.to_thread(server.restart)
+        async with client(server) as http, await open_stream(f"{server.url}/v1/jobs/{job}/events") as stream:
+            tokens = check_log(await stream.rest(), job=job)
+            assert (tokens[-1].position, tokens[-1].attempt) == (400, 2)
+            assert (await ended(http, job))["status"] == "completed"
 
     def test_one_of_the_start_that_cannot_be_loaded_ends_the_server(self, make_server: Make) -> None:
         server = make_server(models=[model("bad", rats=1)], start=False)

@@ -47,6 +47,14 @@ AUTO = [
     ('{"name": "clock", "parameters": {}}; {"name": "clock"}', None, [("clock", "{}"), ("clock", "{}")]),
     ('{"name": "clock", "arguments": "{\\"a\\": 1}"}', None, [("clock", '{"a": 1}')]),
     ('{"name": "clock", "arguments": [1]}', None, None),
+    # What a server elsewhere told to be a call is one, whatever its arguments and its name are.
+    (
+        '<tool_call>{"name": "clock", "arguments": "{\\"a\\": [1, </tool_call>"}</tool_call>',
+        None,
+        [("clock", '{"a": [1, </tool_call>')],
+    ),
+    ('<tool_call>{"name": "rm", "arguments": "-rf /"}</tool_call>', None, [("rm", "-rf /")]),
+    ('{"name": "rm", "arguments": "-rf"}', None, None),
     ('{"name": "nobody", "parameters": {}}', None, None),
     ('{"answer": 42}', None, None),
     ("[1, 2]", None, None),

@@ -55,11 +55,13 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=False):
 
 
 class PenstockError(Exception):
-    """Root of the tree. ``retry_after`` (seconds) becomes ``Retry-After`` where set."""
+    """Root of the tree. ``retry_after`` (seconds) becomes ``Retry-After`` where set. An engine's failure of a sequence
+    that is ``retryable`` is tried again with backoff."""
 
     status: int = 500
     code: str = "internal_error"
     type: str = "server_error"
+    retryable: bool = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -223,10 +225,9 @@ class InsufficientStorage(PenstockError):
 
 
 class EngineError(PenstockError):
-    """The engine failed on a sequence. ``retryable`` failures are tried again with backoff."""
+    """The engine failed on a sequence."""
 
     code = "engine_error"
-    retryable: bool = False
 
 
 class ModelLoadError(EngineError):

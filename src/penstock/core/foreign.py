@@ -55,7 +55,11 @@ def loads(raw: bytes | str) -> Any:
 
 
 def whole(text: str) -> str:
-    """*text* with its surrogates joined to characters; a half without its partner is U+FFFD."""
+    """*text* with its surrogates joined to characters; a half without its partner is U+FFFD.
+
+    JSON can write such halves (``"\\ud83d"``), and native code takes none. A request's are found with its body; but the
+    arguments of a past call are JSON within a string, and what a template makes of them goes into a tokenizer.
+    """
     if text.isascii() or _SURROGATE.search(text) is None:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

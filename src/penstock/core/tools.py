@@ -25,7 +25,6 @@ from typing import Any
 import msgspec
 
 from penstock.core.errors import InvalidRequest
-from penstock.core.foreign import whole
 from penstock.core.job import Request, ResponseFormat, ToolCall
 
 #: A schema's bounds: bytes of its JSON, and how deep that is nested (parsers downstream stop at 128).
@@ -162,7 +161,7 @@ class ToolParser:
         if state == self._more_arguments:
             self._last_arguments(held, pieces)
         elif state == self._call:  # models end a reply without the closing tag
-            self._take(held, held.lstrip()[len(BEGIN) :], pieces)
+            self._take(held, held.lstrip()[len(BEGIN) :], pieces, tagged=True)
         elif state in (self._whole, self._forced):
             self._take(held, held.strip().removeprefix(MISTRAL), pieces)
         elif held.strip() or not self.calls:
@@ -436,7 +435,7 @@ def _calls(text: str, names: frozenset[str], *, tagged: bool) -> list[Call]:
             raw = call.parameters if bytes(call.arguments) == b"null" else call.arguments
             text = bytes(raw).decode()
             told = tagged and text.startswith('"')
-            arguments = _string(text) if told else _arguments(text)
+            arguments = json.loads(text) if told else _arguments(text)
             if arguments is None or not (told or call.name in names):
                 return []
             found.append(Call(call.name, arguments))
@@ -464,13 +463,8 @@ def _arguments(text: str) -> str | None:
     if text == "null":
         return "{}"
     if text.startswith('"'):
-        text = _string(text)
+        text = json.loads(text)
     return text if isinstance(json.loads(text), dict) else None
-
-
-def _string(text: str) -> str:
-    value: str = json.loads(text)
-    return whole(value)  # half a surrogate is no text that could be sent
 
 
 def parse_tool_calls(text: str, request: Request) -> tuple[str | None, list[Call]]:

@@ -76,9 +76,7 @@ def failed_output(key: int, error: Exception) -> Output:
     """That the request *key* failed by *error*. What is no `PenstockError` was not foreseen: the server's log gets its
     traceback, the client a word."""
     if isinstance(error, PenstockError):
-        return Output(
-            key, finish=Finish(error=error.info), retryable=isinstance(error, EngineError) and error.retryable
-        )
+        return Output(key, finish=Finish(error=error.info), retryable=error.retryable)
     traceback.print_exception(error)
     unforeseen = EngineError(
         f"The engine failed on this request ({type(error).__name__}); the server's log has the details."

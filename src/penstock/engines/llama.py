@@ -12,7 +12,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from penstock.core.errors import (
     PenstockError,
 )
 from penstock.core.events import Logprob, Prefix
+from penstock.core.foreign import Malformed, decode, whole
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
@@ -40,9 +40,11 @@ from penstock.engines.backend import Progress, failed_output
 from penstock.engines.guide import Guide, Guides, followed, lark_of
 from penstock.engines.kvcache import fit_context
 from penstock.engines.mailbox import Choices, ThreadedBackend
+from penstock.engines.models import find_gguf
+from penstock.engines.options import LlamaOptions as Options
 from penstock.engines.options import parse
 from penstock.engines.sampling import Floats, Sampler, stream_key
-from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel, well_formed
+from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
 
 #: How llama.cpp writes JSON that obeys a schema.
 SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -57,29 +59,6 @@ CANDIDATES = 256
 MAX_REPLY = 1 << 24
 #: Seconds for tokens of a prompt, whose size is bounded.
 TOKENIZE_TIMEOUT = 20.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """``--option`` values of this engine.
-
-    ``slots``: sequences that run at once. ``context``: tokens that each of them may have, 0 for what the model was
-    trained for, or less where the cache would not fit into ``cache_gb`` (GB; 0: a quarter of the memory). ``threads``:
-    0 for all cores. ``gpu_layers``: layers that a GPU build of xllamacpp keeps on the GPU, -1 for all.
-    """
-
-    slots: int = 8
-    context: int = 0
-    cache_gb: float = 0.0
-    threads: int = 0
-    gpu_layers: int = -1
-
-    def __post_init__(self) -> None:
-        if self.slots < 1 or min(self.context, self.threads, self.cache_gb) < 0 or self.gpu_layers < -1:
-            raise ModelLoadError(
-                "Option slots must be at least 1; context, threads and cache_gb must not be negative; gpu_layers is "
-                "-1 or more."
-            )
 
 
 # ------------------------------------------------------------------------------------------ the file's text side
@@ -144,7 +123,7 @@ class GgufText(TextModel):
         )
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        return [well_formed(text)]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
+        return [whole(text)]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
 
     tokens_of: Callable[[list[int | str]], list[int]]
     """What llama.cpp makes of a prompt in pieces."""
@@ -243,6 +222,12 @@ class _Untold:
 # ------------------------------------------------------------------------------------------ sequences
 
 
+class _Tokens(msgspec.Struct):
+    """What llama.cpp's server answers to ``/tokenize``."""
+
+    tokens: tuple[int, ...]
+
+
 class LlamaBackend(ThreadedBackend):
     """See `penstock.engines.backend.Backend`."""
 
@@ -301,10 +286,9 @@ class LlamaBackend(ThreadedBackend):
                 timeout=TOKENIZE_TIMEOUT,
                 trust_env=False,
             )
-            ids: list[int] = answer.raise_for_status().json()["tokens"]
-        except httpx.HTTPError as error:
+            return list(decode(answer.raise_for_status().content, _Tokens).tokens)
+        except (httpx.HTTPError, Malformed) as error:
             raise EngineError(f"llama.cpp cannot tokenize this: {error}") from error
-        return ids
 
 
 class _Sequence:
@@ -558,11 +542,7 @@ def _error(error: Mapping[str, Any]) -> PenstockError:
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> LlamaBackend:
     """See `penstock.engines.backend.Loader`."""
     parsed = parse(Options, options, "llama")
-    if path is None:
-        raise ModelLoadError(f"Say where the GGUF file of {name!r} is: --model {name}=FILE.gguf")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ModelLoadError(f"There is no file {file}.")
+    file = find_gguf(name, path)
     progress("reading the file", None)
     metadata = _Metadata(file)
     text = GgufText.of(metadata, file)

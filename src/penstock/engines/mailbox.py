@@ -195,7 +195,7 @@ class AsyncBackend:
     def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
         """Outputs of one request; the first with ``prompt_tokens``, the last with ``finish``.
 
-        An exception ends the request; an `EngineError` that is ``retryable`` has it tried again. ``aclose`` must stop
+        An exception ends the request; one that is ``retryable`` has it tried again. ``aclose`` must stop
         the generation.
         """
         raise NotImplementedError

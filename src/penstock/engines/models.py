@@ -44,17 +44,31 @@ def resolve(name: str, path: str | None, progress: Progress, cache: Path | None 
 
     Raises `ModelLoadError` that says what to do.
     """
-    wanted = path or name
     cache = cache or cache_folder()
+    place = find(name, path) or _checked(_download(path or name, progress))
+    return _from_folder(place, progress, cache) if place.is_dir() else _from_gguf(place, progress, cache)
+
+
+def find(name: str, path: str | None) -> Path | None:
+    """Where such a model is: a folder or a .gguf file; None where it has to be downloaded.
+
+    Raises `ModelLoadError` that says what to do.
+    """
+    wanted = path or name
     place = local_place(name, path)
     if place.is_dir():
-        return _from_folder(place, progress, cache)
+        return _checked(place)
     if place.suffix == ".gguf":
         if not place.is_file():
             raise ModelLoadError(f"There is no file {place}.")
-        return _from_gguf(place, progress, cache)
+        if not (place.parent / "tokenizer.json").is_file():
+            raise ModelLoadError(
+                f"{place} needs the model's tokenizer.json (and config.json, tokenizer_config.json) beside it: take "
+                "them from the model's original repository."
+            )
+        return place
     if _HUB_NAME.fullmatch(wanted) and not place.exists():
-        return _from_folder(_download(wanted, progress), progress, cache)
+        return None
     bundled = sorted(folder.name for folder in BUNDLED.iterdir() if (folder / "config.json").is_file())
     raise ModelLoadError(
         f"There is no model {wanted!r}. Give a folder with an OpenVINO or safetensors model, an F16 .gguf file, a name "
@@ -67,15 +81,24 @@ def weights_folder(name: str, path: str | None, progress: Progress) -> Path:
 
     Raises `ModelLoadError` that says what to do.
     """
+    return find_weights(name, path) or _checked_weights(_download(path or name, progress))
+
+
+def find_weights(name: str, path: str | None) -> Path | None:
+    """Where such a folder is; None where it has to be downloaded. Raises `ModelLoadError` that says what to do."""
     wanted = path or name
     place = local_place(name, path)
     if not place.is_dir() and _HUB_NAME.fullmatch(wanted) and not place.exists():
-        place = _download(wanted, progress)
+        return None
     if not place.is_dir():
         raise ModelLoadError(
             f"There is no model folder {wanted!r}. Give a folder with config.json and *.safetensors, or a name on the "
             "hub (organisation/name): --model NAME=PATH."
         )
+    return _checked_weights(place)
+
+
+def _checked_weights(place: Path) -> Path:
     if not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
         raise ModelLoadError(
             f"{place} needs config.json and *.safetensors. Other weight files (pickles: .bin, .pt) are not loaded, "
@@ -91,19 +114,36 @@ def local_place(name: str, path: str | None) -> Path:
     return Path(path or name).expanduser()
 
 
+def find_gguf(name: str, path: str | None) -> Path:
+    """A GGUF file of any kind. Raises `ModelLoadError` that says what to do."""
+    if path is None:
+        raise ModelLoadError(f"Say where the GGUF file of {name!r} is: --model {name}=FILE.gguf")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ModelLoadError(f"There is no file {file}.")
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ModelLoadError(f"{file} is not a GGUF file.")
+    return file
+
+
+def _checked(folder: Path) -> Path:
+    if not any((folder / name).is_file() for name in IR_NAMES) and not any(folder.glob("*.safetensors")):
+        raise ModelLoadError(
+            f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "
+            "first, for instance with optimum-intel: optimum-cli export openvino --model MODEL FOLDER."
+        )
+    return folder
+
+
 def _from_folder(folder: Path, progress: Progress, cache: Path) -> ModelFiles:
     for name in IR_NAMES:
         if (folder / name).is_file():
             return ModelFiles(folder / name, folder)
-    if any(folder.glob("*.safetensors")):
-        from penstock.engines.ir import built  # imports OpenVINO: only where it is needed
+    from penstock.engines.ir import built  # imports OpenVINO: only where it is needed
 
-        target = built(folder, cache / "ir", progress)
-        return ModelFiles(target / "openvino_model.xml", target)
-    raise ModelLoadError(
-        f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "
-        "first, for instance with optimum-intel: optimum-cli export openvino --model MODEL FOLDER."
-    )
+    target = built(folder, cache / "ir", progress)
+    return ModelFiles(target / "openvino_model.xml", target)
 
 
 def _download(name: str, progress: Progress) -> Path:
@@ -122,11 +162,6 @@ def _download(name: str, progress: Progress) -> Path:
 def _from_gguf(file: Path, progress: Progress, cache: Path) -> ModelFiles:
     """GenAI reads GGUF (F16 only here) and can save what it made of it; that is done once and cached."""
     text = file.parent
-    if not (text / "tokenizer.json").is_file():
-        raise ModelLoadError(
-            f"{file} needs the model's tokenizer.json (and config.json, tokenizer_config.json) beside it: take them "
-            "from the model's original repository."
-        )
     stat = file.stat()
     target = cache / "ir" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not (target / "openvino_model.xml").is_file():

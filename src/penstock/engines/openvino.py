@@ -18,7 +18,6 @@ and an 8-bit cache on recent CPUs): faster, and none of that holds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,73 +28,16 @@ from penstock.core.errors import ModelLoadError
 from penstock.engines._ov import ov, paged_attention_transformation
 from penstock.engines.backend import Backend, Progress
 from penstock.engines.batching import ContinuousBatching
-from penstock.engines.embedding import POOLINGS, EmbeddingBackend, pool, pooling_of, recipe_of
+from penstock.engines.embedding import EmbeddingBackend, pool, pooling_of, recipe_of
 from penstock.engines.kvcache import CACHE_SHARE
 from penstock.engines.models import ModelFiles, resolve
-from penstock.engines.options import one_of, parse
+from penstock.engines.options import OpenVINOOptions as Options
+from penstock.engines.options import parse
 from penstock.engines.sampling import Floats, Ints
 from penstock.engines.text import TextModel
 
-#: Weights up to this many bytes are computed in float32 unless the operator chooses otherwise.
-SMALL = 2_000_000_000
 #: Seconds of spare time, after loading, that go into compiling kernels for the batch sizes to come.
 WARM_UP = 1.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """``--option`` values of this engine.
-
-    ``precision``: f32, fast, or auto (f32 for weights up to 2 GB). ``device``: an OpenVINO device name (only CPU is
-    tested). ``slots``: sequences that run at once. ``cache_gb``: memory for the key/value cache in GB, 0 for what
-    ``slots`` full contexts need but at most a quarter of the memory. ``prefix_caching``: share the cache of equal
-    prompt beginnings (a tenant could learn from timing that somebody else sent the same beginning). ``threads``: 0
-    for all cores.
-
-    Of models that embed (`penstock.engines.embedding`): ``pooling``: cls, mean, last, or auto, what the folder says.
-    ``normalize``: vectors have the length 1. ``max_length``: tokens that an input may have, 0 for what the folder says;
-    ``truncate``: longer ones are cut instead of refused. ``query_instruction``, ``passage_instruction``: what is put
-    before a text; empty: what the folder says. ``matryoshka``: may vectors be cut to fewer dimensions? on, off, or
-    auto, what the folder says. ``step_tokens``: computed at once, with padding.
-    """
-
-    precision: str = "auto"
-    device: str = "CPU"
-    slots: int = 64
-    cache_gb: float = 0.0
-    prefix_caching: bool = True
-    threads: int = 0
-    pooling: str = "auto"
-    normalize: bool = True
-    max_length: int = 0
-    truncate: bool = False
-    query_instruction: str = ""
-    passage_instruction: str = ""
-    matryoshka: str = "auto"
-    step_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        one_of("precision", self.precision, "f32", "fast", "auto")
-        one_of("pooling", self.pooling, *POOLINGS, "auto")
-        one_of("matryoshka", self.matryoshka, "on", "off", "auto")
-        if self.slots < 1 or self.step_tokens < 1 or min(self.threads, self.cache_gb, self.max_length) < 0:
-            raise ModelLoadError(
-                "Options slots and step_tokens must be at least 1; threads, cache_gb and max_length not negative."
-            )
-
-    def properties(self, precision: str) -> dict[str, Any]:
-        """What the device is told of a model that is computed in *precision*."""
-        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
-        if precision == "f32":
-            properties |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-        if self.threads:
-            properties["INFERENCE_NUM_THREADS"] = self.threads
-        return properties
-
-    def precision_of(self, model_file: Path) -> str:
-        if self.precision != "auto":
-            return self.precision
-        return "f32" if model_file.with_suffix(".bin").stat().st_size <= SMALL else "fast"
 
 
 # ------------------------------------------------------------------------------------------ the network

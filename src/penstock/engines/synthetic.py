@@ -36,22 +36,29 @@ class _Sequence:
         self.failing = False
 
 
+def check_options(options: Mapping[str, str]) -> tuple[float, int, float, int]:
+    """``rate``, ``slots``, ``load_seconds`` and ``memory_mb``. Raises `ModelLoadError`."""
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise ModelLoadError(f"The synthetic engine has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}.")
+    try:
+        return (
+            float(options.get("rate", "0")),
+            int(options.get("slots", "256")),
+            float(options.get("load_seconds", "0")),
+            int(options.get("memory_mb", "0")),
+        )
+    except ValueError as error:
+        raise ModelLoadError(
+            f"The synthetic engine's rate, slots, load_seconds and memory_mb are numbers: {error}"
+        ) from error
+
+
 class SyntheticBackend:
     wakeup = None
 
     def __init__(self, name: str, options: Mapping[str, str], progress: Progress) -> None:
-        unknown = sorted(set(options) - set(OPTIONS))
-        if unknown:
-            raise ModelLoadError(f"The synthetic engine has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}.")
-        try:
-            self.rate = float(options.get("rate", "0"))
-            self.slots = int(options.get("slots", "256"))
-            load_seconds = float(options.get("load_seconds", "0"))
-            memory_mb = int(options.get("memory_mb", "0"))
-        except ValueError as error:
-            raise ModelLoadError(
-                f"The synthetic engine's rate, slots, load_seconds and memory_mb are numbers: {error}"
-            ) from error
+        self.rate, self.slots, load_seconds, memory_mb = check_options(options)
         begun = time.monotonic()
         while (passed := time.monotonic() - begun) < load_seconds:
             progress("sleeping", passed / load_seconds)

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.events import Logprob, TopLogprob
+from penstock.core.foreign import whole
 from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tasks import Tokenized
 from penstock.core.tools import finish_reason
@@ -42,17 +43,6 @@ _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 # Code points that Unicode guarantees will never be characters: marks that no real text contains.
 _MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
-
-
-def well_formed(text: str) -> str:
-    """*text* as native code takes it: halves of surrogate pairs are joined, and one without its other half is U+FFFD.
-
-    JSON can write such halves (``"\\ud83d"``). What a request brings was checked with its body, but the arguments of a
-    past call are JSON within a string: their text is made here, and goes through a template into a tokenizer.
-    """
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # ------------------------------------------------------------------------------------------ detokenizer
@@ -793,7 +783,7 @@ class TextModel:
         return ids
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(well_formed(text), add_special_tokens=special).ids
+        ids: list[int] = self.tokenizer.encode(whole(text), add_special_tokens=special).ids
         return ids
 
     def _defuse(self, text: str, mark: str) -> str:

@@ -20,7 +20,6 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ from penstock.engines.backend import Backend, Progress
 from penstock.engines.batching import STEP_TOKENS, ContinuousBatching
 from penstock.engines.kvcache import fit_context
 from penstock.engines.models import weights_folder
-from penstock.engines.options import one_of, parse
+from penstock.engines.options import TransformersOptions as Options
+from penstock.engines.options import parse
 from penstock.engines.sampling import Floats, Ints, Sampler
 from penstock.engines.static import Row, StaticBatching
 from penstock.engines.text import TextModel
@@ -63,35 +63,6 @@ GPU_STEP_TOKENS = 2048
 TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Options:
-    """``--option`` values of this engine.
-
-    ``device``: cpu, cuda, cuda:1 …; auto takes the first CUDA device if there is one. ``dtype``: f32, bf16, f16, or
-    auto: the checkpoint's own on CUDA; on a CPU f32 for weights up to 2 GB, else bf16. ``slots``: sequences that run at
-    once. ``context``: tokens that each may have, 0 for what the model was trained for, or less where the cache of all
-    slots would not fit into ``cache_gb`` (GB; 0: a quarter of the memory). ``batching``: continuous, static, or auto.
-    ``window``: milliseconds that a static batch waits for others of its kind. ``threads``: 0 for all cores.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    slots: int = 64
-    context: int = 0
-    cache_gb: float = 0.0
-    batching: str = "auto"
-    window: float = 20.0
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, *_DTYPES, "auto")
-        one_of("batching", self.batching, "continuous", "static", "auto")
-        if self.slots < 1 or min(self.threads, self.cache_gb, self.context, self.window) < 0:
-            raise ModelLoadError(
-                "Option slots must be at least 1; context, cache_gb, window and threads must not be negative."
-            )
 
 
 # ------------------------------------------------------------------------------------------ the network

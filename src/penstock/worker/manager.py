@@ -162,6 +162,7 @@ class ModelManager:
         self._heartbeat = heartbeat
         self._on_deferred = on_deferred
         self._stopping = asyncio.Event()
+        self._failure: ModelLoadError | None = None
         self._changed = asyncio.Event()
         self._measured_at = time.monotonic()
         self._serving: set[asyncio.Task[None]] = set()
@@ -169,7 +170,8 @@ class ModelManager:
     # ------------------------------------------------------------------------------------ life
 
     async def run(self) -> None:
-        """Load what is to be loaded at the start, and work until `stop`. Raises `ModelLoadError` when that fails."""
+        """Load what is to be loaded at the start, and work until `stop`. When that fails, stops by itself, and raises
+        the `ModelLoadError`."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -186,9 +188,20 @@ class ModelManager:
                     if model.worker is not None:
                         model.worker.stop()
                 await asyncio.gather(*self._serving)
+                if self._failure is not None:
+                    raise self._failure
         finally:
             for model in self.models.values():
                 await model.process.shut_down()
+
+    async def stopped(self) -> None:
+        """Returns when it is about to end, by `stop` or by itself: jobs get their time from here on."""
+        await self._stopping.wait()
+
+    def _give_up(self, error: ModelLoadError) -> None:
+        """End, as `stop` does, with *error*."""
+        self._failure = self._failure or error
+        self.stop()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -215,7 +228,8 @@ class ModelManager:
             if model.on_demand:
                 continue
             if model.too_large is not None:
-                raise model.too_large
+                self._give_up(model.too_large)
+                return
             if self._fits(model):
                 self._load(model)
                 continue
@@ -242,13 +256,14 @@ class ModelManager:
         try:
             await worker.run()
         except ModelLoadError as failure:
-            if not model.about.on_demand:
-                raise
             error = failure
         model.worker, model.leaving, model.fraction = None, False, None
         model.rest = "unloaded"
         model.tell(detail="", memory=0)
-        if error is not None:
+        if error is not None and not model.about.on_demand:
+            self._fail(model, error)
+            self._give_up(error)
+        elif error is not None:
             self._load_failed(model, error)
         elif model.too_large is not None:
             self._fail(model, model.too_large)
@@ -271,8 +286,9 @@ class ModelManager:
         if self._budget and model.need > self._budget:
             model.too_large = self._too_large(model, model.need)
             if at_start:
-                raise model.too_large
-            self._unload(model)
+                self._give_up(model.too_large)
+            else:
+                self._unload(model)
         self._changed.set()
 
     def _load_failed(self, model: Model, error: ModelLoadError) -> None:

@@ -547,7 +547,9 @@ async def test_a_client_is_not_told_where_the_servers_are(
         == "No upstream server can serve this: HTTP 500: behind http://*** is nothing."
     )
     await servers[0].stop()
-    error = error_of(await engine.run(ask()))
+    outputs = await engine.run(ask())
+    error = error_of(outputs)
+    assert (error.code, outputs[-1].retryable) == ("no_worker", True)
     assert error.message == "No upstream server can serve this: cannot connect (Connection refused)."
     assert engine.backend.info.away == "no upstream server answers"
     with pytest.raises(ModelLoadError) as caught:

@@ -103,8 +103,7 @@ class UpstreamBackend(AsyncBackend):
 
     def _look(self) -> None:
         """A replica went down, or came up."""
-        up = any(each.dialect is not None and not each.down for each in self._replicas.all)
-        self.tell_away("" if up else "no upstream server answers")
+        self.tell_away("" if self._replicas.up else "no upstream server answers")
 
     async def _watch(self) -> None:
         self._look()  # one may have gone since it was asked

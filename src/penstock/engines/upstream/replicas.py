@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from penstock.core.errors import EngineError, ModelLoadError, Unsupported
+from penstock.core.errors import EngineError, ModelLoadError, NoWorker, PenstockError, Unsupported
 from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Task
 from penstock.engines.upstream.answers import read_vectors
@@ -177,6 +177,11 @@ class Replicas:
         self._options = options
         self._secret = options.secret
         self.retries = options.retries
+
+    @property
+    def up(self) -> list[Replica]:
+        """Those that can be reached, as far as is known."""
+        return [each for each in self.all if each.dialect is not None and not each.down]
 
     def able(self, task: Task) -> list[Replica]:
         """Those that can do *task*, whether they are up or not."""
@@ -401,7 +406,7 @@ class Tries:
     async def next(self) -> Replica:
         """Who is called next, after a pause where one is due.
 
-        Raises an `EngineError` to be tried again from the queue when none can serve, `Unsupported` when none ever can.
+        Raises what is to be tried again from the queue when none can serve, `Unsupported` when none ever can.
         """
         while (replica := self._replicas.choose(self._task, self._failed | self._unable)) is None:
             if self._unable and self._unable.issuperset(self._replicas.able(self._task)):
@@ -444,8 +449,9 @@ class Tries:
         if self._faults.broken >= BROKEN * (1 + self._replicas.retries) * len(self._replicas.all):
             raise self._given_up()
 
-    def _given_up(self) -> EngineError:
-        error = EngineError(f"No upstream server can serve this: {self._why}.")
+    def _given_up(self) -> PenstockError:
+        kind = EngineError if self._replicas.up else NoWorker
+        error = kind(f"No upstream server can serve this: {self._why}.")
         error.retryable = True
         return error
 
