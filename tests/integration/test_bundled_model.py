@@ -16,7 +16,7 @@ import pytest
 from penstock.testing.oracle import Token, check_log, flatten
 from tests.support.api import check_error, submit
 from tests.support.server import PATIENCE, Server
-from tests.support.sse import Event, open_stream
+from tests.support.sse import Event, Parser, open_stream
 
 MODEL = "millrace"
 ASK: Any = [{"role": "user", "content": "Tell me a story about a dog."}]
@@ -161,6 +161,25 @@ async def test_logprobs_are_those_of_the_tokens(sdk: openai.AsyncOpenAI) -> None
         assert len(entry.top_logprobs) == 3
         best = max(entry.top_logprobs, key=lambda top: top.logprob)
         assert entry.logprob == pytest.approx(best.logprob), "greedy takes the likeliest"
+
+
+async def test_a_resumed_completion_goes_on_in_its_text(http: httpx.AsyncClient) -> None:
+    """With bytes that are no characters, and a stop string that does not come."""
+    body = {
+        "model": MODEL, "prompt": PROMPT, "max_tokens": 24, "temperature": 1.5, "seed": 9, "ignore_eos": True,
+        "logprobs": 2, "stop": ["no such words"], "stream": True, "logit_bias": {"140": 6, "141": 6},
+    }  # fmt: skip
+    whole: list[int] = []
+    for after in (0, 1, 3, 9):
+        answer = await http.post(
+            "/v1/completions", json=body, headers={"idempotency-key": "offsets", "last-event-id": str(after)}
+        )
+        events = [event.data for event in Parser().feed(answer.content) if event.data != "[DONE]"]
+        found = [place for event in events for place in (event["choices"][0]["logprobs"] or {}).get("text_offset", ())]
+        whole = whole or found
+        assert found == whole[after:]
+    assert whole == sorted(whole)
+    assert len(whole) == 24
 
 
 async def test_several_samples_differ_and_count(sdk: openai.AsyncOpenAI) -> None:

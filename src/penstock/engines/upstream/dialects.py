@@ -22,6 +22,7 @@ from penstock.core.errors import (
 )
 from penstock.core.foreign import Malformed, Mismatch, decode, whole
 from penstock.core.job import Message, Request, ResponseFormat, Task, Tool
+from penstock.core.tools import check_form
 from penstock.engines.upstream.stream import Reply, as_count
 
 
@@ -193,7 +194,11 @@ def _format(dialect: Dialect, request: Request) -> dict[str, Any]:
 
 
 def _text_format(dialect: Dialect, wanted: ResponseFormat) -> dict[str, Any]:
-    """A form that is not JSON. llama.cpp takes its own kind of grammar; OpenAI's API has nothing like it."""
+    """A form that is not JSON. llama.cpp takes its own kind of grammar; OpenAI's API has nothing like it.
+
+    An empty one is refused: to a server it would mean that anything will do.
+    """
+    check_form(wanted, "response_format")
     value: Any = {"regex": wanted.pattern, "choice": list(wanted.choices), "grammar": wanted.grammar}[wanted.type]
     if dialect.tells_ids:  # vLLM, and Penstock
         return {"structured_outputs": {wanted.type: value}}

@@ -190,7 +190,7 @@ class Dialect:
         retry = "retry: 1000\n"
         first = True
         try:
-            async for event in self._from_the_beginning(events):
+            async for event in events if self.replay is None else self._from_the_beginning(events, self.replay):
                 if isinstance(event, Ended):
                     yield (retry + self._end(event, first)).encode()
                     return
@@ -203,12 +203,15 @@ class Dialect:
         except LogRewound as error:  # the store lost what this reader was given
             yield f"{retry}data: {ascii_json({'error': error.info})}\n\n".encode()
 
-    async def _from_the_beginning(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    async def _from_the_beginning(
+        self, events: AsyncIterator[Event], replay: Callable[[], AsyncIterator[Event]]
+    ) -> AsyncIterator[Event]:
         """*events*, after everything before them has been looked at."""
+        caught_up = False
         async for event in events:
-            if self.replay is not None:
-                await self._catch_up(self.replay())
-                self.replay = None
+            if not caught_up:
+                await self._catch_up(replay())
+                caught_up = True
             yield event
 
     async def _catch_up(self, events: AsyncIterator[Event]) -> None:
