@@ -227,7 +227,7 @@ class TestErrors:
             "error": {
                 "type": "invalid_request_error",
                 "message": "Object missing required field `max_tokens`",
-                "param": None,
+                "param": "max_tokens",
                 "code": "invalid_request",
             },
             "request_id": reply.headers["x-request-id"],
@@ -240,7 +240,7 @@ class TestErrors:
             ("DELETE", "/v1/messages/count_tokens", {}, 405, "invalid_request_error"),
             ("POST", "/v1/messages/batches", {}, 404, "not_found_error"),
             ("GET", "/v1/messages/batches/msgbatch_1/results", {}, 404, "not_found_error"),
-            ("GET", "/v1/messages/", {}, 404, "not_found_error"),
+            ("GET", "/v1/messages/nothing", {}, 404, "not_found_error"),
             ("POST", "/v1/messages", {"host": "evil.example"}, 400, "invalid_request_error"),
             ("POST", "/v1/messages", {"origin": "https://evil.example"}, 403, "permission_error"),
             ("POST", "/v1/messages", {"content-encoding": "gzip"}, 415, "invalid_request_error"),

@@ -155,6 +155,8 @@ async def test_logprobs_are_those_of_the_tokens(sdk: openai.AsyncOpenAI) -> None
     logprobs = reply.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
+    assert "refusal" in logprobs.model_fields_set
+    assert logprobs.refusal is None
     assert "".join(entry.token for entry in logprobs.content) == reply.choices[0].message.content
     for entry in logprobs.content:
         assert entry.logprob <= 0

@@ -136,8 +136,8 @@ def _explain(message: str) -> InvalidRequest:
     """msgspec's "Expected `int` >= 1 - at `$.max_tokens`", with the field as ``param``."""
     found = _AT_PATH.search(message)
     if found is None:
-        unknown = re.search(r"unknown field `(.*?)`", message)
-        return InvalidRequest(message, param=unknown[1] if unknown else None)
+        field = re.search(r"(?:unknown|missing required) field `(.*?)`", message)
+        return InvalidRequest(message, param=field[1] if field else None)
     return InvalidRequest(f"{found[1]}: {message[: found.start()]}", param=found[1] or None)
 
 

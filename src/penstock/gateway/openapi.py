@@ -45,7 +45,6 @@ _RESUME_AT = [
     {**_LAST_EVENT_ID, "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"}},
     {"name": "after", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}},
 ]
-_ANTHROPIC = {"name": "anthropic-version", "in": "header", "schema": {"type": "string"}}
 _ORDER = {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"]}}
 _STATUS = "|".join(Status)
 
@@ -152,13 +151,13 @@ OPERATIONS: dict[Key, tuple[str, type | None, int, bool, list[dict[str, Any]]]] 
     ("POST", "/v1/messages"): ("Anthropic Messages", CreateMessage, 200, True, []),
     ("POST", "/v1/messages/count_tokens"): ("How many tokens a message's input has", CountTokens, 200, False, []),
     ("GET", "/v1/models"): (
-        "The models served; to who says an anthropic-version as Anthropic has it, in pages",
+        "The models served. To who sends an anthropic-version: as Anthropic has them, in pages",
         None,
         200,
         False,
-        [_ANTHROPIC],
+        [],
     ),
-    ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, [*_MODEL, _ANTHROPIC]),
+    ("GET", "/v1/models/{model:path}"): ("One model", None, 200, False, _MODEL),
     ("POST", "/v1/models/{model:path}/load"): ("Load a model of this process", ManageModel, 200, True, _MODEL),
     ("POST", "/v1/models/{model:path}/unload"): ("Unload a model of this process", ManageModel, 200, True, _MODEL),
     ("POST", "/submit_job"): ("Queue a prompt for a user", PromptBody, 200, False, _query(user_id="string")),
