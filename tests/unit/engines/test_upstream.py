@@ -683,6 +683,13 @@ async def test_calls_that_break_off_are_bounded_however_far_each_comes(
     assert len(servers[0].bodies) == 2 * BROKEN
 
 
+async def test_many_choices_survive_what_one_does(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0], retries=1)
+    servers[0].script += [then(1, end_early)] * 8
+    outputs = await engine.run(ask(n=8))
+    assert outputs[-1].finish == Finish(("length",) * 8)
+
+
 @pytest.mark.parametrize(
     "events",
     [

@@ -194,7 +194,7 @@ class UpstreamBackend(AsyncBackend):
             for reply in replies:
                 reply.prompt_tokens = told
         counted = ended = False
-        faults = Faults()
+        faults = Faults(len(replies))
         streams = [
             self._run(request, choice, reply, faults) for choice, reply in enumerate(replies) if reply.finish is None
         ]

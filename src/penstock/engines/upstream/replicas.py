@@ -379,9 +379,10 @@ class Replicas:
 
 
 class Faults:
-    """What went wrong with the calls for one request, over all its choices. It bounds what they may cost."""
+    """What went wrong with the calls for one request, over all its *choices*. It bounds what they may cost."""
 
-    def __init__(self) -> None:
+    def __init__(self, choices: int = 1) -> None:
+        self.choices = choices
         self.broken = 0
         self.garbled = 0
 
@@ -446,7 +447,8 @@ class Tries:
                     replica.lost(why)
         finally:
             replica.end()
-        if self._faults.broken >= BROKEN * (1 + self._replicas.retries) * len(self._replicas.all):
+        rounds = BROKEN * (1 + self._replicas.retries)
+        if self._faults.broken >= rounds * len(self._replicas.all) * self._faults.choices:
             raise self._given_up()
 
     def _given_up(self) -> PenstockError:
