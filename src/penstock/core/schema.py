@@ -9,29 +9,14 @@ from typing import Any
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
 #: Keywords whose values have schemas under names of the author's.
 _NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions"})
-#: Keywords of which a schema says more about an object than its own ``properties``.
-_OPEN = frozenset(
-    {
-        "additionalProperties",
-        "unevaluatedProperties",
-        "patternProperties",
-        "$ref",
-        "$dynamicRef",
-        "$recursiveRef",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "not",
-        "if",
-        "then",
-        "else",
-        "dependentSchemas",
-        "dependencies",
-    }
-)
 _UNIONS = frozenset({"anyOf", "oneOf"})
 _DEFINITIONS = frozenset({"$defs", "definitions"})
-_IN_PLACE = (_OPEN | _UNIONS) - {"additionalProperties", "unevaluatedProperties", "patternProperties"}
+#: Keywords whose schemas are about the same instance as the one that they are in.
+_IN_PLACE = _UNIONS | {
+    "$ref", "$dynamicRef", "$recursiveRef", "allOf", "not", "if", "then", "else", "dependentSchemas", "dependencies",
+}  # fmt: skip
+#: Keywords that say something of properties beside those that are listed.
+_OTHERS = frozenset({"additionalProperties", "unevaluatedProperties", "patternProperties"})
 
 #: Values of ``format`` that grammars are made of. Any other one is an annotation, as JSON Schema 2020-12 has it.
 FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
@@ -68,6 +53,7 @@ def schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def without_unknown_formats(schema: dict[str, Any]) -> dict[str, Any]:
+    """*schema* with those formats only that are in `FORMATS`."""
     if not any("format" in part for part in schemas(schema)):
         return schema
     result = changed(schema, lambda _, part: without_unknown_formats(part))
@@ -117,11 +103,21 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
     def close_here(part: dict[str, Any]) -> dict[str, Any]:
         beside = _composed(part)
         result = changed(part, lambda key, inner: inner if beside and key in _UNIONS else close(key, inner))
-        if isinstance(part.get("properties"), dict) and _OPEN.isdisjoint(part):
+        if _lists_all(part):
             result["additionalProperties"] = False
         return result
 
     return close_here(schema)
+
+
+def _lists_all(schema: dict[str, Any]) -> bool:
+    """Are all the properties that it is about listed, also those that it asks for?"""
+    listed = schema.get("properties")
+    if not isinstance(listed, dict) or not (_OTHERS | _IN_PLACE).isdisjoint(schema):
+        return False
+    required, least = schema.get("required", []), schema.get("minProperties", 0)
+    asks_for_more = isinstance(required, list) and any(name not in listed for name in required if isinstance(name, str))
+    return not asks_for_more and not (isinstance(least, int) and least > len(listed))
 
 
 def _composed(schema: dict[str, Any]) -> bool:
