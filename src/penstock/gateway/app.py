@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.core.errors import Forbidden, InvalidRequest, NotFound, PenstockError
+from penstock.core.errors import Forbidden, InvalidRequest, NotFound
 from penstock.gateway.http import Endpoint, Handler, refuse
 from penstock.gateway.routes import (
     anthropic,
@@ -135,7 +135,7 @@ class ByMethod:
         allowed = ", ".join(self.endpoints)
         error = InvalidRequest(f"{scope['method']} is not allowed on {scope['path']}: {allowed} is.")
         error.status = 405
-        await _refuse(error, scope, receive, send, {"allow": allowed})
+        await refuse(error, scope, receive, send, {"allow": allowed})
 
 
 class Slashes:
@@ -157,22 +157,9 @@ _INSTEAD = {
 }
 
 
-async def _refuse(
-    error: PenstockError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None
-) -> None:
-    """Answer with *error* as the clients know it whose paths these are."""
-    if scope["path"].startswith("/v1/messages"):
-        scope["penstock.error"] = error.code
-        answer = anthropic.message_refusal(scope.get("penstock.request_id", ""), error)
-        answer.headers.update(headers or {})
-        await answer(scope, receive, send)
-    else:
-        await refuse(error, scope, receive, send, headers)
-
-
 async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
     hint = next((hint for path, hint in _INSTEAD.items() if scope["path"].startswith(path)), "See /docs.")
-    await _refuse(NotFound(f"There is nothing at {scope['path']}. {hint}"), scope, receive, send)
+    await refuse(NotFound(f"There is nothing at {scope['path']}. {hint}"), scope, receive, send)
 
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")

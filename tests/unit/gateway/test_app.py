@@ -415,7 +415,7 @@ class TestConstraints:
         async with as_tenant(gateway, "t") as http:
             for fields in ({"regex": "a"}, {"guided_choice": ["a"]}, {"ebnf": "a"}):
                 reply = await http.post("/v1/chat/completions", json={**least, **fields})
-                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "response_format")
         for fields in ({"guided_json": SCHEMA}, {"regex": "a", "tool_choice": "none"}):
             assert (await asked(gateway, "/v1/chat/completions", {**least, **fields})).request.tools
 

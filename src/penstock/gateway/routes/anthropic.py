@@ -260,7 +260,7 @@ def _mergeable(message: Message) -> bool:
 
 
 async def messages(call: Call) -> ASGIApp:
-    call.refuse = partial(message_refusal, call.request_id)
+    call.refuse = partial(refusal, call.request_id)
     body = await call.body(CreateMessage)
     metadata = {name: value for name, value in (body.metadata or {}).items() if value is not None}
     user = metadata.get("user_id")
@@ -289,7 +289,7 @@ async def messages(call: Call) -> ASGIApp:
 
 
 async def count_tokens(call: Call) -> ASGIApp:
-    call.refuse = partial(message_refusal, call.request_id)
+    call.refuse = partial(refusal, call.request_id)
     body = await call.body(CountTokens)
     found = await tokens_of(call, msgspec.structs.replace(body.conversation(), task="tokenize"))
     return json_reply({"input_tokens": len(found.tokens)}, headers={"request-id": call.request_id})
@@ -520,6 +520,7 @@ def _error(error: ErrorInfo, status: int, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": told, "request_id": request_id}
 
 
-def message_refusal(request_id: str, error: PenstockError) -> Response:
-    """*error* in Anthropic's envelope."""
-    return error_reply(error, {"request-id": request_id}, _error(error.info, error.status, request_id))
+def refusal(request_id: str, error: PenstockError, headers: dict[str, str] | None = None) -> Response:
+    """How every failure below ``/v1/messages`` is written."""
+    headers = {"request-id": request_id, **(headers or {})}
+    return error_reply(error, headers, _error(error.info, error.status, request_id))

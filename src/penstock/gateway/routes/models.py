@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from penstock.core.errors import Forbidden, InvalidRequest, ModelNotFound, PenstockError, Unsupported
 from penstock.core.ports import LoadProgress, ModelControl
 from penstock.gateway.http import Call, decode, json_reply
-from penstock.gateway.routes.anthropic import message_refusal
+from penstock.gateway.routes.anthropic import refusal
 from penstock.gateway.sse import EventStream, frame
 
 
@@ -34,7 +34,7 @@ async def show_model(call: Call) -> ASGIApp:
     name = call.path["model"]
     anthropic = "anthropic-version" in call.headers
     if anthropic:
-        call.refuse = partial(message_refusal, call.request_id)
+        call.refuse = partial(refusal, call.request_id)
     if name not in call.gateway.catalogue.names:
         raise ModelNotFound(f"The model {name!r} does not exist here.", param="model")
     return json_reply(_message_model(call, name) if anthropic else _model(call, name))
@@ -42,7 +42,7 @@ async def show_model(call: Call) -> ASGIApp:
 
 def _for_anthropic(call: Call) -> ASGIApp:
     """A page of the models, by Anthropic's parameters: ``limit``, and ``after_id`` or ``before_id``."""
-    call.refuse = partial(message_refusal, call.request_id)
+    call.refuse = partial(refusal, call.request_id)
     limit, after, before = call.query.get("limit", "20"), call.query.get("after_id"), call.query.get("before_id")
     if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= 1000):
         raise InvalidRequest("limit is between 1 and 1000.", param="limit")
