@@ -184,6 +184,26 @@ class TestFiles:
 
 
 class TestBatches:
+    def test_a_line_may_have_what_a_body_may(self, sdk: openai.OpenAI) -> None:
+        """Nulls, integral floats, what asks for nothing; what is refused is refused by its field's name."""
+        batch = start(
+            sdk,
+            [
+                line(1, max_tokens=2.0, stream=None, n=None, stream_options={"include_usage": None}, stop=""),
+                line(2, max_tokens=9, max_completion_tokens=2, tool_choice=None, top_logprobs=0),
+                line(3, max_tokens=2.5),
+                line(4, guided_json={"type": "object"}, guided_regex="a"),
+            ],
+        )
+        ended = end(sdk, batch)
+        assert (ended.request_counts.completed, ended.request_counts.failed) == (2, 2)  # type: ignore[union-attr]
+        for result in results(sdk, ended.output_file_id).values():
+            assert result["response"]["body"]["choices"][0]["message"]["content"] == text_of(2)
+        refused = {
+            id: result["response"]["body"]["error"]["param"] for id, result in results(sdk, ended.error_file_id).items()
+        }
+        assert refused == {"id-3": "max_tokens", "id-4": "guided_regex"}
+
     def test_chat_completions(self, sdk: openai.OpenAI) -> None:
         batch = start(sdk, (line(n) for n in range(20)), metadata={"night": "one"})
         assert (batch.object, batch.endpoint, batch.completion_window) == ("batch", CHAT, "24h")

@@ -419,7 +419,7 @@ class TestConstraints:
         async with as_tenant(gateway, "t") as http:
             for fields in ({"regex": "a"}, {"guided_choice": ["a"]}, {"ebnf": "a"}):
                 reply = await http.post("/v1/chat/completions", json={**least, **fields})
-                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, "response_format")
         for fields in ({"guided_json": SCHEMA}, {"regex": "a", "tool_choice": "none"}):
             assert (await asked(gateway, "/v1/chat/completions", {**least, **fields})).request.tools
 
@@ -678,6 +678,10 @@ async def test_a_request_that_is_repeated_behind_an_update_is_known_again() -> N
          {"model": "m", "messages": message, "tools": [tool], "response_format": form, "stream": True},
          "29e3430720f551de"),
         ("/v1/completions", TextCompletion, {"model": "m", "prompt": [1, 2]}, "0a5472707cac7c16"),
+        ("/v1/chat/completions", ChatCompletion,
+         {"model": "m", "messages": CHAT, "tools": [{"type": "function", "function": {"name": "f"}}],
+          "tool_choice": {"type": "function", "function": {"name": "f"}}},
+         "10f23084a0258105"),
         ("/v1/responses", CreateResponse,
          {"model": "m", "input": [{"role": "user", "content": part}], "tools": [flat],
           "tool_choice": {"type": "function", "name": "f"}, "text": {"format": {"type": "json_object"}}},

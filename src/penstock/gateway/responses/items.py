@@ -214,7 +214,7 @@ def status_of(job: Job) -> str:
     return "queued" if job.status is Status.QUEUED and job.attempt == 0 else "in_progress"
 
 
-#: Why a response is not whole, by how its reply ended.
+#: Ends that leave a response incomplete, as they are called there.
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
@@ -222,6 +222,11 @@ def ended_status(ended: Ended) -> str:
     if ended.status is Status.COMPLETED:
         return "incomplete" if ended.finish_reason in _INCOMPLETE else "completed"
     return "cancelled" if ended.status is Status.CANCELLED else "failed"
+
+
+def _incomplete(ended: Ended | None) -> dict[str, Any]:
+    reason = ended.finish_reason if ended is not None else None
+    return {"reason": _INCOMPLETE[reason or "length"]}
 
 
 def response_object(
@@ -268,10 +273,6 @@ def response_object(
         "user": view.user,
         "metadata": view.metadata,
     }
-
-
-def _incomplete(ended: Ended | None) -> dict[str, str] | None:
-    return {"reason": _INCOMPLETE[ended.finish_reason or ""]} if ended is not None else None
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

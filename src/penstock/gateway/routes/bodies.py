@@ -496,9 +496,9 @@ def structured(
     if sum(len(msgspec.json.encode(tool.parameters)) for tool in tools) > MAX_SCHEMA_BYTES * 4:
         raise InvalidRequest("The tools' schemas are too large together.", param="tools")
     if form is not None and not form.type.startswith("json_") and tools and choice != "none":
-        raise Unsupported(
-            f"A reply that has to be a {form.type} cannot call tools: leave one of them out, or use a JSON schema.",
-            param="tools",
+        raise InvalidRequest(
+            f"A reply that has to be a {form.type} cannot call tools: leave one of the two out, or use a JSON schema.",
+            param="response_format",
         )
     if request.continue_final and (tools or form is not None):
         raise InvalidRequest("A begun reply cannot have tools or a response_format.", param="continue_final_message")
