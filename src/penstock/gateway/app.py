@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.core.errors import Forbidden, InvalidRequest, NotFound
+from penstock.core.errors import Forbidden, InvalidRequest, NotFound, PenstockError
 from penstock.gateway.http import Endpoint, Handler, refuse
 from penstock.gateway.routes import (
     anthropic,
