@@ -244,7 +244,8 @@ async def storm(
 ) -> Outcome:
     """Ordinary streams on every model, first alone, then beside hostile clients that send *inputs*.
 
-    The outcome is that of the second (of the first if that broke a promise); its `gaps` are the others' on each model, without and with them.
+    The outcome is that of the second (of the first if that broke a promise); its `gaps` are the others', without
+    and with them, on each model.
     """
     models = itertools.cycle(["synthetic", "synthetic", "up", "llama", "few"])
     bodies = [_body(next(models), plan) for _ in range(plan.streams)]
