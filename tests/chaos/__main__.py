@@ -3,6 +3,7 @@
     python -m tests.chaos --minutes 10                         one server, the embedded broker
     python -m tests.chaos --redis --faults 300 --seed 1 --report chaos
     python -m tests.chaos --cluster --minutes 5
+    python -m tests.chaos --hostile --minutes 5                nothing dies, but some clients send what hurts
 
 Each storm has its own seed (printed; ``--seed`` repeats the whole run, ``--only SEED`` one storm), draws how many
 streams, how fast, and which faults come in which order, and is judged by the oracle. Writes REPORT.json and REPORT.md
@@ -30,6 +31,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from tests.chaos import report
 from tests.chaos.fleet import CLUSTER_FAULTS, FAULTS, Fleet
 from tests.chaos.harness import Outcome, Plan, Storm
+from tests.chaos.hostile import INPUTS, Crowd
+from tests.chaos.hostile import storm as hostile_storm
 from tests.chaos.target import Embedded
 from tests.support.server import Server
 
@@ -80,11 +83,18 @@ async def fleet(seed: int, folder: Path, kinds: Sequence[str], show: Show, *, no
     return outcome
 
 
+async def hostile(seed: int, folder: Path, kinds: Sequence[str], show: Show) -> Outcome:
+    dice = random.Random(seed)
+    plan = Plan(seed, streams=dice.choice([20, 40]), tokens=dice.choice([100, 200]), faults=())
+    async with Crowd(folder, rate=dice.choice([30, 50])) as crowd:
+        return await hostile_storm(crowd, plan, kinds, show)
+
+
 async def run(arguments: argparse.Namespace, console: Console) -> list[Outcome]:
     if arguments.redis or arguments.cluster:
         known = CLUSTER_FAULTS if arguments.cluster else FAULTS
     else:
-        known = Embedded.FAULTS
+        known = tuple(INPUTS) if arguments.hostile else Embedded.FAULTS
     kinds = arguments.kinds.split(",") if arguments.kinds else known
     if unknown := set(kinds) - set(known):
         raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -114,6 +124,8 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Outcome]:
             try:
                 if arguments.redis or arguments.cluster:
                     outcome = await fleet(seed, folder, kinds, show, nodes=3 if arguments.cluster else 1)
+                elif arguments.hostile:
+                    outcome = await hostile(seed, folder, kinds, show)
                 else:
                     outcome = await embedded(seed, folder, kinds, show)
             except Exception:
@@ -137,6 +149,7 @@ def main() -> int:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--redis", action="store_true", help="two gateways and three workers over Redis")
     target.add_argument("--cluster", action="store_true", help="the same over a Redis Cluster of three nodes")
+    target.add_argument("--hostile", action="store_true", help="one client in ten sends what has broken others' work")
     parser.add_argument("--minutes", type=float, help="how long to go on (default 5, unless --faults is given)")
     parser.add_argument("--faults", type=int, help="go on until that many faults have happened")
     parser.add_argument("--kinds", help="only these faults (with commas)")

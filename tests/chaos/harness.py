@@ -15,7 +15,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -116,6 +116,8 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
     """What else the target counted."""
+    gaps: dict[str, list[float]] = field(default_factory=dict)
+    """The 99th percentile of seconds between two tokens of a stream, by model: alone, and beside hostile clients."""
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,8 +132,18 @@ class Outcome:
 
 
 class Storm:
-    def __init__(self, target: Target, plan: Plan, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        plan: Plan,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        beside: Callable[[], Awaitable[list[str]]] | None = None,
+    ) -> None:
+        """*beside*: what else goes on meanwhile; new streams take the place of those that end until it is through. What
+        it returns are problems."""
         self.target = target
+        self._beside = beside
         self.plan = plan
         self.dice = random.Random(plan.seed)
         self.outcome = Outcome(plan.seed, plan.overlap, bool(plan.every) and plan.overlap == 1)
@@ -140,7 +152,7 @@ class Storm:
         self._seen = 0
         self._progress = asyncio.Event()
         self._over = False
-        self._struck = not plan.faults
+        self._struck = not plan.faults and beside is None
         self._began = 0.0
 
     async def run(self, bodies: Sequence[dict[str, Any]] | None = None) -> Outcome:
@@ -194,9 +206,9 @@ class Storm:
         """One stream; and with `Plan.every` another one after it, until the faults are over."""
         while True:
             await self._stream(body, dice)
-            if not self.plan.every or self._struck:
+            if self._struck or not (self.plan.every or self._beside):
                 return
-            body = self._body(dice)
+            body = body if self._beside else self._body(dice)
 
     async def _stream(self, body: dict[str, Any], dice: random.Random) -> None:
         """One job and its one or two readers."""
@@ -297,6 +309,8 @@ class Storm:
                     break
                 strike = tasks.create_task(self._strike(fault, random.Random(seed)))
                 strike.add_done_callback(lambda done: free.release())
+        if self._beside is not None:
+            self.outcome.problems += await self._beside()
         self._struck = True
 
     async def _strike(self, fault: str, dice: random.Random) -> None:
@@ -387,8 +401,9 @@ def _text_problems(reader: Reader, view: dict[str, Any]) -> list[str]:
     """The synthetic engine writes position and attempt into each token: what is delivered must say where it is."""
     found = []
     tokens = [token for token in flatten(reader.events) if isinstance(token, Token)]
+    synthetic = reader.body.get("model", "synthetic") in ("synthetic", "few")
     for token in tokens:
-        if token.text != f"{token.position}@{token.attempt} ":
+        if synthetic and token.text != f"{token.position}@{token.attempt} ":
             found.append(f"position {token.position} of attempt {token.attempt} has the text {token.text!r}")
     if view["status"] == "completed" or (view["status"] == "cancelled" and reader.cancelled):
         if view["result"]["text"] != "".join(token.text for token in tokens):

@@ -99,6 +99,17 @@ def markdown(command: str, seed: int, outcomes: Sequence[Outcome]) -> str:
             f"| {storm.seed} | {storm.streams} | {storm.tokens} | {sum(storm.faults.values())} | {storm.overlap} | "
             f"{storm.reconnects} | {storm.attempts} | {storm.seconds:.1f} | {len(storm.problems)} |"
         )
+    if any(storm.gaps for storm in outcomes):
+        lines += [
+            "",
+            "Between two tokens of a stream, 99th percentile, in ms, without and with hostile clients beside it:",
+            "",
+            "| storm | model | alone | beside them |",
+            "|---:|---|---:|---:|",
+        ]
+    for storm in outcomes:
+        for model, gaps in storm.gaps.items():
+            lines.append(f"| {storm.seed} | {model} | {' | '.join(f'{1e3 * gap:.1f}' for gap in gaps)} |")
     for storm in outcomes:
         lines += [f"\n- storm {storm.seed}: {problem[:2000]}" for problem in storm.problems[:20]]
     return "\n".join(lines) + "\n"
