@@ -242,35 +242,35 @@ def content_of(message: dict[str, Any]) -> str:
 
 
 def talk(body: dict[str, Any]) -> Said:
-    """The reply to a chat."""
+    """The reply to a chat: what the request says it has to be, else what its last turn asks for."""
     messages = body["messages"]
-    asked = next((content_of(each) for each in reversed(messages) if each["role"] == "user"), "")
+    last = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
+    asked = content_of(messages[last]) if last >= 0 else ""
     asked = re.sub(r"<system-reminder>.*?</system-reminder>", "", asked, flags=re.DOTALL)  # agents put them around it
-    last_user = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
-    since = messages[last_user + 1 :]
-    called = [call["function"]["name"] for each in since for call in each.get("tool_calls") or ()]
-    results = [content_of(each) for each in since if each["role"] == "tool"]
+    since = [each for each in messages[last + 1 :] if each["role"] in ("assistant", "tool")]
+    if (tool := tool_for(body, asked, since)) is not None:
+        return Said(calls=calls_of(tool, asked, body.get("parallel_tool_calls") is not False))
+    if (text := constrained(body, Named(asked))) is not None:
+        return Said(text)
+    if results := [content_of(each) for each in since if each["role"] == "tool"]:
+        return Said(f"The tool says: {' and '.join(results)}")
+    text = told(asked) or quoted(asked) or edit(asked, messages) or known(asked)
+    return Said(text or f"You asked me this. {asked[:200]} I have answered.")
+
+
+def tool_for(body: dict[str, Any], asked: str, since: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The tool that is called, if one is: one that has to be, or that the question speaks of and has not answered."""
     tools = [tool["function"] for tool in body.get("tools") or ()]
     choice = body.get("tool_choice", "auto")
     if isinstance(choice, dict):
-        tools = [tool for tool in tools if tool["name"] == choice["function"]["name"]]
-    elif choice == "none" or (choice == "auto" and results):
-        tools = []
+        return next(tool for tool in tools if tool["name"] == choice["function"]["name"])
     if choice == "required":
+        called = [call["function"]["name"] for each in since for call in each.get("tool_calls") or ()]
         tools = [tool for tool in tools if tool["name"] not in called] or tools
-    form = constrained(body, Named(asked))
-    if choice == "auto" and not results and form is None and (text := told(asked) or quoted(asked)) is not None:
-        return Said(text)
-    if tools:
-        tool = max(tools, key=lambda each: relevance(each, asked))
-        if choice != "auto" or relevance(tool, asked):
-            return Said(calls=calls_of(tool, asked, body.get("parallel_tool_calls") is not False))
-    if form is not None:
-        return Said(form)
-    if results:
-        return Said(f"The tool says: {' and '.join(results)}")
-    about = told(asked) or edit(asked, messages) or known(asked)
-    return Said(about or f"You asked me this. {asked[:200]} I have answered.")
+    elif choice == "none" or since or told(asked) or quoted(asked):
+        return None
+    tool = max(tools, key=lambda each: relevance(each, asked), default=None)
+    return tool if tool and (choice == "required" or relevance(tool, asked)) else None
 
 
 def relevance(tool: dict[str, Any], asked: str) -> int:
