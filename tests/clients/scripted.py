@@ -33,11 +33,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 CHAT, EMBED = "scripted", "scripted-embed"
-CONTEXT = 16_384
+CONTEXT = 65_536
 DIMENSIONS = 64
 #: Seconds from one token to the next, so that each comes by itself.
 PACE = 0.005
-#: So deep in a schema only what is required is filled in.
+#: So deep in a schema only what has to be is filled in.
 DEEP = 4
 
 # ------------------------------------------------------------------------------------------ tokens
@@ -116,7 +116,7 @@ class Named:
 
 
 def instance(schema: Any, named: Named, root: Any = None, depth: int = 0) -> Any:
-    """A value that obeys *schema* (JSON Schema), with what the text names; optional properties too, where that ends."""
+    """A value that obeys *schema* (JSON Schema), with what the text names."""
     if not isinstance(schema, dict):
         return named.string()
     root = schema if root is None else root
@@ -140,11 +140,9 @@ def instance(schema: Any, named: Named, root: Any = None, depth: int = 0) -> Any
     match kind[0] if isinstance(kind, list) else kind:
         case "object":
             properties = schema.get("properties", {})
-            required = schema.get("required", ())
-            wanted = [
-                name for name in properties if name in required or (depth < DEEP and "default" not in properties[name])
-            ]
-            return {name: instance(properties[name], named, root, depth + 1) for name in wanted}
+            # What need not be is left out, unless nothing has to be.
+            wanted = schema.get("required") or [name for name in properties if depth < DEEP]
+            return {name: instance(properties.get(name, {}), named, root, depth + 1) for name in wanted}
         case "array":
             items = schema.get("prefixItems") or [schema.get("items", {})] * max(1, schema.get("minItems", 1))
             return [instance(each, named, root, depth + 1) for each in items]
@@ -244,41 +242,44 @@ def content_of(message: dict[str, Any]) -> str:
 
 
 def talk(body: dict[str, Any]) -> Said:
-    """The reply to a chat."""
+    """The reply to a chat: what the request says it has to be, else what its last turn asks for."""
     messages = body["messages"]
-    asked = next((content_of(each) for each in reversed(messages) if each["role"] == "user"), "")
-    last_user = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
-    since = messages[last_user + 1 :]
-    called = [call["function"]["name"] for each in since for call in each.get("tool_calls") or ()]
-    results = [content_of(each) for each in since if each["role"] == "tool"]
+    last = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
+    asked = content_of(messages[last]) if last >= 0 else ""
+    asked = re.sub(r"<system-reminder>.*?</system-reminder>", "", asked, flags=re.DOTALL)  # agents put them around it
+    since = [each for each in messages[last + 1 :] if each["role"] in ("assistant", "tool")]
+    if (tool := tool_for(body, asked, since)) is not None:
+        return Said(calls=calls_of(tool, asked, body.get("parallel_tool_calls") is not False))
+    if (text := constrained(body, Named(asked))) is not None:
+        return Said(text)
+    if results := [content_of(each) for each in since if each["role"] == "tool"]:
+        return Said(f"The tool says: {' and '.join(results)}")
+    text = told(asked) or quoted(asked) or edit(asked, messages) or known(asked)
+    return Said(text or f"You asked me this. {asked[:200]} I have answered.")
+
+
+def tool_for(body: dict[str, Any], asked: str, since: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The tool that is called, if one is: one that has to be, or that the question speaks of and has not answered."""
     tools = [tool["function"] for tool in body.get("tools") or ()]
     choice = body.get("tool_choice", "auto")
     if isinstance(choice, dict):
-        tools = [tool for tool in tools if tool["name"] == choice["function"]["name"]]
-    elif choice == "none" or (choice == "auto" and results):
-        tools = []
+        return next(tool for tool in tools if tool["name"] == choice["function"]["name"])
     if choice == "required":
+        called = [call["function"]["name"] for each in since for call in each.get("tool_calls") or ()]
         tools = [tool for tool in tools if tool["name"] not in called] or tools
-    if choice == "auto" and (text := quoted(asked)) is not None:
-        return Said(text)
-    if tools:
-        tool = max(tools, key=lambda each: relevance(each, asked))
-        if choice != "auto" or relevance(tool, asked):
-            return Said(calls=calls_of(tool, asked, body.get("parallel_tool_calls") is not False))
-    if (text := constrained(body, Named(asked))) is not None:
-        return Said(text)
-    if results:
-        return Said(f"The tool says: {' and '.join(results)}")
-    about = edit(asked, messages) or told(asked) or known(asked)
-    return Said(about or f"You asked me this. {asked[:200]} I have answered.")
+    elif choice == "none" or since or told(asked) or quoted(asked):
+        return None
+    tool = max(tools, key=lambda each: relevance(each, asked), default=None)
+    return tool if tool and (choice == "required" or relevance(tool, asked)) else None
 
 
 def relevance(tool: dict[str, Any], asked: str) -> int:
-    """How many words *tool* and the question share; its name counts double."""
+    """How many words *tool* and the question share; its name counts double, and where it is named whole, before all."""
     words = set(re.findall(r"[a-z]{4,}", asked.lower().replace("_", " "))) - {"what", "with", "this", "that", "tool"}
     name = set(re.findall(r"[a-z]{4,}", tool["name"].lower().replace("_", " ")))
     about = set(re.findall(r"[a-z]{4,}", (tool.get("description") or "").lower()))
-    return 2 * len(words & name) + len(words & about)
+    named = re.search(rf"\b{re.escape(tool['name'])}\b", asked) is not None
+    return 100 * named + 2 * len(words & name) + len(words & about)
 
 
 def calls_of(tool: dict[str, Any], asked: str, several: bool) -> list[Call]:

@@ -17,7 +17,8 @@ from tests.clients.scripted import CHAT, CONTEXT, EMBED, Named, instance, matchi
 from tests.support.compliance import page_rows
 
 SCHEMAS: list[dict[str, Any]] = [
-    {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["age"]},
+    {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}},
+    {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["b"]},
     {"type": "array", "items": {"enum": ["cat", "dog"]}, "minItems": 2},
     {"$defs": {"a": {"type": "object", "properties": {"next": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"},
     {"anyOf": [{"type": "null"}, {"type": "number", "minimum": 3, "maximum": 4}]},

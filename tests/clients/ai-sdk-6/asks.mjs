@@ -117,7 +117,7 @@ for (const [kind, model] of Object.entries(models)) {
 
   test(`${kind}: a prompt that is too long`, async () => {
     const refused = (error) => APICallError.isInstance(error) && error.statusCode === 400 && !error.isRetryable;
-    await assert.rejects(ask({ prompt: "word ".repeat(20_000) }), refused);
+    await assert.rejects(ask({ prompt: "word ".repeat(70_000) }), refused);
   });
 
   test(`${kind}: a tool that fails`, async () => {

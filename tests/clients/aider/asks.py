@@ -51,7 +51,7 @@ def test_an_edit_is_made_and_committed(repository, stream):
 
 
 def test_a_prompt_that_is_too_long_is_told_as_such(repository):
-    (repository / "greet.py").write_text("word = 1\n" * 8_000)
+    (repository / "greet.py").write_text("word = 1\n" * 20_000)
     done = aider(repository, "Shorten it", "--edit-format", "diff")
     assert "context window" in done.stdout.lower(), done.stdout + done.stderr
     assert "ContextWindowExceededError" in done.stdout or "exceed" in done.stdout

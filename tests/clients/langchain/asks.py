@@ -73,13 +73,13 @@ class TestOpenAIEmbeddings(EmbeddingsIntegrationTests):
 def test_a_prompt_that_is_too_long_is_known_as_such():
     chat = ChatOpenAI(model=MODEL, base_url=f"{URL}/v1", api_key="none", max_retries=0)
     with pytest.raises(ContextOverflowError):
-        chat.invoke("word " * 20_000)
+        chat.invoke("word " * 70_000)
 
 
 def test_a_prompt_that_is_too_long_for_anthropics_route_is_known_as_such():
     chat = ChatAnthropic(model=MODEL, base_url=URL, api_key="none", max_retries=0)
     with pytest.raises(ContextOverflowError):
-        chat.invoke("word " * 20_000)
+        chat.invoke("word " * 70_000)
 
 
 def test_log_probabilities():

@@ -104,7 +104,7 @@ def test_a_structure(complete):
 
 def test_a_prompt_that_is_too_long_is_known_as_such(complete):
     with pytest.raises(litellm.ContextWindowExceededError):
-        complete("word " * 20_000)
+        complete("word " * 70_000)
 
 
 def test_a_bad_request_is_none_of_the_context(complete):
@@ -234,7 +234,7 @@ def test_a_tool_through_the_proxy(through, model):
 
 def test_a_prompt_that_is_too_long_through_the_proxy(through, model):
     with pytest.raises(openai.BadRequestError) as caught:
-        through.chat.completions.create(model=model, messages=user("word " * 20_000))
+        through.chat.completions.create(model=model, messages=user("word " * 70_000))
     assert "ContextWindowExceededError" in str(caught.value)
 
 

@@ -135,5 +135,5 @@ def test_the_turn_before_by_its_id():
 
 def test_a_prompt_that_is_too_long_is_an_error_of_the_request(model):
     with pytest.raises(BadRequestError) as caught:
-        Runner.run_sync(Agent("clerk", model=model), "word " * 20_000)
+        Runner.run_sync(Agent("clerk", model=model), "word " * 70_000)
     assert caught.value.code == "context_length_exceeded"

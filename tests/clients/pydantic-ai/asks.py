@@ -165,7 +165,7 @@ def test_a_reply_that_is_cut(model):
 
 def test_a_prompt_that_is_too_long_is_an_error_of_the_request(model):
     with pytest.raises(ModelHTTPError) as caught:
-        Agent(model).run_sync("word " * 20_000)
+        Agent(model).run_sync("word " * 70_000)
     assert caught.value.status_code == 400
     assert "context length" in str(caught.value) or "too long" in str(caught.value)
 
