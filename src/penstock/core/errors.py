@@ -108,7 +108,8 @@ class ContextLengthExceeded(InvalidRequest):
     ) -> ContextLengthExceeded:
         """For what came in the field *param*: ``messages``, a ``prompt``, or (*index*: which of them) an ``input``.
 
-        In OpenAI's words, by which clients know it. *characters*: so many, nobody has counted more than that.
+        In OpenAI's words of then and now, by which clients know it (LiteLLM and aider by the first, LangChain by the
+        last). *characters*: so many, nobody has counted more than that.
         """
         what = f"{param} {index}" if index is not None else f"your {param}"
         if characters is not None:
@@ -126,6 +127,7 @@ class ContextLengthExceeded(InvalidRequest):
         else:
             said = f"{what} resulted in {tokens} tokens. Please cut it into pieces."
         message = f"This model's maximum context length is {limit} tokens. However, {said}"
+        message += f" (Input tokens exceed the configured limit of {limit} tokens.)"
         return cls(message, param=param, tokens=tokens, limit=limit)
 
     @property
