@@ -463,7 +463,7 @@ class TestTheServerIsAsked:
 
     async def test_a_password_is_in_no_message_of_an_outage(self, make_redis: Any, connect: OpenBroker) -> None:
         server = make_redis(requirepass="s3cret")
-        broker = await connect(server.url.replace("redis://", "redis://:s3cret@"), timeout=0.2)
+        broker = await connect(server.url.replace("redis://", "redis://:s3cret@"), timeout=1.0)
         await broker.submit(job())
         await asyncio.to_thread(server.kill9)
         with pytest.raises(BrokerUnavailable) as caught:
