@@ -313,6 +313,80 @@ MUTANTS = [
         ("tests/unit/gateway/test_app.py", "tests/integration/test_api_page.py"),
     ),
     Mutant(
+        "a replica's file is asked for before it can be synced",
+        ((REDIS + "server.py", "return [received, (\"WAITAOF\"", "return [(\"WAITAOF\""),),
+        ("tests/integration/test_redis_broker.py", "-k", "regular_report or is_asked"),
+    ),
+    Mutant(
+        "a start does not wait for replicas",
+        ((REDIS + "link.py", "self._check_replicas(await ask(", "(await ask("),),
+        ("tests/integration/test_redis_broker.py", "-k", "start_without_confirmation"),
+    ),
+    Mutant(
+        "replicas that do not confirm are not waited for",
+        ((REDIS + "link.py", "self._check_replicas(reply)  # else", "pass  # else"),),
+        ("tests/integration/test_redis_broker.py", "-k", "survives_the_master or joins_later"),
+    ),
+    Mutant(
+        "one call's exception is the engine's death",
+        (
+            (
+                "penstock/engines/child.py",
+                "except Exception as error:\n                        if not isinstance(error, PenstockError):",
+                "except PenstockError as error:\n                        if not isinstance(error, PenstockError):",
+            ),
+        ),
+        ("tests/unit/engines/test_child.py",),
+    ),
+    Mutant(
+        "slots are counted in jobs",
+        (("penstock/core/job.py", "return min(self.n, all)", "return 1"),),
+        (CONTRACT, "-k", "slot or wide"),
+    ),
+    Mutant(
+        "what cannot be read rests a replica",
+        (
+            (
+                "penstock/engines/upstream/replicas.py",
+                "if error.garbled:  # whether",
+                "if error.garbled and replica.failed(why):  # whether",
+            ),
+        ),
+        ("tests/unit/engines/test_upstream.py", "-k", "garbled or no_reply"),
+    ),
+    Mutant(
+        "null is not the default",
+        (
+            (
+                "penstock/gateway/lenient.py",
+                "if each is not None or name not in known or known[name].required or takes_null(known[name].type)",
+                "if True",
+            ),
+        ),
+        ("tests/unit/gateway/test_bodies.py",),
+    ),
+    Mutant(
+        "3.0 is no integer",
+        (("penstock/gateway/lenient.py", "isinstance(value, float) and value.is_integer()", "False"),),
+        ("tests/unit/gateway/test_bodies.py",),
+    ),
+    Mutant(
+        "HEAD of a stream follows it",
+        (("penstock/gateway/sse.py", 'if scope["method"] == "HEAD":', "if False:"),),
+        ("tests/integration/test_http_wire.py", "-k", "TestHead"),
+    ),
+    Mutant(
+        "a client that leaves is not seen behind what it sent",
+        (
+            (
+                "penstock/server.py",
+                "self.cycle = self._answering  # whom uvicorn tells",
+                "pass  # whom uvicorn tells",
+            ),
+        ),
+        ("tests/integration/test_http_wire.py", "-k", "TestPipelining"),
+    ),
+    Mutant(
         "the page takes a token twice",
         (
             ("penstock/web/js/log.js", "if (position <= this.head) return false;", ""),

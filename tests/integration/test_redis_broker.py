@@ -19,6 +19,7 @@ import pytest
 import structlog
 
 from penstock.brokers.redis import RedisBroker, link
+from penstock.brokers.redis.server import Server, Tier
 from penstock.core.errors import (
     BrokerUnavailable,
     InsufficientStorage,
@@ -462,7 +463,7 @@ class TestTheServerIsAsked:
 
     async def test_a_password_is_in_no_message_of_an_outage(self, make_redis: Any, connect: OpenBroker) -> None:
         server = make_redis(requirepass="s3cret")
-        broker = await connect(server.url.replace("redis://", "redis://:s3cret@"), timeout=0.2)
+        broker = await connect(server.url.replace("redis://", "redis://:s3cret@"), timeout=1.0)
         await broker.submit(job())
         await asyncio.to_thread(server.kill9)
         with pytest.raises(BrokerUnavailable) as caught:
@@ -753,6 +754,15 @@ class TestALostEnd:
 
 
 class TestReplicated:
+    @pytest.mark.parametrize(
+        ("version", "commands"), [((7, 0), ["WAIT"]), ((7, 2), ["WAIT", "WAITAOF"]), ((9, 1), ["WAIT", "WAITAOF"])]
+    )
+    def test_what_a_replica_is_asked(self, version: tuple[int, ...], commands: list[str]) -> None:
+        waiting = Server(version, "run").waiting(Tier("replicated", 2))
+        assert [command[0] for command in waiting] == commands
+        assert all(2 in command for command in waiting)
+        assert Server(version, "run").waiting(Tier("strict")) == []
+
     async def test_what_is_acknowledged_survives_the_master(
         self, make_redis: Any, connect: OpenBroker, proxies: Any
     ) -> None:
