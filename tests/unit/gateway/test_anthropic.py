@@ -213,6 +213,20 @@ def asked(*turns: tuple[str, Any], **fields: Any) -> Request:
     return decode(json.dumps(body).encode(), CreateMessage).request()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"thinking": {"type": "adaptive"}}, {"thinking": {"type": "disabled"}}, {"output_config": {"effort": "high"}},
+        {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
+        {"context_management": None},
+    ],
+    ids=lambda fields: "".join(fields),
+)  # fmt: skip
+def test_what_leaves_it_to_the_model_makes_no_difference(fields: dict[str, Any]) -> None:
+    """Claude Code sends it all with every request."""
+    assert asked(("user", "Hi"), **fields) == asked(("user", "Hi"))
+
+
 class TestThoughts:
     """Of an earlier reply, which clients send back as they came: ignored while nothing here thinks."""
 

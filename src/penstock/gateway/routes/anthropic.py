@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -134,17 +134,17 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
     thinking: dict[str, Any] | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = None
+    context_management: Any = UNSET
+    """What may be left out of a long conversation. Nothing is."""
     thread: dict[str, Any] | None = None
 
     def conversation(self) -> Request:
         """The conversation as a request, without how to sample."""
         if self.thread is not None:
             raise Unsupported("Threads are not kept here: leave thread out, and send all messages.", param="thread")
-        if self.thinking is not None and self.thinking.get("type") != "disabled":
+        if self.thinking is not None and self.thinking.get("type") not in ("disabled", "adaptive"):
             raise Unsupported("Thinking is not supported: leave it out, or disable it.", param="thinking")
         config = self.output_config or OutputConfig()
-        if config.effort is not None:
-            raise Unsupported("effort is not supported: leave it out.", param="output_config.effort")
         form = None
         if config.format is not None:
             form = json_schema(config.format.schema, "output_config.format.schema")
