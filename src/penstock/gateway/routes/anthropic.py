@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -134,7 +134,7 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
     thinking: dict[str, Any] | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = None
-    context_management: Any = UNSET
+    context_management: dict[str, Any] | UnsetType = UNSET
     """What may be left out of a long conversation. Nothing is."""
     thread: dict[str, Any] | None = None
 
