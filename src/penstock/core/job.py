@@ -196,7 +196,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         form = self.response_format
         if form is not None and form.json_schema is None and self.callable_tools:
             raise InvalidRequest(
-                f"A reply that has to be a {form.type} cannot call tools: leave one of the two out.",
+                f"A reply that has to be a {form.type} cannot call tools: leave one of them out, or use a JSON schema.",
                 param="response_format",
             )
 

@@ -284,11 +284,8 @@ class SamplingBody(msgspec.Struct, kw_only=True, frozen=True):
 
     def sampling(self, *, max_tokens: int, temperature: float, logprobs: int | None) -> Sampling:
         """As a `Sampling`; the arguments are the dialect's defaults (and its way to say logprobs)."""
-        most, least = min(_or(self.max_tokens, max_tokens), MOST_TOKENS), self.min_tokens or 0
-        if least > most:
-            raise InvalidRequest(f"min_tokens is {least}, but max_tokens {most}.", param="min_tokens")
         return Sampling(
-            max_tokens=most,
+            max_tokens=min(_or(self.max_tokens, max_tokens), MOST_TOKENS),
             temperature=_or(self.temperature, temperature),
             top_p=_or(self.top_p, 1.0) or LEAST_TOP_P,
             top_k=max(0, _or(self.top_k, 0)),
@@ -301,7 +298,7 @@ class SamplingBody(msgspec.Struct, kw_only=True, frozen=True):
             logit_bias=_token_ids(self.logit_bias or {}),
             logprobs=logprobs,
             ignore_eos=self.ignore_eos,
-            min_tokens=least,
+            min_tokens=self.min_tokens or 0,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             bad_words=stops(self.bad_words or None),
         )
@@ -495,11 +492,6 @@ def structured(
         check_schema(tool.parameters, where.format(i))
     if sum(len(msgspec.json.encode(tool.parameters)) for tool in tools) > MAX_SCHEMA_BYTES * 4:
         raise InvalidRequest("The tools' schemas are too large together.", param="tools")
-    if form is not None and not form.type.startswith("json_") and tools and choice != "none":
-        raise InvalidRequest(
-            f"A reply that has to be a {form.type} cannot call tools: leave one of the two out, or use a JSON schema.",
-            param="response_format",
-        )
     if request.continue_final and (tools or form is not None):
         raise InvalidRequest("A begun reply cannot have tools or a response_format.", param="continue_final_message")
     return msgspec.structs.replace(
