@@ -254,7 +254,7 @@ def talk(body: dict[str, Any]) -> Said:
         return Said(text)
     if results := [content_of(each) for each in since if each["role"] == "tool"]:
         return Said(f"The tool says: {' and '.join(results)}")
-    text = told(asked) or quoted(asked) or edit(asked, messages) or known(asked)
+    text = edit(asked, messages) or told(asked) or quoted(asked) or known(asked)
     return Said(text or f"You asked me this. {asked[:200]} I have answered.")
 
 
