@@ -254,7 +254,7 @@ def talk(body: dict[str, Any]) -> Said:
         return Said(text)
     if results := [content_of(each) for each in since if each["role"] == "tool"]:
         return Said(f"The tool says: {' and '.join(results)}")
-    text = told(asked) or quoted(asked) or edit(asked, messages) or known(asked)
+    text = edit(asked, messages) or quoted(asked) or told(asked) or known(asked)
     return Said(text or f"You asked me this. {asked[:200]} I have answered.")
 
 
@@ -295,7 +295,7 @@ def calls_of(tool: dict[str, Any], asked: str, several: bool) -> list[Call]:
 def told(asked: str) -> str | None:
     """What it is told to say, word for word."""
     found = re.search(
-        r"\b(?:say|reply|answer|respond)\b[^\"“‘'`]*[\"“‘'`](.+?)[\"”’'`]", asked, re.IGNORECASE | re.DOTALL
+        r"\b(?:say|reply|answer|respond)\b[^\"“‘'`\n]{0,40}[\"“‘'`](.+?)[\"”’'`]", asked, re.IGNORECASE | re.DOTALL
     )
     return found[1] if found else None
 
