@@ -294,7 +294,10 @@ MUTANTS = [
     ),
     Mutant(
         "jobs of batches take every slot",
-        ((BROKER, "if limit - len(leases) > claimant.reserve else", "if True else"),),
+        (
+            (BROKER, "Priority.BATCH if free > claimant.reserve else Priority.NORMAL", "Priority.BATCH"),
+            (BROKER, "reserve = claimant.reserve if priority == Priority.BATCH else 0", "reserve = 0"),
+        ),
         (CONTRACT, "-k", "reserve"),
     ),
     Mutant(
