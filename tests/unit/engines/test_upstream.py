@@ -1178,6 +1178,70 @@ async def test_tokens_and_their_text(servers: list[Upstream], engine_of: MakeEng
     assert sum(len(server.bodies) for server in servers) == 3
 
 
+# ------------------------------------------------------------------------------------------ how likely a prompt is
+
+#: What vLLM tells of a prompt of the tokens 5, 6 and 7.
+LIKELY = [
+    None,
+    {"6": {"logprob": -1.5, "rank": 2, "decoded_token": "b"}, "9": {"logprob": -0.5, "rank": 1, "decoded_token": "x"}},
+    {"7": {"logprob": -0.25, "rank": 1, "decoded_token": "c"}},
+]
+
+
+def scored(*told: Any, **more: Any) -> Act:
+    choice = {"index": 0, "text": "d", "prompt_logprobs": list(told), "prompt_token_ids": [5, 6, 7], **more}
+    return answer(200, {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}})
+
+
+def score(count: int = 1, **prompt: Any) -> Request:
+    return Request(model="m", task="score", sampling=Sampling(logprobs=count), **(prompt or {"prompt": "abc"}))
+
+
+async def test_a_prompt_is_scored_by_vllm(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(scored(*LIKELY))
+    (output,) = await engine.run(score())
+    assert (output.ids, output.texts, output.prompt_tokens) == ([5, 6, 7], ["a", "b", "c"], 3)
+    assert output.logprobs == [
+        None,
+        Logprob(-1.5, (TopLogprob(9, "x", -0.5), TopLogprob(6, "b", -1.5)), "b"),
+        Logprob(-0.25, (TopLogprob(7, "c", -0.25),), "c"),
+    ]
+    assert output.finish == Finish(("stop",))
+    assert (servers[0].bodies[-1]["prompt_logprobs"], servers[0].bodies[-1]["prompt"]) == (1, "abc")
+
+
+async def test_a_prompt_of_ids_is_scored_behind_what_is_logged(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    engine = await engine_of(*servers)
+    for server in servers:
+        server.script += [answer(500), scored(*LIKELY), answer(200, {"text": "abc"})]
+    (output,) = await engine.run(score(0, prompt_ids=(5, 6, 7)), [Prefix([5], ["a"])])
+    assert (output.ids, output.texts) == ([6, 7], ["b", "c"])
+    assert output.logprobs == [Logprob(-1.5, (), "b"), Logprob(-0.25, (), "c")]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        scored(*LIKELY[:2]),
+        scored(None, {"9": {"logprob": -1.0}}, LIKELY[2]),
+        scored(*LIKELY, prompt_token_ids=[5, 6]),
+        answer(200, {"choices": []}),
+        answer(200, {"choices": [{"text": "d"}]}),
+        answer(200, {"choices": [{"prompt_logprobs": "many"}]}),
+        answer(200, [1]),
+    ],
+    ids=["too few", "of another", "too few ids", "no choice", "nothing", "a text", "a list"],
+)
+async def test_scores_that_are_none(servers: list[Upstream], engine_of: MakeEngine, told: Act) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script += [told, told]
+    outputs = await engine.run(score())
+    assert error_of(outputs).code == "engine_error"
+    assert not servers[0].script, "it is asked once more"
+    assert_complete(await engine.run(ask()))
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 
@@ -1273,7 +1337,7 @@ def test_lines_are_put_together_and_bounded() -> None:
         ("http://x?a=1", {}, "has the form http"),
         ("http://127.0.0.1:9", {"slotz": "1"}, "did you mean 'slots'"),
         ("http://127.0.0.1:9", {"key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
-        ("http://127.0.0.1:9", {"tasks": "embed,sing"}, "some of generate, embed, tokenize; not 'embed,sing'"),
+        ("http://127.0.0.1:9", {"tasks": "embed,sing"}, "some of generate, embed, tokenize, score; not 'embed,sing'"),
         ("http://127.0.0.1:9", {"batch": "0"}, "batch must be in 1"),
         ("http://127.0.0.1:9", {"dialect": "klingon"}, "auto, openai, vllm, llama or penstock"),
         ("http://127.0.0.1:9", {}, "No upstream server of 'm' answers"),
@@ -1319,8 +1383,8 @@ async def test_servers_are_recognised(engine_of: MakeEngine, owner: str, dialect
 @pytest.mark.parametrize(
     ("owner", "script", "tasks"),
     [
-        ("vllm", [answer(404)], ("generate", "tokenize")),
-        ("vllm", [answer(400)], ("generate", "tokenize")),
+        ("vllm", [answer(404)], ("generate", "tokenize", "score")),
+        ("vllm", [answer(400)], ("generate", "tokenize", "score")),
         ("vllm", [vectors()], ("embed", "tokenize")),
         ("acme", [answer(403)], ("generate", "tokenize")),
         ("acme", [vectors(base64=False), answer(404), answer(400)], ("embed", "tokenize")),
@@ -1342,7 +1406,7 @@ async def test_what_a_server_does_not_tell_is_said(
     servers[0].embeds = True
     servers[0].script.append(answer(503))
     engine = await engine_of(servers[0])
-    assert engine.backend.info.tasks == ("generate", "tokenize")
+    assert engine.backend.info.tasks == ("generate", "tokenize", "score")
     assert "does not tell whether it has /v1/embeddings (HTTP 503): see the option tasks" in capfd.readouterr().err
 
 
@@ -1353,7 +1417,7 @@ async def test_who_was_away_is_asked_again(servers: list[Upstream], engine_of: M
     servers[0].embeds = servers[1].embeds = True
     engine.backend.loop.call_soon_threadsafe(replica.lost, "gone")
     await asyncio.to_thread(wait_for, lambda: replica.tasks == ("embed", "tokenize"), "the new tasks")
-    assert other.tasks == ("generate", "tokenize")
+    assert other.tasks == ("generate", "tokenize", "score")
     for _ in range(4):
         assert_complete(await engine.run(ask()))  # only the other one is asked
 

@@ -1,4 +1,4 @@
-"""Calls with one answer, which is no stream: vectors of inputs, and tokens of a prompt."""
+"""Calls with one answer, which is no stream: vectors of inputs, tokens of a prompt, and how likely they are."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from penstock.core.foreign import Malformed, decode
+from penstock.core.events import Logprob, TopLogprob
+from penstock.core.foreign import Malformed, decode, whole
 from penstock.core.job import Request
 from penstock.core.tasks import Tokenized, vector_text
 from penstock.engines.upstream.dialects import Dialect, chat, tool_views
-from penstock.engines.upstream.stream import StreamError, as_count, read_usage
+from penstock.engines.upstream.stream import NEVER, UNTOLD, StreamError, as_count, read_logprobs, read_usage
 
 T = TypeVar("T")
 
@@ -164,3 +165,83 @@ def read_pieces(answer: bytes) -> Tokenized:
     except ValueError as error:
         raise StreamError(f"a token's bytes that are none ({error})") from error
     return Tokenized([each.id for each in pieces], names, whole.decode("utf-8", "replace"))
+
+
+# ------------------------------------------------------------------------------------------ how likely a prompt is
+
+
+def score_body(dialect: Dialect, model: str, request: Request) -> dict[str, Any]:
+    """The JSON for ``/completions`` that asks for no more than the prompt's log-probabilities, as far as can be."""
+    prompt = list(request.prompt_ids or ()) if request.prompt is None else request.prompt
+    sent: dict[str, Any] = {"model": model, "prompt": prompt, "return_token_ids": True}
+    count = request.sampling.logprobs or 0
+    if dialect.name == "penstock":
+        return sent | {"max_tokens": 0, "echo": True, "logprobs": count}
+    return sent | {"max_tokens": 1, "temperature": 0, "prompt_logprobs": count}
+
+
+class _Likely(msgspec.Struct, gc=False):
+    logprob: float | None = None
+    decoded_token: str | None = None
+
+
+class _Scored(msgspec.Struct):
+    prompt_logprobs: list[dict[str, _Likely] | None] | None = None
+    """vLLM's: by token id."""
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    logprobs: msgspec.Raw = msgspec.Raw(b"null")
+    """Of an echoed prompt."""
+
+
+class _Scores(msgspec.Struct):
+    choices: list[_Scored]
+
+
+def read_scores(answer: bytes, request: Request) -> tuple[list[int], list[str | None], list[Logprob | None]]:
+    """Of each of the prompt's tokens the id, the text where it is told, and the log-probability, which the first one
+    has not. Raises `StreamError`."""
+    choices = read(answer, _Scores).choices
+    if len(choices) != 1:
+        raise StreamError(f"{len(choices)} choices for one prompt")
+    scored, wanted = choices[0], bool(request.sampling.logprobs)
+    texts: list[str | None] = [None]
+    entries: list[Logprob | None] = [None]
+    if scored.prompt_logprobs is not None:
+        ids = scored.prompt_token_ids or list(request.prompt_ids or ())
+        if len(scored.prompt_logprobs) != len(ids):
+            raise StreamError(f"log-probabilities of {len(scored.prompt_logprobs)} tokens for a prompt of {len(ids)}")
+        for id, told in zip(ids[1:], scored.prompt_logprobs[1:], strict=True):
+            entry = _by_id(told or {}, id)
+            texts.append(entry.text)
+            entries.append(entry if wanted else Logprob(entry.logprob, (), entry.text))
+    else:
+        ids = scored.token_ids or []
+        try:
+            tokens = read_logprobs(scored.logprobs)
+        except Malformed as error:
+            raise StreamError(f"log-probabilities that cannot be read ({error})") from error
+        texts[0] = tokens[0].token if tokens else None
+        for token in tokens[1:]:
+            top = tuple(TopLogprob(UNTOLD, each.token, _sure(each.logprob)) for each in token.top_logprobs)
+            texts.append(token.token)
+            entries.append(Logprob(_sure(token.logprob), top if wanted else (), token.token))
+    if not ids or len(entries) != len(ids):
+        raise StreamError(f"log-probabilities of {len(entries)} tokens for a prompt of {len(ids)}")
+    return ids, texts, entries
+
+
+def _by_id(told: dict[str, _Likely], id: int) -> Logprob:
+    if (chosen := told.get(str(id))) is None:
+        raise StreamError("no log-probability of a token of the prompt")
+    top = [
+        TopLogprob(int(other), whole(each.decoded_token or ""), _sure(each.logprob))
+        for other, each in told.items()
+        if other.isdecimal()
+    ]
+    top.sort(key=lambda each: (-each.logprob, each.id))
+    return Logprob(_sure(chosen.logprob), tuple(top), whole(chosen.decoded_token or ""))
+
+
+def _sure(logprob: float | None) -> float:
+    return NEVER if logprob is None else logprob

@@ -21,7 +21,7 @@ from penstock.core.errors import (
     RequestTooLarge,
     Unsupported,
 )
-from penstock.core.events import Prefix
+from penstock.core.events import Logprob, Prefix
 from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Request, Task
 from penstock.core.ports import Finish, ModelInfo, Output
@@ -38,7 +38,9 @@ from penstock.engines.upstream.answers import (
     pieces_body,
     read,
     read_pieces,
+    read_scores,
     read_vectors,
+    score_body,
     template_body,
     tokenize_body,
 )
@@ -152,7 +154,8 @@ class UpstreamBackend(AsyncBackend):
                 self._check_prompt(request)
 
     def _check_prompt(self, request: Request) -> None:
-        if request.prompt_ids is not None and len(request.prompt_ids) >= self.info.context_length:
+        room = self.info.context_length - (request.task == "generate")
+        if request.prompt_ids is not None and len(request.prompt_ids) > room:
             raise ContextLengthExceeded.of("prompt", len(request.prompt_ids), self.info.context_length)
         if request.response_format is not None and request.messages is None:
             self._refuse({"openai"}, "follow a response_format without messages", "response_format")
@@ -182,6 +185,8 @@ class UpstreamBackend(AsyncBackend):
                 return self._embed(key, request, prefixes[0])
             case "tokenize":
                 return self._tokenize(key, request)
+            case "score":
+                return self._score(key, request, prefixes[0])
             case _:
                 return self._reply(key, request, prefixes)
 
@@ -428,6 +433,29 @@ class UpstreamBackend(AsyncBackend):
     async def _tokenize(self, key: int, request: Request) -> AsyncGenerator[Output]:
         found = await self._answered("tokenize", partial(self._tokens, request=request))
         yield tokenized_output(key, found)
+
+    async def _score(self, key: int, request: Request, prefix: Prefix) -> AsyncGenerator[Output]:
+        """All in one output, behind what is logged of it."""
+        ids, texts, entries = await self._answered("score", partial(self._scores, request=request))
+        had = len(prefix.ids)
+        yield Output(key, ids[had:], texts[had:], None, entries[had:], len(ids), Finish(("stop",)))
+
+    async def _scores(self, replica: Replica, *, request: Request) -> tuple[list[int], list[str], list[Logprob | None]]:
+        dialect, model = replica.dialect, replica.model
+        assert dialect is not None
+        with self._hearing():
+            sent = score_body(dialect, model, request)
+            answer = await self._ask(replica, f"{replica.address.api}/completions", sent)
+            ids, told, entries = read_scores(answer, request)
+        texts = [text or "" for text in told]
+        if told[0] is None:  # vLLM tells nothing of the first; but what all of them make is known
+            text = request.prompt
+            if text is None:
+                text = (await self._tokens(replica, request=msgspec.structs.replace(request, task="tokenize"))).text
+            texts[0] = text.removesuffix("".join(texts[1:]))
+            if texts[0] == text and len(texts) > 1:
+                texts[0] = ""  # its tokens are written in another way
+        return ids, texts, entries
 
     async def _tokens(self, replica: Replica, *, request: Request) -> Tokenized:
         dialect, root, model = replica.dialect, replica.address.root, replica.model

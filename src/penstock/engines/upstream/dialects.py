@@ -28,12 +28,13 @@ from penstock.engines.upstream.stream import Reply, as_count
 
 @dataclass(frozen=True)
 class Dialect:
-    """A kind of server. ``begun_chat``: it continues a final assistant message. ``unsupported``: request fields that it
-    does not know."""
+    """A kind of server. ``begun_chat``: it continues a final assistant message. ``scores``: it tells how likely the
+    tokens of a prompt are. ``unsupported``: request fields that it does not know."""
 
     name: str
     tells_ids: bool = False
     begun_chat: bool = False
+    scores: bool = False
     unsupported: tuple[str, ...] = ()
 
 
@@ -51,9 +52,9 @@ DIALECTS = {
             "top_k",
         ),
     ),
-    "vllm": Dialect("vllm", tells_ids=True, begun_chat=True, unsupported=("input_type",)),
+    "vllm": Dialect("vllm", tells_ids=True, begun_chat=True, scores=True, unsupported=("input_type",)),
     "llama": Dialect("llama", begun_chat=True, unsupported=("bad_words", "input_type", "min_tokens", "stop_token_ids")),
-    "penstock": Dialect("penstock", tells_ids=True, begun_chat=True),
+    "penstock": Dialect("penstock", tells_ids=True, begun_chat=True, scores=True),
 }
 OWNERS = {"penstock": "penstock", "vllm": "vllm", "llamacpp": "llama"}
 

@@ -11,7 +11,7 @@ from penstock.core.errors import ModelLoadError
 from penstock.core.job import Task
 from penstock.engines.options import one_of
 
-TASKS: tuple[Task, ...] = ("generate", "embed", "tokenize")
+TASKS: tuple[Task, ...] = ("generate", "embed", "tokenize", "score")
 #: Inputs that one call may bring, at OpenAI.
 MAX_BATCH = 2048
 
@@ -25,8 +25,8 @@ class Options:
     tokens, where the servers do not tell. ``connect_timeout``: seconds. ``idle_timeout``: seconds of silence after
     which a replica is taken for dead. ``retries``: rounds over all replicas, without a token, before a job goes back
     to the queue. ``dialect``: auto, openai, vllm, llama or penstock. ``continuation`` of an interrupted reply: auto,
-    ids, text or none. ``tasks`` that the model can do: auto, or some of generate, embed and tokenize, by commas.
-    ``batch``: inputs to embed in one call.
+    ids, text or none. ``tasks`` that the model can do: auto, or some of generate, embed, tokenize and score, by
+    commas. ``batch``: inputs to embed in one call.
     """
 
     model: str = ""

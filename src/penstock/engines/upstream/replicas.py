@@ -299,7 +299,8 @@ class Replicas:
             generates: bool | None = not embeds
             if embeds and dialect.name == "openai":
                 generates = await self._generates(replica)
-            answers = {"generate": generates, "embed": embeds, "tokenize": tokenizes}
+            scores = generates and dialect.scores
+            answers = {"generate": generates, "embed": embeds, "tokenize": tokenizes, "score": scores}
             replica.tasks = tuple(
                 task for task in TASKS if (task in before if answers[task] is None else answers[task])
             )

@@ -165,7 +165,8 @@ def read_chunk(payload: bytes) -> Chunk:
         return _forgiving(loads(payload))
 
 
-def _read_logprobs(raw: msgspec.Raw) -> list[_Token]:
+def read_logprobs(raw: msgspec.Raw) -> list[_Token]:
+    """Raises `Malformed`."""
     try:
         found: _Logprobs | None = decode(raw, _Logprobs | None)  # type: ignore[arg-type]
         return found.all() if found is not None else []
@@ -496,7 +497,7 @@ class Reply:
         self, raw: msgspec.Raw, ids: list[int], text: str, entries: list[Logprob | None]
     ) -> tuple[list[int], list[str]]:
         """Ids and texts of a chunk; its log-probabilities go to *entries*."""
-        tokens = _read_logprobs(raw)
+        tokens = read_logprobs(raw)
         if len(tokens) > len(ids) or UNTOLD in ids:
             ids = [token.id for token in tokens] or ids
         if not ids:
