@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKER = "penstock/brokers/embedded/broker.py"
@@ -466,7 +467,9 @@ def main() -> int:
             with console.status(f"{number + 1}/{len(chosen)} {mutant.name}"):
                 passed, by = run_tests(source, mutant.tests)
             results.append(Result(mutant, not passed, by, time.monotonic() - began))
-            console.print(f"{'[red]SURVIVED[/red]' if passed else '[green]killed[/green]'}  {mutant.name}  {by}")
+            console.print(
+                f"{'[red]SURVIVED[/red]' if passed else '[green]killed[/green]'}  {mutant.name}  {escape(by)}"
+            )
             shutil.rmtree(source.parent)
     print("| mutant | result | by | seconds |\n|---|---|---|---:|")
     for result in results:

@@ -359,7 +359,7 @@ class TestFaults:
         self, make_redis: Any, connect: OpenBroker
     ) -> None:
         server = make_redis()
-        broker = await connect(server.url, timeout=0.3)
+        broker = await connect(server.url, timeout=1.0)
         queued = await broker.submit(job())
         reader = Reader(broker, queued)
         await asyncio.to_thread(server.kill9)

@@ -254,14 +254,14 @@ class TestLeaving:
         first = start(WorkerProcess, redis.url, rate=25, settings=settings)
         wait_for(gateway.is_served, "the first worker")
         async with client(gateway) as http, AsyncExitStack() as stack:
-            jobs = [await submit(http, max_tokens=60) for _ in range(4)]
+            jobs = [await submit(http, max_tokens=600) for _ in range(4)]
             streams = [await stack.enter_async_context(await events_of(gateway, job)) for job in jobs]
             heads = [await stream.take(5) for stream in streams]
-            start(WorkerProcess, redis.url, rate=25, settings=settings)
+            start(WorkerProcess, redis.url, rate=1000, settings=settings)  # the first has half a minute to do
             await stop(first)
             for job, stream, head in zip(jobs, streams, heads, strict=True):
                 tokens = check_log([*head, *await rest(stream)], job=job)
-                assert [token.position for token in tokens] == [*range(1, 61)]
+                assert [token.position for token in tokens] == [*range(1, 601)]
                 assert {token.attempt for token in tokens} == {1, 2}
                 assert (await ended(http, job))["status"] == "completed"
             health = (await http.get("/health")).json()
@@ -283,13 +283,13 @@ class TestLeaving:
     async def test_a_killed_worker_costs_no_token(self, redis: RedisServer, start: Make) -> None:
         settings = {"broker_prefix": "killed", "lease_ttl": 1.0}
         gateway = start(GatewayProcess, redis.url, settings=settings)
-        first = start(WorkerProcess, redis.url, rate=50, settings=settings)
+        first = start(WorkerProcess, redis.url, rate=25, settings=settings)
         wait_for(gateway.is_served, "the first worker")
         async with client(gateway) as http:
-            job = await submit(http, max_tokens=200)
+            job = await submit(http, max_tokens=600)
             async with await events_of(gateway, job) as stream:
                 head = await stream.take(5)
-                start(WorkerProcess, redis.url, rate=50, settings=settings)
+                start(WorkerProcess, redis.url, rate=1000, settings=settings)
                 await asyncio.to_thread(first.kill9)
                 tokens = check_log([*head, *await rest(stream)], job=job)
         assert {token.attempt for token in tokens} == {1, 2}
