@@ -177,7 +177,7 @@ class TestFields:
         check_error(reply, 400, "unsupported")
 
     async def test_what_completions_cannot_do_is_unsupported(self, http: httpx.AsyncClient) -> None:
-        for extra in ({"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"prompt": ["a", "b"]}):
+        for extra in ({"echo": True}, {"echo": True, "logprobs": 1}, {"suffix": "x"}, {"best_of": 3}):
             check_error(
                 await http.post("/v1/completions", json=body_for("/v1/completions", **extra)), 400, "unsupported"
             )

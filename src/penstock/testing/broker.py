@@ -874,6 +874,7 @@ class ReserveContract(_Contract):
         assert len(await d.claim(5, slots=8, reserve=2)) == 1
         assert [(await d.get(job)).status for job in jobs] == [Status.RUNNING] * 2
 
+    @total_order
     async def test_a_batch_job_that_is_wider_than_what_it_may_have_runs_alone(self, d: Driver) -> None:
         job = await d.submit(priority=Priority.BATCH, request=wide(8))
         await d.submit(priority=Priority.BATCH)
