@@ -52,6 +52,8 @@ class Upstream:
         self.paths: list[str] = []
         self.tokens = 90
         """Of any prompt, if it is asked."""
+        self.prompt: list[int] = []
+        """Those tokens."""
         self.embeds = False
         self.asked_for_vectors: list[dict[str, Any]] = []
         self.cut_off = asyncio.Event()
@@ -78,7 +80,7 @@ class Upstream:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         assert (await request.json())["prompt"]
-        return web.json_response({"count": self.tokens, "tokens": []})
+        return web.json_response({"count": self.tokens, "tokens": self.prompt})
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         """As SGLang does."""
@@ -1218,6 +1220,15 @@ async def test_a_prompt_of_ids_is_scored_behind_what_is_logged(servers: list[Ups
     (output,) = await engine.run(score(0, prompt_ids=(5, 6, 7)), [Prefix([5], ["a"])])
     assert (output.ids, output.texts) == ([6, 7], ["b", "c"])
     assert output.logprobs == [Logprob(-1.5, (), "b"), Logprob(-0.25, (), "c")]
+
+
+async def test_ids_that_a_server_does_not_tell_are_asked_for(servers: list[Upstream], engine_of: MakeEngine) -> None:
+    """vLLM's older versions."""
+    engine = await engine_of(servers[0])
+    servers[0].prompt = [5, 6, 7]
+    servers[0].script.append(scored(*LIKELY, prompt_token_ids=None))
+    (output,) = await engine.run(score())
+    assert (output.ids, output.texts) == ([5, 6, 7], ["a", "b", "c"])
 
 
 @pytest.mark.parametrize(

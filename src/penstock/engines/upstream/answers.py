@@ -185,7 +185,9 @@ class _Likely(msgspec.Struct, gc=False):
     decoded_token: str | None = None
 
 
-class _Scored(msgspec.Struct):
+class Scored(msgspec.Struct):
+    """What a server tells of a prompt."""
+
     prompt_logprobs: list[dict[str, _Likely] | None] | None = None
     """vLLM's: by token id."""
     prompt_token_ids: list[int] | None = None
@@ -193,42 +195,47 @@ class _Scored(msgspec.Struct):
     logprobs: msgspec.Raw = msgspec.Raw(b"null")
     """Of an echoed prompt."""
 
+    @property
+    def ids(self) -> list[int] | None:
+        """The prompt's tokens, where they are told."""
+        return self.prompt_token_ids or (self.token_ids if self.prompt_logprobs is None else None)
+
+    def entries(self, ids: list[int], count: int) -> tuple[list[str | None], list[Logprob | None]]:
+        """Of each of the prompt's tokens *ids* the text where it is told, and the log-probability, which the first one
+        has not; with alternatives if *count* is not 0. Raises `StreamError`."""
+        texts: list[str | None] = [None]
+        entries: list[Logprob | None] = [None]
+        if self.prompt_logprobs is not None:
+            for id, told in zip(ids[1:], self.prompt_logprobs[1:], strict=False):
+                texts.append((entry := _by_id(told or {}, id)).text)
+                entries.append(entry if count else Logprob(entry.logprob, (), entry.text))
+            told_of = len(self.prompt_logprobs)
+        else:
+            try:
+                tokens = read_logprobs(self.logprobs)
+            except Malformed as error:
+                raise StreamError(f"log-probabilities that cannot be read ({error})") from error
+            for token in tokens[1:]:
+                top = tuple(TopLogprob(UNTOLD, each.token, _sure(each.logprob)) for each in token.top_logprobs)
+                texts.append(token.token)
+                entries.append(Logprob(_sure(token.logprob), top if count else (), token.token))
+            texts[0] = tokens[0].token if tokens else None
+            told_of = len(tokens)
+        if not ids or told_of != len(ids):
+            raise StreamError(f"log-probabilities of {told_of} tokens for a prompt of {len(ids)}")
+        return texts, entries
+
 
 class _Scores(msgspec.Struct):
-    choices: list[_Scored]
+    choices: list[Scored]
 
 
-def read_scores(answer: bytes, request: Request) -> tuple[list[int], list[str | None], list[Logprob | None]]:
-    """Of each of the prompt's tokens the id, the text where it is told, and the log-probability, which the first one
-    has not. Raises `StreamError`."""
+def read_scores(answer: bytes) -> Scored:
+    """Raises `StreamError`."""
     choices = read(answer, _Scores).choices
     if len(choices) != 1:
         raise StreamError(f"{len(choices)} choices for one prompt")
-    scored, wanted = choices[0], bool(request.sampling.logprobs)
-    texts: list[str | None] = [None]
-    entries: list[Logprob | None] = [None]
-    if scored.prompt_logprobs is not None:
-        ids = scored.prompt_token_ids or list(request.prompt_ids or ())
-        if len(scored.prompt_logprobs) != len(ids):
-            raise StreamError(f"log-probabilities of {len(scored.prompt_logprobs)} tokens for a prompt of {len(ids)}")
-        for id, told in zip(ids[1:], scored.prompt_logprobs[1:], strict=True):
-            entry = _by_id(told or {}, id)
-            texts.append(entry.text)
-            entries.append(entry if wanted else Logprob(entry.logprob, (), entry.text))
-    else:
-        ids = scored.token_ids or []
-        try:
-            tokens = read_logprobs(scored.logprobs)
-        except Malformed as error:
-            raise StreamError(f"log-probabilities that cannot be read ({error})") from error
-        texts[0] = tokens[0].token if tokens else None
-        for token in tokens[1:]:
-            top = tuple(TopLogprob(UNTOLD, each.token, _sure(each.logprob)) for each in token.top_logprobs)
-            texts.append(token.token)
-            entries.append(Logprob(_sure(token.logprob), top if wanted else (), token.token))
-    if not ids or len(entries) != len(ids):
-        raise StreamError(f"log-probabilities of {len(entries)} tokens for a prompt of {len(ids)}")
-    return ids, texts, entries
+    return choices[0]
 
 
 def _by_id(told: dict[str, _Likely], id: int) -> Logprob:

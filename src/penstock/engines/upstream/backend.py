@@ -445,8 +445,11 @@ class UpstreamBackend(AsyncBackend):
         assert dialect is not None
         with self._hearing():
             sent = score_body(dialect, model, request)
-            answer = await self._ask(replica, f"{replica.address.api}/completions", sent)
-            ids, told, entries = read_scores(answer, request)
+            scored = read_scores(await self._ask(replica, f"{replica.address.api}/completions", sent))
+            if (ids := scored.ids or list(request.prompt_ids or ())) == []:
+                asked = tokenize_body(model, request)
+                ids = read(await self._ask(replica, f"{replica.address.root}/tokenize", asked), Tokens).tokens
+            told, entries = scored.entries(ids, request.sampling.logprobs or 0)
         texts = [text or "" for text in told]
         if told[0] is None:  # vLLM tells nothing of the first; but what all of them make is known
             text = request.prompt

@@ -365,7 +365,9 @@ class Told:
     def refusal(self, model: str) -> PenstockError:
         """For the client whose request it refuses."""
         if self.about_context:
-            return ContextLengthExceeded(self.message, param=self.param)
+            # What the server's own words lack of those that clients look for (see `ContextLengthExceeded.of`).
+            known = "Input tokens exceed the configured limit: this model's maximum context length is less."
+            return ContextLengthExceeded(f"{self.message} ({known})", param=self.param)
         if "unsupported" in self.kind:
             return Unsupported(self.message, param=self.param)
         if self.about_model:
