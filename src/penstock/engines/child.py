@@ -168,6 +168,10 @@ def load(channel: Channel) -> Backend | None:
     except PenstockError as error:
         channel.send(Failed(error.info, ""))
         return None
+    except ModuleNotFoundError as error:
+        message = f"The {command.engine} engine needs {error.name}: pip install 'penstock[{command.engine}]'."
+        channel.send(Failed(ModelLoadError(message).info, ""))
+        return None
     except Exception as error:
         message = f"Loading {command.model!r} with the {command.engine} engine failed: {error}"
         channel.send(Failed(ModelLoadError(message).info, traceback.format_exc()))

@@ -100,7 +100,7 @@ def _flatten_sse(event: ServerSentEvent) -> Iterator[Seen]:
         if position is None:
             raise OracleError(f"a token event has no id: {data!r}")
         yield Token(
-            position, data.get("token_id", -1), data.get("token", ""), data.get("attempt"), data.get("choice"), job
+            position, data.get("token_id", -1), data.get("token", ""), data.get("attempt"), data.get("index"), job
         )
     else:
         usage = data.get("usage") or {}
@@ -184,7 +184,7 @@ def view_problems(views: Sequence[Sequence[Event | ServerSentEvent | Seen]]) -> 
     """Where the views of several readers of one job (and its log, as one more view) contradict each other.
 
     Views may start and stop anywhere: they are compared position by position, so a reader that saw less is not wrong.
-    What only one side tells (an SSE event has no choice, say) is not compared.
+    What only one side tells (the event of an only choice says no index, say) is not compared.
     """
     found: list[str] = []
     tokens: dict[int, tuple[int, Token]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from tests.support.odd_engine import ODDITIES, OUTPUTS, spawn
 
 from penstock.core.errors import EngineDied
 from penstock.core.ports import Finish
+from penstock.engines import child
+from penstock.engines.frames import Failed, Load, Splitter, ToParent, encode
 from penstock.engines.process import EngineProcess, EngineSpec
 from penstock.testing.engine import lease, run
 
@@ -50,3 +53,15 @@ async def test_an_engine_that_breaks_while_it_computes_has_died() -> None:
             await run(engine, lease(engine, "x", max_tokens=10_000), lease(engine, "breaks the engine"))
     finally:
         await engine.close()
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(child.ENGINES, "llama", "no_such_library")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(encode(Load("llama", "m", None, {})))
+        assert child.load(child.Channel(theirs)) is None
+        (told,) = Splitter(ToParent).feed(ours.recv(1 << 16))
+    assert isinstance(told, Failed)
+    assert told.error.message == "The llama engine needs no_such_library: pip install 'penstock[llama]'."
+    assert told.error.code == "model_load_error"
