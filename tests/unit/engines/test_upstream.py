@@ -320,6 +320,19 @@ async def test_events_may_be_cut_anywhere(servers: list[Upstream], engine_of: Ma
     assert_complete(await engine.run(ask()))
 
 
+@pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b""], ids=["no usage", "broken off behind the reason"])
+async def test_a_prompt_that_nobody_counts_is_guessed(
+    servers: list[Upstream], engine_of: MakeEngine, end: bytes
+) -> None:
+    body = b'data: {"choices":[{"text":"a b","finish_reason":"stop"}]}\n\n' + end
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, write(body)))
+    outputs = await engine.run(ask("a prompt of some length"))
+    told = [output.prompt_tokens for output in outputs if output.prompt_tokens is not None]
+    assert told == [ask("a prompt of some length").estimated_prompt_tokens]
+    assert outputs[-1].finish == Finish(("stop",))
+
+
 async def test_tokens_that_only_usage_counts_are_in_the_log(servers: list[Upstream], engine_of: MakeEngine) -> None:
     told = b'{"choices":[{"text":"a b","finish_reason":"stop"}],"usage":{"completion_tokens":4}}'
     body = b"data: " + told + b"\n\ndata: [DONE]\n\n"

@@ -198,6 +198,8 @@ class UpstreamBackend(AsyncBackend):
             told = len(request.prompt_ids)  # known at once; others learn it with the first token, or with the last
             for reply in replies:
                 reply.prompt_tokens = told
+        # Where no server tells, or the connection broke between a reply's end and its usage.
+        guess = request.estimated_prompt_tokens
         counted = ended = False
         faults = Faults(len(replies))
         streams = [
@@ -206,12 +208,14 @@ class UpstreamBackend(AsyncBackend):
         async with contextlib.aclosing(streams[0] if len(streams) == 1 else merge(streams)) as outputs:
             async for output in outputs:
                 output.prompt_tokens = None if counted else output.prompt_tokens or told
-                counted = counted or output.prompt_tokens is not None
                 if alone and replies[0].finish is not None:
                     output.finish, ended = _finish(replies), True
+                    if not counted and output.prompt_tokens is None:
+                        output.prompt_tokens = guess
+                counted = counted or output.prompt_tokens is not None
                 yield output
         if not ended:
-            yield Output(key, finish=_finish(replies))
+            yield Output(key, prompt_tokens=None if counted else guess, finish=_finish(replies))
 
     # ------------------------------------------------------------------------------------ one choice
 
