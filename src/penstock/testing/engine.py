@@ -620,7 +620,8 @@ class EngineContract(TaskContract):
         for cut in sorted({1, len(whole.ids) // 3, len(whole.ids) // 2, len(whole.ids) - 1, len(whole.ids)}):
             logged: dict[str, Any] = {"prefix": whole.ids[:cut], "texts": whole.texts[:cut], "attempt": 2}
             (rest,) = await run(engine, guided_lease(engine, **logged))
-            if not self.guided_replies_resume and cut < len(whole.ids):
+            # (One of which nobody has seen a character may begin anew: tokens that came together have one text.)
+            if not self.guided_replies_resume and cut < len(whole.ids) and any(logged["texts"]):
                 assert rest.finish is not None
                 assert rest.finish.error is not None, "it says so, and does not begin anew in the middle"
                 assert not rest.ids
@@ -722,7 +723,9 @@ class EngineContract(TaskContract):
             lease(engine, max_tokens=30, min_tokens=12, stop=(stop,)),
         )
         assert at_once.ids == free.ids[: first + 1]
-        assert at_once.text == "".join(free.texts[:first])
+        assert free.text.startswith(at_once.text)
+        if engine.models[0].deterministic:  # elsewhere tokens that came together have one text
+            assert at_once.text == "".join(free.texts[:first])
         assert at_once.finish is not None
         assert at_once.finish.finish_reasons == ("stop",)
         assert end not in later.ids[:12]

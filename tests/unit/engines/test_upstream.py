@@ -320,6 +320,16 @@ async def test_events_may_be_cut_anywhere(servers: list[Upstream], engine_of: Ma
     assert_complete(await engine.run(ask()))
 
 
+async def test_a_reply_that_begins_anew_has_nothing_in_its_prompt(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    """Tokens that came together have one text: of the first ones nobody has seen any."""
+    engine = await engine_of(servers[0])
+    outputs = await engine.run(ask(), [Prefix([-1] * 4, [""] * 4)])
+    assert [output.prompt_tokens for output in outputs if output.prompt_tokens is not None] == [3]
+    assert text_of(outputs).startswith(WORDS[0])
+
+
 @pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b""], ids=["no usage", "broken off behind the reason"])
 async def test_a_prompt_that_nobody_counts_is_guessed(
     servers: list[Upstream], engine_of: MakeEngine, end: bytes

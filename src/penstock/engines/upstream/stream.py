@@ -359,6 +359,7 @@ class Reply:
     def begin(self) -> None:
         """Another call begins, behind what is logged."""
         self._before = len(self.ids)
+        self._sent = self._before if any(self.texts) else 0  # tokens of the reply in the prompt: it begins anew without
         self._text = ""  # that came without a token
         self._half = ""  # of a character, whose other half comes with the next chunk
         self._calls: list[_Call] = []
@@ -414,7 +415,7 @@ class Reply:
                     had = len(self.ids) + len(output.ids)
                     new = min(timings.predicted_n - (had - self._before), self.limit - had)
                     if self.prompt_tokens is None:
-                        self.prompt_tokens = timings.prompt_n + timings.cache_n - self._before
+                        self.prompt_tokens = timings.prompt_n + timings.cache_n - self._sent
                         output.prompt_tokens = self.prompt_tokens
                 else:
                     new = 1 if text or calls else 0
@@ -464,7 +465,7 @@ class Reply:
         return output
 
     def _told_prompt(self, ids: list[int]) -> None:
-        if not self._before:  # else it has the reply's beginning behind it
+        if not self._sent:  # else it has the reply's beginning behind it
             self.prompt_ids = ids
 
     @property
@@ -482,7 +483,7 @@ class Reply:
             output.ids = [UNTOLD] * missing
             output.texts = [""] * missing
             if self.prompt_tokens is None and usage.prompt_tokens is not None:
-                self.prompt_tokens = output.prompt_tokens = max(0, usage.prompt_tokens - self._before)
+                self.prompt_tokens = output.prompt_tokens = max(0, usage.prompt_tokens - self._sent)
         if text := self._text + whole(self._half):
             if not output.ids:
                 output.ids, output.texts = [UNTOLD], [""]
