@@ -36,7 +36,7 @@ CHAT, EMBED = "scripted", "scripted-embed"
 CONTEXT = 65_536
 DIMENSIONS = 64
 #: Seconds from one token to the next, so that each comes by itself.
-PACE = 0.005
+PACE = 0.03
 #: So deep in a schema only what has to be is filled in.
 DEEP = 4
 
