@@ -20,12 +20,19 @@ from penstock.engines.backend import Progress
 from penstock.engines.check import check
 from penstock.engines.process import EngineProcess, EngineSpec
 from penstock.engines.standby import Standby, WarmPool
-from penstock.gateway.app import WORKER_ROUTES, create_app
-from penstock.gateway.batches.routes import OPERATIONS
+from penstock.gateway.app import create_app
+from penstock.gateway.batches.routes import BATCHES
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import BatchStore
+from penstock.gateway.config import GatewayConfig
+from penstock.gateway.dialects.registry import BATCHABLE
+from penstock.gateway.files.routes import FILES
 from penstock.gateway.files.store import FileStore
-from penstock.gateway.service import Gateway, GatewayConfig
+from penstock.gateway.gateway import Gateway
+from penstock.gateway.http import Resource
+from penstock.gateway.operator.health import METRICS
+from penstock.gateway.operator.models import MODELS
+from penstock.gateway.operator.models import OPERATIONS as MODEL_OPERATIONS
 from penstock.observability.jobs import JobRecord, ObservedBroker
 from penstock.observability.logs import log_job, request_log
 from penstock.observability.metrics import Metrics
@@ -73,13 +80,15 @@ async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: b
                 broker = ObservedBroker(store, _observers(settings, metrics))
                 warm = WarmPool(settings.warm_processes)
                 crew = build_manager(settings, broker, metrics, warm, watcher) if workers else None
-                files = file_store(settings) if gateway else None
-                front = Gateway(broker, gateway_config(settings, gateway), models=crew, files=files)
-                if files is not None:
-                    front.batches = BatchRunner(front, BatchStore(files), OPERATIONS, window=batch_window(settings))
-                app = build_app(front, crew, broker, metrics, gateway=gateway)
+                front = Gateway(broker, gateway_config(settings, gateway), models=crew)
+                batches = build_batches(settings, front) if gateway else None
+                app = build_app(front, crew, batches, broker, metrics)
                 server = http_server(app, drain_timeout=settings.drain_timeout)
-                async with contextlib.aclosing(warm), front.running(catalogue=gateway):
+                async with contextlib.AsyncExitStack() as running:
+                    await running.enter_async_context(contextlib.aclosing(warm))
+                    await running.enter_async_context(front.running(catalogue=gateway))
+                    if batches is not None:
+                        await running.enter_async_context(batches.running())
                     address.open()
                     watcher.listening(address.url)
                     await _work(front, crew, server, address, broker, terminate, gateway=gateway)
@@ -198,6 +207,11 @@ def file_store(settings: Settings) -> FileStore:
     )
 
 
+def build_batches(settings: Settings, front: Gateway) -> BatchRunner:
+    store = BatchStore(file_store(settings))
+    return BatchRunner(front.jobs, store, BATCHABLE, window=batch_window(settings))
+
+
 def batch_window(settings: Settings) -> int:
     """Jobs of batches for one model at once. For all models there are twice as many: half of the queue is left to
     everybody else, however many batches there are."""
@@ -262,14 +276,16 @@ def build_engine(model: ModelSettings, settings: Settings, warm: WarmPool, on_pr
 
 
 def build_app(
-    front: Gateway, crew: ModelManager | None, broker: ObservedBroker, metrics: Metrics, *, gateway: bool
+    front: Gateway, crew: ModelManager | None, batches: BatchRunner | None, broker: ObservedBroker, metrics: Metrics
 ) -> ASGIApp:
-    """The gateway's API; without one, what a worker says of itself."""
-    if not gateway:
+    """The gateway's API; without one (and so without *batches*), what a worker says of itself."""
+    resources: dict[Resource[Any], Any] = {MODELS: crew} if crew is not None else {}
+    if batches is None:
         assert crew is not None
-        return worker_app(metrics.render, lambda: crew.ready, create_app(front, routes=WORKER_ROUTES))
+        return worker_app(metrics.render, lambda: crew.ready, create_app(front, resources, operations=MODEL_OPERATIONS))
     metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: broker.tokens_read)
-    return create_app(front, metrics=metrics.render, middleware=[metrics.http])
+    resources |= {METRICS: metrics.render, FILES: batches.store.files, BATCHES: batches}
+    return create_app(front, resources, middleware=[metrics.http])
 
 
 def _observers(settings: Settings, metrics: Metrics) -> list[Callable[[JobRecord], None]]:
