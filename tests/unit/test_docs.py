@@ -309,14 +309,22 @@ class TestEnginesPage:
 
 
 class TestArchitecture:
-    def test_the_places_that_it_names_exist(self) -> None:
-        places = re.findall(r"`([\w/]+\.py):([\w.]+)`", read("architecture.md"))
+    @pytest.mark.parametrize("page", ["architecture.md", "glossary.md"])
+    def test_the_places_that_it_names_exist(self, page: str) -> None:
+        places = re.findall(r"`([\w/]+\.py):([\w.]+)`", read(page))
         assert len(places) > 10
         for file, name in places:
             texts = [found.read_text(encoding="utf-8") for found in (ROOT / "src/penstock").rglob(file)]
             assert texts, file
             for part in name.split("."):
                 assert any(re.search(rf"(class|def) {part}\b|^{part}\b", text, re.MULTILINE) for text in texts), name
+
+
+class TestGlossary:
+    def test_each_word_is_told_once_and_in_order(self) -> None:
+        for part in read("glossary.md").split("\n## ")[1:]:
+            words = re.findall(r"^\| ([^|]+) \|", part, re.MULTILINE)[1:]
+            assert words == sorted(set(words)), part.splitlines()[0]
 
 
 class TestDecisions:
