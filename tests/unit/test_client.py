@@ -14,19 +14,9 @@ import httpx
 import pytest
 
 import penstock
-from penstock import client as client_module
-from penstock.client import (
-    AsyncClient,
-    Client,
-    Cursor,
-    End,
-    JobView,
-    Patience,
-    ProtocolError,
-    ServerEvent,
-    Token,
-    Unreachable,
-)
+from penstock.client import AsyncClient, Client, End, JobView, ProtocolError, Token, Unreachable, resume
+from penstock.client.resume import Patience, ResumePoint
+from penstock.client.sse import ServerEvent
 from penstock.core.errors import (
     InvalidRequest,
     LogRewound,
@@ -44,8 +34,8 @@ USAGE = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.001)
-    monkeypatch.setattr(client_module, "BACKOFF_MAX", 0.002)
+    monkeypatch.setattr(resume, "BACKOFF", 0.001)
+    monkeypatch.setattr(resume, "BACKOFF_MAX", 0.002)
 
 
 # ---------------------------------------------------------------------------------------------- a scripted server
@@ -339,14 +329,14 @@ def test_a_stream_left_early_lets_go_of_its_connection() -> None:
 
 
 def test_a_cursor_takes_a_connection_that_overlaps_and_continues() -> None:
-    cursor = Cursor(5)
-    cursor.reconnected()
+    point = ResumePoint(5)
+    point.reconnected()
 
     def take(position: int) -> Token | End | None:
-        return cursor.take(ServerEvent("token", json.dumps({"token": "", "token_id": 1, "attempt": 1}), str(position)))
+        return point.take(ServerEvent("token", json.dumps({"token": "", "token_id": 1, "attempt": 1}), str(position)))
 
     assert [take(position) is None for position in (4, 5, 6)] == [True, True, False]
-    cursor.reconnected()
+    point.reconnected()
     with pytest.raises(ProtocolError):
         take(8)
 
@@ -356,7 +346,7 @@ def test_patience_counts_from_the_first_failure_and_starts_anew_with_progress() 
     patience = Patience(10.0, lambda: now)
     error = Unreachable("away")
     now = 500.0
-    assert patience.pause(error) <= client_module.BACKOFF
+    assert patience.pause(error) <= resume.BACKOFF
     now = 509.0
     assert patience.pause(error, asked=0.5) >= 0.5
     patience.progress()
@@ -377,15 +367,15 @@ def test_patience_does_not_wait_for_what_comes_too_late_and_can_be_none() -> Non
 
 
 def test_the_backoff_grows_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 1.0)
-    monkeypatch.setattr(client_module, "BACKOFF_MAX", 4.0)
+    monkeypatch.setattr(resume, "BACKOFF", 1.0)
+    monkeypatch.setattr(resume, "BACKOFF_MAX", 4.0)
     ranges: list[tuple[float, float]] = []
 
     def uniform(low: float, high: float) -> float:
         ranges.append((low, high))
         return high
 
-    monkeypatch.setattr(client_module.random, "uniform", uniform)
+    monkeypatch.setattr(resume.random, "uniform", uniform)
     patience = Patience(60.0, lambda: 0.0)
     assert [patience.pause(Unreachable("away"), 0.5) for _ in range(4)] == [1.5, 2.5, 4.5, 4.5]
     assert ranges == [(0, 1), (0, 2), (0, 4), (0, 4)]
