@@ -12,9 +12,10 @@ of `penstock.core.errors`, rebuilt from the wire, and `Unreachable` and `Protoco
 
 from __future__ import annotations
 
+from penstock.api import JobSummary, JobView, ModelView, Submitted, Timings
 from penstock.client.client import AsyncClient, Client
 from penstock.client.errors import ProtocolError, Unreachable
-from penstock.client.results import End, JobView, ModelView, OnRetry, Options, Output, Result, Timings, Token
+from penstock.client.results import End, OnRetry, Options, Result, Token
 from penstock.client.wire import DEFAULT_URL
 
 __all__ = [
@@ -22,13 +23,14 @@ __all__ = [
     "AsyncClient",
     "Client",
     "End",
+    "JobSummary",
     "JobView",
     "ModelView",
     "OnRetry",
     "Options",
-    "Output",
     "ProtocolError",
     "Result",
+    "Submitted",
     "Timings",
     "Token",
     "Unreachable",

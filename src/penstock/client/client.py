@@ -8,12 +8,12 @@ from typing import Any, Unpack
 
 import httpx
 
+from penstock.api import JobSummary, JobView, ModelView, Submitted
 from penstock.client.core import Core, as_messages
 from penstock.client.results import (
     End,
-    JobView,
+    JobRef,
     Messages,
-    ModelView,
     OnProgress,
     OnRetry,
     Options,
@@ -50,11 +50,11 @@ class Client:
 
     def submit(
         self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Unpack[Options]
-    ) -> JobView:
+    ) -> Submitted:
         """Queue a job; returns once the server has it for good. Give a *prompt* (text or token ids) or *messages*."""
         return run(self._core.submit(prompt, messages, options))
 
-    def job(self, job: str | JobView) -> JobView:
+    def job(self, job: JobRef) -> JobView:
         """How the job stands; with result, usage and timings once it has ended."""
         return run(self._core.job(job))
 
@@ -65,15 +65,15 @@ class Client:
         model: str | None = None,
         user_id: str | None = None,
         limit: int | None = None,
-    ) -> Iterator[JobView]:
+    ) -> Iterator[JobSummary]:
         """Jobs, the newest first, fetched page by page; at most *limit* of them."""
         return iterate(self._core.jobs(status, model, user_id, limit))
 
-    def cancel(self, job: str | JobView) -> JobView:
+    def cancel(self, job: JobRef) -> JobView:
         """Stop the job, whatever it is doing; no-op for one that has ended. Returns how it stands."""
         return run(self._core.cancel(job))
 
-    def stream(self, job: str | JobView, after: int = 0) -> Generator[Token | End, None, None]:
+    def stream(self, job: JobRef, after: int = 0) -> Generator[Token | End, None, None]:
         """The job's tokens behind position *after*, each exactly once, then its `End`. Resumes by itself.
 
         The end of a job that failed or was cancelled is an `End` with an ``error`` as well. A stream that had
@@ -82,7 +82,7 @@ class Client:
         """
         return iterate(self._core.stream(job, after))
 
-    def result(self, job: str | JobView) -> Result:
+    def result(self, job: JobRef) -> Result:
         """Wait for the job's end. Raises its error unless it completed."""
         return run(self._core.result(job))
 
@@ -157,10 +157,10 @@ class AsyncClient:
 
     async def submit(
         self, prompt: Prompt | None = None, *, messages: Messages | None = None, **options: Unpack[Options]
-    ) -> JobView:
+    ) -> Submitted:
         return await self._core.submit(prompt, messages, options)
 
-    async def job(self, job: str | JobView) -> JobView:
+    async def job(self, job: JobRef) -> JobView:
         return await self._core.job(job)
 
     def jobs(
@@ -170,16 +170,16 @@ class AsyncClient:
         model: str | None = None,
         user_id: str | None = None,
         limit: int | None = None,
-    ) -> AsyncGenerator[JobView, None]:
+    ) -> AsyncGenerator[JobSummary, None]:
         return self._core.jobs(status, model, user_id, limit)
 
-    async def cancel(self, job: str | JobView) -> JobView:
+    async def cancel(self, job: JobRef) -> JobView:
         return await self._core.cancel(job)
 
-    def stream(self, job: str | JobView, after: int = 0) -> AsyncGenerator[Token | End, None]:
+    def stream(self, job: JobRef, after: int = 0) -> AsyncGenerator[Token | End, None]:
         return self._core.stream(job, after)
 
-    async def result(self, job: str | JobView) -> Result:
+    async def result(self, job: JobRef) -> Result:
         return await self._core.result(job)
 
     async def generate(

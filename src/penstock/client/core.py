@@ -11,12 +11,12 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from penstock.api import JobPage, JobSummary, JobView, ModelList, ModelView, Submitted
 from penstock.client.errors import RETRYABLE, ErrorBody, ProtocolError, Retryable, Unreachable, failure_of
 from penstock.client.results import (
     End,
-    JobView,
+    JobRef,
     Messages,
-    ModelView,
     OnProgress,
     OnRetry,
     Options,
@@ -29,22 +29,12 @@ from penstock.client.sse import SSEDecoder
 from penstock.client.wire import Wire
 from penstock.core.errors import PenstockError, error_from_info
 from penstock.core.foreign import Malformed, decode
-from penstock.core.job import Usage
 from penstock.core.ports import LoadProgress
 
 T = TypeVar("T")
 
 #: Seconds that cancelling an abandoned job may take.
 ABANDON_TIMEOUT = 2.0
-
-
-class _Page(msgspec.Struct):
-    data: list[JobView]
-    next_cursor: str | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[ModelView]
 
 
 class Core:
@@ -55,30 +45,30 @@ class Core:
 
     # ------------------------------------------------------------------------------------ jobs
 
-    async def submit(self, prompt: Prompt | None, messages: Messages | None, options: Options) -> JobView:
+    async def submit(self, prompt: Prompt | None, messages: Messages | None, options: Options) -> Submitted:
         fields: dict[str, Any] = {"prompt": prompt, "messages": messages, **options}
         # A retry after a lost answer carries the same key, so it finds the job that the first attempt made.
         key = fields.pop("idempotency_key", None) or "auto-" + secrets.token_hex(16)
         body = {name: value for name, value in fields.items() if value is not None}
         return await self._call(
-            "POST", "/v1/jobs", JobView, content=msgspec.json.encode(body), headers={"idempotency-key": key}
+            "POST", "/v1/jobs", Submitted, content=msgspec.json.encode(body), headers={"idempotency-key": key}
         )
 
-    async def job(self, job: str | JobView) -> JobView:
+    async def job(self, job: JobRef) -> JobView:
         return await self._call("GET", _path(job), JobView)
 
-    async def cancel(self, job: str | JobView) -> JobView:
+    async def cancel(self, job: JobRef) -> JobView:
         return await self._call("POST", _path(job, "/cancel"), JobView)
 
     async def jobs(
         self, status: Sequence[str], model: str | None, user_id: str | None, limit: int | None
-    ) -> AsyncGenerator[JobView, None]:
+    ) -> AsyncGenerator[JobSummary, None]:
         given = {"status": ",".join(status) or None, "model": model, "user_id": user_id}
         query = {name: value for name, value in given.items() if value is not None}
         left = limit
         while left is None or left > 0:
             query["limit"] = str(min(left or 500, 500))
-            page = await self._call("GET", "/v1/jobs", _Page, params=query)
+            page = await self._call("GET", "/v1/jobs", JobPage, params=query)
             for view in page.data[:left]:
                 yield view
             if page.next_cursor is None:
@@ -86,7 +76,7 @@ class Core:
             query["cursor"] = page.next_cursor
             left = left - len(page.data) if left is not None else None
 
-    async def stream(self, job: str | JobView, after: int) -> AsyncGenerator[Token | End, None]:
+    async def stream(self, job: JobRef, after: int) -> AsyncGenerator[Token | End, None]:
         point = ResumePoint(after)
         patience = Patience(self._give_up)
         ended = False
@@ -120,7 +110,7 @@ class Core:
                 return
             await self._pause(patience, failure, failure.retry_after or (decoder.retry or 0) / 1000)
 
-    def _events_request(self, job: str | JobView, point: ResumePoint) -> httpx.Request:
+    def _events_request(self, job: JobRef, point: ResumePoint) -> httpx.Request:
         # Identity: a compressed stream would come in lumps.
         headers = {"accept": "text/event-stream", "accept-encoding": "identity"}
         if point.position:
@@ -135,7 +125,7 @@ class Core:
 
     # ------------------------------------------------------------------------------------ in one call
 
-    async def result(self, job: str | JobView) -> Result:
+    async def result(self, job: JobRef) -> Result:
         texts: dict[int, list[str]] = {}
         end: End | None = None
         async for event in self.stream(job, 0):
@@ -146,13 +136,9 @@ class Core:
         if end is None:
             raise ProtocolError(f"The stream of {_id(job)} has no end.")
         end.raise_for_status()
-        choices = range(max(1, len(end.finish_reasons)))
-        return Result(
-            _id(job),
-            tuple("".join(texts.get(choice, ())) for choice in choices),
-            end.finish_reasons,
-            end.usage or Usage(),
-        )
+        assert end.usage is not None, "the end of a job that completed"
+        texts_of_choices = tuple("".join(texts.get(choice, ())) for choice in range(len(end.finish_reasons)))
+        return Result(_id(job), texts_of_choices, end.finish_reasons, end.usage)
 
     async def generate(self, prompt: Prompt | None, messages: Messages | None, options: Options) -> Result:
         job = await self.submit(prompt, messages, options)
@@ -171,7 +157,7 @@ class Core:
                     event.raise_for_status()
 
     @contextlib.asynccontextmanager
-    async def _owned(self, job: JobView) -> AsyncIterator[None]:
+    async def _owned(self, job: Submitted) -> AsyncIterator[None]:
         """The caller never saw the job's id: if it leaves early, nobody can want the rest."""
         try:
             yield
@@ -189,7 +175,7 @@ class Core:
     # ------------------------------------------------------------------------------------ about the server
 
     async def models(self) -> list[ModelView]:
-        return (await self._call("GET", "/v1/models", _Models)).data
+        return (await self._call("GET", "/v1/models", ModelList)).data
 
     async def health(self) -> dict[str, Any]:
         return await self._call("GET", "/health", dict[str, Any])
@@ -264,11 +250,11 @@ class Core:
         return Unreachable(f"Cannot reach {url}: {str(error) or type(error).__name__}.")
 
 
-def _id(job: str | JobView) -> str:
-    return job.id if isinstance(job, JobView) else job
+def _id(job: JobRef) -> str:
+    return job if isinstance(job, str) else job.id
 
 
-def _path(job: str | JobView, rest: str = "") -> str:
+def _path(job: JobRef, rest: str = "") -> str:
     return f"/v1/jobs/{quote(_id(job), safe='')}{rest}"
 
 

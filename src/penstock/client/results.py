@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import msgspec
 
+from penstock.api import JobSummary, Submitted, TopLogprobView, UsageView
 from penstock.core.errors import ErrorInfo, PenstockError, error_from_info
-from penstock.core.job import Status, Usage
+from penstock.core.job import Status
 from penstock.core.ports import LoadProgress
 
 
@@ -21,7 +22,7 @@ class Token(msgspec.Struct, frozen=True):
     attempt: int
     index: int = 0
     logprob: float | None = None
-    top_logprobs: tuple[dict[str, Any], ...] = ()
+    top_logprobs: tuple[TopLogprobView, ...] = ()
 
 
 class End(msgspec.Struct, frozen=True):
@@ -30,7 +31,7 @@ class End(msgspec.Struct, frozen=True):
     position: int
     status: Status
     finish_reasons: tuple[str, ...] = ()
-    usage: Usage | None = None
+    usage: UsageView | None = None
     error: ErrorInfo | None = None
 
     @property
@@ -49,7 +50,7 @@ class Result(msgspec.Struct, frozen=True):
     job_id: str
     texts: tuple[str, ...]
     finish_reasons: tuple[str, ...]
-    usage: Usage
+    usage: UsageView
 
     @property
     def text(self) -> str:
@@ -58,68 +59,6 @@ class Result(msgspec.Struct, frozen=True):
     @property
     def finish_reason(self) -> str:
         return self.finish_reasons[0]
-
-
-class Output(msgspec.Struct, frozen=True):
-    """The result part of a `JobView`."""
-
-    text: str
-    texts: tuple[str, ...] | None = None
-
-
-class Timings(msgspec.Struct, frozen=True):
-    """Of a job that has ended; in seconds, None where it never got that far."""
-
-    queue_wait_time: float | None = None
-    processing_time: float | None = None
-    total_time: float | None = None
-    time_to_first_token: float | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    tokens_per_second: float | None = None
-
-
-class JobView(msgspec.Struct, frozen=True):
-    """A job as the server shows it. A fresh submit has ``id``, ``status``, ``position_in_queue`` and ``links`` only;
-    ``result``, ``usage`` and ``timings`` come with ``Client.job`` once it has ended. Times are seconds since the epoch.
-    """
-
-    id: str
-    status: Status
-    position_in_queue: int | None = None
-    model: str | None = None
-    user_id: str | None = None
-    priority: str | None = None
-    attempt: int = 0
-    tokens: int = 0
-    created_at: float | None = None
-    started_at: float | None = None
-    ended_at: float | None = None
-    deadline_at: float | None = None
-    request_id: str | None = None
-    metadata: dict[str, str] = {}
-    finish_reason: str | None = None
-    finish_reasons: tuple[str, ...] | None = None
-    error: ErrorInfo | None = None
-    result: Output | None = None
-    usage: Usage | None = None
-    timings: Timings | None = None
-    links: dict[str, str] = {}
-
-
-class ModelView(msgspec.Struct, frozen=True):
-    """A served model. ``state``: ready, loading, restarting, unloading, draining, unloaded, failed, or unavailable (no
-    worker, or nobody behind it); what comes after ``engine`` is known once a worker has had it up."""
-
-    id: str
-    state: str = "ready"
-    engine: str | None = None
-    context_length: int | None = None
-    precision: str | None = None
-    deterministic: bool | None = None
-    chat: bool | None = None
-    unsupported: tuple[str, ...] | None = None
-    """Request fields that it cannot honour."""
 
 
 class Options(TypedDict, total=False):
@@ -147,6 +86,9 @@ class Options(TypedDict, total=False):
     idempotency_key: str | None
     """Of the caller's own; by default every submit gets a fresh one."""
 
+
+JobRef = str | Submitted | JobSummary
+"""A job, by its id or as the server showed it."""
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]

@@ -5,37 +5,18 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Any
 
-import msgspec
-
+from penstock.api import DoneEvent, ErrorEvent, TokenEvent
 from penstock.client.errors import ProtocolError
 from penstock.client.results import End, Token
 from penstock.client.sse import ServerEvent
-from penstock.core.errors import ErrorInfo, LogRewound, PenstockError
+from penstock.core.errors import LogRewound, PenstockError
 from penstock.core.foreign import Malformed, decode
-from penstock.core.job import Status, Usage
+from penstock.core.job import Status
 
 #: Exponential backoff with full jitter, in seconds: the first pause is up to the first, no pause above the second
 #: (both on top of what the server asks for).
 BACKOFF, BACKOFF_MAX = 0.25, 8.0
-
-
-class _TokenData(msgspec.Struct):
-    token: str
-    token_id: int
-    attempt: int
-    index: int = 0
-    logprob: float | None = None
-    top_logprobs: tuple[dict[str, Any], ...] = ()
-
-
-class _EndData(msgspec.Struct):
-    status: Status
-    finish_reason: str | None = None
-    finish_reasons: tuple[str, ...] = ()
-    usage: Usage | None = None
-    error: ErrorInfo | None = None
 
 
 class ResumePoint:
@@ -60,29 +41,36 @@ class ResumePoint:
             raise ProtocolError(f"The stream goes on after its end, with {event.event[:40]!r}.")
         try:
             if event.event == "token":
-                token = decode(event.data, _TokenData)
-                position = self._advance(event.id)
-                if position is None:
-                    return None
-                if token.attempt < self._attempt:
-                    raise ProtocolError(f"Attempt {token.attempt} wrote at {position}, after attempt {self._attempt}.")
-                self._attempt = token.attempt
-                return Token(
-                    position, token.token, token.token_id, token.attempt, token.index, token.logprob, token.top_logprobs
-                )
-            if event.event in ("done", "error"):
-                end = decode(event.data, _EndData)
-                if end.error is not None and end.error.code == LogRewound.code:
-                    raise LogRewound(end.error.message, param=end.error.param)
-                position = self._advance(event.id)
-                if position is None:
-                    raise ProtocolError(f"The log ends at {event.id}, but {self.position} was delivered before.")
-                self._ended = True
-                reasons = end.finish_reasons or ((end.finish_reason,) if end.finish_reason else ())
-                return End(position, end.status, reasons, end.usage, end.error)
+                return self._token(event.id, decode(event.data, TokenEvent))
+            if event.event == "done":
+                done = decode(event.data, DoneEvent)
+                reasons = tuple(done.finish_reasons or (done.finish_reason,))
+                return End(self._end(event.id), Status.COMPLETED, reasons, done.usage)
+            if event.event == "error":
+                failed = decode(event.data, ErrorEvent)
+                if failed.error.code == LogRewound.code:
+                    raise LogRewound(failed.error.message, param=failed.error.param)
+                return End(self._end(event.id), failed.status, error=failed.error.info)
         except Malformed as error:
             raise ProtocolError(f"An event of the stream cannot be read: {error}") from error
         return None
+
+    def _token(self, id: str, token: TokenEvent) -> Token | None:
+        position = self._advance(id)
+        if position is None:
+            return None
+        if token.attempt < self._attempt:
+            raise ProtocolError(f"Attempt {token.attempt} wrote at {position}, after attempt {self._attempt}.")
+        self._attempt = token.attempt
+        top = tuple(token.top_logprobs or ())
+        return Token(position, token.token, token.token_id, token.attempt, token.index or 0, token.logprob, top)
+
+    def _end(self, id: str) -> int:
+        position = self._advance(id)
+        if position is None:
+            raise ProtocolError(f"The log ends at {id}, but {self.position} was delivered before.")
+        self._ended = True
+        return position
 
     def _advance(self, id: str) -> int | None:
         """The event's position if it is the next one, None if it was delivered by an earlier connection."""
