@@ -149,7 +149,7 @@ def is_test(file: Path, name: str) -> bool:
         return False
     if name in here or not owner:
         return name in here
-    contracts = [ROOT / "src/penstock/testing" / f"{part}.py" for part in ("broker", "engine")]
+    contracts = [file for part in ("broker", "engine") for file in (ROOT / "src/penstock/testing" / part).glob("*.py")]
     bases = [ast.unparse(base) for base in getattr(here.get(owner), "bases", ())]
     return any(
         is_test(other, f"{base}::{test}")
