@@ -1,7 +1,7 @@
 """What the running system tells of itself: spans that last, events that happen. Who listens is decided in `wiring`.
 
-Facts are keyword arguments. Where OpenTelemetry has a name for one it is that, with ``_`` for each dot
-(``gen_ai_request_model``); ``trace`` is the `TraceContext` of what a span or an event belongs to, as text.
+Facts are keyword arguments. Where OpenTelemetry has a name for one it is that (``**{"gen_ai.request.model": name}``);
+``trace`` is the `TraceContext` of what a span or an event belongs to, as text.
 """
 
 from __future__ import annotations
