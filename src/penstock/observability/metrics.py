@@ -26,6 +26,7 @@ from penstock.core.ports import WORKER_STATES, Engine, Lease, Output, QueueStats
 from penstock.core.telemetry import Fact
 from penstock.observability.broker import VERBS
 from penstock.observability.jobs import JobRecord
+from penstock.observability.stats import Distribution, Stats, total
 from penstock.observability.telemetry import Ended
 from penstock.observability.wrapper import Wrapper
 
@@ -46,6 +47,12 @@ class Metrics:
 
     def __init__(self, *, gateway: bool = True, worker: bool = True) -> None:
         self.registry = CollectorRegistry()
+        self._worker = worker
+        self._process = psutil.Process()
+        self._began = time.perf_counter()
+        self._queue: Callable[[], QueueStats | None] = lambda: None
+        self._streams: Callable[[], int] = lambda: 0
+        self._tokens_read: Callable[[], int] = lambda: 0
         front = self.registry if gateway else None
         back = self.registry if worker else None
         self.requests = Counter("llm_gateway_request_count", "HTTP requests", ["status"], registry=front)
@@ -105,10 +112,11 @@ class Metrics:
             self.registry.register(_Percentiles(self._recent))
 
     def watch(
-        self, stats: Callable[[], QueueStats | None], connections: Callable[[], int], tokens: Callable[[], int]
+        self, queue: Callable[[], QueueStats | None], streams: Callable[[], int], tokens_read: Callable[[], int]
     ) -> None:
-        """Also report the queue as *stats* last saw it, how many streams are open, and the tokens that readers got."""
-        self.registry.register(_Gateway(stats, connections, tokens))
+        """Also report the queue as it was last seen, how many streams are open, and the tokens that readers got."""
+        self._queue, self._streams, self._tokens_read = queue, streams, tokens_read
+        self.registry.register(_Gateway(queue, streams, tokens_read))
 
     def watch_models(self, workers: Callable[[], list[WorkerInfo]]) -> None:
         """Also report how the models of this process's *workers* stand."""
@@ -116,6 +124,22 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def stats(self) -> Stats:
+        """The figures that the page draws, from what `watch` was given."""
+        queue = self._queue()
+        cpu = self._process.cpu_times()
+        return Stats(
+            uptime=time.perf_counter() - self._began,
+            queued=queue.queued if queue is not None else 0,
+            running=queue.jobs.get(Status.RUNNING, 0) if queue is not None else 0,
+            streams=self._streams(),
+            tokens=total(self.worker_tokens) if self._worker else self._tokens_read(),
+            time_to_first_token=Distribution.of(self.first_token, _LATENCY) if self._worker else None,
+            request_duration=Distribution.of(self.duration if self._worker else self.latency, _LATENCY),
+            cpu_seconds=cpu.user + cpu.system,
+            memory_bytes=self._process.memory_info().rss,
+        )
 
     # ------------------------------------------------------------------------------------ wrappers
 
