@@ -782,6 +782,7 @@ def _job(row: Sequence[object], tokens: int, first_token_at: float | None, posit
             "deadline_at": deadline_at,
             "view": details.view,
             "keep": details.keep,
+            "trace": details.trace,
             "created_at": created_at,
             "status": status,
             "attempt": attempt,

@@ -637,6 +637,7 @@ def _job(record: Sequence[Any], position: int = 0) -> tuple[Job, str]:
         deadline_at=time(b"dl"),
         view=details.view,
         keep=details.keep,
+        trace=details.trace,
         created_at=float(row[b"ca"]),
         status=Status(row[b"s"].decode()),
         attempt=int(row[b"a"]),
