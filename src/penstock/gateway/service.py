@@ -309,7 +309,7 @@ class Following:
                 await self._first
         elif not self._first.cancelled():
             self._first.exception()
-        await self._events.aclose()  # type: ignore[attr-defined]
+        await self._events.aclose()
         cancel = not complete and self.job.on_disconnect == "cancel" and not self._gateway.streams.closing
         self._gateway.readers.detach(self.job.tenant, self.job.id, cancel=cancel)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
-from typing import cast
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 import msgspec
 
@@ -72,6 +71,20 @@ class ObservedBroker:
         self._clock = clock or SystemClock()
         self._progress: dict[str, _Progress] = {}
         self._ahead = 0.0
+
+    @property
+    def kind(self) -> str:
+        return self._broker.kind
+
+    @property
+    def durability(self) -> str:
+        return self._broker.durability
+
+    async def open(self) -> None:
+        await self._broker.open()
+
+    async def close(self) -> None:
+        await self._broker.close()
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
         leases = await self._broker.claim(worker, models, limit, wait)
@@ -165,9 +178,8 @@ class ObservedBroker:
         for observer in self._on_end:
             observer(record)
 
-    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
-        events = cast("AsyncGenerator[Event]", self._broker.tail(tenant, job, after))
-        async with contextlib.aclosing(events):
+    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncGenerator[Event]:
+        async with contextlib.aclosing(self._broker.tail(tenant, job, after)) as events:
             async for event in events:
                 if isinstance(event, Tokens):
                     self.tokens_read += len(event.ids)
@@ -178,7 +190,7 @@ class ObservedBroker:
     async def submit(self, job: Job) -> Job:
         return await self._broker.submit(job)
 
-    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
+    def arrivals(self, tenant: str, user: str) -> AsyncGenerator[str]:
         return self._broker.arrivals(tenant, user)
 
     async def get(self, tenant: str, job: str) -> Job:

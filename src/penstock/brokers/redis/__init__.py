@@ -1,5 +1,17 @@
 """The Redis broker: jobs, queue and logs in a Redis or Valkey server, for any number of gateways and workers."""
 
-from penstock.brokers.redis.broker import RedisBroker
+from __future__ import annotations
 
-__all__ = ["RedisBroker"]
+from penstock.brokers.redis.broker import RedisBroker
+from penstock.brokers.redis.options import RedisOptions, check_address
+from penstock.brokers.registry import BrokerType
+from penstock.core.ports import QueuePolicy
+
+__all__ = ["BROKER", "RedisBroker", "RedisOptions"]
+
+
+def _make(address: str, options: RedisOptions, policy: QueuePolicy) -> RedisBroker:
+    return RedisBroker(address, options, policy=policy)
+
+
+BROKER = BrokerType(make=_make, options=RedisOptions, check=check_address, remote=True)
