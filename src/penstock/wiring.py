@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
-from penstock.brokers.embedded import EmbeddedBroker
-from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
+from penstock.brokers.registry import open_broker
+from penstock.core.errors import InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy
 from penstock.core.telemetry import Telemetry
 from penstock.engines.backend import Progress
@@ -47,10 +46,10 @@ from penstock.worker.worker import Worker
 
 log = structlog.get_logger("penstock")
 
+T = TypeVar("T")
+
 #: Seconds between sweeps: how late a lost lease, a deadline or a delayed retry may be noticed.
 SWEEP_INTERVAL = 0.25
-#: Longest pause between two attempts to reach the broker at the start, in seconds.
-MAX_BACKOFF = 5.0
 
 
 class Watcher(Protocol):
@@ -302,65 +301,34 @@ def _subscribers(settings: Settings, metrics: Metrics) -> list[Subscriber]:
 # ---------------------------------------------------------------------------------------------- the broker
 
 
-class _Store(Broker, Protocol):
-    async def open(self) -> None: ...
-
-    async def close(self) -> None: ...
+def broker_options(settings: Settings) -> dict[str, Any]:
+    """What can be set of a broker beside its address; each takes what it knows."""
+    return {
+        "data_dir": settings.data_dir,
+        "durability": settings.durability,
+        "prefix": settings.broker_prefix,
+        "shards": settings.shards,
+        "replicas": settings.replicas,
+        "timeout": settings.broker_timeout,
+    }
 
 
 @contextlib.asynccontextmanager
 async def _broker(
     settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
-) -> AsyncIterator[Broker | None]:
+) -> AsyncGenerator[Broker | None]:
     """The broker once it is open; None when *terminate* came before."""
-    if settings.embedded:
-        store: _Store | None = await _open_embedded(settings, telemetry)
-    else:
-        store = await _open_redis(settings, telemetry, watcher, terminate)
+    opening = open_broker(settings.broker, broker_options(settings), queue_policy(settings), telemetry, watcher.waiting)
+    broker = await _unless(terminate, opening)
     try:
-        yield store
+        yield broker
     finally:
-        if store is not None:
-            await store.close()
+        if broker is not None:
+            await broker.close()
 
 
-async def _open_embedded(settings: Settings, telemetry: Telemetry) -> _Store:
-    store = EmbeddedBroker(settings.data_dir / "broker", policy=queue_policy(settings), telemetry=telemetry)
-    await store.open()
-    return store
-
-
-async def _open_redis(
-    settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
-) -> _Store | None:
-    """A server that is away comes back, so it is waited for. One that is set up wrongly is refused."""
-    from penstock.brokers.redis import RedisBroker  # imported by who uses it
-
-    delay = 0.2
-    while not terminate.is_set():
-        store = RedisBroker(
-            settings.broker,
-            policy=queue_policy(settings),
-            durability=settings.durability,
-            shards=settings.shards,
-            prefix=settings.broker_prefix,
-            replicas=settings.replicas,
-            timeout=settings.broker_timeout,
-            telemetry=telemetry,
-        )
-        try:
-            if await _unless(terminate, store.open()):
-                return store
-        except BrokerUnavailable as error:
-            pause = random.uniform(0, delay)
-            delay = min(MAX_BACKOFF, 2 * delay)
-            watcher.waiting(error.message, pause)
-            await _unless(terminate, asyncio.sleep(pause))
-    return None
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Do *work*; False when *event* came first, and it was broken off."""
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of *work*; None when *event* came first, and it was broken off."""
     doing = asyncio.create_task(work)
     waiting = asyncio.create_task(event.wait())
     try:
@@ -369,7 +337,4 @@ async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool
         waiting.cancel()
         doing.cancel()
         await asyncio.wait([doing])
-    if doing.cancelled():
-        return False
-    doing.result()
-    return True
+    return None if doing.cancelled() else doing.result()
