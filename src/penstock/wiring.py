@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from penstock.brokers.embedded import EmbeddedBroker
+from penstock.core.aio import Backoff, run_until, wait_for_event
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy
 from penstock.engines.backend import Progress
@@ -308,7 +308,7 @@ async def _open_redis(settings: Settings, watcher: Watcher, terminate: asyncio.E
     """A server that is away comes back, so it is waited for. One that is set up wrongly is refused."""
     from penstock.brokers.redis import RedisBroker  # imported by who uses it
 
-    delay = 0.2
+    backoff = Backoff(0.2, MAX_BACKOFF)
     while not terminate.is_set():
         store = RedisBroker(
             settings.broker,
@@ -320,27 +320,10 @@ async def _open_redis(settings: Settings, watcher: Watcher, terminate: asyncio.E
             timeout=settings.broker_timeout,
         )
         try:
-            if await _unless(terminate, store.open()):
+            if await run_until(terminate, store.open()):
                 return store
         except BrokerUnavailable as error:
-            pause = random.uniform(0, delay)
-            delay = min(MAX_BACKOFF, 2 * delay)
+            pause = backoff.next()
             watcher.waiting(error.message, pause)
-            await _unless(terminate, asyncio.sleep(pause))
+            await wait_for_event(terminate, pause)
     return None
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Do *work*; False when *event* came first, and it was broken off."""
-    doing = asyncio.create_task(work)
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait([doing, waiting], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
-        doing.cancel()
-        await asyncio.wait([doing])
-    if doing.cancelled():
-        return False
-    doing.result()
-    return True
