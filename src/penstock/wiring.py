@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.aio import Backoff, run_until, wait_for_event
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
-from penstock.core.ports import Broker, QueuePolicy
+from penstock.core.ports import Broker, QueuePolicy, SystemClock
 from penstock.engines.backend import Progress
 from penstock.engines.check import check
 from penstock.engines.process import EngineProcess, EngineSpec
@@ -33,6 +33,7 @@ from penstock.observability.ops import worker_app
 from penstock.server import Address, http_server, termination
 from penstock.settings import ModelSettings, Settings, parse_size
 from penstock.worker.manager import Model, ModelManager
+from penstock.worker.placement import Policy
 from penstock.worker.worker import Worker
 
 log = structlog.get_logger("penstock")
@@ -223,12 +224,14 @@ def build_manager(
             batch_reserve=settings.batch_reserve,
             on_ready=ready,
             about=model.about,
+            clock=clock,
         )
 
     def progress(name: str, what: str, fraction: float | None) -> None:
         manager.progress(name, what, fraction)
         watcher.progress(name, what, fraction)
 
+    clock = SystemClock()
     models = []
     for each in settings.models:
         engine = build_engine(each, settings, warm, partial(progress, each.name))
@@ -241,9 +244,9 @@ def build_manager(
         make_worker,
         memory_budget=parse_size(settings.memory_budget),
         overhead=warm.measure,
-        idle_unload=settings.idle_unload,
-        swap_after=settings.swap_after,
+        policy=Policy(idle_unload=settings.idle_unload, swap_after=settings.swap_after),
         heartbeat=settings.lease_ttl / 4,
+        clock=clock,
         on_deferred=watcher.deferred,
     )
     metrics.watch_models(manager.workers)

@@ -21,7 +21,7 @@ import structlog
 
 from penstock.core.aio import Backoff, run_until
 from penstock.core.errors import BrokerUnavailable, EngineDied, ModelLoadError
-from penstock.core.ports import Append, Broker, Engine, Lease, Output, Release, Verdict, WorkerInfo
+from penstock.core.ports import Append, Broker, Clock, Engine, Lease, Output, Release, SystemClock, Verdict, WorkerInfo
 
 log = structlog.get_logger("penstock.worker")
 
@@ -73,6 +73,7 @@ class Worker:
         restart_backoff: float = 0.2,
         on_ready: Callable[[], None] = lambda: None,
         about: WorkerInfo | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.about = about or WorkerInfo(id=new_worker_id())
         """What to say of it beyond what it knows itself."""
@@ -84,6 +85,9 @@ class Worker:
         self._claim_wait = claim_wait
         self._restart_backoff = restart_backoff
         self._on_ready = on_ready
+        self._clock = clock or SystemClock()
+        self.used_at = self._clock.now()
+        """When it last had work."""
         self._active: dict[int, _Active] = {}
         self._pending: deque[Lease] = deque()
         self._claim: asyncio.Future[list[Lease]] | None = None
@@ -198,13 +202,14 @@ class Worker:
         while self._pending and self._may_join(self._pending[0]):
             lease = self._pending.popleft()
             self._next_key += 1
+            self.used_at = self._clock.now()
             self._active[self._next_key] = _Active(lease)
             self._engine.add(self._next_key, lease)
 
     def _takes_suspects(self) -> bool:
         """Here they would wait until everybody else has ended: better a worker that has nothing to do, as the one whose
         engine died. Where none is, one that is never idle makes room for them now and then."""
-        now = asyncio.get_running_loop().time()
+        now = self._clock.now()
         if self._has_bystanders() and now < self._room_at:
             return False
         self._room_at = now + ROOM_INTERVAL
@@ -273,6 +278,7 @@ class Worker:
                 self._changed.set()
         if not appends:
             return
+        self.used_at = self._clock.now()
         verdicts = await self._append(appends)
         if retries:
             await self._release(retries)
