@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -13,8 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from penstock.brokers.registry import open_broker
+from penstock.core.aio import first_done
 from penstock.core.errors import InvalidRequest, PenstockError, first_of
-from penstock.core.ports import Broker, QueuePolicy
+from penstock.core.ports import Broker, QueuePolicy, SystemClock
 from penstock.core.telemetry import Telemetry
 from penstock.engines.backend import Progress
 from penstock.engines.check import check
@@ -42,6 +43,7 @@ from penstock.observability.telemetry import Publisher, Subscriber
 from penstock.server import Address, http_server, termination
 from penstock.settings import ModelSettings, Settings, parse_size
 from penstock.worker.manager import Model, ModelManager
+from penstock.worker.placement import Policy
 from penstock.worker.worker import Worker
 
 log = structlog.get_logger("penstock")
@@ -241,12 +243,14 @@ def build_manager(
             batch_reserve=settings.batch_reserve,
             on_ready=ready,
             about=model.about,
+            clock=clock,
         )
 
     def progress(name: str, what: str, fraction: float | None) -> None:
         manager.progress(name, what, fraction)
         watcher.progress(name, what, fraction)
 
+    clock = SystemClock()
     models = []
     for each in settings.models:
         engine = build_engine(each, settings, warm, partial(progress, each.name))
@@ -259,9 +263,9 @@ def build_manager(
         make_worker,
         memory_budget=parse_size(settings.memory_budget),
         overhead=warm.measure,
-        idle_unload=settings.idle_unload,
-        swap_after=settings.swap_after,
+        policy=Policy(idle_unload=settings.idle_unload, swap_after=settings.swap_after),
         heartbeat=settings.lease_ttl / 4,
+        clock=clock,
         on_deferred=watcher.deferred,
     )
     metrics.watch_models(manager.workers)
@@ -319,22 +323,10 @@ async def _broker(
 ) -> AsyncGenerator[Broker | None]:
     """The broker once it is open; None when *terminate* came before."""
     opening = open_broker(settings.broker, broker_options(settings), queue_policy(settings), telemetry, watcher.waiting)
-    broker = await _unless(terminate, opening)
+    opened, _ = await first_done(opening, terminate.wait())
+    broker = None if opened.cancelled() else opened.result()
     try:
         yield broker
     finally:
         if broker is not None:
             await broker.close()
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of *work*; None when *event* came first, and it was broken off."""
-    doing = asyncio.create_task(work)
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait([doing, waiting], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
-        doing.cancel()
-        await asyncio.wait([doing])
-    return None if doing.cancelled() else doing.result()

@@ -40,6 +40,7 @@ from penstock.gateway.dialects.responses.routes import CreateResponse
 from penstock.gateway.sse import HEADERS
 from penstock.observability.metrics import Metrics
 from penstock.settings import OTHER_VARIABLES, PREFIX, ModelSettings, Settings
+from penstock.worker import placement
 from tests.support.conformance import document
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,6 +222,12 @@ class TestStates:
         expected = {(before.value, after.value) for before, afters in TRANSITIONS.items() for after in afters}
         expected |= {("[*]", "queued")} | {(status.value, "[*]") for status in TERMINAL}
         assert set(drawn) == expected
+
+    def test_so_has_the_drawing_of_a_model(self) -> None:
+        drawing = read("state-machine.md").split("```mermaid")[2].split("```")[0]
+        drawn = re.findall(r"^ *(\w+) --> (\w+)", drawing, re.MULTILINE)
+        moves = {(before.value, after.value) for before, afters in placement.TRANSITIONS.items() for after in afters}
+        assert set(drawn) == moves
 
     def test_the_table_says_who_causes_each(self) -> None:
         told = {(row[0], row[1]) for row in rows("state-machine.md") if len(row) == 3}

@@ -7,13 +7,13 @@ Each is an entry point of the group ``penstock.brokers``, ours like anybody's: i
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
 import msgspec
 
+from penstock.core.aio import Backoff
 from penstock.core.errors import BrokerUnavailable, InvalidRequest
 from penstock.core.ports import Broker, QueuePolicy
 from penstock.core.telemetry import Telemetry
@@ -66,7 +66,7 @@ async def open_broker(
     """
     kind = broker_type(address)
     own = {name: options[name] for name in kind.options.__struct_fields__ if name in options}
-    delay = 0.2
+    backoff = Backoff(0.2, MAX_BACKOFF)
     while True:
         broker = kind.make(address, kind.options(**own), policy, telemetry)
         try:
@@ -74,8 +74,7 @@ async def open_broker(
         except BrokerUnavailable as error:
             if not kind.remote:
                 raise
-            pause = random.uniform(0, delay)
-            delay = min(MAX_BACKOFF, 2 * delay)
+            pause = backoff.next()
             waiting(error.message, pause)
             await asyncio.sleep(pause)
         else:
