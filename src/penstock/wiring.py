@@ -16,10 +16,10 @@ from starlette.types import ASGIApp
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy
-from penstock.engines.backend import Progress
-from penstock.engines.check import check
-from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.engines.standby import Standby, WarmPool
+from penstock.engines.frames import Progress
+from penstock.engines.host.check import check
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.host.standby import Standby, WarmPool
 from penstock.gateway.app import WORKER_ROUTES, create_app
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import BatchStore

@@ -28,7 +28,7 @@ BROKER = "penstock/brokers/embedded/broker.py"
 STORE = "penstock/brokers/embedded/store.py"
 WORKER = "penstock/worker/worker.py"
 MANAGER = "penstock/worker/manager.py"
-STANDBY = "penstock/engines/standby.py"
+STANDBY = "penstock/engines/host/standby.py"
 CONTRACT = "tests/contract/test_embedded_broker.py"
 
 
@@ -144,7 +144,7 @@ MUTANTS = [
         "detokeniser without its UTF-8 buffer",
         (
             (
-                "penstock/engines/text.py",
+                "penstock/engines/text/detokenize.py",
                 "        text, used = utf_8_decode(data, \"replace\", False)\n        self._held = data[used:]\n",
                 "        text = data.decode(\"utf-8\", \"replace\")\n",
             ),
@@ -335,7 +335,7 @@ MUTANTS = [
         "one call's exception is the engine's death",
         (
             (
-                "penstock/engines/child.py",
+                "penstock/engines/child/main.py",
                 "except Exception as error:\n                        if not isinstance(error, PenstockError):",
                 "except PenstockError as error:\n                        if not isinstance(error, PenstockError):",
             ),

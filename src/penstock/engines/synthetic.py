@@ -17,7 +17,7 @@ from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelLoadErro
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
-from penstock.engines.backend import Progress
+from penstock.engines.frames import Progress
 
 CONTEXT = 1_000_000
 OPTIONS = ("rate", "slots", "load_seconds", "memory_mb", "crash", "hang", "fail")

@@ -11,7 +11,7 @@ import tiny_models as tiny
 
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, Tool, ToolCall
-from penstock.engines.text import TextModel
+from penstock.engines.text.model import TextModel
 
 #: Shows everything that a template may look at.
 KNOWS = "{{ tools | tojson }}\n{% for m in messages %}{{ m | tojson }}\n{% endfor %}"

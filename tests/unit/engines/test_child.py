@@ -12,9 +12,9 @@ from tests.support.odd_engine import ODDITIES, OUTPUTS, spawn
 
 from penstock.core.errors import EngineDied
 from penstock.core.ports import Finish
-from penstock.engines import child
+from penstock.engines.child import main as child
 from penstock.engines.frames import Failed, Load, Splitter, ToParent, encode
-from penstock.engines.process import EngineProcess, EngineSpec
+from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.testing.engine import lease, run
 
 

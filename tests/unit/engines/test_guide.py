@@ -15,10 +15,11 @@ from llguidance import LLMatcher
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
 from penstock.core.schema import FORMATS
-from penstock.engines.guide import Guide, Guides, followed
 from penstock.engines.models import BUNDLED
-from penstock.engines.sampling import Sampler
-from penstock.engines.text import Reply, TextModel
+from penstock.engines.parts.guide import Guide, Guides, followed
+from penstock.engines.parts.sampling import Sampler
+from penstock.engines.text.model import TextModel
+from penstock.engines.text.reply import Reply
 
 MODELS = {
     "millrace": TextModel.load(BUNDLED / "millrace"),

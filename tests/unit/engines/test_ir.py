@@ -13,8 +13,8 @@ import tiny_models as tiny
 from safetensors.numpy import load_file
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines._ov import ov
-from penstock.engines.ir import built
+from penstock.engines.openvino.ir import built
+from penstock.engines.openvino.ov import ov
 
 Array = np.ndarray[Any, Any]
 

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from penstock.engines.kvcache import ROOT, BlockPool
+from penstock.engines.parts.kvcache import ROOT, BlockPool
 
 
 def fill(pool: BlockPool, tokens: list[int]) -> list[int]:

@@ -16,9 +16,9 @@ from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
-from penstock.engines.llama import UNTOLD, LlamaBackend, _Sequence, load
+from penstock.engines.llama.engine import UNTOLD, LlamaBackend, _Sequence, load
 from penstock.engines.models import BUNDLED
-from penstock.engines.text import TextModel
+from penstock.engines.text.model import TextModel
 
 GREEDY = Sampling(max_tokens=16, temperature=0.0)
 

@@ -14,8 +14,8 @@ from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoa
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, Sampling
 from penstock.core.ports import Output
-from penstock.engines.batching import ContinuousBatching
-from penstock.engines.openvino import load
+from penstock.engines.openvino.engine import load
+from penstock.engines.parts.batching import ContinuousBatching
 
 GREEDY = Sampling(max_tokens=40, temperature=0, ignore_eos=True)
 # Few candidates: the network's last bits depend on the batch, and each candidate is a border that they may move.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.job import Sampling
-from penstock.engines.sampling import Sampler, stream_key, uniform
+from penstock.engines.parts.sampling import Sampler, stream_key, uniform
 
 VOCAB = 700
 LOGITS = (np.random.default_rng(1).normal(size=VOCAB) * 2).astype(np.float32)

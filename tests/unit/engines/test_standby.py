@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from penstock.core.errors import EngineDied, ModelLoadError
-from penstock.engines import standby as module
-from penstock.engines.memory import BASE, estimate, held_by
-from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.engines.standby import Standby, WarmPool
+from penstock.engines.host import standby as module
+from penstock.engines.host.memory import BASE, estimate, held_by
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.host.standby import Standby, WarmPool
 from penstock.testing.engine import EngineContract, lease, run
 
 Make = Callable[..., Standby]

@@ -15,7 +15,9 @@ from tokenizers import Tokenizer
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.job import Message, Request, Sampling
 from penstock.core.ports import ModelInfo
-from penstock.engines.text import ChatTemplate, Reply, StopStrings, TextModel
+from penstock.engines.text.chat_template import ChatTemplate
+from penstock.engines.text.model import TextModel
+from penstock.engines.text.reply import Reply, StopStrings
 
 MODELS = {
     "byte level": TextModel(tiny.byte_level()),

@@ -17,9 +17,9 @@ import structlog
 
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import Lease, ModelInfo, Output
-from penstock.engines.backend import Progress
-from penstock.engines.memory import estimate, held_by
-from penstock.engines.process import Child, EngineProcess, EngineSpec
+from penstock.engines.frames import Progress
+from penstock.engines.host.memory import estimate, held_by
+from penstock.engines.host.process import Child, EngineProcess, EngineSpec
 
 log = structlog.get_logger("penstock.engine")
 

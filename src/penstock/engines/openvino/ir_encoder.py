@@ -1,7 +1,7 @@
 """Builds an OpenVINO model of a text encoder: BERT, RoBERTa and XLM-RoBERTa (bge, e5, gte, MiniLM, arctic-embed …).
 
 They are the same network up to where positions begin. Whatever else a config asks for is refused, as for Llamas
-(`penstock.engines.ir`).
+(`penstock.engines.openvino.ir`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines._ov import ov
+from penstock.engines.openvino.ov import ov
 
 op = ov.opset13
 
@@ -64,7 +64,7 @@ _ACTIVATIONS = {
 
 def build_encoder(config: Mapping[str, Any], weights: Any) -> Any:
     """The ``ov.Model``: ``input_ids`` and ``attention_mask``, [texts, tokens] and padded on the right, to
-    ``last_hidden_state``, [texts, tokens, size]. *weights* as in `penstock.engines.ir.build`."""
+    ``last_hidden_state``, [texts, tokens, size]. *weights* as in `penstock.engines.openvino.ir.build`."""
     shape = _Shape(config)
     architecture = config["architectures"][0]
     prefix = next(

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines._ov import ov
-from penstock.engines.backend import Progress
-from penstock.engines.ir_encoder import PREFIXES, build_encoder
+from penstock.engines.frames import Progress
+from penstock.engines.openvino.ir_encoder import PREFIXES, build_encoder
+from penstock.engines.openvino.ov import ov
 
 op = ov.opset13
 

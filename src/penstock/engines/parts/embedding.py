@@ -21,8 +21,8 @@ from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized, vector_text
-from penstock.engines.sampling import Floats, Ints
-from penstock.engines.text import TextModel, read_json
+from penstock.engines.parts.sampling import Floats, Ints
+from penstock.engines.text.model import TextModel, read_json
 
 POOLINGS = ("cls", "mean", "last")
 #: What sentence-transformers calls them in ``1_Pooling/config.json``.
@@ -160,7 +160,10 @@ class _Job:
 
 
 class EmbeddingBackend:
-    """See `penstock.engines.backend.Backend`. *step_tokens*: of a step, padding included (one text may have more)."""
+    """See `penstock.engines.child.backend.Backend`.
+
+    *step_tokens*: of a step, padding included (one text may have more).
+    """
 
     wakeup: int | None = None
 

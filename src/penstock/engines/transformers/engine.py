@@ -41,15 +41,16 @@ from transformers import (
 
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import ModelInfo
-from penstock.engines.backend import Backend, Progress
-from penstock.engines.batching import STEP_TOKENS, ContinuousBatching
-from penstock.engines.kvcache import fit_context
+from penstock.engines.child.backend import Backend
+from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.options import TransformersOptions as Options
 from penstock.engines.options import parse
-from penstock.engines.sampling import Floats, Ints, Sampler
-from penstock.engines.static import Row, StaticBatching
-from penstock.engines.text import TextModel
+from penstock.engines.parts.batching import STEP_TOKENS, ContinuousBatching
+from penstock.engines.parts.kvcache import fit_context
+from penstock.engines.parts.sampling import Floats, Ints, Sampler
+from penstock.engines.parts.static import Row, StaticBatching
+from penstock.engines.text.model import TextModel
 
 log = structlog.get_logger("penstock.engine")
 
@@ -73,7 +74,7 @@ class _Unsuited(Exception):
 
 
 class TorchNetwork:
-    """See `penstock.engines.batching.Network`. A block is a row of the cache and holds a whole sequence."""
+    """See `penstock.engines.parts.batching.Network`. A block is a row of the cache and holds a whole sequence."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
@@ -469,7 +470,7 @@ class _Over(StoppingCriteria):  # type: ignore[misc]
 
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> Backend:
-    """See `penstock.engines.backend.Loader`."""
+    """See `penstock.engines.child.backend.Loader`."""
     parsed = parse(Options, options, "transformers")
     folder = weights_folder(name, path, progress)
     device = _device(parsed.device)

@@ -22,7 +22,8 @@ from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized
-from penstock.engines.backend import Backend, Loader, failed_output, tokenized_output
+from penstock.engines.child.backend import Backend, Loader, failed_output, tokenized_output
+from penstock.engines.child.coalescer import Outbox
 from penstock.engines.frames import (
     Abort,
     Add,
@@ -38,14 +39,13 @@ from penstock.engines.frames import (
     ToParent,
     encode,
 )
-from penstock.engines.outbox import Outbox
 
 #: Which module loads which engine. Imported only in the child: no engine's library enters the server's process.
 ENGINES = {
-    "openvino": "penstock.engines.openvino",
-    "llama": "penstock.engines.llama",
-    "transformers": "penstock.engines.transformers",
-    "vllm": "penstock.engines.vllm",
+    "openvino": "penstock.engines.openvino.engine",
+    "llama": "penstock.engines.llama.engine",
+    "transformers": "penstock.engines.transformers.engine",
+    "vllm": "penstock.engines.vllm.engine",
     "upstream": "penstock.engines.upstream",
     "synthetic": "penstock.engines.synthetic",
 }
@@ -206,7 +206,3 @@ def main() -> None:
     except Exception as error:
         channel.send(Failed(ErrorInfo(f"The engine broke: {error}", code="engine_error"), traceback.format_exc()))
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

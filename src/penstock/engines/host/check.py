@@ -6,10 +6,10 @@ In the server's process, so without any engine's library.
 from __future__ import annotations
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines.child import ENGINES
+from penstock.engines.child.main import ENGINES
+from penstock.engines.host.process import EngineSpec
 from penstock.engines.models import find, find_gguf, find_weights
 from penstock.engines.options import LlamaOptions, OpenVINOOptions, TransformersOptions, VLLMOptions, parse
-from penstock.engines.process import EngineSpec
 from penstock.engines.synthetic import check_options
 
 

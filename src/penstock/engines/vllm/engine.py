@@ -8,7 +8,7 @@ which die with it.
 vLLM gets token ids and gives token ids. Text, stop strings and the end of a reply are `penstock.engines.text`'s, as for
 every engine. A reply is continued as a prompt that ends with the logged tokens; what vLLM would begin anew with it is
 carried over: the grammar of a guided reply is fed the logged tokens, and presence and frequency penalties count them
-(`penstock.engines.vllm_penalties`). Random numbers are not: see `sampling_params`.
+(`penstock.engines.vllm.penalties`). Random numbers are not: see `sampling_params`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from penstock.core.job import Request, ResponseFormat
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
 from penstock.core.tools import check_form
-from penstock.engines.backend import Progress
+from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.options import VLLMOptions as Options
 from penstock.engines.options import parse
-from penstock.engines.sampling import stream_key
-from penstock.engines.text import Reply, TextModel
+from penstock.engines.parts.sampling import stream_key
+from penstock.engines.text.model import TextModel
+from penstock.engines.text.reply import Reply
 
 #: How much of the machine's memory the cache may take by default where the model runs on the CPU.
 CACHE_SHARE = 0.25
@@ -163,7 +164,7 @@ class _Sequence:
 
 
 class VLLMBackend:
-    """See `penstock.engines.backend.Backend`."""
+    """See `penstock.engines.child.backend.Backend`."""
 
     wakeup = None
 
@@ -400,7 +401,7 @@ def _advanced(compiling: Any, id: str, tokens: list[int]) -> Future[Any]:
 
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> VLLMBackend:
-    """See `penstock.engines.backend.Loader`."""
+    """See `penstock.engines.child.backend.Loader`."""
     given = parse(Options, options, "vllm")
     folder = weights_folder(name, path, progress)
     text = TextModel.load(folder)
@@ -447,7 +448,7 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         # The interface of logits processors that `vllm_penalties` has is that of vLLM's first model runner.
         counts_prefix = not config.use_v2_model_runner
         if counts_prefix:
-            config.model_config.logits_processors = ["penstock.engines.vllm_penalties:ContinuedPenalties"]
+            config.model_config.logits_processors = ["penstock.engines.vllm.penalties:ContinuedPenalties"]
         progress("loading and compiling the model (up to a minute)", None)
         engine = LLMEngine(config, Executor.get_class(config), log_stats=False)
     except (

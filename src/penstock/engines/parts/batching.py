@@ -19,10 +19,11 @@ from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
-from penstock.engines.guide import Guides, followed
-from penstock.engines.kvcache import ROOT, BlockPool
-from penstock.engines.sampling import Floats, Ints, Sampler, alternatives, stream_key
-from penstock.engines.text import Reply, TextModel
+from penstock.engines.parts.guide import Guides, followed
+from penstock.engines.parts.kvcache import ROOT, BlockPool
+from penstock.engines.parts.sampling import Floats, Ints, Sampler, alternatives, stream_key
+from penstock.engines.text.model import TextModel
+from penstock.engines.text.reply import Reply
 
 #: Tokens that one step computes at most: running sequences first, the rest of it goes to new prompts. Larger steps
 #: prefill little faster, but make everybody else wait longer for a token.
@@ -137,7 +138,7 @@ class _Scores:
 
 
 class ContinuousBatching:
-    """See `penstock.engines.backend.Backend`.
+    """See `penstock.engines.child.backend.Backend`.
 
     A step is three calls: who computes what (`_schedule`), the network (`_compute`), and what comes of it (`_deliver`).
     """

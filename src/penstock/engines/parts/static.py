@@ -14,10 +14,11 @@ from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
-from penstock.engines.guide import Guides, followed
-from penstock.engines.mailbox import Choices, ThreadedBackend
-from penstock.engines.sampling import stream_key
-from penstock.engines.text import Reply, TextModel
+from penstock.engines.child.output_queue import Choices, ThreadedBackend
+from penstock.engines.parts.guide import Guides, followed
+from penstock.engines.parts.sampling import stream_key
+from penstock.engines.text.model import TextModel
+from penstock.engines.text.reply import Reply
 
 
 class Row:
@@ -58,7 +59,7 @@ class Row:
 
 
 class StaticBatching(ThreadedBackend):
-    """See `penstock.engines.backend.Backend`.
+    """See `penstock.engines.child.backend.Backend`.
 
     *generate* runs some rows for a number of steps, calling `Row.take` for each token until `Row.over`; it is called
     from one thread. *window*: seconds.

@@ -1,28 +1,15 @@
-"""Everything between text and token ids, for any ``tokenizer.json``.
-
-`TextModel` turns a request into prompt ids. `Reply` turns one choice's token ids back into text as they come: it
-detokenizes incrementally, holds back what may become a stop string, and knows when the reply ends. Both are pure
-functions of their input, so replaying a logged prefix through a new `Reply` rebuilds the state of the old one.
-"""
+"""A model's text side, made of its files: prompts into token ids."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
-from codecs import utf_8_decode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import numpy as np
 import structlog
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
@@ -30,511 +17,33 @@ from penstock.core.events import Logprob, TopLogprob
 from penstock.core.foreign import whole
 from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tasks import Tokenized
-from penstock.core.tools import finish_reason
+from penstock.engines.text.chat_template import ChatTemplate
+from penstock.engines.text.detokenize import (
+    REPLACEMENT,
+    ByteFallbackDetokenizer,
+    ByteLevelDetokenizer,
+    Detokenizer,
+    WindowDetokenizer,
+    byte_level_alphabet,
+)
+from penstock.engines.text.reply import Follows, Reply
+from penstock.engines.text.tools import (
+    strings_in,
+    tool_view,
+    turns_of,
+    with_developers_as_system,
+    with_tools_as_text,
+)
 
 log = structlog.get_logger("penstock.engine")
 
 #: Context length when no file tells one.
 DEFAULT_CONTEXT = 2048
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 # Code points that Unicode guarantees will never be characters: marks that no real text contains.
 _MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
-
-
-# ------------------------------------------------------------------------------------------ detokenizer
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted: character → byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-class Detokenizer(Protocol):
-    """Token ids in, text out: joined, ``push``es and one final ``flush`` give what decoding all ids at once gives.
-
-    Half a character is never given out; bytes that can no longer become one are U+FFFD.
-    """
-
-    def push(self, token: int) -> str: ...
-
-    def flush(self) -> str: ...
-
-
-class _ByteLevelDetokenizer:
-    """Each token is a run of bytes; the text is their UTF-8 decoding."""
-
-    __slots__ = ("_data", "_held", "_texts")
-
-    def __init__(self, texts: list[str | None], data: list[bytes]) -> None:
-        self._texts = texts  # by id: the text of tokens that are whole characters, else None
-        self._data = data
-        self._held = b""  # the beginning of a character
-
-    def push(self, token: int) -> str:
-        if not self._held and (text := self._texts[token]) is not None:
-            return text
-        data = self._held + self._data[token]
-        text, used = utf_8_decode(data, "replace", False)
-        self._held = data[used:]
-        return text
-
-    def flush(self) -> str:
-        text = self._held.decode("utf-8", "replace")
-        self._held = b""
-        return text
-
-
-class _ByteFallbackDetokenizer:
-    """SentencePiece style: tokens are text, except byte tokens ``<0x00>`` … ``<0xFF>``.
-
-    A run of byte tokens is decoded as a whole when it ends: if it is not UTF-8, every byte of it becomes U+FFFD. That
-    is what the decoder of ``tokenizers`` does, so nothing of a run can be given out before its end is known.
-    """
-
-    __slots__ = ("_data", "_run", "_strip", "_texts")
-
-    def __init__(self, texts: list[str | None], data: list[bytes], strip: int) -> None:
-        self._texts = texts  # by id: None for byte tokens
-        self._data = data
-        self._run = b""
-        self._strip = strip  # how many leading spaces the decoder still takes off
-
-    def push(self, token: int) -> str:
-        text = self._texts[token]
-        if text is None:
-            self._run += self._data[token]
-            return ""
-        if not text:  # a special token: no text, and it does not end a run
-            return ""
-        if self._run:
-            text = self._end_run() + text
-        return self._stripped(text) if self._strip else text
-
-    def flush(self) -> str:
-        return self._stripped(self._end_run())
-
-    def _end_run(self) -> str:
-        run, self._run = self._run, b""
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return REPLACEMENT * len(run)
-
-    def _stripped(self, text: str) -> str:
-        for _ in range(self._strip):
-            if not text:
-                return ""
-            if text[0] != " ":
-                break
-            self._strip -= 1
-            text = text[1:]
-        if text:
-            self._strip = 0
-        return text
-
-
-class _WindowDetokenizer:
-    """Any other decoder: decode a sliding window of ids with and without its newest ones, and give the difference.
-
-    The window starts a few tokens back, at the start of the text last given out, because decoders may treat the first
-    token of a text in a special way.
-    """
-
-    __slots__ = ("_decode", "_given", "_ids")
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []
-        self._given = 0  # how many of the ids have had their text given out
-
-    def push(self, token: int) -> str:
-        self._ids.append(token)
-        before, now = self._decode(self._ids[: self._given]), self._decode(self._ids)
-        if len(now) <= len(before) or now.endswith(REPLACEMENT) or not now.startswith(before):
-            return ""
-        self._ids = self._ids[self._given :]
-        self._given = len(self._ids)
-        return now[len(before) :]
-
-    def flush(self) -> str:
-        before, now = self._decode(self._ids[: self._given]), self._decode(self._ids)
-        self._given = len(self._ids)
-        return now[len(before) :]
-
-
-# ------------------------------------------------------------------------------------------ one choice's reply
-
-
-class StopStrings:
-    """Finds stop strings across token borders, holding back only what may still become one."""
-
-    __slots__ = ("_firsts", "_held", "_longest", "_stops", "met")
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.met: str | None = None
-        """The one that was met."""
-        self._stops = tuple(stops)
-        self._longest = max(map(len, stops))
-        self._firsts = frozenset(stop[0] for stop in stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that can be given out now, and whether a stop string was met (the text ends before it).
-
-        Of several stop strings the one that is complete first wins, whatever the tokens' borders are.
-        """
-        held = self._held + text
-        first: tuple[int, int] | None = None
-        for stop in self._stops:
-            start = held.find(stop)
-            if start >= 0 and (first is None or (start + len(stop), start) < first):
-                first, self.met = (start + len(stop), start), stop
-        if first is not None:
-            self._held = ""
-            return held[: first[1]], True
-        for start in range(max(0, len(held) - self._longest + 1), len(held)):
-            if held[start] in self._firsts and any(stop.startswith(held[start:]) for stop in self._stops):
-                self._held = held[start:]
-                return held[:start], False
-        self._held = ""
-        return held, False
-
-    def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-
-class Follows(Protocol):
-    """What is asked of `penstock.engines.guide.Guide`."""
-
-    over: bool
-
-    @property
-    def error(self) -> str | None: ...
-
-    def accept(self, token: int) -> None: ...
-
-    def mask(self, logits: Any) -> None: ...
-
-
-class Bans:
-    """Tokens that a reply must not go on with: its ends before it has ``min_tokens``, and the last token of a text that
-    it must not have. Never all that its guide leaves: the guide comes first."""
-
-    def __init__(self, reply: Reply, least: int, ends: Iterable[int], spellings: Iterable[Sequence[int]]) -> None:
-        """*spellings*: the forbidden texts in tokens."""
-        self._reply = reply
-        self._least = least
-        self._ends = sorted(ends)
-        self._spellings = [(list(spelling[:-1]), spelling[-1]) for spelling in spellings]
-
-    def mask(self, logits: Any) -> None:
-        if self._reply.guide is not None:
-            self._reply.guide.mask(logits)
-        ids = self._reply.ids
-        banned = [last for before, last in self._spellings if not before or ids[-len(before) :] == before]
-        if len(ids) < self._least:
-            banned += self._ends
-        values = logits[banned]
-        logits[banned] = -np.inf
-        if not np.isfinite(logits).any():
-            logits[banned] = values
-
-
-class Reply:
-    """One choice of one request, as its tokens come.
-
-    ``finish`` is None until the reply has ended. *limit* is the number of tokens it may have, counted from its start.
-    Construct it with the logged *prefix* of an earlier attempt to continue that attempt's reply. A *request* with tools
-    ends with ``tool_calls`` when the reply has calls. A *guide* is told of every token, and ends the reply once nothing
-    more can follow. *bad_words* are the sampling's in tokens.
-    """
-
-    __slots__ = (
-        "_detokenizer",
-        "_ends",
-        "_least",
-        "_limit",
-        "_request",
-        "_stops",
-        "_texts",
-        "finish",
-        "guide",
-        "ids",
-        "mask",
-        "push_text",
-    )
-
-    def __init__(
-        self,
-        detokenizer: Detokenizer,
-        sampling: Sampling,
-        eos_ids: frozenset[int],
-        limit: int,
-        prefix: Iterable[int] = (),
-        *,
-        request: Request | None = None,
-        guide: Follows | None = None,
-        bad_words: Iterable[Sequence[int]] = (),
-    ) -> None:
-        self._detokenizer = detokenizer
-        self.push_text = detokenizer.push
-        self._request = request if request is not None and request.callable_tools else None
-        self._texts: list[str] = []
-        self.guide = guide
-        ends: frozenset[int] = frozenset() if sampling.ignore_eos and guide is None else eos_ids
-        self._ends = ends.union(sampling.stop_token_ids)
-        self._least = sampling.min_tokens
-        self._stops = StopStrings(sampling.stop) if sampling.stop else None
-        self._limit = limit
-        self.ids: list[int] = []
-        self.finish: str | None = None
-        """None, or a reason as `penstock.core.job.FinishReason` has them."""
-        self.mask: Follows | Bans | None = guide
-        """Takes out of one row of logits what must not come next; None where everything may."""
-        if sampling.min_tokens or sampling.bad_words:
-            self.mask = Bans(self, sampling.min_tokens, self._ends, bad_words)
-        for token in prefix:
-            if self.finish is None:
-                self.push(token)
-
-    @property
-    def left(self) -> int:
-        """How many tokens may still come."""
-        return self._limit - len(self.ids)
-
-    @property
-    def stop(self) -> str | None:
-        """The stop string that ended it, if one did."""
-        return None if self._stops is None else self._stops.met
-
-    def push(self, token: int) -> str:
-        """The text that *token* completed (perhaps none); sets ``finish`` when the reply ends with it.
-
-        The end token itself and the tokens of a stop string give no text of their own.
-        """
-        text = self._next(token)
-        if self._request is not None:
-            self._texts.append(text)
-            if self.finish is not None:
-                self.end(self.finish)
-        return text
-
-    def end(self, reason: str) -> None:
-        """The engine ended it for a *reason* of its own."""
-        self.finish = reason
-        if self._request is not None:
-            self.finish = finish_reason(self._request, reason, "".join(self._texts))
-
-    def _next(self, token: int) -> str:
-        ids = self.ids
-        ids.append(token)
-        if self.guide is not None:
-            self.guide.accept(token)
-        if token in self._ends:
-            self.finish = "stop"
-            return self._rest("")
-        text = self.push_text(token)
-        if self._stops is not None and len(ids) > self._least:
-            text, stopped = self._stops.push(text)
-            if stopped:
-                self.finish = "stop"
-                return text
-        if self.guide is not None and self.guide.over:
-            self.finish = "stop"
-            return self._rest(text)
-        if len(ids) >= self._limit:
-            self.finish = "length"
-            return self._rest(text)
-        return text
-
-    def _rest(self, text: str) -> str:
-        """*text* and whatever is held back, once it is known that nothing follows."""
-        last = self._detokenizer.flush()
-        if self._stops is None:
-            return text + last
-        more, stopped = self._stops.push(last)
-        if stopped:
-            self.finish = "stop"
-            return text + more
-        return text + more + self._stops.flush()
-
-
-# ------------------------------------------------------------------------------------------ chat templates
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML; templates written for Hugging Face expect plain JSON.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %} … {% endgeneration %}``: what the model wrote, for those who train it. Shown as it is."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012 (Jinja's own type)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # With a scope of its own, as in Hugging Face's library: what is set inside is not seen behind it.
-        return jinja2.nodes.CallBlock(self.call_method("_show"), [], [], body).set_lineno(line)
-
-    def _show(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class ChatTemplate:
-    """A model's own Jinja template, in a sandbox: operators choose models, but models come from the internet.
-
-    Raises `ModelLoadError` for one that cannot be read.
-    """
-
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        self._variables = dict(variables)
-        self.takes_tools = "tools" in source
-        """Does it show tools and their calls? `with_tools_as_text` is for those that do not."""
-        self.takes_developers = "developer" in source
-        """Does it know that role? `with_developers_as_system` is for those that do not."""
-        try:
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ModelLoadError(f"The model's chat template cannot be read: {error}") from error
-
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> str:
-        """The prompt text, with (*reply*) the beginning of the reply's turn at its end.
-
-        Raises `InvalidRequest` with the template's own words when it refuses the messages.
-        """
-        try:
-            return self._template.render(
-                **self._variables,
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=reply,
-                tools=[dict(tool) for tool in tools] or None,
-            )
-        except Exception as error:  # a template is somebody else's program: it may raise anything
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-
-
-# ------------------------------------------------------------------------------------------ tools in a conversation
-
-
-def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: arguments of calls as objects, the tool's name with its answer."""
-    turns: list[dict[str, Any]] = []
-    names: dict[str, str] = {}
-    for message in messages:
-        turn: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            names |= {call.id: call.name for call in message.tool_calls}
-            turn["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": _arguments(call.arguments)},
-                }
-                for call in message.tool_calls
-            ]
-        if message.tool_call_id is not None:
-            turn["tool_call_id"] = message.tool_call_id
-            if message.tool_call_id in names:
-                turn["name"] = names[message.tool_call_id]
-        turns.append(turn)
-    return turns
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _tool_view(tool: Tool) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return {"type": "function", "function": function}
-
-
-_TOOLS = """You may call these functions, described in JSON:
-%s
-To call one, write {"name": <its name>, "arguments": <an object>} between <tool_call> and </tool_call>."""
-
-
-def with_tools_as_text(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that knows nothing of tools: they become text, in the form of Hermes."""
-    plain: list[dict[str, Any]] = []
-    if tools:
-        plain.append({"role": "system", "content": _TOOLS % "\n".join(map(_tojson, tools))})
-    for turn in turns:
-        role, content = turn["role"], turn["content"]
-        for call in turn.get("tool_calls", ()):
-            content += f"\n<tool_call>\n{_tojson(call['function'])}\n</tool_call>"
-        if role == "tool":
-            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
-        if role == "system" and len(plain) == 1 and tools:  # many templates take one system message only
-            plain[0]["content"] = f"{content}\n\n{plain[0]['content']}"
-        else:
-            plain.append({"role": role, "content": content.strip() if turn.get("tool_calls") else content})
-    return plain
-
-
-def with_developers_as_system(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that has no such role, and would leave out what a developer says."""
-    plain: list[dict[str, Any]] = []
-    for turn in turns:
-        if turn["role"] != "developer":
-            plain.append(dict(turn))
-        elif plain and plain[-1]["role"] == "system":  # many templates take one system message only
-            plain[-1]["content"] += f"\n\n{turn['content']}"
-        else:
-            plain.append({**turn, "role": "system"})
-    return plain
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every string of a value of JSON's kinds, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            yield name
-            yield from _texts(part)
-
-
-# ------------------------------------------------------------------------------------------ the model's text side
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -751,12 +260,12 @@ class TextModel:
                 f"{self.no_chat or 'This model has no chat template'}: give 'prompt' instead of 'messages'.",
                 param="messages",
             )
-        turns, shown = turns_of(messages), [_tool_view(tool) for tool in tools]
+        turns, shown = turns_of(messages), [tool_view(tool) for tool in tools]
         if not self._chat.takes_developers:
             turns = with_developers_as_system(turns)
         if not self._chat.takes_tools:
             turns, shown = with_tools_as_text(turns, shown), []
-        texts = [*_texts(turns), *_texts(shown)]
+        texts = [*strings_in(turns), *strings_in(shown)]
         self.check_size(sum(map(len, texts)), "messages")
         for message in messages:
             # Templates put roles between the halves of a special token: <|{{ role }}|>.
@@ -822,10 +331,10 @@ class TextModel:
         """A fresh detokenizer. *continuing*: the text goes on from a raw prompt, so its first space is kept."""
         kind, texts, data, strip = self._tables
         if kind == "bytes":
-            return _ByteLevelDetokenizer(texts, data)
+            return ByteLevelDetokenizer(texts, data)
         if kind == "fallback":
-            return _ByteFallbackDetokenizer(texts, data, 0 if continuing else strip)
-        return _WindowDetokenizer(self.tokenizer.decode)
+            return ByteFallbackDetokenizer(texts, data, 0 if continuing else strip)
+        return WindowDetokenizer(self.tokenizer.decode)
 
     def reply(self, request: Request, limit: int, prefix: Iterable[int] = (), guide: Follows | None = None) -> Reply:
         """One choice of *request*, at most *limit* tokens, behind what an earlier attempt logged of it."""
@@ -913,7 +422,7 @@ class TextModel:
                 yield id, name
 
     def _bytes_of_byte_level(self, size: int) -> list[bytes]:
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_level_alphabet()
         data = [b""] * size
         for id, name in self._named(size):
             try:

@@ -1,6 +1,6 @@
 """What an engine implements inside its child process: synchronous, single-threaded, one model.
 
-`penstock.engines.child` drives it: it adds and aborts sequences between steps and sends each step's outputs as one
+`penstock.engines.child.main` drives it: it adds and aborts sequences between steps and sends each step's outputs as one
 frame. Nothing here knows of asyncio, leases or logs.
 """
 
@@ -15,6 +15,7 @@ from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
+from penstock.engines.frames import Progress
 
 
 class Backend(Protocol):
@@ -28,7 +29,7 @@ class Backend(Protocol):
     """How many sequences may run at once (a request with n choices takes n)."""
     wakeup: int | None
     """A file descriptor that is readable when `step` has something, for engines that run by themselves
-    (`penstock.engines.mailbox`); None where `step` itself computes."""
+    (`penstock.engines.child.output_queue`); None where `step` itself computes."""
 
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         """Begin a request under *key*; ``prefixes[c]`` is what choice *c* already has (continue it).
@@ -64,9 +65,6 @@ class Backend(Protocol):
         """
         ...
 
-
-#: Progress of a slow load: (what, fraction or None).
-Progress = Callable[[str, float | None], None]
 
 #: Loads a model: (name, path or None, options from ``--option``, progress). Raises `ModelLoadError`.
 Loader = Callable[[str, str | None, Mapping[str, Any], Progress], Backend]

@@ -18,7 +18,7 @@ import uvloop
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
-from penstock.engines.backend import failed_output
+from penstock.engines.child.backend import failed_output
 
 
 class Mailbox:

@@ -36,15 +36,18 @@ from penstock.core.foreign import Malformed, decode, whole
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
-from penstock.engines.backend import Progress, failed_output
-from penstock.engines.guide import Guide, Guides, followed, lark_of
-from penstock.engines.kvcache import fit_context
-from penstock.engines.mailbox import Choices, ThreadedBackend
+from penstock.engines.child.backend import failed_output
+from penstock.engines.child.output_queue import Choices, ThreadedBackend
+from penstock.engines.frames import Progress
 from penstock.engines.models import find_gguf
 from penstock.engines.options import LlamaOptions as Options
 from penstock.engines.options import parse
-from penstock.engines.sampling import Floats, Sampler, stream_key
-from penstock.engines.text import REPLACEMENT, Detokenizer, Reply, TextModel
+from penstock.engines.parts.guide import Guide, Guides, followed, lark_of
+from penstock.engines.parts.kvcache import fit_context
+from penstock.engines.parts.sampling import Floats, Sampler, stream_key
+from penstock.engines.text.detokenize import REPLACEMENT, Detokenizer
+from penstock.engines.text.model import TextModel
+from penstock.engines.text.reply import Reply
 
 #: How llama.cpp writes JSON that obeys a schema.
 SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -229,7 +232,7 @@ class _Tokens(msgspec.Struct):
 
 
 class LlamaBackend(ThreadedBackend):
-    """See `penstock.engines.backend.Backend`."""
+    """See `penstock.engines.child.backend.Backend`."""
 
     def __init__(
         self, name: str, server: Any, key: str, text: GgufText, context: int, precision: str, options: Options
@@ -540,7 +543,7 @@ def _error(error: Mapping[str, Any]) -> PenstockError:
 
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> LlamaBackend:
-    """See `penstock.engines.backend.Loader`."""
+    """See `penstock.engines.child.backend.Loader`."""
     parsed = parse(Options, options, "llama")
     file = find_gguf(name, path)
     progress("reading the file", None)

@@ -25,16 +25,17 @@ import numpy as np
 import psutil
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines._ov import ov, paged_attention_transformation
-from penstock.engines.backend import Backend, Progress
-from penstock.engines.batching import ContinuousBatching
-from penstock.engines.embedding import EmbeddingBackend, pool, pooling_of, recipe_of
-from penstock.engines.kvcache import CACHE_SHARE
+from penstock.engines.child.backend import Backend
+from penstock.engines.frames import Progress
 from penstock.engines.models import ModelFiles, resolve
+from penstock.engines.openvino.ov import ov, paged_attention_transformation
 from penstock.engines.options import OpenVINOOptions as Options
 from penstock.engines.options import parse
-from penstock.engines.sampling import Floats, Ints
-from penstock.engines.text import TextModel
+from penstock.engines.parts.batching import ContinuousBatching
+from penstock.engines.parts.embedding import EmbeddingBackend, pool, pooling_of, recipe_of
+from penstock.engines.parts.kvcache import CACHE_SHARE
+from penstock.engines.parts.sampling import Floats, Ints
+from penstock.engines.text.model import TextModel
 
 #: Seconds of spare time, after loading, that go into compiling kernels for the batch sizes to come.
 WARM_UP = 1.0
@@ -132,8 +133,8 @@ TOKEN_VECTORS, TEXT_VECTORS = ("last_hidden_state", "token_embeddings"), "senten
 
 
 class OpenVINOEncoder:
-    """See `penstock.engines.embedding.Encoder`. Where the network makes the vectors of texts itself, they are taken,
-    unless another *pooling* than "auto" is asked for."""
+    """See `penstock.engines.parts.embedding.Encoder`. Where the network makes the vectors of texts itself, they are
+    taken, unless another *pooling* than "auto" is asked for."""
 
     def __init__(self, model_file: Path, folder: Path, options: Options) -> None:
         core = ov.Core()
@@ -192,7 +193,7 @@ def _embedding(name: str, files: ModelFiles, text: TextModel, options: Options) 
 
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> Backend:
-    """See `penstock.engines.backend.Loader`."""
+    """See `penstock.engines.child.backend.Loader`."""
     parsed = parse(Options, options, "openvino")
     files = resolve(name, path, progress)
     text = TextModel.load(files.text)
