@@ -149,7 +149,7 @@ MUTANTS = [
                 "        text = data.decode(\"utf-8\", \"replace\")\n",
             ),
         ),
-        ("tests/unit/engines/test_text.py",),
+        ("tests/unit/engines/text/test_text.py",),
     ),
     Mutant(
         "tenant check dropped on reading",
@@ -279,7 +279,7 @@ MUTANTS = [
     Mutant(
         "a spare is loaded anew",
         ((STANDBY, "next((spare for spare in self._spares if spare.alive), None)", "None"),),
-        ("tests/unit/engines/test_standby.py", "-k", "TestSpares"),
+        ("tests/unit/engines/host/test_standby.py", "-k", "TestSpares"),
     ),
     Mutant(
         "forgetting reaches another tenant's job",
@@ -340,7 +340,7 @@ MUTANTS = [
                 "except PenstockError as error:\n                        if not isinstance(error, PenstockError):",
             ),
         ),
-        ("tests/unit/engines/test_child.py",),
+        ("tests/unit/engines/child/test_child.py",),
     ),
     Mutant(
         "slots are counted in jobs",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import tiny_models
 from tests.support.gguf import bundled_gguf
-from tests.unit.engines import tiny_models
 
 from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import tiny_models
 from tests.support.torch import NO_TORCH, TORCH
-from tests.unit.engines import tiny_models
 
 from penstock.core.errors import ModelLoadError
 from penstock.core.events import Prefix

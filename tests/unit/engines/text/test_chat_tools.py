@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-import tiny_models as tiny
+from tests.support import tiny_models as tiny
 
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, Tool, ToolCall

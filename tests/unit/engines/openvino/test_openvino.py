@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
+from tests.support import tiny_models as tiny
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 from llguidance import LLMatcher
+from tests.support import tiny_models as tiny
 
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool

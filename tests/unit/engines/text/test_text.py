@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support import tiny_models as tiny
 from tokenizers import Tokenizer
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 from safetensors.numpy import load_file
+from tests.support import tiny_models as tiny
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines.openvino.ir import built
