@@ -7,8 +7,9 @@ frame. Nothing here knows of asyncio, leases or logs.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from penstock.core.errors import EngineError, PenstockError
 from penstock.core.events import Prefix
@@ -18,19 +19,18 @@ from penstock.core.tasks import Tokenized
 from penstock.engines.frames import Progress
 
 
-class Backend(Protocol):
-    """One that has a ``spare_time`` too, an iterator of small pieces of work that make later steps faster, is asked for
-    one of them at a time while there is nothing to do. One that has a ``tokenize``, from a request to the `Tokenized`
-    of its prompt, at once, is asked that instead of to ``add`` a request with this task."""
-
+class Backend(ABC):
     info: ModelInfo
     """May be replaced while it runs, by one that runs by itself: when the model cannot serve (`ModelInfo.away`)."""
     slots: int
     """How many sequences may run at once (a request with n choices takes n)."""
-    wakeup: int | None
+    wakeup: int | None = None
     """A file descriptor that is readable when `step` has something, for engines that run by themselves
     (`penstock.engines.child.output_queue`); None where `step` itself computes."""
+    spare_time: Iterator[None] = iter(())
+    """Small pieces of work that make later steps faster, done one at a time while there is nothing else to do."""
 
+    @abstractmethod
     def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
         """Begin a request under *key*; ``prefixes[c]`` is what choice *c* already has (continue it).
 
@@ -41,29 +41,33 @@ class Backend(Protocol):
         penalty state from the prefix. If the prefix already completed every choice (its last token was an end token,
         a stop string or the max_tokens-th), the next `step` reports the finish and no token.
         """
-        ...
 
+    def tokenize(self, request: Request) -> Tokenized | None:
+        """The tokens of the prompt of a request to tokenize; None: `add` it, and it answers with outputs."""
+        return None
+
+    @abstractmethod
     def abort(self, key: int) -> None:
         """Stop a request and free its slot; unknown keys are ignored. No more outputs for *key*."""
-        ...
 
     @property
+    @abstractmethod
     def busy(self) -> bool:
         """Is there anything to step?"""
-        ...
 
     def delay(self) -> float | None:
         """Seconds until `step` has something to do; 0 for an engine that computes, None for one that wakes us."""
-        ...
+        return 0.0
 
+    @abstractmethod
     def step(self) -> list[Output]:
         """Advance every running sequence by one step; all their outputs (at most one `Output` per key).
 
         One output of a key carries ``prompt_tokens``: the first where it is known by then. Its last one carries
-        ``finish``. An exception from here takes the whole process down: it is for broken engines, not for bad requests.
-        What goes wrong with one request alone, wherever that is, is a `failed_output` of its.
+        ``finish``. `penstock.engines.child.choices` sees to both. An exception from here takes the whole process down:
+        it is for broken engines, not for bad requests. What goes wrong with one request alone, wherever that is, is a
+        `failed_output` of its.
         """
-        ...
 
 
 #: Loads a model: (name, path or None, options from ``--option``, progress). Raises `ModelLoadError`.

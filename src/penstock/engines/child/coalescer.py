@@ -21,7 +21,7 @@ TICK_PER_SEQUENCE = 0.0005
 MAX_TICK = 0.03
 
 
-class Outbox:
+class OutputCoalescer:
     def __init__(self) -> None:
         self._held: dict[int, Output] = {}
         self._begun: set[int] = set()

@@ -16,14 +16,12 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
-from penstock.core.job import Request
 from penstock.core.ports import ModelInfo, Output
-from penstock.core.tasks import Tokenized
 from penstock.engines.child.backend import Backend, Loader, failed_output, tokenized_output
-from penstock.engines.child.coalescer import Outbox
+from penstock.engines.child.coalescer import OutputCoalescer
 from penstock.engines.frames import (
     Abort,
     Add,
@@ -82,11 +80,10 @@ class Channel:
 
 def serve(channel: Channel, backend: Backend) -> None:
     """Commands in, outputs out; for ever."""
-    outbox = Outbox()
+    coalescer = OutputCoalescer()
     running: set[int] = set()
-    told: ModelInfo | None = None
-    spare_time: Iterator[None] | None = getattr(backend, "spare_time", None)
-    tokenize: Callable[[Request], Tokenized] | None = getattr(backend, "tokenize", None)
+    reported: ModelInfo | None = None
+    spare_time: Iterator[None] | None = backend.spare_time
 
     def send(outputs: list[Output]) -> None:
         try:
@@ -99,17 +96,17 @@ def serve(channel: Channel, backend: Backend) -> None:
             (output,) = outputs
             backend.abort(output.key)
             running.discard(output.key)
-            outbox.drop(output.key)
+            coalescer.drop(output.key)
             channel.send(Outputs([failed_output(output.key, error)]))
 
     while True:
-        if backend.info is not told:
-            told = backend.info
-            channel.send(Ready(told, backend.slots))
+        if backend.info is not reported:
+            reported = backend.info
+            channel.send(Ready(reported, backend.slots))
         wait = backend.delay() if backend.busy else None
-        if outbox.holds and backend.wakeup is not None and (due := outbox.due()) > 0:
+        if coalescer.holds and backend.wakeup is not None and (due := coalescer.due()) > 0:
             wait = due  # an engine that runs by itself may have more until then
-        elif wait != 0 and (held := outbox.flush()):
+        elif wait != 0 and (held := coalescer.flush()):
             send(held)
         if spare_time is not None and not backend.busy:
             wait = 0.0
@@ -122,8 +119,8 @@ def serve(channel: Channel, backend: Backend) -> None:
                 case Add(key, request, prefixes, attempt):
                     try:
                         backend.info.check(request)  # it may have been accepted before anything was known of the model
-                        if request.task == "tokenize" and tokenize is not None:
-                            answered.append(tokenized_output(key, tokenize(request)))
+                        if request.task == "tokenize" and (found := backend.tokenize(request)) is not None:
+                            answered.append(tokenized_output(key, found))
                         else:
                             backend.add(key, request, prefixes, attempt)
                             running.add(key)
@@ -134,13 +131,13 @@ def serve(channel: Channel, backend: Backend) -> None:
                 case Abort(key):
                     backend.abort(key)
                     running.discard(key)
-                    outbox.drop(key)
+                    coalescer.drop(key)
                 case Ping():
                     channel.send(Pong())
-        # What an aborted sequence left in a mailbox has to be taken out too, or it would wake us for ever.
+        # What an aborted sequence left in an output queue has to be taken out too, or it would wake us for ever.
         outputs = answered + backend.step() if backend.busy or backend.wakeup is not None else answered
         running.difference_update(output.key for output in outputs if output.finish is not None)
-        if now := outbox.take(outputs, max(len(running), len(outputs))):
+        if now := coalescer.take(outputs, max(len(running), len(outputs))):
             send(now)
 
 

@@ -1,4 +1,4 @@
-"""For engines that run by themselves, in threads or in an event loop of their own: outputs are put into a mailbox, and
+"""For engines that run by themselves, in threads or in an event loop of their own: outputs are put into a queue, and
 the process's main loop, which waits for commands, is woken by a file descriptor.
 """
 
@@ -15,46 +15,47 @@ from typing import Any
 import msgspec
 import uvloop
 
-from penstock.core.events import Logprob, Prefix
+from penstock.core.events import Prefix
 from penstock.core.job import Request
-from penstock.core.ports import Finish, ModelInfo, Output
-from penstock.engines.child.backend import failed_output
+from penstock.core.ports import Output
+from penstock.engines.child.backend import Backend, failed_output
+from penstock.engines.child.choices import ThreadedChoices
 
 
-class Mailbox:
+class OutputQueue:
     """Outputs on their way from any thread to `Backend.step`. ``fd`` is readable while there are any."""
 
     def __init__(self) -> None:
         self._items: deque[Output | BaseException] = deque()
-        self.fd, self._bell = os.pipe()
+        self.fd, self._writer = os.pipe()
         os.set_blocking(self.fd, False)
-        os.set_blocking(self._bell, False)
-        self._rung = False
+        os.set_blocking(self._writer, False)
+        self._notified = False
 
     def close(self) -> None:
         os.close(self.fd)
-        os.close(self._bell)
+        os.close(self._writer)
 
     def put(self, *outputs: Output) -> None:
         self._items.extend(outputs)
-        self.ring()
+        self.notify()
 
     def fail(self, error: BaseException) -> None:
         """The engine is broken: `take` raises *error*, and the process ends."""
         self._items.append(error)
-        self.ring()
+        self.notify()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Wake the main loop: there are outputs, or something else to see."""
-        if not self._rung:
-            self._rung = True
-            os.write(self._bell, b".")
+        if not self._notified:
+            self._notified = True
+            os.write(self._writer, b".")
 
     def take(self) -> list[Output]:
         """Everything that came, one `Output` a key, in order."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 1 << 16)
-        self._rung = False  # before looking: what comes after the look rings again
+        self._notified = False  # before looking: what comes after the look notifies again
         found: dict[int, Output] = {}
         while self._items:
             item = self._items.popleft()
@@ -67,99 +68,42 @@ class Mailbox:
         return list(found.values())
 
 
-class Choices:
-    """Makes the outputs of one request whose choices run by themselves, perhaps in threads.
-
-    The first output has the prompt's tokens, the one after the last choice's end has the finish. ``over``: aborted or
-    failed, nothing more must come.
-    """
-
-    def __init__(self, key: int, n: int, prompt_tokens: int | None = None) -> None:
-        self.key = key
-        self.over = False
-        self._prompt_tokens = prompt_tokens
-        self._told = False
-        self._ends: list[tuple[str, str | None]] = [("", None)] * n
-        self._open = n
-        self._lock = threading.Lock()
-
-    def output(
-        self,
-        choice: int,
-        ids: list[int],
-        texts: list[str],
-        logprobs: list[Logprob | None] | None = None,
-        prompt_tokens: int | None = None,
-    ) -> Output:
-        """New tokens of *choice*; *prompt_tokens* where they were not known before."""
-        output = Output(self.key, ids, texts, [choice] * len(ids) if len(self._ends) > 1 else None, logprobs)
-        with self._lock:
-            if self._prompt_tokens is None:
-                self._prompt_tokens = prompt_tokens
-            if not self._told:
-                self._told = True
-                output.prompt_tokens = self._prompt_tokens
-        return output
-
-    def end(self, choice: int, reason: str, stop: str | None) -> list[Output]:
-        """*choice* has ended: the output that says so of the whole request, if it was the last one.
-
-        *stop*: the stop string that ended it, if one did.
-        """
-        with self._lock:
-            self._ends[choice] = (reason, stop)
-            self._open -= 1
-            if self._open or self.over:
-                return []
-            told, self._told = self._told, True
-            return [
-                Output(
-                    self.key,
-                    prompt_tokens=None if told else self._prompt_tokens,
-                    finish=Finish.of(self._ends),
-                )
-            ]
-
-
-class ThreadedBackend:
-    """All of a `Backend` but ``add``, for one that puts `Choices`' outputs into its mailbox from other threads."""
+class ThreadedBackend(Backend):
+    """All of a `Backend` but ``add``, for one whose threads put the outputs of `ThreadedChoices` into its queue."""
 
     def __init__(self) -> None:
-        self.mailbox = Mailbox()
-        self.wakeup: int | None = self.mailbox.fd
-        self.jobs: dict[int, Choices] = {}
+        self.queue = OutputQueue()
+        self.wakeup = self.queue.fd
+        self.requests: dict[int, ThreadedChoices] = {}
 
     def abort(self, key: int) -> None:
-        if (job := self.jobs.pop(key, None)) is not None:
-            job.over = True
+        if (choices := self.requests.pop(key, None)) is not None:
+            choices.over = True
 
     @property
     def busy(self) -> bool:
-        return bool(self.jobs)
+        return bool(self.requests)
 
     def delay(self) -> float | None:
         return None
 
     def step(self) -> list[Output]:
-        outputs = [output for output in self.mailbox.take() if output.key in self.jobs]
+        outputs = [output for output in self.queue.take() if output.key in self.requests]
         for output in outputs:
             if output.finish is not None:
-                del self.jobs[output.key]
+                del self.requests[output.key]
         return outputs
 
 
-class AsyncBackend:
+class AsyncBackend(Backend):
     """A `Backend` over an event loop in a thread of its own: one task a request.
 
     A subclass says `generate` (and ``info`` and ``slots``); it may `check` a request before it is accepted.
     """
 
-    info: ModelInfo
-    slots: int
-
     def __init__(self) -> None:
-        self._mailbox = Mailbox()
-        self.wakeup = self._mailbox.fd
+        self._queue = OutputQueue()
+        self.wakeup = self._queue.fd
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._open: set[int] = set()
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
@@ -175,7 +119,7 @@ class AsyncBackend:
         """End the loop. For tests: an engine process just ends."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
-        self._mailbox.close()
+        self._queue.close()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Do *work* in the loop and wait for its result (for loading)."""
@@ -186,11 +130,11 @@ class AsyncBackend:
     def check(self, request: Request) -> None:
         """Raise a `PenstockError` for a request that must be refused."""
 
-    def tell_away(self, why: str) -> None:
+    def report_away(self, why: str) -> None:
         """From now on the model cannot serve, and *why*; or it can again (empty)."""
         if why != self.info.away:
             self.info = msgspec.structs.replace(self.info, away=why)
-            self._mailbox.ring()
+            self._queue.notify()
 
     def generate(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncIterator[Output]:
         """Outputs of one request; the first with ``prompt_tokens``, the last with ``finish``.
@@ -219,7 +163,7 @@ class AsyncBackend:
         return None
 
     def step(self) -> list[Output]:
-        outputs = [output for output in self._mailbox.take() if output.key in self._open]
+        outputs = [output for output in self._queue.take() if output.key in self._open]
         self._open.difference_update(output.key for output in outputs if output.finish is not None)
         return outputs
 
@@ -238,10 +182,10 @@ class AsyncBackend:
         try:
             async with contextlib.aclosing(self.generate(key, request, prefixes)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
-                    self._mailbox.put(output)
+                    self._queue.put(output)
         except Exception as error:
-            self._mailbox.put(failed_output(key, error))
+            self._queue.put(failed_output(key, error))
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            self._mailbox.fail(error)
+            self._queue.fail(error)

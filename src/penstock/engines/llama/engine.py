@@ -37,7 +37,8 @@ from penstock.core.job import Request
 from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
 from penstock.engines.child.backend import failed_output
-from penstock.engines.child.output_queue import Choices, ThreadedBackend
+from penstock.engines.child.choices import ThreadedChoices
+from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.frames import Progress
 from penstock.engines.models import find_gguf
 from penstock.engines.options import LlamaOptions as Options
@@ -264,14 +265,15 @@ class LlamaBackend(ThreadedBackend):
         text.check_ids(request.sampling)
         guides = [self._guides.begin(request) for _ in prefixes]
         prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
-        self.jobs[key] = job = Choices(key, len(prefixes), prompt_tokens)
+        self.requests[key] = choices = ThreadedChoices(key, len(prefixes), prompt_tokens)
         for choice, prefix in enumerate(prefixes):
             guide = guides[choice]
             reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guide)
             if reply.finish is not None:
-                self.mailbox.put(*job.end(choice, reply.finish, reply.stop))
+                if (last := choices.end(choice, reply.finish, reply.stop)) is not None:
+                    self.queue.put(last)
                 continue
-            self._threads.submit(_Sequence(self, job, request, choice, reply, prefix, guide).run, prompt)
+            self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix, guide).run, prompt)
 
     def tokenize(self, request: Request) -> Tokenized:
         ids: Sequence[int] | None = request.prompt_ids
@@ -294,7 +296,7 @@ class LlamaBackend(ThreadedBackend):
             raise EngineError(f"llama.cpp cannot tokenize this: {error}") from error
 
 
-class _Sequence:
+class _ChoiceThread:
     """One choice, in a thread of its own.
 
     llama.cpp draws its tokens. Where it cannot be told what they have to be, or would not tell all that is asked for of
@@ -304,7 +306,7 @@ class _Sequence:
     def __init__(
         self,
         backend: LlamaBackend,
-        job: Choices,
+        choices: ThreadedChoices,
         request: Request,
         choice: int,
         reply: Reply,
@@ -313,8 +315,8 @@ class _Sequence:
     ) -> None:
         self._server = backend.server
         self._text = backend.text
-        self._mailbox = backend.mailbox
-        self._job = job
+        self._queue = backend.queue
+        self._choices = choices
         self._request = request
         self._choice = choice
         self._reply = reply
@@ -328,9 +330,9 @@ class _Sequence:
 
     def run(self, prompt: list[int | str]) -> None:
         try:
-            if not self._here and not self._job.over:
+            if not self._here and not self._choices.over:
                 self._draw(prompt)
-            if self._here and not self._job.over:
+            if self._here and not self._choices.over:
                 self._choose(prompt)
         except Exception as error:
             self._fail(error)
@@ -359,7 +361,7 @@ class _Sequence:
 
     def _take(self, chunk: dict[str, Any]) -> bool:
         """One token from llama.cpp, or its last word. True: no more of it."""
-        if self._job.over or self._reply.finish is not None:
+        if self._choices.over or self._reply.finish is not None:
             return True
         try:
             self._read(chunk)
@@ -407,7 +409,7 @@ class _Sequence:
         sampler.occupy(0, unlogged, key, reply=reply.ids, guide=mask)
         # A few may be enough, but not where an unlikely one may be raised, or what the guide leaves is a choice of few.
         few = not sampling.logit_bias and (self._guide is None or mask is self._guide)
-        while reply.finish is None and not self._job.over:
+        while reply.finish is None and not self._choices.over:
             for count in (CANDIDATES, text.vocab_size) if few else (text.vocab_size,):
                 own, prompt_tokens = self._candidates(self._prompt(prompt), count)
                 allowed = own[0].copy()
@@ -468,21 +470,21 @@ class _Sequence:
                 break
         logprobs = None if logprobs is None else logprobs[: len(taken)]
         if taken:
-            self._mailbox.put(self._job.output(self._choice, taken, texts, logprobs, prompt_tokens))
+            self._queue.put(self._choices.output(self._choice, taken, texts, logprobs, prompt_tokens))
 
     def _end(self) -> None:
         if self._reply.finish is None:
             return
         if (error := followed(self._guide)) is not None:
             self._fail(error)
-        else:
-            self._mailbox.put(*self._job.end(self._choice, self._reply.finish, self._reply.stop))
+        elif (last := self._choices.end(self._choice, self._reply.finish, self._reply.stop)) is not None:
+            self._queue.put(last)
 
     def _fail(self, error: Exception) -> None:
         """End the request, and nobody else's: whatever one call meets, the engine goes on."""
-        if not self._job.over:
-            self._job.over = True
-            self._mailbox.put(failed_output(self._job.key, error))
+        if not self._choices.over:
+            self._choices.over = True
+            self._queue.put(failed_output(self._choices.key, error))
 
 
 def _body(request: Request, choice: int, before: int) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from penstock.core.events import Prefix
+from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
-from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized
+from penstock.engines.child.backend import Backend
+from penstock.engines.child.choices import Choices
 from penstock.engines.parts.guide import Guides, followed
 from penstock.engines.parts.kvcache import ROOT, BlockPool
 from penstock.engines.parts.sampling import Floats, Ints, Sampler, alternatives, stream_key
@@ -54,25 +56,25 @@ class Network(Protocol):
 # ------------------------------------------------------------------------------------------ sequences
 
 
-class _Job:
-    """A request and its choices."""
-
-    __slots__ = ("key", "open", "prompt_tokens", "sequences")
-
-    def __init__(self, key: int, prompt_tokens: int) -> None:
-        self.key = key
-        self.prompt_tokens: int | None = prompt_tokens  # None once told
-        self.sequences: list[_Sequence] = []
-        self.open = 0  # how many of them run or wait
-
-
 class _Sequence:
     """One choice. The first ``published`` of its blocks are findable by others, at ``node`` of the prefix tree."""
 
-    __slots__ = ("blocks", "choice", "job", "node", "prompt", "published", "reply", "request", "rng", "scores", "slot")
+    __slots__ = (
+        "blocks",
+        "choice",
+        "choices",
+        "node",
+        "prompt",
+        "published",
+        "reply",
+        "request",
+        "rng",
+        "scores",
+        "slot",
+    )
 
-    def __init__(self, job: _Job, choice: int, request: Request, prompt: list[int], reply: Reply) -> None:
-        self.job = job
+    def __init__(self, choices: Choices, choice: int, request: Request, prompt: list[int], reply: Reply) -> None:
+        self.choices = choices
         self.choice = choice
         self.request = request
         self.prompt = prompt
@@ -101,49 +103,47 @@ class _Computed:
 
 
 class _Scores:
-    """Makes the log of a *prompt* that is scored; *logged*: how many of its tokens an earlier attempt told. *count*: of
-    alternatives."""
+    """Makes the log of a *prompt* that is scored; *logged*: how many of its tokens are in it from an earlier attempt.
+    *count*: of alternatives."""
 
-    __slots__ = ("_count", "_prompt", "_text", "_write", "told")
+    __slots__ = ("_count", "_prompt", "_text", "_write", "logged")
 
     def __init__(self, text: TextModel, prompt: list[int], logged: int, count: int) -> None:
         self._text = text
         self._prompt = prompt
         self._count = count
         self._write = text.detokenizer(continuing=True)
-        self.told = logged
+        self.logged = logged
         for token in prompt[:logged]:
             self._write.push(token)
 
     @property
     def over(self) -> bool:
-        return self.told == len(self._prompt)
+        return self.logged == len(self._prompt)
 
     def rows(self, past: int, count: int) -> range:
-        """Which of the *count* tokens from *past* on have logits to be told: those of the token behind it."""
-        return range(max(past, self.told - 1), min(past + count, len(self._prompt) - 1))
+        """Which of the *count* tokens from *past* on have logits for the log: those of the token behind it."""
+        return range(max(past, self.logged - 1), min(past + count, len(self._prompt) - 1))
 
-    def take(self, output: Output, logits: Floats) -> None:
-        """Add to *output* what *logits* say of the next tokens; before them comes the first of all, of which nothing
-        is known."""
-        tokens = self._prompt[self.told : (self.told or 1) + len(logits)]
-        output.ids = tokens
-        output.texts = [self._write.push(token) for token in tokens]
-        output.logprobs = [None] * (len(tokens) - len(logits))
+    def take(self, logits: Floats) -> tuple[list[int], list[str], list[Logprob | None]]:
+        """What *logits* say of the next tokens: ids, texts, log-probabilities. Before them comes the first of all, of
+        which nothing is known."""
+        tokens = self._prompt[self.logged : (self.logged or 1) + len(logits)]
+        texts = [self._write.push(token) for token in tokens]
+        logprobs: list[Logprob | None] = [None] * (len(tokens) - len(logits))
         for row, token in zip(logits, tokens[len(tokens) - len(logits) :], strict=True):
-            output.logprobs.append(self._text.logprob(token, *alternatives(row, token, self._count)))
-        self.told += len(tokens)
+            logprobs.append(self._text.logprob(token, *alternatives(row, token, self._count)))
+        self.logged += len(tokens)
         if self.over and tokens:
-            output.texts[-1] += self._write.flush()
+            texts[-1] += self._write.flush()
+        return tokens, texts, logprobs
 
 
-class ContinuousBatching:
+class ContinuousBatching(Backend):
     """See `penstock.engines.child.backend.Backend`.
 
     A step is three calls: who computes what (`_schedule`), the network (`_compute`), and what comes of it (`_deliver`).
     """
-
-    wakeup: int | None = None
 
     def __init__(
         self,
@@ -172,14 +172,13 @@ class ContinuousBatching:
             unsupported=() if text.has_token_bytes else ("response_format",),
             tasks=("generate", "tokenize", "score"),
         )
-        self.spare_time: Iterator[None] = iter(())
         self._text = text
         self._guides = Guides(text) if text.has_token_bytes else None
         self._network = network
         self._pool = BlockPool(network.blocks, network.block_size, caching=prefix_caching)
         self._sampler = Sampler(slots, network.vocab)
-        self._jobs: dict[int, _Job] = {}
-        self._done: list[_Job] = []  # complete before they began
+        self._requests: dict[int, list[_Sequence]] = {}
+        self._complete: list[Output] = []  # of requests that were complete before they began
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []  # some of their prompt is not in the cache yet
         self._decoding: list[_Sequence] = []  # all but their last token is
@@ -199,49 +198,49 @@ class ContinuousBatching:
         prompt = text.encode_request(request)
         text.check_ids(sampling)
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
-        job = _Job(key, len(prompt))
+        choices = Choices(key, len(prefixes), len(prompt))
+        sequences = []
         for choice, prefix in enumerate(prefixes):
             if request.task == "score":
-                sequence = _Sequence(job, choice, request, prompt, text.reply(request, 1))
+                sequence = _Sequence(choices, choice, request, prompt, text.reply(request, 1))
                 sequence.scores = _Scores(text, prompt, len(prefix.ids), sampling.logprobs or 0)
                 if sequence.scores.over:
                     sequence.reply.end("stop")
             else:
                 guide = self._guides.begin(request) if self._guides else None
-                sequence = _Sequence(job, choice, request, prompt, text.reply(request, limit, prefix.ids, guide))
-            job.sequences.append(sequence)
-        job.open = sum(sequence.reply.finish is None for sequence in job.sequences)
-        self._jobs[key] = job
-        self._waiting.extend(sequence for sequence in job.sequences if sequence.reply.finish is None)
-        if not job.open:
-            self._done.append(job)
+                sequence = _Sequence(choices, choice, request, prompt, text.reply(request, limit, prefix.ids, guide))
+            sequences.append(sequence)
+        self._requests[key] = sequences
+        for sequence in sequences:
+            if sequence.reply.finish is None:
+                self._waiting.append(sequence)
+            elif (last := self._end(sequence)) is not None:
+                self._complete.append(last)
 
     def tokenize(self, request: Request) -> Tokenized:
         return self._text.tokenize(request)
 
     def abort(self, key: int) -> None:
-        job = self._jobs.pop(key, None)
-        if job is None:
+        if (sequences := self._requests.pop(key, None)) is None:
             return
-        for sequence in job.sequences:
+        for sequence in sequences:
             if sequence.slot >= 0:
                 self._leave(sequence)
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.job is not job)
-        self._done = [done for done in self._done if done is not job]
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.choices.key != key)
+        self._complete = [output for output in self._complete if output.key != key]
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs)
-
-    def delay(self) -> float | None:
-        return 0.0
+        return bool(self._requests)
 
     def step(self) -> list[Output]:
-        outputs = [self._finished(job, Output(job.key)) for job in self._done]
-        self._done.clear()
+        outputs, self._complete = self._complete, []
         prefills = self._schedule()
         if prefills or self._decoding:
             outputs += self._deliver(self._compute(prefills))
+        for output in outputs:
+            if output.finish is not None:
+                del self._requests[output.key]
         return outputs
 
     # ---------------------------------------------------------------------------- who computes what
@@ -288,7 +287,7 @@ class ContinuousBatching:
         slot = sequence.slot = self._free_slots.pop()
         ids = sequence.prompt + sequence.reply.ids
         # Whose logits are wanted has to be computed, whatever the cache knows.
-        known = ids if sequence.scores is None else ids[: max(0, sequence.scores.told - 1)]
+        known = ids if sequence.scores is None else ids[: max(0, sequence.scores.logged - 1)]
         sequence.blocks, sequence.node = self._pool.find(known)
         sequence.published = len(sequence.blocks)
         self._table[slot, : len(sequence.blocks)] = sequence.blocks
@@ -413,17 +412,15 @@ class ContinuousBatching:
         outputs = []
         row = len(computed.drawing)
         for sequence, count in computed.scored:
-            scores, job = sequence.scores, sequence.job
+            scores = sequence.scores
             assert scores is not None
-            output = Output(job.key)
-            if job.prompt_tokens is not None:
-                output.prompt_tokens, job.prompt_tokens = job.prompt_tokens, None
-            scores.take(output, computed.logits[row : row + count])
+            output = sequence.choices.output(sequence.choice, *scores.take(computed.logits[row : row + count]))
             row += count
             if scores.over:
                 sequence.reply.end("stop")
                 self._leave(sequence)
-                self._finished(job, output)
+                if (last := self._end(sequence)) is not None:
+                    output.extend(last)
             outputs.append(output)
         return outputs
 
@@ -436,24 +433,15 @@ class ContinuousBatching:
         outputs: dict[int, Output] = {}
         ended: list[_Sequence] = []
         for row, (sequence, token) in enumerate(zip(drawing, tokens, strict=True)):
-            job, reply = sequence.job, sequence.reply
-            text = reply.push(token)
-            logprob = self._text.logprob(token, *logprobs[row]) if row in logprobs else None
-            output = outputs.get(job.key)
-            if output is None:
-                choices = None if len(job.sequences) == 1 else [sequence.choice]
-                outputs[job.key] = output = Output(job.key, [token], [text], choices)
-                if logprob is not None:
-                    output.logprobs = [logprob]
-                if job.prompt_tokens is not None:
-                    output.prompt_tokens, job.prompt_tokens = job.prompt_tokens, None
+            reply, choices = sequence.reply, sequence.choices
+            logprob: list[Logprob | None] | None = None
+            if row in logprobs:
+                logprob = [self._text.logprob(token, *logprobs[row])]
+            output = choices.output(sequence.choice, [token], [reply.push(token)], logprob)
+            if (earlier := outputs.get(choices.key)) is None:
+                outputs[choices.key] = output
             else:  # another choice of the same request
-                output.ids.append(token)
-                output.texts.append(text)
-                if output.choices is not None:
-                    output.choices.append(sequence.choice)
-                if output.logprobs is not None:
-                    output.logprobs.append(logprob)
+                earlier.extend(output)
             if reply.finish is not None:
                 ended.append(sequence)
 
@@ -464,23 +452,14 @@ class ContinuousBatching:
             self._decoding_slots = slots
         for sequence in ended:
             self._leave(sequence)
-            sequence.job.open -= 1
-            if not sequence.job.open:
-                self._finished(sequence.job, outputs[sequence.job.key])
+            if (last := self._end(sequence)) is not None:
+                outputs[last.key].extend(last)
         return list(outputs.values())
 
-    def _finished(self, job: _Job, output: Output) -> Output:
-        del self._jobs[job.key]
-        if job.prompt_tokens is not None:
-            output.prompt_tokens = job.prompt_tokens
-        failed = next((error for sequence in job.sequences if (error := followed(sequence.reply.guide))), None)
-        if failed is not None:
-            output.finish = Finish(error=failed.info)
-        else:
-            output.finish = Finish.of(
-                (sequence.reply.finish or "stop", sequence.reply.stop) for sequence in job.sequences
-            )
-        return output
+    def _end(self, sequence: _Sequence) -> Output | None:
+        """How the request ends with this *sequence*, if it does."""
+        reply = sequence.reply
+        return sequence.choices.end(sequence.choice, reply.finish or "stop", reply.stop, followed(reply.guide))
 
     def warm_up(self, seconds: float) -> Iterator[None]:
         """Compile kernels for the batch sizes to come, the likeliest first, one at each step of the iterator, for about

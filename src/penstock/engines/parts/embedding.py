@@ -19,8 +19,10 @@ import numpy as np
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.events import Prefix
 from penstock.core.job import Request
-from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized, vector_text
+from penstock.engines.child.backend import Backend
+from penstock.engines.child.choices import Choices
 from penstock.engines.parts.sampling import Floats, Ints
 from penstock.engines.text.model import TextModel, read_json
 
@@ -80,10 +82,10 @@ class Recipe:
 
 
 def pooling_of(folder: Path) -> str:
-    """What sentence-transformers has written into a model's folder. Raises `ModelLoadError` where it is not told."""
-    told = read_json(folder / "1_Pooling" / "config.json")
-    found = [name for field, name in _POOLING_FIELDS.items() if told.get(field)]
-    found = found or [{"lasttoken": "last"}.get(mode, mode) for mode in [told.get("pooling_mode")] if mode]
+    """What sentence-transformers has written into a model's folder. Raises `ModelLoadError` where it has not."""
+    written = read_json(folder / "1_Pooling" / "config.json")
+    found = [name for field, name in _POOLING_FIELDS.items() if written.get(field)]
+    found = found or [{"lasttoken": "last"}.get(mode, mode) for mode in [written.get("pooling_mode")] if mode]
     if len(found) == 1 and found[0] in POOLINGS:
         return str(found[0])
     raise ModelLoadError(
@@ -98,15 +100,15 @@ def max_length_of(folder: Path, text: TextModel) -> int:
     most = text.context_length
     if config.get("model_type") in _OFFSET_POSITIONS and (positions := config.get("max_position_embeddings")):
         most = min(most, int(positions) - int(config.get("pad_token_id", 1)) - 1)
-    told = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
-    return min(most, int(told)) if told else most
+    written = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    return min(most, int(written)) if written else most
 
 
 def prompts_of(folder: Path) -> dict[str, str]:
     """What sentence-transformers has to put before queries and documents."""
-    told = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
-    return {kind: str(told.get(kind) or told.get(f"search_{kind}") or "") for kind in ("query", "document")} | (
-        {"document": str(told["passage"])} if told.get("passage") else {}
+    written = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    return {kind: str(written.get(kind) or written.get(f"search_{kind}") or "") for kind in ("query", "document")} | (
+        {"document": str(written["passage"])} if written.get("passage") else {}
     )
 
 
@@ -145,27 +147,24 @@ def recipe_of(
 # ------------------------------------------------------------------------------------------ the backend
 
 
-class _Job:
-    __slots__ = ("dimensions", "key", "left", "prompt_tokens", "waiting")
+class _Inputs:
+    """Of a request, those that have no vector yet."""
 
-    def __init__(
-        self, key: int, dimensions: int | None, prompt_tokens: int, waiting: list[tuple[int, list[int]]]
-    ) -> None:
-        self.key = key
+    __slots__ = ("choices", "dimensions", "left", "waiting")
+
+    def __init__(self, choices: Choices, dimensions: int | None, waiting: list[tuple[int, list[int]]]) -> None:
+        self.choices = choices
         self.dimensions = dimensions
-        self.prompt_tokens: int | None = prompt_tokens  # None once told
         self.waiting = sorted(waiting, key=lambda each: len(each[1]))
         """(index, ids) of what is not computed yet, the longest last."""
         self.left = len(waiting)
 
 
-class EmbeddingBackend:
+class EmbeddingBackend(Backend):
     """See `penstock.engines.child.backend.Backend`.
 
     *step_tokens*: of a step, padding included (one text may have more).
     """
-
-    wakeup: int | None = None
 
     def __init__(
         self, name: str, engine: str, text: TextModel, encoder: Encoder, recipe: Recipe, *, slots: int, step_tokens: int
@@ -185,9 +184,9 @@ class EmbeddingBackend:
         self._encoder = encoder
         self._recipe = recipe
         self._step_tokens = step_tokens
-        self._jobs: dict[int, _Job] = {}
-        self._turn: deque[_Job] = deque()  # those with inputs that wait
-        self._done: list[_Job] = []  # complete before they began
+        self._requests: dict[int, _Inputs] = {}
+        self._turn: deque[_Inputs] = deque()  # those with inputs that wait
+        self._complete: list[Output] = []  # of requests that were complete before they began
 
     # ---------------------------------------------------------------------------- Backend
 
@@ -198,44 +197,41 @@ class EmbeddingBackend:
         prompt = self._recipe.prompts.get(request.input_type or "document", "")
         ids = [self._ids(index, each, prompt) for index, each in enumerate(request.inputs)]
         waiting = [(index, each) for index, each in enumerate(ids) if index not in logged]
-        job = _Job(key, request.dimensions, sum(map(len, ids)), waiting)
-        self._jobs[key] = job
-        if job.left:
-            self._turn.append(job)
-        else:
-            self._done.append(job)
+        choices = Choices(key, 1, sum(map(len, ids)))
+        self._requests[key] = inputs = _Inputs(choices, request.dimensions, waiting)
+        if inputs.left:
+            self._turn.append(inputs)
+        elif (last := choices.end(0, "stop")) is not None:
+            self._complete.append(last)
 
     def tokenize(self, request: Request) -> Tokenized:
         return self._text.tokenize(request)
 
     def abort(self, key: int) -> None:
-        job = self._jobs.pop(key, None)
-        self._turn = deque(each for each in self._turn if each is not job)
-        self._done = [each for each in self._done if each is not job]
+        self._requests.pop(key, None)
+        self._turn = deque(each for each in self._turn if each.choices.key != key)
+        self._complete = [output for output in self._complete if output.key != key]
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs)
-
-    def delay(self) -> float | None:
-        return 0.0
+        return bool(self._requests)
 
     def step(self) -> list[Output]:
-        outputs = {job.key: self._end(job, Output(job.key)) for job in self._done}
-        self._done.clear()
+        outputs = {output.key: output for output in self._complete}
+        self._complete.clear()
         batch = self._gather()
         if batch:
             vectors = self._compute([ids for _, _, ids in batch])
-            for (job, index, _), vector in zip(batch, vectors, strict=True):
-                output = outputs.get(job.key)
-                if output is None:
-                    outputs[job.key] = output = Output(job.key, [], [])
-                    output.prompt_tokens, job.prompt_tokens = job.prompt_tokens, None
-                output.ids.append(index)
-                output.texts.append(vector_text(self._finished(vector, job.dimensions).tolist()))
-                job.left -= 1
-                if not job.left:
-                    self._end(job, output)
+            for (inputs, index, _), vector in zip(batch, vectors, strict=True):
+                choices = inputs.choices
+                output = choices.output(0, [index], [vector_text(self._finished(vector, inputs.dimensions).tolist())])
+                outputs.setdefault(choices.key, Output(choices.key)).extend(output)
+                inputs.left -= 1
+                if not inputs.left and (last := choices.end(0, "stop")) is not None:
+                    outputs[choices.key].extend(last)
+        for output in outputs.values():
+            if output.finish is not None:
+                del self._requests[output.key]
         return list(outputs.values())
 
     # ---------------------------------------------------------------------------- inputs
@@ -259,21 +255,21 @@ class EmbeddingBackend:
             raise ContextLengthExceeded.of("input", len(ids), most, index=index)
         return ids
 
-    def _gather(self) -> list[tuple[_Job, int, list[int]]]:
+    def _gather(self) -> list[tuple[_Inputs, int, list[int]]]:
         """The inputs of the next step: one of each request in turn, as many as there is room for."""
-        batch: list[tuple[_Job, int, list[int]]] = []
+        batch: list[tuple[_Inputs, int, list[int]]] = []
         longest = 0
         while self._turn:
-            job = self._turn[0]
-            index, ids = job.waiting[-1]
+            inputs = self._turn[0]
+            index, ids = inputs.waiting[-1]
             longest = max(longest, len(ids))
             if batch and longest * (len(batch) + 1) > self._step_tokens:
                 break
-            batch.append((job, index, ids))
-            job.waiting.pop()
+            batch.append((inputs, index, ids))
+            inputs.waiting.pop()
             self._turn.popleft()
-            if job.waiting:
-                self._turn.append(job)
+            if inputs.waiting:
+                self._turn.append(inputs)
         return batch
 
     def _compute(self, batch: Sequence[list[int]]) -> Floats:
@@ -305,10 +301,3 @@ class EmbeddingBackend:
         if self._recipe.normalize:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
         return vector
-
-    def _end(self, job: _Job, output: Output) -> Output:
-        del self._jobs[job.key]
-        if job.prompt_tokens is not None:
-            output.prompt_tokens = job.prompt_tokens
-        output.finish = Finish(("stop",))
-        return output

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
-from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
-from penstock.engines.child.output_queue import Choices, ThreadedBackend
+from penstock.engines.child.choices import ThreadedChoices
+from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.parts.guide import Guides, followed
 from penstock.engines.parts.sampling import stream_key
 from penstock.engines.text.model import TextModel
@@ -25,11 +26,17 @@ class Row:
     """One choice of a request, in a batch. ``ids``: prompt and what an earlier attempt logged."""
 
     def __init__(
-        self, batching: StaticBatching, job: Choices, choice: int, request: Request, prompt: list[int], reply: Reply
+        self,
+        batching: StaticBatching,
+        choices: ThreadedChoices,
+        choice: int,
+        request: Request,
+        prompt: list[int],
+        reply: Reply,
     ) -> None:
         self._text = batching.text
-        self._mailbox = batching.mailbox
-        self._job = job
+        self._queue = batching.queue
+        self._choices = choices
         self._choice = choice
         self.request = request
         self.prompt = prompt
@@ -40,22 +47,22 @@ class Row:
     @property
     def over(self) -> bool:
         """Nothing more of it is wanted: it has ended, or was aborted."""
-        return self._job.over or self.reply.finish is not None
+        return self._choices.over or self.reply.finish is not None
 
     def take(self, token: int, logprob: tuple[float, list[tuple[int, float]]] | None) -> None:
         """The next token; with its log-probability and the best alternatives where they were asked for."""
         text = self.reply.push(token)
         logprobs: list[Logprob | None] | None = None if logprob is None else [self._text.logprob(token, *logprob)]
-        self._mailbox.put(self._job.output(self._choice, [token], [text], logprobs))
+        self._queue.put(self._choices.output(self._choice, [token], [text], logprobs))
         if self.reply.finish is not None:
             self.end()
 
     def end(self) -> None:
-        if (error := followed(self.reply.guide)) is not None:
-            self._job.over = True
-            self._mailbox.put(Output(self._job.key, finish=Finish(error=error.info)))
-        else:
-            self._mailbox.put(*self._job.end(self._choice, self.reply.finish or "stop", self.reply.stop))
+        reply = self.reply
+        if (
+            last := self._choices.end(self._choice, reply.finish or "stop", reply.stop, followed(reply.guide))
+        ) is not None:
+            self._queue.put(last)
 
 
 class StaticBatching(ThreadedBackend):
@@ -90,12 +97,12 @@ class StaticBatching(ThreadedBackend):
         prompt = text.encode_request(request)
         text.check_ids(request.sampling)
         limit = min(request.sampling.max_tokens, text.context_length - len(prompt))
-        job = Choices(key, len(prefixes), len(prompt))
+        choices = ThreadedChoices(key, len(prefixes), len(prompt))
         rows = []
         for choice, prefix in enumerate(prefixes):
             reply = text.reply(request, limit, prefix.ids, self._guides.begin(request) if self._guides else None)
-            rows.append(Row(self, job, choice, request, prompt, reply))
-        self.jobs[key] = job
+            rows.append(Row(self, choices, choice, request, prompt, reply))
+        self.requests[key] = choices
         for row in rows:
             if row.over:
                 row.end()
@@ -115,7 +122,7 @@ class StaticBatching(ThreadedBackend):
                 if batch:
                     self._generate(batch, steps)
             except BaseException as error:
-                self.mailbox.fail(error)
+                self.queue.fail(error)
                 return
 
     def _gather(self) -> tuple[list[Row], int]:

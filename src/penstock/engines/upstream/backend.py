@@ -106,7 +106,7 @@ class UpstreamBackend(AsyncBackend):
 
     def _look(self) -> None:
         """A replica went down, or came up."""
-        self.tell_away("" if self._replicas.up else "no upstream server answers")
+        self.report_away("" if self._replicas.up else "no upstream server answers")
 
     async def _watch(self) -> None:
         self._look()  # one may have gone since it was asked

@@ -26,9 +26,11 @@ import psutil
 from penstock.core.errors import EngineError, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request, ResponseFormat
-from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized
 from penstock.core.tools import check_form
+from penstock.engines.child.backend import Backend, failed_output
+from penstock.engines.child.choices import Choices
 from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.options import VLLMOptions as Options
@@ -134,39 +136,27 @@ def _guide(form: ResponseFormat) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ the backend
 
 
-class _Job:
-    """A request and its choices; ``open`` counts those that run."""
+class _RunningChoice:
+    """A choice that vLLM knows as ``id``. *top*: alternatives that are asked for."""
 
-    __slots__ = ("guided", "key", "open", "prompt_tokens", "sequences")
+    __slots__ = ("choice", "choices", "guided", "id", "reply", "top")
 
-    def __init__(self, key: int, prompt_tokens: int, guided: bool) -> None:
-        self.key = key
-        self.prompt_tokens: int | None = prompt_tokens  # None once told
+    def __init__(self, choices: Choices, choice: int, reply: Reply, top: int, guided: bool) -> None:
+        self.choices = choices
+        self.choice = choice
+        self.id = f"{choices.key}-{choice}"
+        self.reply = reply
+        self.top = top
         self.guided = guided
-        self.sequences: list[_Sequence] = []
-        self.open = 0
 
     @property
     def compiling(self) -> bool:
         """Is it perhaps its grammar that it waits for?"""
-        return self.guided and self.prompt_tokens is not None
+        return self.guided and not self.choices.reported
 
 
-class _Sequence:
-    __slots__ = ("choice", "id", "job", "reply", "top")
-
-    def __init__(self, job: _Job, choice: int, reply: Reply, top: int) -> None:
-        self.job = job
-        self.choice = choice
-        self.id = f"{job.key}-{choice}"
-        self.reply = reply
-        self.top = top
-
-
-class VLLMBackend:
+class VLLMBackend(Backend):
     """See `penstock.engines.child.backend.Backend`."""
-
-    wakeup = None
 
     def __init__(self, name: str, text: TextModel, core: Core, slots: int, precision: str) -> None:
         self.slots = slots
@@ -182,9 +172,9 @@ class VLLMBackend:
         )
         self._text = text
         self._core = core
-        self._jobs: dict[int, _Job] = {}
-        self._running: dict[str, _Sequence] = {}
-        self._done: list[_Job] = []  # complete before they began
+        self._open: set[int] = set()  # keys of requests that have not ended
+        self._running: dict[str, _RunningChoice] = {}
+        self._complete: list[Output] = []  # of requests that were complete before they began
 
     # ---------------------------------------------------------------------------- Backend
 
@@ -202,123 +192,108 @@ class VLLMBackend:
             sampling = msgspec.structs.replace(sampling, ignore_eos=False)
         ends = frozenset() if sampling.ignore_eos else text.eos_ids
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
-        job = _Job(key, len(prompt), guide is not None)
+        choices = Choices(key, len(prefixes), len(prompt))
         try:
             for choice, prefix in enumerate(prefixes):
                 detokenizer = text.detokenizer(continuing=request.messages is None or request.continue_final)
                 reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids, request=request)
-                sequence = _Sequence(job, choice, reply, sampling.logprobs or 0)
-                job.sequences.append(sequence)
+                running = _RunningChoice(choices, choice, reply, sampling.logprobs or 0, guide is not None)
                 if reply.finish is None:
                     params = sampling_params(request, choice, limit, prefix.ids, ends, self._core.counts_prefix)
-                    self._core.add(sequence.id, prompt + prefix.ids, params, guide, len(prefix.ids))
-                    self._running[sequence.id] = sequence
-                    job.open += 1
+                    self._core.add(running.id, prompt + prefix.ids, params, guide, len(prefix.ids))
+                    self._running[running.id] = running
+                elif (last := choices.end(choice, reply.finish, reply.stop)) is not None:
+                    self._complete.append(last)
         except ValueError as error:  # a schema that its grammar compiler does not know, above all
-            self._drop(job)
+            self._drop(key)
             raise InvalidRequest(
                 f"vLLM refuses this request: {error}", param=None if guide is None else "response_format"
             ) from error
-        self._jobs[key] = job
-        if not job.open:
-            self._done.append(job)
+        self._open.add(key)
 
     def tokenize(self, request: Request) -> Tokenized:
         return self._text.tokenize(request)
 
     def abort(self, key: int) -> None:
-        if (job := self._jobs.pop(key, None)) is not None:
-            self._drop(job)
-            self._done = [done for done in self._done if done is not job]
+        self._open.discard(key)
+        self._drop(key)
+        self._complete = [output for output in self._complete if output.key != key]
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs)
-
-    def delay(self) -> float | None:
-        return 0.0
+        return bool(self._open)
 
     def step(self) -> list[Output]:
-        outputs: dict[int, Output] = {}
-        for job in self._done:
-            outputs[job.key] = self._finished(job, Output(job.key))
-        self._done.clear()
-        if not self._running:
-            return list(outputs.values())
+        outputs = {output.key: output for output in self._complete}
+        self._complete.clear()
+        if self._running:
+            self._advance(outputs)
+        self._open.difference_update(output.key for output in outputs.values() if output.finish is not None)
+        return list(outputs.values())
+
+    def _advance(self, outputs: dict[int, Output]) -> None:
+        """Run vLLM once; what comes of it goes to *outputs*, by key."""
         drawn = self._core.step()
-        if not drawn and all(sequence.job.compiling for sequence in self._running.values()):
+        if not drawn and all(running.compiling for running in self._running.values()):
             time.sleep(COMPILE_WAIT)
         stopped: list[str] = []
         for sampled in drawn:
-            sequence = self._running.get(sampled.id)
-            if sequence is None:
+            running = self._running.get(sampled.id)
+            if running is None:
                 continue  # aborted
-            job, reply = sequence.job, sequence.reply
-            output = outputs.get(job.key)
-            if output is None:
-                outputs[job.key] = output = Output(job.key)
-                if len(job.sequences) > 1:
-                    output.choices = []
-                output.prompt_tokens, job.prompt_tokens = job.prompt_tokens, None
-            self._take(sequence, sampled, output)
+            reply, choices = running.reply, running.choices
+            output = outputs.setdefault(choices.key, Output(choices.key))
+            output.extend(self._take(running, sampled))
             if reply.finish is not None:
                 if sampled.finish is None:
                     stopped.append(sampled.id)
                 del self._running[sampled.id]
-                job.open -= 1
-                if not job.open:
-                    self._finished(job, output)
+                if (last := choices.end(running.choice, reply.finish, reply.stop)) is not None:
+                    output.extend(last)
             elif sampled.finish is not None:
-                del self._running[sampled.id]
-                self._fail(job, output, sampled.finish)
+                output.extend(self._failed(running, sampled.finish))
         if stopped:
             self._core.abort(stopped)
-        return list(outputs.values())
 
     # ---------------------------------------------------------------------------- what came of a step
 
-    def _take(self, sequence: _Sequence, sampled: Sampled, output: Output) -> None:
-        reply = sequence.reply
+    def _take(self, running: _RunningChoice, sampled: Sampled) -> Output:
+        reply, ids, texts = running.reply, [], []
+        logprobs: list[Logprob | None] | None = None if sampled.logprobs is None else []
         for i, token in enumerate(sampled.tokens):
-            output.texts.append(reply.push(token))
-            output.ids.append(token)
-            if output.choices is not None:
-                output.choices.append(sequence.choice)
-            if sampled.logprobs is not None:
-                if output.logprobs is None:
-                    output.logprobs = []
-                output.logprobs.append(self._logprob(token, sampled.logprobs[i], sequence.top))
+            texts.append(reply.push(token))
+            ids.append(token)
+            if sampled.logprobs is not None and logprobs is not None:
+                logprobs.append(self._logprob(token, sampled.logprobs[i], running.top))
             if reply.finish is not None:
-                return
+                break
+        return running.choices.output(running.choice, ids, texts, logprobs)
 
     def _logprob(self, token: int, entries: list[tuple[int, float, int]], top: int) -> Logprob:
         drawn = next(value for id, value, rank in entries if id == token)
         best = sorted((entry for entry in entries if entry[2] <= top), key=lambda entry: entry[2])
         return self._text.logprob(token, drawn, [(id, value) for id, value, _ in best])
 
-    def _finished(self, job: _Job, output: Output) -> Output:
-        del self._jobs[job.key]
-        if job.prompt_tokens is not None:
-            output.prompt_tokens = job.prompt_tokens
-        output.finish = Finish.of((sequence.reply.finish or "stop", sequence.reply.stop) for sequence in job.sequences)
-        return output
-
-    def _fail(self, job: _Job, output: Output, reason: str) -> None:
-        """vLLM gave a sequence up, and with it the request."""
-        del self._jobs[job.key]
-        self._drop(job)
-        if job.guided and reason == "error":
+    def _failed(self, running: _RunningChoice, reason: str) -> Output:
+        """vLLM gave a choice up, and with it the request."""
+        key = running.choices.key
+        del self._running[running.id]
+        self._drop(key)
+        if running.guided and reason == "error":
             error = EngineError(
                 "vLLM cannot hold the reply to its form: it has no grammar for it, or what was already written of the "
                 "reply does not obey it."
             )
         else:
             error = EngineError(f"vLLM gave the request up: {reason}.")
-            output.retryable = True
-        output.finish = Finish(error=error.info)
+            error.retryable = True
+        return failed_output(key, error)
 
-    def _drop(self, job: _Job) -> None:
-        ids = [sequence.id for sequence in job.sequences if self._running.pop(sequence.id, None) is not None]
+    def _drop(self, key: int) -> None:
+        """Stop what runs of a request."""
+        ids = [running.id for running in self._running.values() if running.choices.key == key]
+        for id in ids:
+            del self._running[id]
         if ids:
             self._core.abort(ids)
 
