@@ -21,10 +21,10 @@ from penstock.engines.host.check import check
 from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.engines.host.standby import Standby, WarmPool
 from penstock.gateway.app import WORKER_ROUTES, create_app
+from penstock.gateway.batches.routes import OPERATIONS
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import BatchStore
-from penstock.gateway.files import FileStore
-from penstock.gateway.routes.batches import OPERATIONS
+from penstock.gateway.files.store import FileStore
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.observability.jobs import JobRecord, ObservedBroker
 from penstock.observability.logs import log_job, request_log

@@ -123,7 +123,7 @@ MUTANTS = [
         "idempotency ignored by the gateway",
         (
             (
-                "penstock/gateway/routes/bodies.py",
+                "penstock/gateway/dialects/fields.py",
                 'key = call.headers.get("idempotency-key") or body.request_id',
                 "key = None",
             ),
@@ -308,7 +308,7 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed response repeats an event",
-        (("penstock/gateway/responses/stream.py", "if number <= self._after:", "if number < self._after:"),),
+        (("penstock/gateway/dialects/responses/stream.py", "if number <= self._after:", "if number < self._after:"),),
         ("tests/unit/gateway/test_responses.py",),
     ),
     Mutant(

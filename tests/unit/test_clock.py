@@ -13,7 +13,7 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core import ports
 from penstock.core.job import Job, Request, Sampling, new_job_id
 from penstock.core.ports import Append, Finish, SystemClock, WorkerInfo, elapsed
-from penstock.gateway.routes.jobs import timings
+from penstock.gateway.dialects.native.routes import timings
 from penstock.observability.jobs import JobRecord, ObservedBroker
 from penstock.testing.clock import ManualClock
 

@@ -24,13 +24,20 @@ from penstock.core.ports import Broker, QueueStats
 from penstock.engines.child.main import ENGINES
 from penstock.gateway import openapi
 from penstock.gateway.app import ROUTES
-from penstock.gateway.routes.anthropic import CreateMessage
-from penstock.gateway.routes.bodies import JobBody
-from penstock.gateway.routes.completions import TextCompletion
-from penstock.gateway.routes.embeddings import CreateEmbeddings
-from penstock.gateway.routes.jobs import Generate, GenerateJob, complete_frame, end_frame, feed_frames, token_frames
-from penstock.gateway.routes.openai import ChatCompletion
-from penstock.gateway.routes.responses import CreateResponse
+from penstock.gateway.dialects.anthropic.routes import CreateMessage
+from penstock.gateway.dialects.fields import JobBody
+from penstock.gateway.dialects.native.routes import (
+    Generate,
+    GenerateJob,
+    complete_frame,
+    end_frame,
+    feed_frames,
+    token_frames,
+)
+from penstock.gateway.dialects.openai.chat import ChatCompletion
+from penstock.gateway.dialects.openai.completions import TextCompletion
+from penstock.gateway.dialects.openai.embeddings import CreateEmbeddings
+from penstock.gateway.dialects.responses.routes import CreateResponse
 from penstock.gateway.sse import HEADERS
 from penstock.observability.metrics import Metrics
 from penstock.settings import OTHER_VARIABLES, PREFIX, ModelSettings, Settings

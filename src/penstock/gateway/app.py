@@ -15,22 +15,18 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.errors import Forbidden, InvalidRequest, NotFound, PenstockError
+from penstock.gateway.batches import routes as batches
+from penstock.gateway.dialects.anthropic import routes as anthropic
+from penstock.gateway.dialects.compat import routes as seeds
+from penstock.gateway.dialects.native import routes as jobs
+from penstock.gateway.dialects.openai import chat as openai
+from penstock.gateway.dialects.openai import completions, embeddings
+from penstock.gateway.dialects.responses import routes as responses
+from penstock.gateway.dialects.tokens import routes as tokens
+from penstock.gateway.files import routes as files
 from penstock.gateway.http import Endpoint, Handler, refuse
-from penstock.gateway.routes import (
-    anthropic,
-    batches,
-    completions,
-    embeddings,
-    files,
-    jobs,
-    models,
-    openai,
-    ops,
-    page,
-    responses,
-    seeds,
-    tokens,
-)
+from penstock.gateway.operator import health as ops
+from penstock.gateway.operator import models, page
 from penstock.gateway.service import Gateway
 
 Middleware = Callable[[ASGIApp], ASGIApp]

@@ -10,18 +10,18 @@ import msgspec
 
 from penstock import __version__
 from penstock.core.job import Status
-from penstock.gateway.routes.anthropic import CountTokens, CreateMessage
-from penstock.gateway.routes.batches import CreateBatch
-from penstock.gateway.routes.bodies import JobBody
-from penstock.gateway.routes.completions import TextCompletion
-from penstock.gateway.routes.embeddings import CreateEmbeddings
-from penstock.gateway.routes.files import FileUpload
-from penstock.gateway.routes.jobs import Generate, GenerateJob
-from penstock.gateway.routes.models import ManageModel
-from penstock.gateway.routes.openai import ChatCompletion
-from penstock.gateway.routes.responses import CountInputTokens, CreateResponse
-from penstock.gateway.routes.seeds import GenerateVLLM, PromptBody, PromptsBody
-from penstock.gateway.routes.tokens import Detokenize, Tokenize
+from penstock.gateway.batches.routes import CreateBatch
+from penstock.gateway.dialects.anthropic.routes import CountTokens, CreateMessage
+from penstock.gateway.dialects.compat.routes import GenerateVLLM, PromptBody, PromptsBody
+from penstock.gateway.dialects.fields import JobBody
+from penstock.gateway.dialects.native.routes import Generate, GenerateJob
+from penstock.gateway.dialects.openai.chat import ChatCompletion
+from penstock.gateway.dialects.openai.completions import TextCompletion
+from penstock.gateway.dialects.openai.embeddings import CreateEmbeddings
+from penstock.gateway.dialects.responses.routes import CountInputTokens, CreateResponse
+from penstock.gateway.dialects.tokens.routes import Detokenize, Tokenize
+from penstock.gateway.files.routes import FileUpload
+from penstock.gateway.operator.models import ManageModel
 from penstock.gateway.schemas import ANSWERS, EVENTS, FOR_ANTHROPIC, ErrorBody, Key, MessageErrorBody
 
 _ID = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]

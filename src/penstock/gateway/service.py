@@ -35,7 +35,7 @@ from penstock.core.ports import (
     SystemClock,
     WorkerInfo,
 )
-from penstock.gateway.files import FileStore
+from penstock.gateway.files.store import FileStore
 from penstock.gateway.sse import EventStream, Streams
 
 if TYPE_CHECKING:

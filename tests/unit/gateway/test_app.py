@@ -22,14 +22,14 @@ from penstock.core.job import Job, Priority, Request, ResponseFormat, Sampling, 
 from penstock.core.ports import Append, Finish, ModelInfo, Query, QueuePolicy, WorkerInfo
 from penstock.gateway import openapi
 from penstock.gateway.app import create_app
+from penstock.gateway.dialects.anthropic.routes import CreateMessage
+from penstock.gateway.dialects.native.routes import Generate, GenerateJob
+from penstock.gateway.dialects.openai.chat import ChatCompletion
+from penstock.gateway.dialects.openai.completions import TextCompletion
+from penstock.gateway.dialects.openai.embeddings import CreateEmbeddings
+from penstock.gateway.dialects.responses.routes import CreateResponse
 from penstock.gateway.feed import Cursor
 from penstock.gateway.http import decode
-from penstock.gateway.routes.anthropic import CreateMessage
-from penstock.gateway.routes.completions import TextCompletion
-from penstock.gateway.routes.embeddings import CreateEmbeddings
-from penstock.gateway.routes.jobs import Generate, GenerateJob
-from penstock.gateway.routes.openai import ChatCompletion
-from penstock.gateway.routes.responses import CreateResponse
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.observability.metrics import Metrics
 from penstock.testing.clock import ManualClock

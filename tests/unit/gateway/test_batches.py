@@ -21,13 +21,13 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ErrorInfo, InvalidRequest, NotFound
 from penstock.core.job import Job, Message, Priority, Request, new_job_id
 from penstock.core.ports import Append, Finish, ModelInfo, QueuePolicy, WorkerInfo
+from penstock.gateway.batches.routes import OPERATIONS, view
 from penstock.gateway.batches.run import PLACES
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import MAX_ERRORS, MAX_LINES, WINDOW, Batch, BatchStore, check_input, read_lines
-from penstock.gateway.files import FileStore, StoredFile
-from penstock.gateway.responses.items import Item
-from penstock.gateway.routes.batches import OPERATIONS, view
-from penstock.gateway.routes.responses import CreateResponse
+from penstock.gateway.dialects.responses.items import Item
+from penstock.gateway.dialects.responses.routes import CreateResponse
+from penstock.gateway.files.store import FileStore, StoredFile
 from penstock.gateway.service import Gateway, GatewayConfig
 from penstock.testing.clock import ManualClock
 

@@ -13,14 +13,14 @@ from msgspec import inspect
 
 from penstock.core.errors import InvalidRequest
 from penstock.gateway import openapi
+from penstock.gateway.batches import routes as batches
+from penstock.gateway.batches.routes import CreateBatch
+from penstock.gateway.dialects.compat.routes import PromptsBody
+from penstock.gateway.dialects.native.routes import GenerateJob
+from penstock.gateway.dialects.openai.chat import ChatCompletion
+from penstock.gateway.dialects.openai.completions import TextCompletion
+from penstock.gateway.files.routes import FileUpload
 from penstock.gateway.http import decode
-from penstock.gateway.routes import batches
-from penstock.gateway.routes.batches import CreateBatch
-from penstock.gateway.routes.completions import TextCompletion
-from penstock.gateway.routes.files import FileUpload
-from penstock.gateway.routes.jobs import GenerateJob
-from penstock.gateway.routes.openai import ChatCompletion
-from penstock.gateway.routes.seeds import PromptsBody
 
 #: The bodies of all POST routes but the upload's, which is a form.
 KINDS = sorted(

@@ -59,9 +59,8 @@ class Row:
 
     def end(self) -> None:
         reply = self.reply
-        if (
-            last := self._choices.end(self._choice, reply.finish or "stop", reply.stop, followed(reply.guide))
-        ) is not None:
+        last = self._choices.end(self._choice, reply.finish or "stop", reply.stop, followed(reply.guide))
+        if last is not None:
             self._queue.put(last)
 
 

@@ -44,9 +44,9 @@ from penstock.gateway.batches.store import (
     decode_line,
     read_lines,
 )
-from penstock.gateway.files import LineLog, StoredFile, in_thread, new_id
+from penstock.gateway.dialects.fields import REFERENCE_GONE, Operation
+from penstock.gateway.files.store import LineLog, StoredFile, in_thread, new_id
 from penstock.gateway.http import decode
-from penstock.gateway.routes.bodies import REFERENCE_GONE, Operation
 from penstock.gateway.service import Gateway, Submission
 from penstock.gateway.sse import ascii_json
 

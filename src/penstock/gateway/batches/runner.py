@@ -13,8 +13,8 @@ import structlog
 from penstock.core.errors import PenstockError
 from penstock.gateway.batches.run import Lanes, Means, Run
 from penstock.gateway.batches.store import Batch, BatchStore
-from penstock.gateway.files import in_thread
-from penstock.gateway.routes.bodies import Operation
+from penstock.gateway.dialects.fields import Operation
+from penstock.gateway.files.store import in_thread
 from penstock.gateway.service import Gateway
 
 log = structlog.get_logger("penstock.batches")

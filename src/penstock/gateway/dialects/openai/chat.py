@@ -16,9 +16,7 @@ from penstock.core.errors import InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Completion, Ended, Event, Logprob, TokenLogprob, Tokens
 from penstock.core.job import Job, MaxTokens, ModelName, OptionalIdentifier, Priority, Request, TopLogprobs, Usage
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
-from penstock.gateway.http import Call, json_reply
-from penstock.gateway.responses.stream import logprob_view
-from penstock.gateway.routes.bodies import (
+from penstock.gateway.dialects.fields import (
     ChatMessages,
     Operation,
     Prepared,
@@ -26,7 +24,9 @@ from penstock.gateway.routes.bodies import (
     plain,
     submission,
 )
-from penstock.gateway.routes.jobs import tool_call_view, usage_view
+from penstock.gateway.dialects.native.routes import tool_call_view, usage_view
+from penstock.gateway.dialects.responses.stream import logprob_view
+from penstock.gateway.http import Call, json_reply
 from penstock.gateway.service import Gateway
 from penstock.gateway.sse import ascii_json, json_string
 

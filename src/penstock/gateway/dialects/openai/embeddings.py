@@ -10,8 +10,8 @@ from starlette.types import ASGIApp
 from penstock.core.events import Completion
 from penstock.core.job import Job, ModelName, OptionalIdentifier, Request
 from penstock.core.tasks import vector_values, vectors
+from penstock.gateway.dialects.fields import JobBody, Operation, Prepared, TokenId, TokenIds, several, submission
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import JobBody, Operation, Prepared, TokenId, TokenIds, several, submission
 from penstock.gateway.service import Gateway
 
 #: Inputs that one call may bring; OpenAI has the same.

@@ -16,7 +16,7 @@ from penstock.core.errors import LogRewound, PenstockError
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Job
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id
-from penstock.gateway.responses.items import (
+from penstock.gateway.dialects.responses.items import (
     View,
     call_item,
     ended_status,

@@ -35,8 +35,22 @@ from penstock.core.job import (
     TopLogprobs,
 )
 from penstock.core.ports import Broker
-from penstock.gateway.http import Call, error_reply, json_reply
-from penstock.gateway.responses.items import (
+from penstock.gateway.dialects.fields import (
+    MAX_TOOLS,
+    REFERENCE_GONE,
+    ConstrainedBody,
+    Count,
+    Operation,
+    Prepared,
+    Role,
+    TextPart,
+    ToolName,
+    allowed_only,
+    json_schema,
+    structured,
+    submission,
+)
+from penstock.gateway.dialects.responses.items import (
     Item,
     View,
     as_told,
@@ -52,23 +66,9 @@ from penstock.gateway.responses.items import (
     status_of,
     view_of,
 )
-from penstock.gateway.responses.stream import last_number, render, whole
-from penstock.gateway.routes.bodies import (
-    MAX_TOOLS,
-    REFERENCE_GONE,
-    ConstrainedBody,
-    Count,
-    Operation,
-    Prepared,
-    Role,
-    TextPart,
-    ToolName,
-    allowed_only,
-    json_schema,
-    structured,
-    submission,
-)
-from penstock.gateway.routes.tokens import tokens_of
+from penstock.gateway.dialects.responses.stream import last_number, render, whole
+from penstock.gateway.dialects.tokens.routes import tokens_of
+from penstock.gateway.http import Call, error_reply, json_reply
 from penstock.gateway.service import Following, Gateway, Submission
 from penstock.gateway.sse import EventStream, stream_of
 

@@ -13,10 +13,12 @@ from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import Metadata
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import Batch
+from penstock.gateway.dialects.fields import Operation
+from penstock.gateway.dialects.openai import chat as openai
+from penstock.gateway.dialects.openai import completions, embeddings
+from penstock.gateway.dialects.responses import routes as responses
+from penstock.gateway.files.routes import TTL, expiry, list_view, paging
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes import completions, embeddings, openai, responses
-from penstock.gateway.routes.bodies import Operation
-from penstock.gateway.routes.files import TTL, expiry, list_view, paging
 
 #: What a batch can be made of.
 OPERATIONS: dict[str, Operation] = {

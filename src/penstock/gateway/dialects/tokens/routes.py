@@ -12,8 +12,8 @@ from starlette.types import ASGIApp
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import ModelName, Priority, Request
 from penstock.core.tasks import Tokenized
+from penstock.gateway.dialects.fields import MAX_TOOLS, ChatMessages, StructuredBody, TokenId, ToolBody, plain
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import MAX_TOOLS, ChatMessages, StructuredBody, TokenId, ToolBody, plain
 from penstock.gateway.service import Submission
 
 

@@ -36,9 +36,9 @@ from penstock.core.job import (
     ToolCall,
 )
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id
+from penstock.gateway.dialects.fields import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission
+from penstock.gateway.dialects.tokens.routes import tokens_of
 from penstock.gateway.http import Call, error_reply, json_reply
-from penstock.gateway.routes.bodies import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission
-from penstock.gateway.routes.tokens import tokens_of
 from penstock.gateway.sse import frame
 
 #: Anthropic's names of tools are longer than OpenAI's.

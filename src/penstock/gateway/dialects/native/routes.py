@@ -16,9 +16,9 @@ from penstock.core.job import Job, ModelName, Request, Status, ToolCall, TopLogp
 from penstock.core.ports import Query, elapsed
 from penstock.core.tasks import vectors
 from penstock.core.tools import named, parse_tool_calls
+from penstock.gateway.dialects.fields import ChatMessages, StructuredBody, TokenIds, plain, submission
 from penstock.gateway.feed import Cursor, Rendering, feed
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import ChatMessages, StructuredBody, TokenIds, plain, submission
 from penstock.gateway.sse import EventStream, ascii_json, frame, json_string, stream_of
 
 

@@ -18,9 +18,9 @@ from penstock.core.errors import InvalidRequest, PenstockError, Unsupported, err
 from penstock.core.events import Completion, Ended, TokenLogprob, fold
 from penstock.core.job import Job, Request, Sampling, Task, TopLogprobs, Usage
 from penstock.core.tasks import Tokenized
+from penstock.gateway.dialects.fields import Count, Operation, Prepared, TokenId, TokenIds, several, submission
+from penstock.gateway.dialects.openai.chat import OpenAIBody, TextDialect, respond
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import Count, Operation, Prepared, TokenId, TokenIds, several, submission
-from penstock.gateway.routes.openai import OpenAIBody, TextDialect, respond
 from penstock.gateway.service import Following, Gateway
 from penstock.gateway.sse import ascii_json
 

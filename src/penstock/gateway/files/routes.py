@@ -24,7 +24,7 @@ from penstock.core.errors import (
     Unsupported,
     UnsupportedEncoding,
 )
-from penstock.gateway.files import FileStore, StoredFile, Upload, in_thread, storing
+from penstock.gateway.files.store import FileStore, StoredFile, Upload, in_thread, storing
 from penstock.gateway.http import Call, json_reply, refuse
 
 PURPOSES = ("batch", "batch_output")

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, NoVLLMWorker, PenstockError
 from penstock.core.events import Completion
 from penstock.core.job import Identifier, Job, ModelName, OnDisconnect, Request
+from penstock.gateway.dialects.fields import JobBody, TokenIds, submission
+from penstock.gateway.dialects.native.routes import job_view, render, usage_view
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.routes.bodies import JobBody, TokenIds, submission
-from penstock.gateway.routes.jobs import job_view, render, usage_view
 from penstock.gateway.service import Submission
 
 #: Prompts that one call may bring.
