@@ -17,10 +17,10 @@ from penstock.core.aio import first_done
 from penstock.core.errors import InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy, SystemClock
 from penstock.core.telemetry import Telemetry
-from penstock.engines.backend import Progress
-from penstock.engines.check import check
-from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.engines.standby import Standby, WarmPool
+from penstock.engines.frames import Progress
+from penstock.engines.host.check import check
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.host.standby import Standby, WarmPool
 from penstock.gateway.app import create_app
 from penstock.gateway.batches.routes import BATCHES
 from penstock.gateway.batches.runner import BatchRunner

@@ -21,7 +21,7 @@ from penstock.core.errors import STATUS_OF_CODE
 from penstock.core.events import Ended, Tokens
 from penstock.core.job import TERMINAL, TRANSITIONS, Status, Usage
 from penstock.core.ports import Broker, QueueStats
-from penstock.engines.child import ENGINES
+from penstock.engines.child.main import ENGINES
 from penstock.gateway.app import OPERATIONS
 from penstock.gateway.dialects.anthropic.routes import CreateMessage
 from penstock.gateway.dialects.fields import JobBody
@@ -299,7 +299,7 @@ class TestEnginesPage:
             assert f"\n## {name}\n" in read("engines.md")
 
     def test_every_option_of_openvino_with_its_default(self) -> None:
-        from penstock.engines.openvino import Options
+        from penstock.engines.openvino.engine import Options
 
         section = read("engines.md").split("\n## openvino\n")[1].split("\n## ")[0]
         listed = dict(re.findall(r"^\| `(\w+)` \| (`.*?`) \|", section, re.MULTILINE))
