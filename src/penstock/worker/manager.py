@@ -57,7 +57,7 @@ REFUSED = 64
 
 
 class Loadable(Protocol):
-    """What is asked of an engine that can be unloaded, beyond running it (`penstock.engines.standby.Standby`)."""
+    """What is asked of an engine that can be unloaded, beyond running it (`penstock.engines.host.standby.Standby`)."""
 
     wanted: int
     """Spare processes that its operator wants."""

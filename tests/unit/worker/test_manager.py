@@ -16,8 +16,8 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ModelLoadError, ModelNotFound, first_of
 from penstock.core.job import Job, Request, Sampling, Status, new_job_id
 from penstock.core.ports import LoadProgress, ModelInfo, QueuePolicy, WorkerInfo
-from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.engines.standby import Standby
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.host.standby import Standby
 from penstock.worker.manager import Model, ModelManager
 from penstock.worker.placement import Policy
 from penstock.worker.worker import Worker

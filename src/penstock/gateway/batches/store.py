@@ -29,7 +29,7 @@ from msgspec import Meta
 from penstock.core.errors import InvalidRequest, NotFound
 from penstock.core.foreign import Malformed, Mismatch, decode
 from penstock.core.job import ModelName
-from penstock.gateway.files import FileStore, StoredFile, link, new_id, page, remove, storing, sync, write_whole
+from penstock.gateway.files.store import FileStore, StoredFile, link, new_id, page, remove, storing, sync, write_whole
 
 #: Seconds for which a batch may run: OpenAI's ``completion_window`` "24h".
 WINDOW = 86400.0
