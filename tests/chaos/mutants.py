@@ -215,8 +215,8 @@ MUTANTS = [
     Mutant(
         "redis: tenant check dropped on reading",
         (
-            (LUA + "read.lua", "if own[1] ~= ARGV[3] then", "if not own[1] then"),
-            (LUA + "get.lua", "if not job or job.t ~= ARGV[3] then", "if not job then"),
+            (LUA + "read.lua", "if owner ~= tenant then", "if not owner then"),
+            (LUA + "get.lua", "if not job or job.t ~= tenant then", "if not job then"),
         ),
         (REDIS_CONTRACT, "-k", "TestRedisBroker and (foreign or tenant)"),
     ),
@@ -235,8 +235,9 @@ MUTANTS = [
         (
             (
                 REDIS + "broker.py",
-                'words = await shard.run("append", _pack(rows), _EXPIRED, *blobs)',
-                'shard.post("append", _pack(rows), _EXPIRED, *blobs)\n        words = [b"ok"] * len(rows)',
+                "verdicts = await shard.run(scripts.Append(appends=rows, expired=_EXPIRED, blobs=blobs))",
+                "shard.post(scripts.Append(appends=rows, expired=_EXPIRED, blobs=blobs))\n"
+                '        verdicts = [b"ok"] * len(rows)',
             ),
         ),
         (REDIS_CONTRACT, "-k", "TestRedisBroker and (durable or Append or older_attempt)"),
@@ -258,7 +259,7 @@ MUTANTS = [
     ),
     Mutant(
         "redis: nobody is woken",
-        ((LUA + "lib.lua", 'local first = call("ZPOPMIN", idle)', "local first = {}"),),
+        ((LUA + "lib.lua", 'local claimant = call("ZPOPMIN", idle)[1]', "local claimant"),),
         ("tests/integration/test_redis_broker.py",),
     ),
     Mutant(
@@ -323,12 +324,12 @@ MUTANTS = [
     ),
     Mutant(
         "a start does not wait for replicas",
-        ((REDIS + "link.py", "self._check_replicas(await ask(", "(await ask("),),
+        ((REDIS + "connection.py", "self._check_replicas(await run_once(", "(await run_once("),),
         ("tests/integration/test_redis_broker.py", "-k", "start_without_confirmation"),
     ),
     Mutant(
         "replicas that do not confirm are not waited for",
-        ((REDIS + "link.py", "self._check_replicas(reply)  # else", "pass  # else"),),
+        ((REDIS + "connection.py", "self._check_replicas(reply)  # else", "pass  # else"),),
         ("tests/integration/test_redis_broker.py", "-k", "survives_the_master or joins_later"),
     ),
     Mutant(
