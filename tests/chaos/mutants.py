@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.markup import escape
 
 ROOT = Path(__file__).resolve().parents[2]
-BROKER = "penstock/brokers/embedded/broker.py"
-STORE = "penstock/brokers/embedded/store.py"
+EMBEDDED = "penstock/brokers/embedded/"
+BROKER, QUEUE, LOG, ROWS = (EMBEDDED + f"{name}.py" for name in ("broker", "queue", "log", "rows"))
+STORE = EMBEDDED + "store.py"
 WORKER = "penstock/worker/worker.py"
 MANAGER = "penstock/worker/manager.py"
 STANDBY = "penstock/engines/standby.py"
@@ -48,14 +49,14 @@ HOLDS = 'job and job.s == "running" and tonumber(job.a) == attempt and job.t == 
 
 FENCED = "if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:"
 
-PUBLISHED = "published.append((self._live[lease.job], tokens))"
-CLOSED = "self._live.pop(job).publish(ended)\n\n        tx.then.append(then)\n"
+PUBLISHED = "self._published.append((live, tokens))"
+CLOSED = "self._logs.close(job, ended)\n\n        tx.then.append(then)\n"
 FAIR = "ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
 FIFO = (
     "ORDER BY priority, (SELECT min(seq) FROM jobs WHERE jobs.tenant = lanes.tenant AND jobs.model = lanes.model "
     "AND jobs.priority = lanes.priority AND status = 'queued') LIMIT 1"
 )
-OF_TENANT = "jobs WHERE id = ? AND tenant = ?"
+OF_TENANT = '"id = ? AND tenant = ?", job, tenant)'
 UNIQUE = "CREATE UNIQUE INDEX IF NOT EXISTS jobs_key"
 
 MUTANTS = [
@@ -89,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "delivery before commit",
-        ((BROKER, PUBLISHED, "self._live[lease.job].publish(tokens)"),),
+        ((LOG, PUBLISHED, "live.publish(tokens)"),),
         ("tests/unit/brokers/test_write_ahead.py",),
     ),
     Mutant(
@@ -132,12 +133,12 @@ MUTANTS = [
     ),
     Mutant(
         "fairness replaced by FIFO",
-        ((BROKER, FAIR, FIFO),),
+        ((QUEUE, FAIR, FIFO),),
         (CONTRACT, "-k", "backlogged or weights or flood or one_claim_shares"),
     ),
     Mutant(
         "priority classes ignored",
-        ((BROKER, FAIR, FAIR.replace("priority, ", "")),),
+        ((QUEUE, FAIR, FAIR.replace("priority, ", "")),),
         (CONTRACT, "-k", "priority"),
     ),
     Mutant(
@@ -154,8 +155,8 @@ MUTANTS = [
     Mutant(
         "tenant check dropped on reading",
         (
-            (BROKER, OF_TENANT, "jobs WHERE id = ? AND ? <> ''"),
-            (BROKER, "if live is None or live.tenant != tenant:", "if live is None:"),
+            (ROWS, OF_TENANT, OF_TENANT.replace("tenant = ?", "? <> ''")),
+            (LOG, "if live is None or live.tenant != tenant:", "if live is None:"),
         ),
         (CONTRACT, "-k", "foreign or tenant"),
     ),
@@ -297,8 +298,8 @@ MUTANTS = [
     Mutant(
         "jobs of batches take every slot",
         (
-            (BROKER, "Priority.BATCH if free > claimant.reserve else Priority.NORMAL", "Priority.BATCH"),
-            (BROKER, "reserve = claimant.reserve if priority == Priority.BATCH else 0", "reserve = 0"),
+            (QUEUE, "Priority.BATCH if free > demand.reserve else Priority.NORMAL", "Priority.BATCH"),
+            (QUEUE, "reserve = demand.reserve if row.priority == Priority.BATCH else 0", "reserve = 0"),
         ),
         (CONTRACT, "-k", "reserve"),
     ),

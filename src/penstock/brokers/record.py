@@ -11,8 +11,9 @@ import msgspec
 from penstock.core.errors import ErrorInfo, ExpiredResult, InvalidRequest, LogRewound, NotFound, Overloaded
 from penstock.core.events import Ended, Tokens
 from penstock.core.job import Job, OnDisconnect, Request
+from penstock.core.ports import QueuePolicy
 
-#: A worker that has not claimed or appended for so many lease times is not counted as alive.
+#: Silence after which a worker is not counted as alive, in lease times.
 WORKER_TTL = 3
 #: Ids stay known as expired for this long after their retention.
 TOMBSTONE_TTL = 24 * 3600.0
@@ -109,6 +110,11 @@ def unknown() -> NotFound:
 
 def result_expired() -> ExpiredResult:
     return ExpiredResult("This job ended, and its result has expired.")
+
+
+def max_silence(policy: QueuePolicy) -> float:
+    """Seconds without a claim or an append after which a worker is not counted as alive."""
+    return WORKER_TTL * max(policy.lease_ttl, 2.0)
 
 
 def rewound(after: int, head: int) -> LogRewound:

@@ -17,10 +17,10 @@ from penstock.brokers.record import (
     EXPIRED,
     POISONED,
     TOMBSTONE_TTL,
-    WORKER_TTL,
     Details,
     decode_cursor,
     encode_cursor,
+    max_silence,
     queue_is_full,
     tenant_is_full,
 )
@@ -292,7 +292,7 @@ class RedisBroker:
             limit=SWEEP_LIMIT,
             expired=_EXPIRED,
             poisoned=_POISONED,
-            max_silence=self._max_silence,
+            max_silence=max_silence(self._policy),
             tombstone_ttl=int(TOMBSTONE_TTL),
         )
         return sum(await asyncio.gather(*(shard.run(sweep) for shard in self._shards)))
@@ -300,10 +300,6 @@ class RedisBroker:
     async def tick(self) -> None:
         """Let the store look at the clock, and nothing else (every script does)."""
         await asyncio.gather(*(shard.run(scripts.Notify(model="")) for shard in self._shards))
-
-    @property
-    def _max_silence(self) -> float:
-        return WORKER_TTL * max(self._policy.lease_ttl, 2.0)
 
     # ------------------------------------------------------------------------------------ reading
 
@@ -433,7 +429,7 @@ class RedisBroker:
         return found, int(before or 0)
 
     async def stats(self) -> QueueStats:
-        stats = scripts.Stats(max_silence=self._max_silence)
+        stats = scripts.Stats(max_silence=max_silence(self._policy))
         snapshots = await asyncio.gather(*(shard.run(stats) for shard in self._shards))
         await self._look_at_memory()
         counts: Counter[Status] = Counter(dict.fromkeys(Status, 0))
