@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -13,25 +13,37 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from penstock.brokers.registry import open_broker
+from penstock.core.aio import first_done
 from penstock.core.errors import InvalidRequest, PenstockError, first_of
-from penstock.core.ports import Broker, QueuePolicy
-from penstock.engines.backend import Progress
-from penstock.engines.check import check
-from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.engines.standby import Standby, WarmPool
-from penstock.gateway.app import WORKER_ROUTES, create_app
-from penstock.gateway.batches.routes import OPERATIONS
+from penstock.core.ports import Broker, QueuePolicy, SystemClock
+from penstock.core.telemetry import Telemetry
+from penstock.engines.frames import Progress
+from penstock.engines.host.check import check
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.host.standby import Standby, WarmPool
+from penstock.gateway.app import create_app
+from penstock.gateway.batches.routes import BATCHES
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import BatchStore
+from penstock.gateway.config import GatewayConfig
+from penstock.gateway.dialects.registry import BATCHABLE
+from penstock.gateway.files.routes import FILES
 from penstock.gateway.files.store import FileStore
-from penstock.gateway.service import Gateway, GatewayConfig
-from penstock.observability.jobs import JobRecord, ObservedBroker
-from penstock.observability.logs import log_job, request_log
+from penstock.gateway.gateway import Gateway
+from penstock.gateway.http import Resource
+from penstock.gateway.operator.health import METRICS
+from penstock.gateway.operator.models import MODELS
+from penstock.gateway.operator.models import OPERATIONS as MODEL_OPERATIONS
+from penstock.observability.broker import observed
+from penstock.observability.jobs import JobWatch
+from penstock.observability.logs import EventLog, RequestLog
 from penstock.observability.metrics import Metrics
 from penstock.observability.ops import worker_app
+from penstock.observability.telemetry import Publisher, Subscriber
 from penstock.server import Address, http_server, termination
 from penstock.settings import ModelSettings, Settings, parse_size
 from penstock.worker.manager import Model, ModelManager
+from penstock.worker.placement import Policy
 from penstock.worker.worker import Worker
 
 log = structlog.get_logger("penstock")
@@ -63,22 +75,26 @@ async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: b
     """A gateway, workers with their engines, or both, over the broker of *settings*; until SIGTERM or SIGINT."""
     if workers:
         _check_models(settings)
+    metrics = Metrics(gateway=gateway, worker=workers)
+    telemetry = Publisher(*_subscribers(settings, metrics))
     with _address(settings, gateway) as address, termination() as terminate:
         try:
-            async with _broker(settings, watcher, terminate) as store:
+            async with _broker(settings, telemetry, watcher, terminate) as store:
                 if store is None:
                     return  # the signal came first
-                metrics = Metrics(gateway=gateway, worker=workers)
-                broker = ObservedBroker(store, _observers(settings, metrics))
+                jobs = JobWatch(observed(store, telemetry), telemetry)
+                broker = jobs.broker
                 warm = WarmPool(settings.warm_processes)
                 crew = build_manager(settings, broker, metrics, warm, watcher) if workers else None
-                files = file_store(settings) if gateway else None
-                front = Gateway(broker, gateway_config(settings, gateway), models=crew, files=files)
-                if files is not None:
-                    front.batches = BatchRunner(front, BatchStore(files), OPERATIONS, window=batch_window(settings))
-                app = build_app(front, crew, broker, metrics, gateway=gateway)
+                front = Gateway(broker, gateway_config(settings, gateway), models=crew)
+                batches = build_batches(settings, front) if gateway else None
+                app = build_app(front, crew, batches, jobs, metrics)
                 server = http_server(app, drain_timeout=settings.drain_timeout)
-                async with contextlib.aclosing(warm), front.running(catalogue=gateway):
+                async with contextlib.AsyncExitStack() as running:
+                    await running.enter_async_context(contextlib.aclosing(warm))
+                    await running.enter_async_context(front.running(catalogue=gateway))
+                    if batches is not None:
+                        await running.enter_async_context(batches.running())
                     address.open()
                     watcher.listening(address.url)
                     await _work(front, crew, server, address, broker, terminate, gateway=gateway)
@@ -197,6 +213,11 @@ def file_store(settings: Settings) -> FileStore:
     )
 
 
+def build_batches(settings: Settings, front: Gateway) -> BatchRunner:
+    store = BatchStore(file_store(settings))
+    return BatchRunner(front.jobs, store, BATCHABLE, window=batch_window(settings))
+
+
 def batch_window(settings: Settings) -> int:
     """Jobs of batches for one model at once. For all models there are twice as many: half of the queue is left to
     everybody else, however many batches there are."""
@@ -222,12 +243,14 @@ def build_manager(
             batch_reserve=settings.batch_reserve,
             on_ready=ready,
             about=model.about,
+            clock=clock,
         )
 
     def progress(name: str, what: str, fraction: float | None) -> None:
         manager.progress(name, what, fraction)
         watcher.progress(name, what, fraction)
 
+    clock = SystemClock()
     models = []
     for each in settings.models:
         engine = build_engine(each, settings, warm, partial(progress, each.name))
@@ -240,9 +263,9 @@ def build_manager(
         make_worker,
         memory_budget=parse_size(settings.memory_budget),
         overhead=warm.measure,
-        idle_unload=settings.idle_unload,
-        swap_after=settings.swap_after,
+        policy=Policy(idle_unload=settings.idle_unload, swap_after=settings.swap_after),
         heartbeat=settings.lease_ttl / 4,
+        clock=clock,
         on_deferred=watcher.deferred,
     )
     metrics.watch_models(manager.workers)
@@ -261,20 +284,22 @@ def build_engine(model: ModelSettings, settings: Settings, warm: WarmPool, on_pr
 
 
 def build_app(
-    front: Gateway, crew: ModelManager | None, broker: ObservedBroker, metrics: Metrics, *, gateway: bool
+    front: Gateway, crew: ModelManager | None, batches: BatchRunner | None, jobs: JobWatch, metrics: Metrics
 ) -> ASGIApp:
-    """The gateway's API; without one, what a worker says of itself."""
-    if not gateway:
+    """The gateway's API; without one (and so without *batches*), what a worker says of itself."""
+    resources: dict[Resource[Any], Any] = {MODELS: crew} if crew is not None else {}
+    if batches is None:
         assert crew is not None
-        return worker_app(metrics.render, lambda: crew.ready, create_app(front, routes=WORKER_ROUTES))
-    metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: broker.tokens_read)
-    return create_app(front, metrics=metrics.render, middleware=[metrics.http])
+        return worker_app(metrics.render, lambda: crew.ready, create_app(front, resources, operations=MODEL_OPERATIONS))
+    metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: jobs.tokens_read)
+    resources |= {METRICS: metrics.render, FILES: batches.store.files, BATCHES: batches}
+    return create_app(front, resources, middleware=[metrics.http])
 
 
-def _observers(settings: Settings, metrics: Metrics) -> list[Callable[[JobRecord], None]]:
-    """Who is told of the end of a job."""
-    files = [request_log(settings.log_dir)] if settings.log_dir is not None else []
-    return [metrics.job_ended, log_job, *files]
+def _subscribers(settings: Settings, metrics: Metrics) -> list[Subscriber]:
+    """Who hears what the process tells of itself."""
+    files = [RequestLog(settings.log_dir)] if settings.log_dir is not None else []
+    return [metrics, EventLog(), *files]
 
 
 # ---------------------------------------------------------------------------------------------- the broker
@@ -293,25 +318,15 @@ def broker_options(settings: Settings) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _broker(settings: Settings, watcher: Watcher, terminate: asyncio.Event) -> AsyncGenerator[Broker | None]:
+async def _broker(
+    settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
+) -> AsyncGenerator[Broker | None]:
     """The broker once it is open; None when *terminate* came before."""
-    opening = open_broker(settings.broker, broker_options(settings), queue_policy(settings), watcher.waiting)
-    broker = await _unless(terminate, opening)
+    opening = open_broker(settings.broker, broker_options(settings), queue_policy(settings), telemetry, watcher.waiting)
+    opened, _ = await first_done(opening, terminate.wait())
+    broker = None if opened.cancelled() else opened.result()
     try:
         yield broker
     finally:
         if broker is not None:
             await broker.close()
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of *work*; None when *event* came first, and it was broken off."""
-    doing = asyncio.create_task(work)
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait([doing, waiting], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
-        doing.cancel()
-        await asyncio.wait([doing])
-    return None if doing.cancelled() else doing.result()

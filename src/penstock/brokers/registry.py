@@ -7,15 +7,16 @@ Each is an entry point of the group ``penstock.brokers``, ours like anybody's: i
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
 import msgspec
 
+from penstock.core.aio import Backoff
 from penstock.core.errors import BrokerUnavailable, InvalidRequest
 from penstock.core.ports import Broker, QueuePolicy
+from penstock.core.telemetry import Telemetry
 
 GROUP = "penstock.brokers"
 EMBEDDED = "embedded"
@@ -27,8 +28,8 @@ MAX_BACKOFF = 5.0
 class BrokerType(msgspec.Struct, frozen=True, kw_only=True):
     """What an entry point of the group gives: how to check an address, and how to make a broker for it."""
 
-    make: Callable[[str, Any, QueuePolicy], Broker]
-    """(address, options, policy) → a broker that is not open yet."""
+    make: Callable[[str, Any, QueuePolicy, Telemetry], Broker]
+    """(address, options, policy, telemetry) → a broker that is not open yet."""
     options: type[msgspec.Struct]
     """What can be set of it beside the address. Every field has a default, and the name of the setting."""
     check: Callable[[str], None]
@@ -55,6 +56,7 @@ async def open_broker(
     address: str,
     options: Mapping[str, Any],
     policy: QueuePolicy,
+    telemetry: Telemetry,
     waiting: Callable[[str, float], None],
 ) -> Broker:
     """An open broker. One whose server is away is waited for: *waiting* is told why, and how long until the next try.
@@ -64,16 +66,15 @@ async def open_broker(
     """
     kind = broker_type(address)
     own = {name: options[name] for name in kind.options.__struct_fields__ if name in options}
-    delay = 0.2
+    backoff = Backoff(0.2, MAX_BACKOFF)
     while True:
-        broker = kind.make(address, kind.options(**own), policy)
+        broker = kind.make(address, kind.options(**own), policy, telemetry)
         try:
             await broker.open()
         except BrokerUnavailable as error:
             if not kind.remote:
                 raise
-            pause = random.uniform(0, delay)
-            delay = min(MAX_BACKOFF, 2 * delay)
+            pause = backoff.next()
             waiting(error.message, pause)
             await asyncio.sleep(pause)
         else:

@@ -35,6 +35,7 @@ from penstock.core.ports import (
     Verdict,
     WorkerInfo,
 )
+from penstock.core.telemetry import Telemetry
 
 #: Rows that one sweep changes at most, so that it never holds the writer for long.
 SWEEP_LIMIT = 500
@@ -51,12 +52,19 @@ class EmbeddedBroker:
     kind = "embedded"
     durability = "strict (SQLite WAL, synchronous=FULL)"
 
-    def __init__(self, path: Path, *, clock: Clock | None = None, policy: QueuePolicy | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Clock | None = None,
+        policy: QueuePolicy | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._clock = clock or SystemClock()
         self._policy = policy or QueuePolicy()
         self._queue = FairQueue(self._policy, self._expire)
         self._claims = Claims(self._queue, self._clock, self.release)
-        self._store = Store(Path(path), before_commit=self._claims.serve)
+        self._store = Store(Path(path), before_commit=self._claims.serve, telemetry=telemetry)
         self._logs = Logs(self._store)
         self._losses: Counter[str] = Counter()
         """Leases that ran out on each job."""

@@ -48,6 +48,7 @@ from penstock.core.ports import (
     Verdict,
     WorkerInfo,
 )
+from penstock.core.telemetry import NoTelemetry, Telemetry
 
 #: Seconds that a submit or a list waits for the channels that were subscribed to just before.
 SUBSCRIBE_TIMEOUT = 1.0
@@ -86,6 +87,7 @@ class RedisBroker:
         *,
         policy: QueuePolicy | None = None,
         clock: Clock | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         options = options or RedisOptions()
         self._policy = policy or QueuePolicy()
@@ -103,6 +105,7 @@ class RedisBroker:
                 tier=self._tier,
                 clock=clock,
                 timeout=options.timeout,
+                telemetry=telemetry or NoTelemetry(),
                 on_notified=partial(self._notified, number),
                 on_arrival=self._arrived,
             )

@@ -157,6 +157,8 @@ class Script(msgspec.Struct, Generic[Answer], kw_only=True):
     """A call of the script whose file has its class's name."""
 
     name: ClassVar[str]
+    only_reads: ClassVar[bool] = False
+    """It changes nothing that has to be durable."""
     encoders: ClassVar[tuple[Encoder, ...]]
 
     def parse(self, reply: Any) -> Answer:
@@ -331,6 +333,8 @@ class Forget(Script[None]):
 
 
 class Get(Script[Found]):
+    only_reads = True
+
     tenant: str
     id: str
 
@@ -340,6 +344,8 @@ class Get(Script[Found]):
 
 class Read(Script[LogPage | Beyond]):
     """A part of a log, and its news from now on. Raises `NotFound` or `ExpiredResult`."""
+
+    only_reads = True
 
     tenant: str
     id: str
@@ -361,6 +367,8 @@ class Read(Script[LogPage | Beyond]):
 class Follow(Script[Heads]):
     """How the jobs stand that a process follows, and that it goes on following them."""
 
+    only_reads = True
+
     inbox: bytes
     ids: list[str]
     left: list[str]
@@ -373,6 +381,8 @@ class Follow(Script[Heads]):
 
 class List(Script[Listing]):
     """A page of a tenant's jobs, newest first. It may be shorter than *limit* though there is more."""
+
+    only_reads = True
 
     tenant: str
     user: str | None
@@ -395,6 +405,8 @@ class List(Script[Listing]):
 
 
 class Stats(Script[Snapshot]):
+    only_reads = True
+
     max_silence: float
     """Seconds after which a worker counts as dead."""
 

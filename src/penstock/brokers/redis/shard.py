@@ -32,6 +32,7 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.ports import Clock, QueuePolicy
+from penstock.core.telemetry import Telemetry
 
 log = structlog.get_logger("penstock.redis")
 
@@ -105,6 +106,7 @@ class Shard:
         tier: Tier,
         clock: Clock | None,
         timeout: float,
+        telemetry: Telemetry,
         on_notified: Callable[[int, str], None],
         on_arrival: Callable[[bytes, str], None],
     ) -> None:
@@ -113,6 +115,7 @@ class Shard:
         self._shards = shards
         self._tier = tier
         self._clock = clock
+        self._telemetry = telemetry
         self._on_notified = on_notified
         self._on_arrival = on_arrival
         self._policy = _pack(scripts.Policy.of(policy, defer=tier.name == "replicated", shard=number, shards=shards))
@@ -193,7 +196,8 @@ class Shard:
 
     async def run(self, script: Script[Answer]) -> Answer:
         """What the script answers, once what it wrote is as durable as the tier promises."""
-        reply, deferred = await self.commands.call(self._command(script))
+        with self._telemetry.span("store.read" if script.only_reads else "store.commit", script=script.name):
+            reply, deferred = await self.commands.call(self._command(script))
         if deferred:
             for inbox, message in zip(deferred[::2], deferred[1::2], strict=True):
                 self.commands.send(["SPUBLISH", self.base + b"inbox:" + inbox, message])
