@@ -163,7 +163,7 @@ class TestDemand:
     async def test_jobs_are_left_to_a_worker_that_has_the_model(self, host: Host) -> None:
         host.add("b")
         other = WorkerInfo(id="other", models=(ModelInfo(name="b", engine="x", context_length=9),), slots=1)
-        await host.broker.claim(other, [], 0, 0)
+        await host.broker.register(other)
         host.start(defer_ready=0.3)
         taken = asyncio.create_task(host.broker.claim(other, ["b"], 1, 5))
         job = await host.submit("b", tokens=1)
@@ -348,7 +348,7 @@ class TestFailure:
         other = WorkerInfo(
             id="other", models=(ModelInfo(name="a", engine="x", context_length=9),), state="unloaded", on_demand=True
         )
-        await host.broker.claim(other, [], 0, 0)
+        await host.broker.register(other)
         host.start()
         job = await host.submit("a")
         await until(lambda: host.state("a") == "failed")

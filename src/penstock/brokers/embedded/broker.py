@@ -138,11 +138,14 @@ class EmbeddedBroker:
     # ------------------------------------------------------------------------------------ claim
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
-        self._workers[worker.id] = msgspec.structs.replace(worker, seen_at=self._clock.now())
+        await self.register(worker)
         if limit <= 0 or not models:
             return []
         demand = Demand(models, limit, max(worker.slots, limit), worker.reserve)
         return await self._claims.claim(self._store, demand, wait)
+
+    async def register(self, worker: WorkerInfo) -> None:
+        self._workers[worker.id] = msgspec.structs.replace(worker, seen_at=self._clock.now())
 
     # ------------------------------------------------------------------------------------ append
 

@@ -217,9 +217,12 @@ class RedisBroker:
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
         if limit <= 0 or not models:
-            await self._shards[0].run(scripts.Register(worker=worker.id, registration=_pack(worker)))
+            await self.register(worker)
             return []
         return await self._claims.claim(worker, models, limit, wait)
+
+    async def register(self, worker: WorkerInfo) -> None:
+        await self._shards[0].run(scripts.Register(worker=worker.id, registration=_pack(worker)))
 
     def _notified(self, shard: int, worker: int, model: str) -> None:
         self._claims.notify(shard, worker, model)
