@@ -49,7 +49,7 @@ HOLDS = 'job and job.s == "running" and tonumber(job.a) == attempt and job.t == 
 
 FENCED = "if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:"
 
-PUBLISHED = "self._published.append((live, tokens))"
+WRITTEN = "self._logs.write(tx, runs, now)"
 CLOSED = "self._logs.close(job, ended)\n\n        tx.then.append(then)\n"
 FAIR = "ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
 FIFO = (
@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "delivery before commit",
-        ((LOG, PUBLISHED, "live.publish(tokens)"),),
+        ((BROKER, WRITTEN, WRITTEN + "\n        self._logs.publish(runs)\n        runs.clear()"),),
         ("tests/unit/brokers/test_write_ahead.py",),
     ),
     Mutant(

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from penstock.brokers.embedded.claims import Claims
-from penstock.brokers.embedded.log import LogBatch, Logs
+from penstock.brokers.embedded.log import Logs, Run
 from penstock.brokers.embedded.queue import Demand, FairQueue, Running
 from penstock.brokers.embedded.rows import JobRow, end_of, find, list_jobs, queue_position, read_job, select
 from penstock.brokers.embedded.store import Store, Transaction
@@ -156,9 +156,10 @@ class EmbeddedBroker:
         now = self._clock.now()
         lease_until = now + self._policy.lease_ttl
         verdicts: dict[str, Verdict] = {}
-        batch = LogBatch(tx)
+        runs: list[Run] = []
         heads: list[tuple[Running, int]] = []
         charges: dict[str, float] = defaultdict(float)
+        tx.then.append(partial(self._logs.publish, runs))  # first: before the end of any of these jobs
         tx.undo.append(partial(_restore_heads, heads))
         for append in appends:
             lease = append.lease
@@ -183,7 +184,7 @@ class EmbeddedBroker:
                 tokens = Tokens(
                     append.position, lease.attempt, append.ids, append.texts, append.choices, append.logprobs
                 ).after(running.head)
-                batch.add(self._logs.live(lease.job), running.seq, tokens, now)
+                runs.append((lease.job, running.seq, tokens))
                 heads.append((running, running.head))
                 running.head = tokens.last
                 charges[running.tenant] += self._policy.output_cost * fresh
@@ -191,7 +192,7 @@ class EmbeddedBroker:
                 finish = append.finish
                 status = Status.COMPLETED if finish.error is None else Status.FAILED
                 self._end_running(tx, running, lease.job, status, finish.finish_reasons, finish.error, finish.stops)
-        batch.write(tx.conn)
+        self._logs.write(tx, runs, now)
         for tenant, cost in charges.items():
             if cost:
                 self._queue.charge(tx.conn, tenant, cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from functools import partial
 
 import msgspec
@@ -22,25 +22,8 @@ _encode = msgspec.msgpack.Encoder().encode
 _tokens = msgspec.msgpack.Decoder(Tokens)
 
 
-class LogBatch:
-    """The runs of one call of `append`. Readers get them after COMMIT, in this place among what *tx* does then."""
-
-    def __init__(self, tx: Transaction) -> None:
-        self._rows: list[tuple[int, int, int, float, bytes]] = []
-        self._published: list[tuple[LiveLog, Tokens]] = []
-        tx.then.append(self._publish)
-
-    def add(self, live: LiveLog, seq: int, tokens: Tokens, at: float) -> None:
-        """*tokens* of the job of row *seq*, all of them new."""
-        self._rows.append((seq, tokens.position, len(tokens.ids), at, _encode(tokens)))
-        self._published.append((live, tokens))
-
-    def write(self, conn: sqlite3.Connection) -> None:
-        conn.executemany("INSERT INTO log (job, pos, n, at, tokens) VALUES (?,?,?,?,?)", self._rows)
-
-    def _publish(self) -> None:
-        for live, tokens in self._published:
-            live.publish(tokens)
+#: New tokens of a job: its id, the seq of its row, the tokens.
+Run = tuple[str, int, Tokens]
 
 
 class Logs:
@@ -62,9 +45,16 @@ class Logs:
         """The log of a job that an earlier process left unfinished."""
         self._live[job] = LiveLog(tenant, head)
 
-    def live(self, job: str) -> LiveLog:
-        """Of a job that has not ended."""
-        return self._live[job]
+    def write(self, tx: Transaction, runs: Sequence[Run], at: float) -> None:
+        tx.conn.executemany(
+            "INSERT INTO log (job, pos, n, at, tokens) VALUES (?,?,?,?,?)",
+            [(seq, tokens.position, len(tokens.ids), at, _encode(tokens)) for _, seq, tokens in runs],
+        )
+
+    def publish(self, runs: Iterable[Run]) -> None:
+        """Readers get *runs* now; to be called once they are on the disk."""
+        for job, _, tokens in runs:
+            self._live[job].publish(tokens)
 
     def close(self, job: str, ended: Ended) -> None:
         """What readers get last; to be called once it is on the disk."""

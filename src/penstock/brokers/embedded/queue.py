@@ -200,8 +200,9 @@ class FairQueue:
                 continue
             attempt = row.attempt + 1
             ids, texts, choices = logged(conn, row.seq) if attempt > 1 else ([], [], None)
-            started_at = row.started_at or now
-            job = job_of(row, len(ids), status=Status.RUNNING, attempt=attempt, started_at=started_at)
+            job = msgspec.structs.replace(
+                job_of(row, len(ids)), status=Status.RUNNING, attempt=attempt, started_at=row.started_at or now
+            )
             reserve = demand.reserve if row.priority == Priority.BATCH else 0
             if job.request.slots(demand.slots - reserve) > free - reserve:
                 break  # it is waited for: what would overtake it now, others would tomorrow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -66,32 +66,31 @@ def end_of(row: JobRow) -> Ended | None:
     return _ended.decode(row.ended) if row.ended is not None else None
 
 
-def job_of(
-    row: JobRow, tokens: int = 0, first_token_at: float | None = None, queue_position: int | None = None, **fields: Any
-) -> Job:
-    """The job, with what its row does not have; *fields* replace what it has."""
-    stored: dict[str, Any] = {
-        "id": row.id,
-        "tenant": row.tenant,
-        "user": row.user,
-        "priority": Priority(row.priority),
-        "idempotency_key": row.idempotency_key,
-        "fingerprint": row.fingerprint,
-        "deadline_at": row.deadline_at,
-        "created_at": row.created_at,
-        "status": Status(row.status),
-        "attempt": row.attempt,
-        "queue_position": queue_position,
-        "tokens": tokens,
-        "prompt_tokens": row.prompt_tokens,
-        "started_at": row.started_at,
-        "first_token_at": first_token_at,
-        "ended_at": row.ended_at,
-        "retries": row.retries,
-        "crashes": row.crashes,
-        "suspects": row.suspects,
-    }
-    return stored_job(_details.decode(row.details), end_of(row), **(stored | fields))
+def job_of(row: JobRow, tokens: int = 0, first_token_at: float | None = None, queue_position: int | None = None) -> Job:
+    """The job, with what its row does not have."""
+    return stored_job(
+        _details.decode(row.details),
+        end_of(row),
+        id=row.id,
+        tenant=row.tenant,
+        user=row.user,
+        priority=Priority(row.priority),
+        idempotency_key=row.idempotency_key,
+        fingerprint=row.fingerprint,
+        deadline_at=row.deadline_at,
+        created_at=row.created_at,
+        status=Status(row.status),
+        attempt=row.attempt,
+        queue_position=queue_position,
+        tokens=tokens,
+        prompt_tokens=row.prompt_tokens,
+        started_at=row.started_at,
+        first_token_at=first_token_at,
+        ended_at=row.ended_at,
+        retries=row.retries,
+        crashes=row.crashes,
+        suspects=row.suspects,
+    )
 
 
 def read_job(conn: sqlite3.Connection, row: JobRow) -> Job:
