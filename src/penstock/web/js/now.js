@@ -1,3 +1,4 @@
+// @ts-nocheck
 // The view of what happens now: tiles, charts, models and workers, from /health and /metrics.
 
 import { ApiError, call, text } from "./api.js";

@@ -1,3 +1,4 @@
+// @ts-nocheck
 // The Prometheus text format, as far as this server writes it, and what can be told from two scrapes.
 
 const LINE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
