@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from tests.support.server import PATIENCE
 from tests.support.tools import command
 
