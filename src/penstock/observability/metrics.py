@@ -21,12 +21,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from penstock.api.stats import Stats
 from penstock.core.job import Status
 from penstock.core.ports import WORKER_STATES, Engine, Lease, Output, QueueStats, WorkerInfo
 from penstock.core.telemetry import Fact
 from penstock.observability.broker import VERBS
 from penstock.observability.jobs import JobRecord
-from penstock.observability.stats import Distribution, Stats, total
+from penstock.observability.stats import distribution, total
 from penstock.observability.telemetry import Ended
 from penstock.observability.wrapper import Wrapper
 
@@ -135,8 +136,8 @@ class Metrics:
             running=queue.jobs.get(Status.RUNNING, 0) if queue is not None else 0,
             streams=self._streams(),
             tokens=total(self.worker_tokens) if self._worker else self._tokens_read(),
-            time_to_first_token=Distribution.of(self.first_token, _LATENCY) if self._worker else None,
-            request_duration=Distribution.of(self.duration if self._worker else self.latency, _LATENCY),
+            time_to_first_token=distribution(self.first_token, _LATENCY) if self._worker else None,
+            request_duration=distribution(self.duration if self._worker else self.latency, _LATENCY),
             cpu_seconds=cpu.user + cpu.system,
             memory_bytes=self._process.memory_info().rss,
         )

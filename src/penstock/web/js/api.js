@@ -37,15 +37,6 @@ export async function call(method, path, { within = 20, ...options } = {}) {
 }
 
 /**
- * The text that `path` answers. Throws `ApiError`.
- * @param {string} path
- * @param {RequestOptions} [options]
- */
-export async function text(path, { signal } = {}) {
-  return await (await request("GET", path, { signal, within: 20 })).text();
-}
-
-/**
  * A successful response, given up after `within` seconds, if any. Throws `ApiError`.
  * @param {string} method
  * @param {string} path

@@ -115,6 +115,24 @@ export interface Health {
   manageable: boolean;
 }
 
+/** Counted since the process began: `counts` by bucket, the last one beyond all `bounds`. */
+export interface Distribution {
+  bounds: number[];
+  counts: number[];
+}
+
+export interface Stats {
+  uptime: number;
+  queued: number;
+  running: number;
+  streams: number;
+  tokens: number;
+  time_to_first_token: Distribution | null;
+  request_duration: Distribution;
+  cpu_seconds: number;
+  memory_bytes: number;
+}
+
 // ---------------------------------------------------------------------------------------------- what the page makes of it
 
 export interface RequestOptions {
