@@ -93,6 +93,7 @@ class Metrics:
         self.queue_wait = Histogram(
             "llm_queue_wait_seconds", "From submit to the first claim", buckets=_LATENCY, registry=back
         )
+        self.attempts = Counter("penstock_attempts", "Attempts at jobs that are over", ["outcome"], registry=back)
         self.verbs = Histogram(
             "penstock_broker_verb_seconds",
             "Duration of calls to the broker",
@@ -191,6 +192,8 @@ class Metrics:
     def event(self, name: str, facts: Mapping[str, Fact]) -> None:
         if name == "job.ended":
             self._job_ended(JobRecord.of(facts))
+        elif name == "job.attempt":
+            self.attempts.labels(facts["outcome"]).inc()
 
     def _job_ended(self, record: JobRecord) -> None:
         self.duration.labels(record.model).observe(record.total_time)
