@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from penstock.testing.protocol import RULES, Outcome, check
-from tests.support.server import PATIENCE, Server
+from tests.support.server import PATIENCE, Server, free_port
 
 #: What the synthetic engine does not show.
 UNTOLD = {"3.6": "the model gives no log-probabilities"}
@@ -152,6 +152,10 @@ FAULTS = {
     ),
     "answers failures in HTML": (lambda: Broken(response=html), ["4.4", "api.errors", "2.idempotency.3", "6.4"]),
     "answers failures in a shape of its own": (lambda: Broken(response=in_one_shape_of_its_own), ["4.4", "api.errors"]),
+    "leaves a field out": (
+        lambda: Broken(block=lambda n, block: block.replace(b',"token_id"', b',"id_of_token"')),
+        ["api.types"],
+    ),
     "knows no 204": (lambda: Broken(response=always_a_body), ["4.2", "6.responses.3"]),
     "does not name the job": (lambda: Broken(response=nameless), ["3.headers", "4.6", "6.5"]),
     "ignores keys": (lambda: without("idempotency-key"), ["2.idempotency.1", "2.idempotency.2"]),
@@ -210,6 +214,13 @@ def test_the_command_fails_for_what_is_no_penstock_server() -> None:
     outcome = Outcome(**json.loads(done.stdout))
     assert (outcome.rule, outcome.outcome) == ("1.1", "failed")
     assert "text/html" in outcome.why
+
+
+def test_the_command_says_in_one_line_that_nobody_listens() -> None:
+    done = run(f"http://127.0.0.1:{free_port()}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Cannot reach http://127.0.0.1:")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("args", "word"), [(["--only", "99"], "99"), (["--header", "nonsense"], "nonsense")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
+import httpx
 import msgspec
 import typer
 from rich.console import Console
@@ -29,7 +30,7 @@ def main(
 ) -> None:
     """Hold a running server against the stream protocol, and report a line a rule. Exit status 1 if one is broken.
 
-    Its jobs have users of their own and are deleted afterwards.
+    The jobs that it submits are deleted afterwards.
     """
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     for line in header or ():
@@ -55,7 +56,12 @@ def main(
             console.print(_summary(outcomes))
         return outcomes
 
-    if any(outcome.outcome == "failed" for outcome in asyncio.run(run())):
+    try:
+        outcomes = asyncio.run(run())
+    except httpx.ConnectError as error:
+        typer.echo(f"Cannot reach {url}: {error}", err=True)
+        raise typer.Exit(1) from error
+    if any(outcome.outcome == "failed" for outcome in outcomes):
         raise typer.Exit(1)
 
 

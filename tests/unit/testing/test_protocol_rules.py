@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,12 @@ def test_rules_are_chosen_by_name_or_section() -> None:
     assert chosen([]) == RULES
     with pytest.raises(LookupError, match=r"'4\.22'"):
         chosen(["4.22"])
+
+
+def test_the_rules_need_nothing_of_the_extra() -> None:
+    """Whoever only checks a server has neither pytest nor hypothesis."""
+    without = "import sys; sys.modules.update(pytest=None, hypothesis=None); import penstock.testing.__main__"
+    subprocess.run([sys.executable, "-c", without], check=True, timeout=60)
 
 
 BLOCK = b"id: 1\nevent: token\ndata: {}\n\n"

@@ -44,7 +44,9 @@ async def check(
     patience: float = 30.0,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[Outcome]:
-    """Hold the server at *url* against the rules. Raises LookupError for a name in *only* that no rule has.
+    """Hold the server at *url* against the rules.
+
+    Raises LookupError for a name in *only* that no rule has, `httpx.ConnectError` where nobody listens.
 
     *model*: the server's first one by default. *patience*: seconds after which what has not come counts as missing.
     """
@@ -52,6 +54,7 @@ async def check(
     async with httpx.AsyncClient(
         base_url=url, headers=headers, timeout=patience, trust_env=False, transport=transport
     ) as http:
+        await http.head("/")
         server = Server(http, model=model, patience=patience)
         try:
             for rule in rules:

@@ -19,7 +19,7 @@ TOKENS = 8
 
 class Server:
     """*patience*: seconds after which what has not come counts as missing; above the server's heartbeat. *model*: the
-    server's first one by default. What is submitted here has users of its own, and is deleted by `forget_all`."""
+    server's first one by default. `forget_all` deletes what was submitted here."""
 
     def __init__(self, http: httpx.AsyncClient, *, model: str | None = None, patience: float = 30.0) -> None:
         self.http = http

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from penstock.api import (
+    DoneEvent,
+    Generated,
+    JobPage,
+    JobView,
+    ModelList,
+    Submitted,
+    TokenEvent,
+)
 from penstock.testing.protocol.rule import expect, expect_equal, rule, untold
 from penstock.testing.protocol.server import Server
 
@@ -28,6 +39,25 @@ async def errors(server: Server) -> None:
         expect_equal(set(error), {"message", "type", "param", "code"}, f"the set of fields of {method} {path}")
         expect_equal(error["code"], code, f"the code of {method} {path}")
         expect(isinstance(error["message"], str) and error["message"], f"{method} {path} fails without a message")
+
+
+@rule("api.types", "Answers and events have the fields that penstock.api says, so that every client can read them")
+async def types(server: Server) -> None:
+    job, stream = await server.finished()
+    seen = {
+        "POST /v1/jobs": (Submitted, await server.json("POST", "/v1/jobs", 202, json=await server.request(1))),
+        "POST /v1/generate": (Generated, await server.json("POST", "/v1/generate", json=await server.request(1))),
+        "GET /v1/jobs/{id}": (JobView, await server.json("GET", f"/v1/jobs/{job}")),
+        "GET /v1/jobs": (JobPage, await server.json("GET", "/v1/jobs", params={"limit": 3})),
+        "GET /v1/models": (ModelList, await server.json("GET", "/v1/models")),
+        "the event token": (TokenEvent, stream.blocks[0].json()),
+        "the event done": (DoneEvent, stream.blocks[-1].json()),
+    }
+    for what, (kind, value) in seen.items():
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            expect(False, f"{what}: {error}")
 
 
 @rule("api.limits", "A value out of its range is 400, and param names the field")
