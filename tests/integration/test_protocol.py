@@ -7,13 +7,16 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import httpx
 import pytest
 
 from penstock.testing.protocol import RULES, Outcome, check
-from tests.support.server import PATIENCE, Server, free_port
+from tests.support.fleet import GatewayProcess, WorkerProcess
+from tests.support.redis import RedisServer
+from tests.support.server import PATIENCE, Server, free_port, wait_for
 
 #: What the synthetic engine does not show.
 UNTOLD = {"3.6": "the model gives no log-probabilities"}
@@ -23,6 +26,23 @@ UNTOLD = {"3.6": "the model gives no log-probabilities"}
 async def test_our_server_keeps_every_rule(server: Server, rule: str) -> None:
     (outcome,) = [outcome async for outcome in check(server.url, model="paced", only=[rule], patience=PATIENCE)]
     assert (outcome.outcome, outcome.why) == (("skipped", UNTOLD[rule]) if rule in UNTOLD else ("passed", ""))
+
+
+async def test_a_gateway_over_redis_keeps_them_too(tmp_path: Path) -> None:
+    settings = {"heartbeat": 0.3, "disconnect_grace": 0.3}
+    redis = RedisServer(tmp_path / "redis")
+    gateway = GatewayProcess(tmp_path / "gateway", redis.url, settings=settings)
+    worker = WorkerProcess(tmp_path / "worker", redis.url, rate=200, settings=settings)
+    try:
+        for process in (redis, gateway, worker):
+            process.start()
+        wait_for(gateway.is_served, "the worker's model to be known")
+        found = [outcome async for outcome in check(gateway.url, patience=PATIENCE)]
+    finally:
+        for process in (worker, gateway, redis):
+            process.stop()
+    assert [outcome for outcome in found if outcome.outcome != "passed" and outcome.rule not in UNTOLD] == []
+    assert len(found) == len(RULES)
 
 
 # ---------------------------------------------------------------------------------------------- broken servers
