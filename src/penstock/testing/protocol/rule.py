@@ -1,4 +1,4 @@
-"""What a rule is, and how one says that it is broken or cannot be told."""
+"""What a rule is, and how a check says that it is broken or cannot be seen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Violation(AssertionError):
     """The server broke the rule; the message says what was seen."""
 
 
-class Untold(Exception):
+class Skipped(Exception):
     """This server, as it is now, does not show whether it keeps the rule; the message says why."""
 
 
@@ -33,7 +33,7 @@ RULES: list[Rule] = []
 
 
 def rule(id: str, title: str) -> Callable[[Check], Check]:
-    """Register a check of the rule *id*. It returns if the rule is kept, else it calls `expect` or `untold`."""
+    """Register a check of the rule *id*. It returns if the rule is kept."""
 
     def register(check: Check) -> Check:
         assert all(known.id != id for known in RULES), f"two rules are called {id}"
@@ -58,8 +58,8 @@ def none_of(problems: list[str]) -> None:
     expect(not problems, "; ".join(problems[:5]))
 
 
-def untold(why: str) -> NoReturn:
-    raise Untold(why)
+def skip(why: str) -> NoReturn:
+    raise Skipped(why)
 
 
 def _short(value: object) -> str:

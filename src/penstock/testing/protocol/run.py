@@ -9,7 +9,7 @@ import httpx
 import msgspec
 
 from penstock.testing.oracle import OracleError
-from penstock.testing.protocol.rule import RULES, Rule, Untold, Violation
+from penstock.testing.protocol.rule import RULES, Rule, Skipped, Violation
 from penstock.testing.protocol.server import Server
 from penstock.testing.protocol.stream import NoAnswer
 
@@ -66,7 +66,7 @@ async def check(
 async def _outcome(rule: Rule, server: Server) -> Outcome:
     try:
         await rule.check(server)
-    except Untold as reason:
+    except Skipped as reason:
         return Outcome(rule.id, rule.title, "skipped", str(reason))
     except (Violation, NoAnswer, OracleError) as seen:
         return Outcome(rule.id, rule.title, "failed", str(seen))

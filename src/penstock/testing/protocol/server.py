@@ -41,7 +41,7 @@ class Server:
                 response = await self.http.request(method, path, **arguments)
         except TimeoutError as error:
             raise NoAnswer(f"{method} {path} is not answered within {self.patience:g} s") from error
-        self._jobs.add(response.headers.get("x-penstock-job", ""))
+        self._remember(response)
         return response
 
     async def json(self, method: str, path: str, status: int = 200, **arguments: Any) -> dict[str, Any]:
@@ -70,14 +70,12 @@ class Server:
     async def chat(self, tokens: int = TOKENS, **fields: Any) -> dict[str, Any]:
         """The same as a chat request."""
         body = await self.request(tokens, **fields)
-        return {**body, "messages": [{"role": "user", "content": body.pop("prompt")}]}
+        return {"messages": [{"role": "user", "content": body.pop("prompt")}], **body}
 
     async def submit(self, tokens: int = TOKENS, headers: Mapping[str, str] | None = None, **fields: Any) -> str:
         """The id of a new job."""
         body = await self.request(tokens, **fields)
-        job = str((await self.json("POST", "/v1/jobs", 202, json=body, headers=headers)).get("id"))
-        self._jobs.add(job)
-        return job
+        return str((await self.json("POST", "/v1/jobs", 202, json=body, headers=headers)).get("id"))
 
     # ------------------------------------------------------------------------------------ streams
 
@@ -90,7 +88,7 @@ class Server:
                 response = await self.http.send(request, stream=True)
         except TimeoutError as error:
             raise NoAnswer(f"{method} {path} is not answered within {self.patience:g} s") from error
-        self._jobs.add(response.headers.get("x-penstock-job", ""))
+        self._remember(response)
         try:
             yield Stream(response, self.patience)
         finally:
@@ -125,8 +123,14 @@ class Server:
         except TimeoutError as error:
             raise NoAnswer(f"{job} has not ended within {self.patience:g} s") from error
 
+    def _remember(self, response: httpx.Response) -> None:
+        """The job that was made, to be deleted in the end."""
+        job = response.headers.get("x-penstock-job") or response.headers.get("location", "").rpartition("/")[2]
+        if job:
+            self._jobs.add(job)
+
     async def forget_all(self) -> None:
         """Delete what was submitted here."""
-        for job in self._jobs - {""}:
+        for job in self._jobs:
             with contextlib.suppress(httpx.HTTPError, NoAnswer):
-                await self.call("DELETE", f"/v1/jobs/{job}")
+                await self.http.delete(f"/v1/jobs/{job}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.testing.protocol.rule import expect_equal, rule, untold
+from penstock.testing.protocol.rule import expect_equal, rule, skip
 from penstock.testing.protocol.server import Server
 from penstock.testing.protocol.stream import NoAnswer
 
@@ -29,7 +29,7 @@ async def unread(server: Server) -> None:
 async def cancelled(server: Server) -> None:
     status = await abandoned(server)
     if status == "completed":
-        untold("the model is done before the grace period is over")
+        skip("the model is done before the grace period is over")
     expect_equal(status, "cancelled", "the status of an abandoned chat")
 
 
@@ -38,5 +38,5 @@ async def continued(server: Server) -> None:
     try:
         status = await abandoned(server, {"on_disconnect": "continue"})
     except NoAnswer:
-        untold(f"the model needs more than {server.patience:g} s for a long reply")
+        skip(f"the model needs more than {server.patience:g} s for a long reply")
     expect_equal(status, "completed", "the status of an abandoned chat that was to continue")
