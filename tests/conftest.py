@@ -17,8 +17,9 @@ from tests.support.server import Server
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # No clock decides about a test. The first text that Hypothesis makes in a fresh clone takes it a second, for instance.
-settings.register_profile("penstock", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("penstock")
+settings.register_profile("short", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("short"), max_examples=300)
+settings.load_profile("short")  # unless --hypothesis-profile names another
 
 # A shell starts its background jobs deaf to Ctrl-C, and what they start inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
