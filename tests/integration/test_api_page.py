@@ -8,7 +8,7 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 
-from penstock.gateway.routes.page import assets
+from penstock.gateway.operator.page import assets
 from tests.support.api import check_error
 from tests.support.http import send
 from tests.support.server import Server

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage
+from penstock.gateway.dialects.anthropic.routes import CreateMessage, MessageWriter, reply
 from penstock.gateway.http import decode, json_reply
-from penstock.gateway.routes.anthropic import CreateMessage, MessageWriter, reply
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
 

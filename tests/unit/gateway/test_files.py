@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.errors import InsufficientStorage, NotFound, RequestTooLarge
-from penstock.gateway.files import ABANDONED, FileStore, LineLog, StoredFile, link
+from penstock.gateway.files.store import ABANDONED, FileStore, LineLog, StoredFile, link
 from penstock.testing.clock import ManualClock
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage, new_job_id
-from penstock.gateway.responses.items import View
-from penstock.gateway.responses.stream import whole
-from penstock.gateway.routes.openai import ChatDialect, Dialect, TextDialect, ToolDialect
+from penstock.gateway.dialects.openai.chat import ChatDialect, Dialect, TextDialect, ToolDialect
+from penstock.gateway.dialects.responses.items import View
+from penstock.gateway.dialects.responses.stream import whole
 from tests.support.sse import Parser
 
 #: (id, what it completed, its own text, its bytes where they are no text): a character of three tokens, a stop string

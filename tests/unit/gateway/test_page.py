@@ -6,7 +6,7 @@ import hashlib
 import re
 from importlib.resources import files
 
-from penstock.gateway.routes.page import TYPES, assets
+from penstock.gateway.operator.page import TYPES, assets
 
 #: SHA-256 of the files of the npm package, by version.
 UPLOT = {

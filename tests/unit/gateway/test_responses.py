@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError, Unsupported
 from penstock.core.events import Ended, Event, Logprob, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, ToolCall, Usage
+from penstock.gateway.dialects.responses.items import Item, View, input_items, messages, output_items, owner, view_of
+from penstock.gateway.dialects.responses.routes import CreateResponse, InputItem
+from penstock.gateway.dialects.responses.stream import last_number, render, whole
 from penstock.gateway.http import decode
-from penstock.gateway.responses.items import Item, View, input_items, messages, output_items, owner, view_of
-from penstock.gateway.responses.stream import last_number, render, whole
-from penstock.gateway.routes.responses import CreateResponse, InputItem
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
 

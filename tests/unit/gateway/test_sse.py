@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, NotFound
 from penstock.core.events import Ended, Event, Logprob, Tokens, TopLogprob
 from penstock.core.job import Job, Request, Status, Usage, new_job_id
-from penstock.gateway.routes.jobs import render
-from penstock.gateway.routes.openai import ChatDialect, TextDialect
+from penstock.gateway.dialects.native.routes import render
+from penstock.gateway.dialects.openai.chat import ChatDialect, TextDialect
 from penstock.gateway.sse import EventStream, Streams
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser

@@ -3,7 +3,7 @@
 ::
 
     root/<tenant>/batches/batch_…/batch.json     `Batch`, replaced as a whole; only who runs it writes it
-                                  cancel         a wish: when it was made. Anybody writes it
+                                  cancel         that somebody asked to cancel it: when. Anybody writes it
                                   input.jsonl    the input, whatever becomes of the file it came from
                                   output.jsonl   results as they come, later the content of a file; so are
                                   errors.jsonl   the lines that failed
@@ -29,7 +29,7 @@ from msgspec import Meta
 from penstock.core.errors import InvalidRequest, NotFound
 from penstock.core.foreign import Malformed, Mismatch, decode
 from penstock.core.job import ModelName
-from penstock.gateway.files import FileStore, StoredFile, link, new_id, page, remove, storing, sync, write_whole
+from penstock.gateway.files.store import FileStore, StoredFile, link, new_id, page, remove, storing, sync, write_whole
 
 #: Seconds for which a batch may run: OpenAI's ``completion_window`` "24h".
 WINDOW = 86400.0

@@ -1,0 +1,261 @@
+"""OpenAI's completions, over jobs like any other: one for each prompt, and one more for each that is echoed. Judged by
+the official SDKs unchanged, and by lm-evaluation-harness, whose log-likelihoods are those of echoed prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from itertools import chain
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from starlette.types import ASGIApp
+
+from penstock.core.aio import merge
+from penstock.core.errors import InvalidRequest, PenstockError, Unsupported, error_from_info
+from penstock.core.events import Completion, Ended, TokenLogprob, fold
+from penstock.core.job import Job, Request, Sampling, Task, TopLogprobs, Usage
+from penstock.core.tasks import Tokenized
+from penstock.gateway.dialects.fields import Count, TokenId, TokenIds, several, submission_of
+from penstock.gateway.dialects.openai.answers import TextChunk, TextReply
+from penstock.gateway.dialects.openai.chat import OpenAIBody, TextDialect, respond
+from penstock.gateway.http import Call, json_reply
+from penstock.gateway.jobs import Jobs
+from penstock.gateway.operation import Batchable, Operation, Prepared
+from penstock.gateway.readers import Following
+from penstock.gateway.sse import ascii_json
+
+#: Prompts that one call may bring.
+MAX_PROMPTS = 128
+
+Prompt = str | tuple[int, ...]
+
+
+class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
+    """The body of ``POST /v1/completions``: a prompt (a text, or token ids) or several, sampled alike.
+
+    With ``echo`` the choice begins with the prompt, and where ``logprobs`` are asked for, with those of its tokens.
+    """
+
+    prompt: str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    logprobs: TopLogprobs | None = None
+    echo: bool = False
+    suffix: str | None = None
+    best_of: Count | None = None
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Raises `InvalidRequest` for too many, or what is none; `Unsupported` for fields that nothing here honours."""
+        if self.suffix:
+            raise Unsupported("suffix is not supported.", param="suffix")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise Unsupported("best_of is not supported beyond n.", param="best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest(
+                "max_tokens: 0 asks for nothing, unless the prompt is to be echoed.", param="max_tokens"
+            )
+        return several(self.prompt, MAX_PROMPTS, "prompt")
+
+    def request(self, prompt: Prompt) -> Request:
+        request = Request(
+            model=self.model,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_ids=None if isinstance(prompt, str) else prompt,
+            sampling=self.sampling(max_tokens=16, temperature=1.0, logprobs=self.logprobs),
+            n=self.n or 1,
+        )
+        return self.structured(request)
+
+    def requests(self, prompt: Prompt) -> list[Request]:
+        """What is to be done with a prompt: to tell of its own tokens where it is echoed, and to generate."""
+        reply = self.request(prompt)
+        task: Task = "tokenize" if self.logprobs is None else "score"
+        sampling = Sampling(logprobs=self.logprobs)
+        echo = msgspec.structs.replace(reply, task=task, n=1, sampling=sampling, response_format=None)
+        return ([echo] if self.echo else []) + ([reply] if self.max_tokens != 0 else [])
+
+
+# ---------------------------------------------------------------------------------------------- routes
+
+
+async def completions(call: Call) -> ASGIApp:
+    body = await call.body(TextCompletion)
+    prompts = body.prompts
+    if len(prompts) == 1 and not body.echo:
+        return await respond(call, body, body.request(prompts[0]), TextDialect)
+    parts = await _submit(call, body, prompts)
+    headers = {"x-penstock-job": ", ".join(part.job.id for part in parts)}
+    if body.stream:
+        followings = [[call.jobs.follow(job) for job in part.jobs] for part in parts]
+        return await call.jobs.stream_all([*chain(*followings)], _stream(parts, followings), headers)
+    found = await _fold(call, parts)
+    choices = [choice for part, reply in zip(parts, found, strict=True) for choice in part.writer.choices(reply)]
+    usage = _total(reply.ended for reply in found)
+    return json_reply(parts[0].writer.answer(choices, usage), headers=headers)
+
+
+async def _submit(call: Call, body: TextCompletion, prompts: Sequence[Prompt]) -> list[_Part]:
+    """The jobs of all prompts, or of none."""
+    info = call.catalogue.info(body.model)
+    if body.echo and body.logprobs is not None and info is not None and not info.may("score"):
+        raise Unsupported(
+            f"The {info.engine} engine of {info.name} does not tell log-probabilities of a prompt: leave out echo, or "
+            "logprobs.",
+            param="echo",
+        )
+    requests = [request for prompt in prompts for request in body.requests(prompt)]
+    submission = submission_of(
+        call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
+    )
+    jobs = await call.jobs.submit_all(requests, submission)
+    each = len(jobs) // len(prompts)
+    return [
+        _Part(body, number, prompt, jobs[number * each : (number + 1) * each], jobs[0])
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+async def _fold(call: Call, parts: Sequence[_Part]) -> list[Completion]:
+    """What came of each prompt. Raises the first one's failure, once all have ended."""
+    leaving = asyncio.ensure_future(call.gone())
+    try:
+        folding = (call.jobs.fold(job, lambda: asyncio.shield(leaving)) for part in parts for job in part.jobs)
+        results = await asyncio.gather(*folding, return_exceptions=True)
+    finally:
+        leaving.cancel()
+    done: list[Completion] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    each = len(done) // len(parts)
+    return [part.joined(done[i * each : (i + 1) * each]) for i, part in enumerate(parts)]
+
+
+# ---------------------------------------------------------------------------------------------- one prompt
+
+
+class _Part:
+    """One prompt of a call: its jobs (the echo's first), and who writes its choices."""
+
+    def __init__(self, body: TextCompletion, number: int, prompt: Prompt, jobs: Sequence[Job], first: Job) -> None:
+        self.jobs = jobs
+        self.job = jobs[-1]
+        self.n = body.n or 1
+        self.echoed = body.echo
+        self.replied = body.max_tokens != 0
+        self._body = body
+        self._prompt = prompt
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        # All choices of an answer have the id of its first job.
+        self.writer = TextDialect(first, include_usage=usage, token_ids=body.return_token_ids)
+        self.writer.first = number * self.n
+        self.writer.positions = False
+
+    def joined(self, found: Sequence[Completion]) -> Completion:
+        """The reply, behind the prompt where that is echoed."""
+        reply = found[-1] if self.replied else self._nothing(found[0])
+        if not self.echoed:
+            return reply
+        text, tokens, logprobs = self._echo(found[0])
+        return Completion(
+            [text + each for each in reply.texts],
+            [tokens + each for each in reply.ids],
+            [logprobs + each for each in reply.logprobs],
+            reply.ended,
+        )
+
+    def _echo(self, found: Completion) -> tuple[str, list[int], list[TokenLogprob]]:
+        """Text, token ids and their log-probabilities, by the job that was made for that."""
+        logprobs: list[TokenLogprob] = []
+        if self._body.logprobs is None:
+            tokenized = Tokenized.of(found)
+            ids, text = tokenized.tokens, tokenized.text
+        else:
+            (ids,), (text,), (pieces,) = found.ids, found.texts, found.pieces
+            logprobs = [(ids[0], pieces[0], None), *found.logprobs[0]]
+        return self._prompt if isinstance(self._prompt, str) else text, ids, logprobs
+
+    def _nothing(self, echo: Completion) -> Completion:
+        """The reply where none is wanted."""
+        assert echo.ended is not None
+        usage = Usage(echo.ended.usage.prompt_tokens)
+        ended = msgspec.structs.replace(echo.ended, finish_reasons=("length",) * self.n, usage=usage)
+        return Completion([""] * self.n, [[] for _ in range(self.n)], [[] for _ in range(self.n)], ended)
+
+    async def chunks(self, followings: Sequence[Following]) -> AsyncGenerator[tuple[str, Ended | None]]:
+        """The chunks of its choices, with how it ended behind the last one. Raises what its jobs failed with."""
+        ended: Ended | None = None
+        if self.echoed:
+            found = fold([event async for event in followings[0]])
+            _check(found.ended)
+            yield self.writer.opening(self.n, *self._echo(found)), None
+            ended = self._nothing(found).ended
+        if self.replied:
+            async for event in followings[-1]:
+                if isinstance(event, Ended):
+                    _check(event)
+                    ended = event
+                else:
+                    yield self.writer.run(event), None
+        assert ended is not None
+        yield self.writer.finishes(ended), ended
+
+
+def _check(ended: Ended | None) -> None:
+    if ended is not None and ended.error is not None:
+        raise error_from_info(ended.error)
+
+
+def _total(ends: Iterable[Ended | None]) -> Usage:
+    usages = [ended.usage for ended in ends if ended is not None]
+    return Usage(sum(each.prompt_tokens for each in usages), sum(each.completion_tokens for each in usages))
+
+
+async def _stream(parts: Sequence[_Part], followings: Sequence[Sequence[Following]]) -> AsyncIterator[bytes]:
+    """Chunks of several prompts' choices as they come. They have no positions: each job's own stream has them."""
+    retry = "retry: 1000\n"
+    ends: list[Ended | None] = []
+    chunks = [part.chunks(each) for part, each in zip(parts, followings, strict=True)]
+    try:
+        async with contextlib.aclosing(merge(chunks)) as merged:
+            async for block, ended in merged:
+                ends.append(ended)
+                if block:
+                    yield (retry + block).encode()
+                    retry = ""
+    except PenstockError as error:
+        yield f"{retry}data: {ascii_json({'error': error.info})}\n\n".encode()
+        return
+    yield f"{parts[0].writer.usage(_total(ends))}data: [DONE]\n\n".encode()
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+async def _prepare(jobs: Jobs, body: TextCompletion) -> Prepared:
+    if len(body.prompts) > 1 or body.echo:
+        raise Unsupported("A line of a batch has one prompt, and no echo.", param="echo" if body.echo else "prompt")
+    return Prepared(body.request(body.prompts[0]))
+
+
+def _write(jobs: Jobs, body: TextCompletion, job: Job, completion: Completion) -> Any:
+    return TextDialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/completions",
+        handler=completions,
+        summary="OpenAI completions",
+        body=TextCompletion,
+        answers={200: TextReply},
+        events={"message": TextChunk},
+        generates=True,
+        batch=Batchable(TextCompletion, _prepare, _write),
+    )
+]
