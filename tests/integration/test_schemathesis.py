@@ -187,8 +187,8 @@ def test_every_answer_is_as_described(
         checks.append(negative_data_rejection)
 
     @settings(
-        max_examples=max(8, settings().max_examples // 10), derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        max_examples=max(8, settings().max_examples // 10), derandomize=True, database=None,
+        phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=mode), data=st.data())
     def ask(case: Case, data: st.DataObject) -> None:
