@@ -16,20 +16,30 @@ from starlette.types import ASGIApp
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
 from penstock.core.ports import Broker, QueuePolicy
+from penstock.core.telemetry import Telemetry
 from penstock.engines.backend import Progress
 from penstock.engines.check import check
 from penstock.engines.process import EngineProcess, EngineSpec
 from penstock.engines.standby import Standby, WarmPool
-from penstock.gateway.app import WORKER_ROUTES, create_app
-from penstock.gateway.batches.routes import OPERATIONS
+from penstock.gateway.app import create_app
+from penstock.gateway.batches.routes import BATCHES
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import BatchStore
+from penstock.gateway.config import GatewayConfig
+from penstock.gateway.dialects.registry import BATCHABLE
+from penstock.gateway.files.routes import FILES
 from penstock.gateway.files.store import FileStore
-from penstock.gateway.service import Gateway, GatewayConfig
-from penstock.observability.jobs import JobRecord, ObservedBroker
-from penstock.observability.logs import log_job, request_log
+from penstock.gateway.gateway import Gateway
+from penstock.gateway.http import Resource
+from penstock.gateway.operator.health import METRICS
+from penstock.gateway.operator.models import MODELS
+from penstock.gateway.operator.models import OPERATIONS as MODEL_OPERATIONS
+from penstock.observability.broker import observed
+from penstock.observability.jobs import JobWatch
+from penstock.observability.logs import EventLog, RequestLog
 from penstock.observability.metrics import Metrics
 from penstock.observability.ops import worker_app
+from penstock.observability.telemetry import Publisher, Subscriber
 from penstock.server import Address, http_server, termination
 from penstock.settings import ModelSettings, Settings, parse_size
 from penstock.worker.manager import Model, ModelManager
@@ -64,22 +74,26 @@ async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: b
     """A gateway, workers with their engines, or both, over the broker of *settings*; until SIGTERM or SIGINT."""
     if workers:
         _check_models(settings)
+    metrics = Metrics(gateway=gateway, worker=workers)
+    telemetry = Publisher(*_subscribers(settings, metrics))
     with _address(settings, gateway) as address, termination() as terminate:
         try:
-            async with _broker(settings, watcher, terminate) as store:
+            async with _broker(settings, telemetry, watcher, terminate) as store:
                 if store is None:
                     return  # the signal came first
-                metrics = Metrics(gateway=gateway, worker=workers)
-                broker = ObservedBroker(store, _observers(settings, metrics))
+                jobs = JobWatch(observed(store, telemetry), telemetry)
+                broker = jobs.broker
                 warm = WarmPool(settings.warm_processes)
                 crew = build_manager(settings, broker, metrics, warm, watcher) if workers else None
-                files = file_store(settings) if gateway else None
-                front = Gateway(broker, gateway_config(settings, gateway), models=crew, files=files)
-                if files is not None:
-                    front.batches = BatchRunner(front, BatchStore(files), OPERATIONS, window=batch_window(settings))
-                app = build_app(front, crew, broker, metrics, gateway=gateway)
+                front = Gateway(broker, gateway_config(settings, gateway), models=crew)
+                batches = build_batches(settings, front) if gateway else None
+                app = build_app(front, crew, batches, jobs, metrics)
                 server = http_server(app, drain_timeout=settings.drain_timeout)
-                async with contextlib.aclosing(warm), front.running(catalogue=gateway):
+                async with contextlib.AsyncExitStack() as running:
+                    await running.enter_async_context(contextlib.aclosing(warm))
+                    await running.enter_async_context(front.running(catalogue=gateway))
+                    if batches is not None:
+                        await running.enter_async_context(batches.running())
                     address.open()
                     watcher.listening(address.url)
                     await _work(front, crew, server, address, broker, terminate, gateway=gateway)
@@ -198,6 +212,11 @@ def file_store(settings: Settings) -> FileStore:
     )
 
 
+def build_batches(settings: Settings, front: Gateway) -> BatchRunner:
+    store = BatchStore(file_store(settings))
+    return BatchRunner(front.jobs, store, BATCHABLE, window=batch_window(settings))
+
+
 def batch_window(settings: Settings) -> int:
     """Jobs of batches for one model at once. For all models there are twice as many: half of the queue is left to
     everybody else, however many batches there are."""
@@ -262,20 +281,22 @@ def build_engine(model: ModelSettings, settings: Settings, warm: WarmPool, on_pr
 
 
 def build_app(
-    front: Gateway, crew: ModelManager | None, broker: ObservedBroker, metrics: Metrics, *, gateway: bool
+    front: Gateway, crew: ModelManager | None, batches: BatchRunner | None, jobs: JobWatch, metrics: Metrics
 ) -> ASGIApp:
-    """The gateway's API; without one, what a worker says of itself."""
-    if not gateway:
+    """The gateway's API; without one (and so without *batches*), what a worker says of itself."""
+    resources: dict[Resource[Any], Any] = {MODELS: crew} if crew is not None else {}
+    if batches is None:
         assert crew is not None
-        return worker_app(metrics.render, lambda: crew.ready, create_app(front, routes=WORKER_ROUTES))
-    metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: broker.tokens_read)
-    return create_app(front, metrics=metrics.render, middleware=[metrics.http])
+        return worker_app(metrics.render, lambda: crew.ready, create_app(front, resources, operations=MODEL_OPERATIONS))
+    metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: jobs.tokens_read)
+    resources |= {METRICS: metrics.render, FILES: batches.store.files, BATCHES: batches}
+    return create_app(front, resources, middleware=[metrics.http])
 
 
-def _observers(settings: Settings, metrics: Metrics) -> list[Callable[[JobRecord], None]]:
-    """Who is told of the end of a job."""
-    files = [request_log(settings.log_dir)] if settings.log_dir is not None else []
-    return [metrics.job_ended, log_job, *files]
+def _subscribers(settings: Settings, metrics: Metrics) -> list[Subscriber]:
+    """Who hears what the process tells of itself."""
+    files = [RequestLog(settings.log_dir)] if settings.log_dir is not None else []
+    return [metrics, EventLog(), *files]
 
 
 # ---------------------------------------------------------------------------------------------- the broker
@@ -288,9 +309,14 @@ class _Store(Broker, Protocol):
 
 
 @contextlib.asynccontextmanager
-async def _broker(settings: Settings, watcher: Watcher, terminate: asyncio.Event) -> AsyncIterator[Broker | None]:
+async def _broker(
+    settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
+) -> AsyncIterator[Broker | None]:
     """The broker once it is open; None when *terminate* came before."""
-    store = await _open_embedded(settings) if settings.embedded else await _open_redis(settings, watcher, terminate)
+    if settings.embedded:
+        store: _Store | None = await _open_embedded(settings, telemetry)
+    else:
+        store = await _open_redis(settings, telemetry, watcher, terminate)
     try:
         yield store
     finally:
@@ -298,13 +324,15 @@ async def _broker(settings: Settings, watcher: Watcher, terminate: asyncio.Event
             await store.close()
 
 
-async def _open_embedded(settings: Settings) -> _Store:
-    store = EmbeddedBroker(settings.data_dir / "broker", policy=queue_policy(settings))
+async def _open_embedded(settings: Settings, telemetry: Telemetry) -> _Store:
+    store = EmbeddedBroker(settings.data_dir / "broker", policy=queue_policy(settings), telemetry=telemetry)
     await store.open()
     return store
 
 
-async def _open_redis(settings: Settings, watcher: Watcher, terminate: asyncio.Event) -> _Store | None:
+async def _open_redis(
+    settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
+) -> _Store | None:
     """A server that is away comes back, so it is waited for. One that is set up wrongly is refused."""
     from penstock.brokers.redis import RedisBroker  # imported by who uses it
 
@@ -318,6 +346,7 @@ async def _open_redis(settings: Settings, watcher: Watcher, terminate: asyncio.E
             prefix=settings.broker_prefix,
             replicas=settings.replicas,
             timeout=settings.broker_timeout,
+            telemetry=telemetry,
         )
         try:
             if await _unless(terminate, store.open()):

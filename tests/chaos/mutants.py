@@ -166,7 +166,7 @@ MUTANTS = [
     ),
     Mutant(
         "tenant dropped by the gateway",
-        (("penstock/gateway/http.py", 'scope.get("penstock.tenant", "default")', '"default"'),),
+        (("penstock/gateway/jobs.py", "return self.identity.tenant", 'return "default"'),),
         ("tests/unit/gateway",),
     ),
     Mutant(

@@ -15,7 +15,7 @@ from penstock.core.ports import Finish
 from penstock.engines import child
 from penstock.engines.frames import Failed, Load, Splitter, ToParent, encode
 from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.testing.engine import lease, run
+from penstock.testing.engine.driver import lease, run
 
 
 @pytest.fixture(params=["computing", "waiting"])

@@ -43,6 +43,7 @@ from penstock.core.ports import (
     Verdict,
     WorkerInfo,
 )
+from penstock.core.telemetry import Telemetry
 
 #: Rows that one sweep changes at most, so that it never holds the writer for long.
 SWEEP_LIMIT = 500
@@ -97,10 +98,17 @@ class EmbeddedBroker:
 
     durability = "strict (SQLite WAL, synchronous=FULL)"
 
-    def __init__(self, path: Path, *, clock: Clock | None = None, policy: QueuePolicy | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Clock | None = None,
+        policy: QueuePolicy | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._clock = clock or SystemClock()
         self._policy = policy or QueuePolicy()
-        self._store = Store(Path(path), before_commit=self._serve_claimants)
+        self._store = Store(Path(path), before_commit=self._serve_claimants, telemetry=telemetry)
         self._live: dict[str, LiveLog] = {}
         self._running: dict[str, _Running] = {}
         self._losses: Counter[str] = Counter()

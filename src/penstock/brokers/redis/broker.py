@@ -51,6 +51,7 @@ from penstock.core.ports import (
     Verdict,
     WorkerInfo,
 )
+from penstock.core.telemetry import NoTelemetry, Telemetry
 
 #: Seconds that a claim waits for a wake-up before it looks again by itself.
 CLAIM_POLL = 1.0
@@ -129,6 +130,7 @@ class RedisBroker:
         replicas: int = 1,
         timeout: float = 5.0,
         clock: Clock | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         if "{" in prefix or "}" in prefix or not prefix:
             raise InvalidRequest("The prefix of the keys must not be empty and have no braces.")
@@ -147,6 +149,7 @@ class RedisBroker:
                 tier=self._tier,
                 clock=clock,
                 timeout=timeout,
+                telemetry=telemetry or NoTelemetry(),
                 on_ring=lambda worker, model, number=number: self._rung(number, worker, model),  # type: ignore[misc]
                 on_arrival=self._arrived,
             )

@@ -16,10 +16,22 @@ from starlette.types import ASGIApp
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, NoVLLMWorker, PenstockError
 from penstock.core.events import Completion
 from penstock.core.job import Identifier, Job, ModelName, OnDisconnect, Request
+from penstock.gateway.dialects.compat.answers import (
+    BasicResult,
+    PromptResults,
+    Received,
+    Task,
+    TaskPending,
+    TaskResult,
+    TaskStatus,
+)
 from penstock.gateway.dialects.fields import JobBody, TokenIds, submission
-from penstock.gateway.dialects.native.routes import job_view, render, usage_view
+from penstock.gateway.dialects.native.answers import DoneEvent, ErrorEvent, TokenEvent
+from penstock.gateway.dialects.native.routes import job_view, of_user, render, usage_view
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.service import Submission
+from penstock.gateway.jobs import Submission
+from penstock.gateway.operation import Operation
+from penstock.gateway.parameters import ID, query
 
 #: Prompts that one call may bring.
 MAX_PROMPTS = 256
@@ -77,7 +89,7 @@ async def submit_job(call: Call) -> ASGIApp:
         body = msgspec.structs.replace(body, user_id=msgspec.convert(user, Identifier))
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"user_id: {error}", param="user_id") from error
-    job = await call.gateway.submit(_request(call, body, body.prompt), _wish(call, body, "continue"))
+    job = await call.jobs.submit(_request(call, body, body.prompt), _wish(call, body, "continue"))
     return json_reply({"received": job.id, "msg": body.prompt})
 
 
@@ -86,13 +98,13 @@ async def generate(call: Call) -> ASGIApp:
     body = await call.body(PromptsBody)
     if body.prompts is not None:
         return await _all(call, body, body.prompts)
-    job = await call.gateway.submit(_request(call, body, body.one), _wish(call, body, "continue"))
+    job = await call.jobs.submit(_request(call, body, body.one), _wish(call, body, "continue"))
     return json_reply({"task_id": job.id}, 202, {"location": f"/result/{job.id}"})
 
 
 async def result(call: Call) -> ASGIApp:
     """What became of a task; 202 while it has not ended: clients ask again as long as they read ``processing``."""
-    job = await call.gateway.broker.get(call.tenant, call.path["id"])
+    job = await call.jobs.get(call.path["id"])
     if not job.status.terminal:
         return json_reply({"status": "processing", "task_id": job.id}, 202)
     answer: dict[str, Any] = {"status": job.status, "task_id": job.id}
@@ -104,7 +116,7 @@ async def result(call: Call) -> ASGIApp:
 
 async def status(call: Call) -> ASGIApp:
     """A task's state, and its place in the queue while it waits there."""
-    job = await call.gateway.broker.get(call.tenant, call.path["id"])
+    job = await call.jobs.get(call.path["id"])
     return json_reply({"task_id": job.id, "status": job.status, "position_in_queue": job.queue_position})
 
 
@@ -113,16 +125,16 @@ async def basic_generate(call: Call) -> ASGIApp:
     body = await call.body(PromptsBody)
     if body.prompts is not None:
         return await _all(call, body, body.prompts)
-    job = await call.gateway.submit(_request(call, body, body.one), _wish(call, body, "cancel"))
-    answer = _answer(job, await call.gateway.fold(job, call.gone))
+    job = await call.jobs.submit(_request(call, body, body.one), _wish(call, body, "cancel"))
+    answer = _answer(job, await call.jobs.fold(job, call.gone))
     return json_reply({"model": job.request.model, **answer}, headers={"x-penstock-job": job.id})
 
 
 async def generate_stream(call: Call) -> ASGIApp:
     """One prompt as one open response: pings while it waits, its tokens as they come."""
     body = await call.body(PromptBody)
-    job = await call.gateway.submit(_request(call, body, body.prompt), _wish(call, body, "cancel"))
-    return await call.gateway.stream(call.gateway.follow(job, call.last_event_id or 0), partial(render, job))
+    job = await call.jobs.submit(_request(call, body, body.prompt), _wish(call, body, "cancel"))
+    return await call.jobs.stream(call.jobs.follow(job, call.last_event_id or 0), partial(render, job))
 
 
 async def generate_vllm(call: Call) -> ASGIApp:
@@ -140,7 +152,7 @@ def _wish(call: Call, body: ClassicBody, on_disconnect: OnDisconnect) -> Submiss
 
 def _request(call: Call, body: ClassicBody, prompt: Prompt, model: str | None = None) -> Request:
     return Request(
-        model=model or body.model or call.gateway.catalogue.default,
+        model=model or body.model or call.catalogue.default,
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_ids=None if isinstance(prompt, str) else tuple(prompt),
         sampling=body.sampling(max_tokens=64, temperature=0.7, logprobs=None),
@@ -151,7 +163,7 @@ def _request(call: Call, body: ClassicBody, prompt: Prompt, model: str | None = 
 async def _all(call: Call, body: ClassicBody, prompts: Prompts, model: str | None = None) -> ASGIApp:
     """A job for each of *prompts*, all of them or none; answered with their results, in order, when all have ended."""
     requests = [_request(call, body, prompt, model) for prompt in prompts]
-    jobs = await call.gateway.submit_all(requests, _wish(call, body, "cancel"))
+    jobs = await call.jobs.submit_all(requests, _wish(call, body, "cancel"))
     leaving = asyncio.ensure_future(call.gone())
     try:
         results = await asyncio.gather(*(_result(call, job, leaving) for job in jobs))
@@ -163,7 +175,7 @@ async def _all(call: Call, body: ClassicBody, prompts: Prompts, model: str | Non
 async def _result(call: Call, job: Job, leaving: asyncio.Future[None]) -> dict[str, Any]:
     """What became of one prompt; one that failed does not take the others' results away."""
     try:
-        return _answer(job, await call.gateway.fold(job, lambda: asyncio.shield(leaving)))
+        return _answer(job, await call.jobs.fold(job, lambda: asyncio.shield(leaving)))
     except BrokerUnavailable:  # it is the server that ends, not the job
         raise
     except PenstockError as error:
@@ -184,7 +196,7 @@ def _answer(job: Job, completion: Completion) -> dict[str, Any]:
 
 async def _vllm_model(call: Call, wanted: str | None) -> str:
     """The model to use: *wanted*, or the first that a vLLM worker serves. Raises `NoVLLMWorker`."""
-    catalogue = call.gateway.catalogue
+    catalogue = call.catalogue
     if not catalogue.served_by("vllm"):
         await catalogue.refresh()
     served = catalogue.served_by("vllm")
@@ -195,3 +207,80 @@ async def _vllm_model(call: Call, wanted: str | None) -> str:
     if wanted is not None and wanted not in served:
         raise InvalidRequest(f"vLLM serves {', '.join(served)} here, not {wanted!r}.", param="model")
     return wanted or served[0]
+
+
+_JOB_EVENTS: dict[str, type] = {"token": TokenEvent, "done": DoneEvent, "error": ErrorEvent}
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/submit_job",
+        handler=submit_job,
+        summary="Queue a prompt for a user",
+        body=PromptBody,
+        answers={200: Received},
+        parameters=query(user_id="string"),
+    ),
+    of_user("/events"),
+    Operation(
+        method="POST",
+        path="/generate",
+        handler=generate,
+        summary="One prompt: a task to ask for later (202). Several: all their results",
+        body=PromptsBody,
+        answers={200: PromptResults, 202: Task},
+        generates=True,
+    ),
+    Operation(
+        method="GET",
+        path="/result/{id}",
+        handler=result,
+        summary="What became of a task; 202 while it has not ended",
+        answers={200: TaskResult, 202: TaskPending},
+        parameters=ID,
+    ),
+    Operation(
+        method="GET",
+        path="/status/{id}",
+        handler=status,
+        summary="A task's state and its place in the queue",
+        answers={200: TaskStatus},
+        parameters=ID,
+    ),
+    Operation(
+        method="POST",
+        path="/basic_generate",
+        handler=basic_generate,
+        summary="One prompt or several, answered when done",
+        body=PromptsBody,
+        answers={200: BasicResult},
+        generates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/generate_stream",
+        handler=generate_stream,
+        summary="One prompt as SSE",
+        body=PromptBody,
+        events=_JOB_EVENTS,
+        generates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/api/v1/req",
+        handler=generate_stream,
+        summary="One prompt as SSE: pings while it waits, then its tokens",
+        body=PromptBody,
+        events=_JOB_EVENTS,
+        generates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/generate_vllm",
+        handler=generate_vllm,
+        summary="Several prompts on a model that vLLM runs",
+        body=GenerateVLLM,
+        answers={200: PromptResults},
+        generates=True,
+    ),
+]

@@ -11,14 +11,29 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, LogRewound, PenstockError
-from penstock.core.events import Ended, Event, Tokens, fold
+from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, ModelName, Request, Status, ToolCall, TopLogprobs, Usage
 from penstock.core.ports import Query, elapsed
 from penstock.core.tasks import vectors
 from penstock.core.tools import named, parse_tool_calls
 from penstock.gateway.dialects.fields import ChatMessages, StructuredBody, TokenIds, plain, submission
-from penstock.gateway.feed import Cursor, Rendering, feed
+from penstock.gateway.dialects.native.answers import (
+    Deleted,
+    DoneEvent,
+    ErrorEvent,
+    Generated,
+    JobCompleteEvent,
+    JobPage,
+    JobView,
+    Submitted,
+    TokenEvent,
+    UserErrorEvent,
+    UserTokenEvent,
+)
+from penstock.gateway.feed import Cursor, Rendering
 from penstock.gateway.http import Call, json_reply
+from penstock.gateway.operation import Content, Operation
+from penstock.gateway.parameters import ID, RESUME, RESUME_AT, Parameters, limit, query
 from penstock.gateway.sse import EventStream, ascii_json, frame, json_string, stream_of
 
 
@@ -33,7 +48,7 @@ class GenerateJob(StructuredBody, kw_only=True, frozen=True, forbid_unknown_fiel
     def request(self, call: Call) -> Request:
         ids = self.prompt if isinstance(self.prompt, list) else None
         request = Request(
-            model=self.model or call.gateway.catalogue.default,
+            model=self.model or call.catalogue.default,
             prompt=self.prompt if isinstance(self.prompt, str) else None,
             prompt_ids=tuple(ids) if ids is not None else None,
             messages=None if self.messages is None else plain(self.messages),
@@ -55,7 +70,7 @@ class Generate(GenerateJob, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 async def submit(call: Call) -> ASGIApp:
     body = await call.body(GenerateJob)
     wish = submission(call, body, user=body.user_id, on_disconnect="continue")
-    job = await call.gateway.submit(body.request(call), wish)
+    job = await call.jobs.submit(body.request(call), wish)
     return json_reply(
         {
             "id": job.id,
@@ -69,17 +84,17 @@ async def submit(call: Call) -> ASGIApp:
 
 
 async def show(call: Call) -> ASGIApp:
-    return json_reply(await job_view(call, await call.gateway.broker.get(call.tenant, call.path["id"])))
+    return json_reply(await job_view(call, await call.jobs.get(call.path["id"])))
 
 
 async def cancel(call: Call) -> ASGIApp:
-    return json_reply(await job_view(call, await call.gateway.broker.cancel(call.tenant, call.path["id"])))
+    return json_reply(await job_view(call, await call.jobs.cancel(call.path["id"])))
 
 
 async def forget(call: Call) -> ASGIApp:
     """Drop a job and everything of it, now instead of when its retention ends; one that runs is cancelled."""
-    job = await call.gateway.broker.get(call.tenant, call.path["id"])
-    await call.gateway.broker.forget(job.tenant, job.id)
+    job = await call.jobs.get(call.path["id"])
+    await call.jobs.forget(job.id)
     return json_reply({"id": job.id, "deleted": True})
 
 
@@ -95,9 +110,9 @@ async def list_jobs(call: Call) -> ASGIApp:
         raise InvalidRequest(f"status is one of {', '.join(Status)}; limit is a number: {error}") from error
     if not 1 <= limit <= 500:
         raise InvalidRequest("limit is between 1 and 500.", param="limit")
-    page = await call.gateway.broker.list(
+    page = await call.jobs.page(
         Query(
-            tenant=call.tenant,
+            tenant=call.identity.tenant,
             user=query.get("user_id") or query.get("user"),
             status=status,
             model=query.get("model"),
@@ -111,24 +126,24 @@ async def list_jobs(call: Call) -> ASGIApp:
 async def events(call: Call) -> ASGIApp:
     """The job's log as SSE, from the beginning or after a position."""
     after = call.last_event_id or 0
-    job = await call.gateway.broker.get(call.tenant, call.path["id"])
+    job = await call.jobs.get(call.path["id"])
     if job.status.terminal and after == job.tokens + 1:
         return Response(status_code=204)  # everything was delivered: tells an EventSource to stop
     if call.is_head:
-        return EventStream(call.gateway.streams, stream_of(), headers={"x-penstock-job": job.id})
-    following = call.gateway.follow(job, after)
+        return EventStream(call.streams, stream_of(), headers={"x-penstock-job": job.id})
+    following = call.jobs.follow(job, after)
     try:
         first = await following.peek(0.02 if after else 0)
         if first is None and job.status.terminal:
             first = await following.peek(5)
     except LogRewound as error:
         await following.close(complete=True)
-        return EventStream(call.gateway.streams, stream_of(_error_frame(job.id, job.status, error)))
+        return EventStream(call.streams, stream_of(_error_frame(job.id, job.status, error)))
     except BaseException:
         await following.close(complete=True)
         raise
     return EventStream(
-        call.gateway.streams,
+        call.streams,
         render(job, aiter(following)),
         headers={"x-penstock-job": job.id},
         on_close=following.close,
@@ -138,10 +153,10 @@ async def events(call: Call) -> ASGIApp:
 async def generate(call: Call) -> ASGIApp:
     body = await call.body(Generate)
     wish = submission(call, body, user=body.user_id, on_disconnect="cancel")
-    job = await call.gateway.submit(body.request(call), wish)
+    job = await call.jobs.submit(body.request(call), wish)
     if body.stream:
-        return await call.gateway.stream(call.gateway.follow(job, call.last_event_id or 0), partial(render, job))
-    completion = await call.gateway.fold(job, call.gone)
+        return await call.jobs.stream(call.jobs.follow(job, call.last_event_id or 0), partial(render, job))
+    completion = await call.jobs.fold(job, call.gone)
     assert completion.ended is not None
     return json_reply(
         {
@@ -165,8 +180,7 @@ async def user_events(call: Call) -> ASGIApp:
     text = call.headers.get("last-event-id") or call.query.get("after")
     cursor = Cursor.parse(text) if text else None
     writing = Rendering(feed_frames, complete_frame, rewound_frame)
-    blocks = feed(call.gateway.broker, call.gateway.catalogue.now, call.tenant, user, cursor, writing)
-    return EventStream(call.gateway.streams, blocks)
+    return EventStream(call.streams, call.jobs.feed(user, cursor, writing))
 
 
 # ---------------------------------------------------------------------------------------------- rendering
@@ -292,8 +306,7 @@ async def job_view(call: Call, job: Job) -> dict[str, Any]:
     view = _summary(job)
     if not job.status.terminal:
         return view
-    events = [event async for event in call.gateway.broker.tail(job.tenant, job.id)]
-    completion = fold(events, job.request.n)
+    completion = await call.jobs.completion(job)
     assert completion.ended is not None
     if job.request.task == "embed":
         view["result"] = {"text": "", "embeddings": vectors(completion)}
@@ -332,3 +345,91 @@ def timings(job: Job) -> dict[str, float | int | None]:
         "completion_tokens": job.tokens,
         "tokens_per_second": job.tokens / processing if processing else None,
     }
+
+
+_STATUS = "|".join(Status)
+_JOB_EVENTS: dict[str, type] = {"token": TokenEvent, "done": DoneEvent, "error": ErrorEvent}
+_OF_USER: Parameters = [
+    {"name": "user_id", "in": "query", "required": True, "schema": {"type": "string"}},
+    *RESUME,
+]
+
+
+def of_user(path: str) -> Operation:
+    """All jobs of a user as one stream, at *path*."""
+    return Operation(
+        method="GET",
+        path=path,
+        handler=user_events,
+        summary="All jobs of a user over one SSE stream; resumable",
+        events={"token": UserTokenEvent, "job_complete": JobCompleteEvent, "error": UserErrorEvent},
+        parameters=_OF_USER,
+    )
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/jobs",
+        handler=submit,
+        summary="Submit a job; never waits",
+        body=GenerateJob,
+        answers={202: Submitted},
+    ),
+    Operation(
+        method="GET",
+        path="/v1/jobs",
+        handler=list_jobs,
+        summary="List jobs, newest first",
+        answers={200: JobPage},
+        parameters=[
+            {"name": "status", "in": "query", "schema": {"type": "string", "pattern": f"^({_STATUS})(,({_STATUS}))*$"}},
+            *query(model="string", user_id="string", cursor="string"),
+            limit(500),
+        ],
+    ),
+    Operation(
+        method="GET",
+        path="/v1/jobs/{id}",
+        handler=show,
+        summary="A job, with its result once it has ended",
+        answers={200: JobView},
+        parameters=ID,
+    ),
+    Operation(
+        method="DELETE",
+        path="/v1/jobs/{id}",
+        handler=forget,
+        summary="Drop a job and its result; one that runs is cancelled",
+        answers={200: Deleted},
+        parameters=ID,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/jobs/{id}/events",
+        handler=events,
+        summary="The job's log as SSE; resumable",
+        answers={204: Content(description="Everything was delivered already")},
+        events=_JOB_EVENTS,
+        parameters=[*ID, *RESUME_AT],
+    ),
+    Operation(
+        method="POST",
+        path="/v1/jobs/{id}/cancel",
+        handler=cancel,
+        summary="Cancel a job; idempotent",
+        answers={200: JobView},
+        parameters=ID,
+    ),
+    of_user("/v1/events"),
+    Operation(
+        method="POST",
+        path="/v1/generate",
+        handler=generate,
+        summary="Generate: one JSON reply, or a stream",
+        body=Generate,
+        answers={200: Generated},
+        events=_JOB_EVENTS,
+        generates=True,
+    ),
+]
