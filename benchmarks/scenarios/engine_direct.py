@@ -130,7 +130,7 @@ class PenstockEngine:
     """Penstock's backend, driven as its child process drives it, without that process."""
 
     def __init__(self, folder: Path, precision: str, slots: int) -> None:
-        from penstock.engines.openvino import load
+        from penstock.engines.openvino.engine import load
 
         self._backend = load(
             "bench", str(folder), {"precision": precision, "slots": str(slots)}, lambda what, part: None

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
-from penstock.brokers.embedded import EmbeddedBroker
-from penstock.core.errors import BrokerUnavailable, InvalidRequest, PenstockError, first_of
-from penstock.core.ports import Broker, QueuePolicy
+from penstock.brokers.registry import open_broker
+from penstock.core.aio import first_done
+from penstock.core.errors import InvalidRequest, PenstockError, first_of
+from penstock.core.ports import Broker, QueuePolicy, SystemClock
 from penstock.core.telemetry import Telemetry
-from penstock.engines.backend import Progress
-from penstock.engines.check import check
-from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.engines.standby import Standby, WarmPool
+from penstock.engines.frames import Progress
+from penstock.engines.host.check import check
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.host.standby import Standby, WarmPool
 from penstock.gateway.app import create_app
 from penstock.gateway.batches.routes import BATCHES
 from penstock.gateway.batches.runner import BatchRunner
@@ -43,14 +43,15 @@ from penstock.observability.telemetry import Publisher, Subscriber
 from penstock.server import Address, http_server, termination
 from penstock.settings import ModelSettings, Settings, parse_size
 from penstock.worker.manager import Model, ModelManager
+from penstock.worker.placement import Policy
 from penstock.worker.worker import Worker
 
 log = structlog.get_logger("penstock")
 
+T = TypeVar("T")
+
 #: Seconds between sweeps: how late a lost lease, a deadline or a delayed retry may be noticed.
 SWEEP_INTERVAL = 0.25
-#: Longest pause between two attempts to reach the broker at the start, in seconds.
-MAX_BACKOFF = 5.0
 
 
 class Watcher(Protocol):
@@ -242,12 +243,14 @@ def build_manager(
             batch_reserve=settings.batch_reserve,
             on_ready=ready,
             about=model.about,
+            clock=clock,
         )
 
     def progress(name: str, what: str, fraction: float | None) -> None:
         manager.progress(name, what, fraction)
         watcher.progress(name, what, fraction)
 
+    clock = SystemClock()
     models = []
     for each in settings.models:
         engine = build_engine(each, settings, warm, partial(progress, each.name))
@@ -260,9 +263,9 @@ def build_manager(
         make_worker,
         memory_budget=parse_size(settings.memory_budget),
         overhead=warm.measure,
-        idle_unload=settings.idle_unload,
-        swap_after=settings.swap_after,
+        policy=Policy(idle_unload=settings.idle_unload, swap_after=settings.swap_after),
         heartbeat=settings.lease_ttl / 4,
+        clock=clock,
         on_deferred=watcher.deferred,
     )
     metrics.watch_models(manager.workers)
@@ -302,74 +305,28 @@ def _subscribers(settings: Settings, metrics: Metrics) -> list[Subscriber]:
 # ---------------------------------------------------------------------------------------------- the broker
 
 
-class _Store(Broker, Protocol):
-    async def open(self) -> None: ...
-
-    async def close(self) -> None: ...
+def broker_options(settings: Settings) -> dict[str, Any]:
+    """What can be set of a broker beside its address; each takes what it knows."""
+    return {
+        "data_dir": settings.data_dir,
+        "durability": settings.durability,
+        "prefix": settings.broker_prefix,
+        "shards": settings.shards,
+        "replicas": settings.replicas,
+        "timeout": settings.broker_timeout,
+    }
 
 
 @contextlib.asynccontextmanager
 async def _broker(
     settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
-) -> AsyncIterator[Broker | None]:
+) -> AsyncGenerator[Broker | None]:
     """The broker once it is open; None when *terminate* came before."""
-    if settings.embedded:
-        store: _Store | None = await _open_embedded(settings, telemetry)
-    else:
-        store = await _open_redis(settings, telemetry, watcher, terminate)
+    opening = open_broker(settings.broker, broker_options(settings), queue_policy(settings), telemetry, watcher.waiting)
+    opened, _ = await first_done(opening, terminate.wait())
+    broker = None if opened.cancelled() else opened.result()
     try:
-        yield store
+        yield broker
     finally:
-        if store is not None:
-            await store.close()
-
-
-async def _open_embedded(settings: Settings, telemetry: Telemetry) -> _Store:
-    store = EmbeddedBroker(settings.data_dir / "broker", policy=queue_policy(settings), telemetry=telemetry)
-    await store.open()
-    return store
-
-
-async def _open_redis(
-    settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
-) -> _Store | None:
-    """A server that is away comes back, so it is waited for. One that is set up wrongly is refused."""
-    from penstock.brokers.redis import RedisBroker  # imported by who uses it
-
-    delay = 0.2
-    while not terminate.is_set():
-        store = RedisBroker(
-            settings.broker,
-            policy=queue_policy(settings),
-            durability=settings.durability,
-            shards=settings.shards,
-            prefix=settings.broker_prefix,
-            replicas=settings.replicas,
-            timeout=settings.broker_timeout,
-            telemetry=telemetry,
-        )
-        try:
-            if await _unless(terminate, store.open()):
-                return store
-        except BrokerUnavailable as error:
-            pause = random.uniform(0, delay)
-            delay = min(MAX_BACKOFF, 2 * delay)
-            watcher.waiting(error.message, pause)
-            await _unless(terminate, asyncio.sleep(pause))
-    return None
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Do *work*; False when *event* came first, and it was broken off."""
-    doing = asyncio.create_task(work)
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait([doing, waiting], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
-        doing.cancel()
-        await asyncio.wait([doing])
-    if doing.cancelled():
-        return False
-    doing.result()
-    return True
+        if broker is not None:
+            await broker.close()

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BROKER = "penstock/brokers/embedded/broker.py"
 STORE = "penstock/brokers/embedded/store.py"
 WORKER = "penstock/worker/worker.py"
-MANAGER = "penstock/worker/manager.py"
-STANDBY = "penstock/engines/standby.py"
+PLACEMENT = "penstock/worker/placement.py"
+STANDBY = "penstock/engines/host/standby.py"
 CONTRACT = "tests/contract/test_embedded_broker.py"
 
 
@@ -144,12 +144,12 @@ MUTANTS = [
         "detokeniser without its UTF-8 buffer",
         (
             (
-                "penstock/engines/text.py",
+                "penstock/engines/text/detokenize.py",
                 "        text, used = utf_8_decode(data, \"replace\", False)\n        self._held = data[used:]\n",
                 "        text = data.decode(\"utf-8\", \"replace\")\n",
             ),
         ),
-        ("tests/unit/engines/test_text.py",),
+        ("tests/unit/engines/text/test_text.py",),
     ),
     Mutant(
         "tenant check dropped on reading",
@@ -268,18 +268,18 @@ MUTANTS = [
     ),
     Mutant(
         "a busy model never makes room",
-        ((MANAGER, "now - model.waiting_since >= self._swap_after", "False"),),
+        ((PLACEMENT, "self._now - _since(model) >= self._policy.swap_after", "False"),),
         ("tests/unit/worker/test_manager.py", "-k", "left_alone"),
     ),
     Mutant(
         "the budget counts no spares",
-        ((MANAGER, "(self.process.held + (self.worker is not None))", "(self.worker is not None)"),),
+        ((PLACEMENT, "(self.held_spares + self.phase.loaded - takes_spare)", "self.phase.loaded"),),
         ("tests/unit/worker/test_manager.py", "-k", "spares_go_before"),
     ),
     Mutant(
         "a spare is loaded anew",
         ((STANDBY, "next((spare for spare in self._spares if spare.alive), None)", "None"),),
-        ("tests/unit/engines/test_standby.py", "-k", "TestSpares"),
+        ("tests/unit/engines/host/test_standby.py", "-k", "TestSpares"),
     ),
     Mutant(
         "forgetting reaches another tenant's job",
@@ -335,12 +335,12 @@ MUTANTS = [
         "one call's exception is the engine's death",
         (
             (
-                "penstock/engines/child.py",
+                "penstock/engines/child/main.py",
                 "except Exception as error:\n                        if not isinstance(error, PenstockError):",
                 "except PenstockError as error:\n                        if not isinstance(error, PenstockError):",
             ),
         ),
-        ("tests/unit/engines/test_child.py",),
+        ("tests/unit/engines/child/test_child.py",),
     ),
     Mutant(
         "slots are counted in jobs",

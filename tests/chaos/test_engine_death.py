@@ -11,7 +11,7 @@ import pytest
 from penstock.core.errors import EngineDied
 from penstock.core.job import Job, Request, Sampling, new_job_id
 from penstock.core.ports import Lease
-from penstock.engines.process import EngineProcess, EngineSpec
+from penstock.engines.host.process import EngineProcess, EngineSpec
 
 uvloop = pytest.importorskip("uvloop")
 

@@ -15,7 +15,7 @@ from tests.support.gguf import bundled_gguf
 from tests.support.torch import NO_TORCH, TORCH
 
 from penstock.core.errors import EngineDied, ModelLoadError
-from penstock.engines.process import EngineProcess, EngineSpec
+from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.testing.engine import EngineContract, TaskContract
 from penstock.testing.engine.driver import forever, lease, run
 

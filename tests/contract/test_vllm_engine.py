@@ -21,8 +21,8 @@ from tests.support.server import Server, model, wait_for
 from penstock.core.errors import EngineDied, ModelLoadError
 from penstock.core.job import Request, ResponseFormat, Sampling
 from penstock.core.ports import Lease
-from penstock.engines.process import EngineProcess, EngineSpec
-from penstock.engines.sampling import _Adjustment
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.parts.sampling import _Adjustment
 from penstock.testing.engine import EngineContract
 from penstock.testing.engine.driver import forever, lease, run
 
@@ -108,7 +108,7 @@ async def test_carried_penalties_are_those_that_our_own_sampler_computes() -> No
     import torch
     from vllm import SamplingParams
 
-    from penstock.engines.vllm_penalties import ContinuedPenalties
+    from penstock.engines.vllm.penalties import ContinuedPenalties
 
     values = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
     prompt, logged, output = [1, 2, 3], [3, 4, 4, 5], [5, 6]

@@ -13,7 +13,7 @@ import pytest
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.ports import ModelInfo, QueuePolicy
-from penstock.engines.process import EngineProcess, EngineSpec
+from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.gateway.app import create_app
 from penstock.gateway.config import GatewayConfig
 from penstock.gateway.gateway import Gateway

@@ -15,10 +15,10 @@ from typing import IO, Any
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
-from penstock.engines import child
-from penstock.engines.backend import Progress
-from penstock.engines.mailbox import AsyncBackend
-from penstock.engines.process import Child
+from penstock.engines.child import main as child
+from penstock.engines.child.output_queue import AsyncBackend
+from penstock.engines.frames import Progress
+from penstock.engines.host.process import Child
 from penstock.engines.synthetic import SyntheticBackend
 
 #: What an engine may come upon with one request.

@@ -14,9 +14,9 @@ from jsonschema_rs import validator_for
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Tool
 from penstock.core.tools import Call, ToolParser, call_id, check_schema, finish_reason, join, parse_tool_calls
-from penstock.engines.guide import Guides
 from penstock.engines.models import BUNDLED
-from penstock.engines.text import TextModel
+from penstock.engines.parts.guide import Guides
+from penstock.engines.text.model import TextModel
 
 MILLRACE = TextModel.load(BUNDLED / "millrace")
 WEATHER = Tool("get_weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})

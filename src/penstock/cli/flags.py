@@ -158,7 +158,7 @@ def settle(
 
 def choose_models(engines: Sequence[str], models: Sequence[str]) -> list[dict[str, Any]]:
     """``--engine`` and ``--model`` as entries of the ``models`` setting."""
-    from penstock.engines.child import ENGINES
+    from penstock.engines.child.main import ENGINES
 
     for engine in engines:
         if engine not in ENGINES:

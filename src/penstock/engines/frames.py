@@ -6,6 +6,7 @@ msgpack, never pickle: a compromised engine can lie to its parent but not run co
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -40,6 +41,10 @@ class Abort(msgspec.Struct, array_like=True, tag=True):
 
 class Ping(msgspec.Struct, array_like=True, tag=True):
     pass
+
+
+#: How a slow load goes: (what, fraction or None). What the child reports with `Loading`.
+Progress = Callable[[str, float | None], None]
 
 
 class Loading(msgspec.Struct, array_like=True, tag=True):

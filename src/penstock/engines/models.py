@@ -12,7 +12,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines.backend import Progress
+from penstock.engines.frames import Progress
 
 #: Models that come with the package: name → folder under ``penstock/bundled``.
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
@@ -140,7 +140,7 @@ def _from_folder(folder: Path, progress: Progress, cache: Path) -> ModelFiles:
     for name in IR_NAMES:
         if (folder / name).is_file():
             return ModelFiles(folder / name, folder)
-    from penstock.engines.ir import built  # imports OpenVINO: only where it is needed
+    from penstock.engines.openvino.ir import built  # imports OpenVINO: only where it is needed
 
     target = built(folder, cache / "ir", progress)
     return ModelFiles(target / "openvino_model.xml", target)
@@ -171,7 +171,7 @@ def _from_gguf(file: Path, progress: Progress, cache: Path) -> ModelFiles:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    from penstock.engines._ov import ov  # before GenAI, which imports OpenVINO with its telemetry
+    from penstock.engines.openvino.ov import ov  # before GenAI, which imports OpenVINO with its telemetry
 
     import openvino_genai  # isort: skip
 

@@ -65,7 +65,7 @@ class OpenVINOOptions:
     prompt beginnings (a tenant could learn from timing that somebody else sent the same beginning). ``threads``: 0
     for all cores.
 
-    Of models that embed (`penstock.engines.embedding`): ``pooling``: cls, mean, last, or auto, what the folder says.
+    Of models that embed: ``pooling``: cls, mean, last, or auto, what the folder says.
     ``normalize``: vectors have the length 1. ``max_length``: tokens that an input may have, 0 for what the folder says;
     ``truncate``: longer ones are cut instead of refused. ``query_instruction``, ``passage_instruction``: what is put
     before a text; empty: what the folder says. ``matryoshka``: may vectors be cut to fewer dimensions? on, off, or

@@ -17,13 +17,16 @@ from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelLoadErro
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
-from penstock.engines.backend import Progress
+from penstock.engines.child.backend import Backend
+from penstock.engines.frames import Progress
 
 CONTEXT = 1_000_000
 OPTIONS = ("rate", "slots", "load_seconds", "memory_mb", "crash", "hang", "fail")
 
 
-class _Sequence:
+class _Counting:
+    """A request, and how far each of its choices has counted."""
+
     __slots__ = ("attempt", "choices", "due", "emitted", "failing", "prompt_tokens", "request")
 
     def __init__(self, request: Request, prefixes: list[Prefix], attempt: int, prompt_tokens: int) -> None:
@@ -54,9 +57,7 @@ def check_options(options: Mapping[str, str]) -> tuple[float, int, float, int]:
         ) from error
 
 
-class SyntheticBackend:
-    wakeup = None
-
+class SyntheticBackend(Backend):
     def __init__(self, name: str, options: Mapping[str, str], progress: Progress) -> None:
         self.rate, self.slots, load_seconds, memory_mb = check_options(options)
         begun = time.monotonic()
@@ -65,7 +66,7 @@ class SyntheticBackend:
             time.sleep(min(0.05, load_seconds - passed))
         self._weights = b"\x01" * (memory_mb * 1_000_000)
         self._words = {word: options[word] for word in ("crash", "hang", "fail") if word in options}
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, _Counting] = {}
         self.info = ModelInfo(
             name=name,
             engine="synthetic",
@@ -90,7 +91,7 @@ class SyntheticBackend:
         if prompt_tokens >= CONTEXT:
             param = "messages" if request.messages is not None else "prompt"
             raise ContextLengthExceeded.of(param, prompt_tokens, CONTEXT)
-        sequence = _Sequence(request, prefixes, attempt, prompt_tokens)
+        sequence = _Counting(request, prefixes, attempt, prompt_tokens)
         misbehaviour = next((kind for kind, word in self._words.items() if word in text), None)
         if misbehaviour == "crash":
             os._exit(70)
@@ -127,7 +128,7 @@ class SyntheticBackend:
                     sequence.due = max(sequence.due + 1 / self.rate, now)
         return outputs
 
-    def _advance(self, key: int, sequence: _Sequence) -> Output:
+    def _advance(self, key: int, sequence: _Counting) -> Output:
         if sequence.failing:
             error = ErrorInfo("The synthetic engine was asked to fail.", code="engine_error")
             return Output(key, finish=Finish(error=error), retryable=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 import msgspec
 
@@ -108,7 +108,7 @@ class Jobs:
     async def forget(self, job: str) -> None:
         await self._broker.forget(self.tenant, job)
 
-    def log(self, job: str, after: int = 0) -> AsyncIterator[Event]:
+    def log(self, job: str, after: int = 0) -> AsyncGenerator[Event]:
         """A job's log beyond the position *after*, to its end (`Broker.tail`)."""
         return self._broker.tail(self.tenant, job, after)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import structlog
 
@@ -68,7 +68,7 @@ class Readers:
 class Following:
     """A job's events from one position on, with the first one fetched ahead. Iterate it once; then `close`."""
 
-    def __init__(self, job: Job, events: AsyncIterator[Event], readers: Readers, streams: Streams) -> None:
+    def __init__(self, job: Job, events: AsyncGenerator[Event], readers: Readers, streams: Streams) -> None:
         self.job = job
         self._events = events
         self._readers = readers
@@ -106,7 +106,7 @@ class Following:
                 await self._first
         elif not self._first.cancelled():
             self._first.exception()
-        await self._events.aclose()  # type: ignore[attr-defined]
+        await self._events.aclose()
         cancel = not complete and self.job.on_disconnect == "cancel" and not self._streams.closing
         self._readers.detach(self.job.tenant, self.job.id, cancel=cancel)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Self, cast
 
 import msgspec
@@ -172,9 +172,8 @@ class JobWatch(Wrapper[Broker]):
         )
         self._telemetry.event("job.ended", **record.facts)
 
-    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
-        events = cast("AsyncGenerator[Event]", self._wrapped.tail(tenant, job, after))
-        async with contextlib.aclosing(events):
+    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncGenerator[Event]:
+        async with contextlib.aclosing(self._wrapped.tail(tenant, job, after)) as events:
             async for event in events:
                 if isinstance(event, Tokens):
                     self.tokens_read += len(event.ids)

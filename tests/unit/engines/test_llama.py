@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import tiny_models
 from tests.support.gguf import bundled_gguf
-from tests.unit.engines import tiny_models
 
 from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
-from penstock.engines.llama import UNTOLD, LlamaBackend, _Sequence, load
+from penstock.engines.llama.engine import UNTOLD, LlamaBackend, _ChoiceThread, load
 from penstock.engines.models import BUNDLED
-from penstock.engines.text import TextModel
+from penstock.engines.text.model import TextModel
 
 GREEDY = Sampling(max_tokens=16, temperature=0.0)
 
@@ -185,12 +185,12 @@ def test_a_reply_that_is_drawn_here_ends_where_the_context_does(backend: LlamaBa
 
 def test_a_call_that_breaks_costs_its_job_alone(backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(sequence: Any, chunk: Any) -> None:
-        if sequence._job.key == 7:
+        if sequence._choices.key == 7:
             raise KeyError("timings")
         whole(sequence, chunk)
 
-    whole = _Sequence._read
-    monkeypatch.setattr(_Sequence, "_read", read)
+    whole = _ChoiceThread._read
+    monkeypatch.setattr(_ChoiceThread, "_read", read)
     backend.add(7, Request("m", prompt="x", sampling=GREEDY), [Prefix()], 1)
     outputs = generate(backend, Request("m", prompt="x", sampling=GREEDY))
     ends = {each.key: each.finish for each in outputs if each.finish is not None}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import tiny_models as tiny
+from tests.support import tiny_models as tiny
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines import models

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import tiny_models
 from tests.support.torch import NO_TORCH, TORCH
-from tests.unit.engines import tiny_models
 
 from penstock.core.errors import ModelLoadError
 from penstock.core.events import Prefix
@@ -26,10 +26,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from penstock.engines.backend import Backend
-from penstock.engines.batching import ContinuousBatching
-from penstock.engines.static import StaticBatching
-from penstock.engines.transformers import RECORDED, TorchNetwork, _Recorded, load
+from penstock.engines.child.backend import Backend
+from penstock.engines.parts.batching import ContinuousBatching
+from penstock.engines.parts.static import StaticBatching
+from penstock.engines.transformers.engine import RECORDED, TorchNetwork, _Recorded, load
 
 #: Set it to cuda to run all of this on a GPU.
 DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")
@@ -117,7 +117,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(TorchNetwork, "_replay", note)
     if DEVICE not in RECORDED:
-        monkeypatch.setattr("penstock.engines.transformers.RECORDED", {DEVICE})
+        monkeypatch.setattr("penstock.engines.transformers.engine.RECORDED", {DEVICE})
         monkeypatch.setattr(_Recorded, "_record", record)
     return shapes
 

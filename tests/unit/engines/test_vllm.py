@@ -21,8 +21,8 @@ from penstock.core.job import Request, ResponseFormat, Sampling
 from penstock.core.ports import ModelInfo, Output
 from penstock.engines.models import BUNDLED
 from penstock.engines.options import parse
-from penstock.engines.text import TextModel
-from penstock.engines.vllm import Options, Sampled, VLLMBackend, load, sampling_params
+from penstock.engines.text.model import TextModel
+from penstock.engines.vllm.engine import Options, Sampled, VLLMBackend, load, sampling_params
 
 RECORDED = json.loads(recording.FILE.read_text())
 SCENARIO_NAMES = list(RECORDED["scenarios"])
@@ -256,7 +256,7 @@ def test_weights_that_can_run_code_are_not_loaded(tmp_path: Path) -> None:
 
 def test_where_vllm_is_missing_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)  # what an import of it then meets is an ImportError
-    monkeypatch.setattr("penstock.engines.vllm._prepare_environment", lambda: None)
+    monkeypatch.setattr("penstock.engines.vllm.engine._prepare_environment", lambda: None)
     with pytest.raises(ModelLoadError, match=r"pip install 'penstock\[vllm\]'"):
         load("millrace", None, {}, lambda what, fraction: None)
 

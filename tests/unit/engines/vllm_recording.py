@@ -19,7 +19,7 @@ from penstock.core.errors import PenstockError
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
-from penstock.engines.vllm import Core, Sampled, VLLMBackend
+from penstock.engines.vllm.engine import Core, Sampled, VLLMBackend
 
 FILE = Path(__file__).parent / "recordings" / "vllm.json"
 
@@ -180,7 +180,7 @@ class Recorder:
 def record() -> None:
     import vllm
 
-    from penstock.engines.vllm import load
+    from penstock.engines.vllm.engine import load
 
     backend = load("millrace", None, {"dtype": "float32"}, lambda what, fraction: print(what, flush=True))
     core, scenarios, earlier = backend._core, {}, {}

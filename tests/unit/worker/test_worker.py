@@ -9,7 +9,7 @@ from pathlib import Path
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.job import Job, Request, Sampling, Status, new_job_id
 from penstock.core.ports import Lease, QueuePolicy, WorkerInfo
-from penstock.engines.process import EngineProcess, EngineSpec
+from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.worker.worker import Worker
 
 

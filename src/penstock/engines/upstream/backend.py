@@ -26,8 +26,9 @@ from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Request, Task
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
-from penstock.engines.backend import Progress, tokenized_output
-from penstock.engines.mailbox import AsyncBackend
+from penstock.engines.child.backend import tokenized_output
+from penstock.engines.child.output_queue import AsyncBackend
+from penstock.engines.frames import Progress
 from penstock.engines.options import parse
 from penstock.engines.upstream.answers import (
     Template,
@@ -105,7 +106,7 @@ class UpstreamBackend(AsyncBackend):
 
     def _look(self) -> None:
         """A replica went down, or came up."""
-        self.tell_away("" if self._replicas.up else "no upstream server answers")
+        self.report_away("" if self._replicas.up else "no upstream server answers")
 
     async def _watch(self) -> None:
         self._look()  # one may have gone since it was asked
@@ -565,5 +566,5 @@ def _seconds(header: str | None) -> float:
 
 
 def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> UpstreamBackend:
-    """See `penstock.engines.backend.Loader`."""
+    """See `penstock.engines.child.backend.Loader`."""
     return UpstreamBackend(name, path, parse(Options, options, "upstream"), progress)

@@ -49,6 +49,7 @@ class SubmitContract(Contract):
             metadata={"a": "1", "ü": "\u2028"},
             on_disconnect="cancel",
             deadline_at=d.harness.clock.now() + 100,
+            trace="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         )
         returned = await d.broker.submit(given)
         got = await d.get(returned)
@@ -56,13 +57,14 @@ class SubmitContract(Contract):
         if d.harness.total_order:  # elsewhere a key may decide in which part a job lives, and so its id
             assert got.id == given.id
         names = "tenant request user priority idempotency_key fingerprint request_id metadata on_disconnect created_at"
-        for name in [*names.split(), "deadline_at"]:
+        for name in [*names.split(), "deadline_at", "trace"]:
             assert getattr(got, name) == getattr(given, name), name
         assert (got.status, got.attempt, got.tokens) == (Status.QUEUED, 0, 0)
         assert (got.started_at, got.first_token_at, got.ended_at, got.error) == (None, None, None, None)
         lease = await d.next()
         assert lease.job.request == request
         assert lease.job.metadata == given.metadata
+        assert lease.job.trace == given.trace
 
     @total_order
     async def test_submit_answers_the_position_in_the_queue(self, d: Driver) -> None:

@@ -1,0 +1,1 @@
+"""The engine process's own side: its loop, and what an engine implements."""

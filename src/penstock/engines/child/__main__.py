@@ -1,0 +1,3 @@
+from penstock.engines.child.main import main
+
+main()

@@ -1,0 +1,583 @@
+"""The llama.cpp engine: quantised GGUF files, through xllamacpp, which runs llama.cpp's server loop in this process.
+
+llama.cpp tokenizes prompts by itself (a GGUF file holds the vocabulary, but every family of models cuts text in its own
+way), batches what runs, and samples. Token ids come out of it, and text, stop strings and ends are made of them here as
+for every engine. A reply is continued from its token ids.
+
+Each running sequence has a thread that waits in llama.cpp; those are woken once a token.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import httpx
+import msgspec
+import numpy as np
+import psutil
+import xllamacpp
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from penstock.core.errors import (
+    ContextLengthExceeded,
+    EngineError,
+    InvalidRequest,
+    ModelLoadError,
+    PenstockError,
+)
+from penstock.core.events import Logprob, Prefix
+from penstock.core.foreign import Malformed, decode, whole
+from penstock.core.job import Request
+from penstock.core.ports import ModelInfo
+from penstock.core.tasks import Tokenized
+from penstock.engines.child.backend import failed_output
+from penstock.engines.child.choices import ThreadedChoices
+from penstock.engines.child.output_queue import ThreadedBackend
+from penstock.engines.frames import Progress
+from penstock.engines.models import find_gguf
+from penstock.engines.options import LlamaOptions as Options
+from penstock.engines.options import parse
+from penstock.engines.parts.guide import Guide, Guides, followed, lark_of
+from penstock.engines.parts.kvcache import fit_context
+from penstock.engines.parts.sampling import Floats, Sampler, stream_key
+from penstock.engines.text.detokenize import REPLACEMENT, Detokenizer
+from penstock.engines.text.model import TextModel
+from penstock.engines.text.reply import Reply
+
+#: How llama.cpp writes JSON that obeys a schema.
+SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+#: What a grammar begins with, for llama.cpp, that its library for schemas reads.
+LARK = "%llguidance"
+#: An id for a token that llama.cpp did not tell: part of a character that never became one.
+UNTOLD = -1
+#: How many of the likeliest next tokens are looked at first for one that a schema allows.
+CANDIDATES = 256
+#: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
+#: continuations apart.
+MAX_REPLY = 1 << 24
+#: Seconds for tokens of a prompt, whose size is bounded.
+TOKENIZE_TIMEOUT = 20.0
+
+
+# ------------------------------------------------------------------------------------------ the file's text side
+
+
+class _Metadata:
+    """A GGUF file's key/value part."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._fields = gguf.GGUFReader(file).fields
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{file} is not a GGUF file that can be read: {error}") from error
+        self.architecture: str = self.get("general.architecture", "")
+        try:
+            self.precision = gguf.LlamaFileType(self.get("general.file_type", -1)).name.partition("_")[2].lower()
+        except ValueError:
+            self.precision = ""
+
+    def get(self, name: str, default: Any) -> Any:
+        field = self._fields.get(name)
+        return default if field is None else field.contents()
+
+    def of_model(self, name: str, default: Any) -> Any:
+        return self.get(f"{self.architecture}.{name}", default)
+
+
+class GgufText(TextModel):
+    """The vocabulary of a GGUF file, for making text of ids. Prompts stay text, in pieces: llama.cpp tokenizes them."""
+
+    @classmethod
+    def of(cls, metadata: _Metadata, file: Path) -> GgufText:
+        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+        kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+        kind = metadata.get("tokenizer.ggml.model", "")
+        if not tokens or kind not in _DECODERS:
+            raise ModelLoadError(
+                f"{file} has a vocabulary of the kind {kind!r}; those of {', '.join(_DECODERS)} can be served."
+            )
+        tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, []))
+        tokenizer.decoder = _DECODERS[kind]()
+        special = {gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN}
+        tokenizer.add_special_tokens(
+            [AddedToken(token, special=True) for token, type in zip(tokens, kinds, strict=False) if type in special]
+        )
+
+        def token(name: str) -> int | None:
+            id: int | None = metadata.get(f"tokenizer.ggml.{name}_token_id", None)
+            return id if id is not None and 0 <= id < len(tokens) else None
+
+        ends = [id for name in ("eos", "eot", "eom") if (id := token(name)) is not None]
+        names = {f"{name}_token": tokens[id] for name in ("bos", "eos") if (id := token(name)) is not None}
+        return cls(
+            tokenizer,
+            config={
+                "vocab_size": len(tokens),
+                "max_position_embeddings": metadata.of_model("context_length", None),
+            },
+            generation_config={"eos_token_id": ends},
+            tokenizer_config=names,
+            chat_template=metadata.get("tokenizer.chat_template", None),
+        )
+
+    def _tokenize(self, text: str, *, special: bool) -> list[int]:
+        return [whole(text)]  # type: ignore[list-item]  # a prompt of llama.cpp may mix ids and texts
+
+    tokens_of: Callable[[list[int | str]], list[int]]
+    """What llama.cpp makes of a prompt in pieces."""
+
+    def _cut(self, text: str) -> list[int]:
+        return self.tokens_of([text])
+
+    def pieces(self, request: Request) -> list[int | str]:
+        """The prompt for llama.cpp: ids, and texts that it tokenizes.
+
+        It puts a beginning-of-text token before a text that comes first, where the model wants one. A chat template
+        has written its own, which therefore becomes an id.
+        """
+        return self._begun(request, self.encode_request(request))
+
+    def pieces_to_tokenize(self, request: Request) -> list[int | str]:
+        """The same of a prompt that may be empty, or longer than the context."""
+        return self._begun(request, self._ids(request))
+
+    def _begun(self, request: Request, ids: list[int]) -> list[int | str]:
+        pieces: list[int | str] = list(ids)
+        first = pieces[0] if pieces else 0
+        if request.messages is not None and isinstance(first, str):
+            special = next((name for name in self._special_names if first.startswith(name)), None)
+            if special is not None:
+                rest = first.removeprefix(special)
+                pieces[:1] = [self._special_names[special], *([rest] if rest else [])]
+        return pieces
+
+    @cached_property
+    def _special_names(self) -> dict[str, int]:
+        """Longest first."""
+        names = {self.tokenizer.id_to_token(id) or "": id for id in self._special}
+        return dict(sorted(names.items(), key=lambda item: -len(item[0])))
+
+    def detokenizer(self, *, continuing: bool = False) -> Detokenizer:
+        return _Untold(super().detokenizer(continuing=continuing))
+
+    @cached_property
+    def letter(self) -> int:
+        """Some token that is a whole character."""
+        return next(id for data, id in self._by_bytes.items() if data.isalpha())
+
+    def swallowed(self, text: str, last_token: int, count: int) -> list[int]:
+        """The *count* tokens before *last_token*, which together with it became *text*.
+
+        llama.cpp says nothing of tokens that leave a character incomplete. The one that completes it brings the whole
+        text and so tells what the others were, unless they never became a character.
+        """
+        if count <= 0:
+            return []
+        data, last = text.encode(), self._bytes[last_token]
+        found = self._split(data[: len(data) - len(last)], count) if data.endswith(last) else None
+        return found or [UNTOLD] * count
+
+    def _split(self, data: bytes, count: int) -> list[int] | None:
+        """*count* tokens that together are *data*, if there are such."""
+        if not count:
+            return None if data else []
+        for length in range(len(data) - count + 1, 0, -1):
+            first = self._by_bytes.get(data[:length])
+            if first is not None and (rest := self._split(data[length:], count - 1)) is not None:
+                return [first, *rest]
+        return None
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return self.token_bytes()
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, int]:
+        return {data: id for id, data in reversed(list(enumerate(self._bytes))) if data}
+
+
+_DECODERS: dict[str, Any] = {
+    "gpt2": decoders.ByteLevel,
+    "llama": lambda: decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+}
+
+
+class _Untold:
+    """A `Detokenizer` that knows tokens without an id: they were no characters."""
+
+    def __init__(self, inner: Detokenizer) -> None:
+        self._inner = inner
+
+    def push(self, token: int) -> str:
+        return self._inner.push(token) if token >= 0 else self._inner.flush() + REPLACEMENT
+
+    def flush(self) -> str:
+        return self._inner.flush()
+
+
+# ------------------------------------------------------------------------------------------ sequences
+
+
+class _Tokens(msgspec.Struct):
+    """What llama.cpp's server answers to ``/tokenize``."""
+
+    tokens: tuple[int, ...]
+
+
+class LlamaBackend(ThreadedBackend):
+    """See `penstock.engines.child.backend.Backend`."""
+
+    def __init__(
+        self, name: str, server: Any, key: str, text: GgufText, context: int, precision: str, options: Options
+    ) -> None:
+        """*key* is what the *server* asks of who calls it over HTTP."""
+        super().__init__()
+        text.context_length = context
+        self.slots = options.slots
+        self.info = ModelInfo(
+            name=name,
+            engine="llama",
+            context_length=context,
+            precision=precision,
+            vocab_size=text.vocab_size,
+            chat=text.has_chat_template,
+            no_chat=text.no_chat,
+            tasks=("generate", "tokenize"),
+        )
+        self.server = server
+        self._key = key
+        self.text = text
+        text.tokens_of = self._tokens_of
+        self._guides = Guides(text)
+        self._threads = ThreadPoolExecutor(options.slots, "sequence")
+
+    def add(self, key: int, request: Request, prefixes: list[Prefix], attempt: int) -> None:
+        text = self.text
+        prompt = text.pieces(request)
+        text.check_ids(request.sampling)
+        guides = [self._guides.begin(request) for _ in prefixes]
+        prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
+        self.requests[key] = choices = ThreadedChoices(key, len(prefixes), prompt_tokens)
+        for choice, prefix in enumerate(prefixes):
+            guide = guides[choice]
+            reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guide)
+            if reply.finish is not None:
+                if (last := choices.end(choice, reply.finish, reply.stop)) is not None:
+                    self.queue.put(last)
+                continue
+            self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix, guide).run, prompt)
+
+    def tokenize(self, request: Request) -> Tokenized:
+        ids: Sequence[int] | None = request.prompt_ids
+        if ids is None:
+            ids = self._tokens_of(self.text.pieces_to_tokenize(request), request.add_special_tokens)
+        return self.text.named(self.text.known(ids, "tokens"))
+
+    def _tokens_of(self, pieces: list[int | str], add_special: bool = False) -> list[int]:
+        """xllamacpp has no call for this; llama.cpp's server, which listens in any case, has a route."""
+        try:
+            answer = httpx.post(
+                f"{self.server.listening_address}/tokenize",
+                json={"content": pieces, "add_special": add_special, "parse_special": True},
+                headers={"Authorization": f"Bearer {self._key}"},
+                timeout=TOKENIZE_TIMEOUT,
+                trust_env=False,
+            )
+            return list(decode(answer.raise_for_status().content, _Tokens).tokens)
+        except (httpx.HTTPError, Malformed) as error:
+            raise EngineError(f"llama.cpp cannot tokenize this: {error}") from error
+
+
+class _ChoiceThread:
+    """One choice, in a thread of its own.
+
+    llama.cpp draws its tokens. Where it cannot be told what they have to be, or would not tell all that is asked for of
+    them, it gives the likeliest next tokens instead, again and again, and the choice is made here (`_choose`).
+    """
+
+    def __init__(
+        self,
+        backend: LlamaBackend,
+        choices: ThreadedChoices,
+        request: Request,
+        choice: int,
+        reply: Reply,
+        prefix: Prefix,
+        guide: Guide | None,
+    ) -> None:
+        self._server = backend.server
+        self._text = backend.text
+        self._queue = backend.queue
+        self._choices = choices
+        self._request = request
+        self._choice = choice
+        self._reply = reply
+        self._guide = guide
+        #: The reply so far, for a prompt that ends with it.
+        self._said = [text if id == UNTOLD else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
+        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and it has no way to
+        #: forbid texts, or an end for a while.
+        sampling = request.sampling
+        self._here = bool((guide is not None and self._said) or sampling.bad_words or sampling.min_tokens)
+
+    def run(self, prompt: list[int | str]) -> None:
+        try:
+            if not self._here and not self._choices.over:
+                self._draw(prompt)
+            if self._here and not self._choices.over:
+                self._choose(prompt)
+        except Exception as error:
+            self._fail(error)
+
+    def _prompt(self, prompt: list[int | str]) -> dict[str, Any]:
+        # A list by itself could be taken for several prompts.
+        return {"prompt_string": [*prompt, *(piece for piece in self._said if piece != "")]}
+
+    # ------------------------------------------------------------------------------------ drawn by llama.cpp
+
+    def _draw(self, prompt: list[int | str]) -> None:
+        body = _body(self._request, self._choice, len(self._said))
+        body["prompt"] = self._prompt(prompt)
+        if (form := self._request.form) is not None:
+            # It has the same library for this as we have, in a version to which separators are no patterns, and which
+            # knows less; where it cannot compile something, it draws freely. What it allows counts only where ours
+            # allows it too.
+            if (schema := form.json_schema) is not None:
+                body["json_schema"] = {**schema, "x-guidance": SEPARATORS}
+            else:
+                grammar = lark_of(form)
+                body["grammar"] = grammar if grammar.startswith(LARK) else f"{LARK} {{}}\n{grammar}"
+        self._behind = len(self._said)
+        self._seen = 0  # tokens that it has drawn so far
+        self._server.handle_completions(body, self._take)
+
+    def _take(self, chunk: dict[str, Any]) -> bool:
+        """One token from llama.cpp, or its last word. True: no more of it."""
+        if self._choices.over or self._reply.finish is not None:
+            return True
+        try:
+            self._read(chunk)
+        except Exception as error:
+            self._fail(error)
+            return True
+        return self._here or self._reply.finish is not None
+
+    def _read(self, chunk: dict[str, Any]) -> None:
+        if (error := chunk.get("error")) is not None:
+            raise _error(error)
+        choice, timings = chunk["choices"][0], chunk["timings"]
+        swallowed = timings["predicted_n"] - self._seen
+        self._seen += swallowed
+        ids: list[int] = [UNTOLD] * swallowed
+        entry = None
+        if choice["logprobs"] is not None:
+            entry = choice["logprobs"]["content"][-1]
+            ids = [*self._text.swallowed(choice["text"], entry["id"], swallowed - 1), entry["id"]]
+        elif choice["finish_reason"] is None:
+            return  # progress
+        count = self._request.sampling.logprobs
+        if count is not None and len(ids) > (entry is not None):
+            self._here = True  # those of swallowed tokens are not told
+            return
+        logprobs: list[Logprob | None] | None = None
+        if count is not None and entry is not None:
+            best = [(each["id"], each["logprob"]) for each in entry["top_logprobs"][:count]]
+            logprobs = [self._text.logprob(entry["id"], entry["logprob"], best)]
+        self._push(ids, logprobs, timings["cache_n"] + timings["prompt_n"] - self._behind)
+        if self._here:
+            return
+        if self._reply.finish is None and choice["finish_reason"] is not None:
+            self._reply.end("length" if choice["finish_reason"] == "length" else "stop")  # the context is full, mostly
+        self._end()
+
+    # ------------------------------------------------------------------------------------ drawn here
+
+    def _choose(self, prompt: list[int | str]) -> None:
+        text, sampling, reply, mask = self._text, self._request.sampling, self._reply, self._reply.mask
+        sampler = Sampler(1, text.vocab_size)
+        key = stream_key(sampling.seed, self._choice)
+        # Log-probabilities are llama.cpp's own: those of a few candidates would not add up.
+        unlogged = msgspec.structs.replace(sampling, logprobs=None)
+        sampler.occupy(0, unlogged, key, reply=reply.ids, guide=mask)
+        # A few may be enough, but not where an unlikely one may be raised, or what the guide leaves is a choice of few.
+        few = not sampling.logit_bias and (self._guide is None or mask is self._guide)
+        while reply.finish is None and not self._choices.over:
+            for count in (CANDIDATES, text.vocab_size) if few else (text.vocab_size,):
+                own, prompt_tokens = self._candidates(self._prompt(prompt), count)
+                allowed = own[0].copy()
+                if mask is not None:
+                    mask.mask(allowed)
+                if np.isfinite(allowed).any():
+                    break
+            (token,), _ = sampler.draw(own.copy(), np.zeros(1, np.int64), np.array([len(reply.ids) + 1]))
+            logprobs: list[Logprob | None] | None = None
+            if sampling.logprobs is not None:
+                likeliest = np.argsort(-own[0], kind="stable")[: sampling.logprobs]
+                best = [(int(id), float(own[0, id])) for id in likeliest]
+                logprobs = [text.logprob(token, float(own[0, token]), best)]
+            self._push([token], logprobs, prompt_tokens - len(self._said))
+            if reply.finish is None and prompt_tokens + 1 >= text.context_length:
+                reply.end("length")
+        self._end()
+
+    def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int]:
+        """The model's log-probabilities of its *count* likeliest next tokens ([1, vocabulary], -inf elsewhere), and how
+        many tokens the prompt has."""
+        chunks: list[dict[str, Any]] = []
+        body = {
+            "prompt": prompt,
+            "stream": True,
+            "n_predict": 1,
+            "n_probs": count,
+            "samplers": ["top_k"],
+            "top_k": 1,
+            # What it draws is of no interest, but half a character would not be told.
+            "logit_bias": [[self._text.letter, 1000.0]],
+            "timings_per_token": True,
+        }
+        self._server.handle_completions(body, chunks.append)
+        if (error := chunks[0].get("error")) is not None:
+            raise _error(error)
+        logits = np.full((1, self._text.vocab_size), -np.inf, np.float32)
+        for entry in chunks[0]["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]:
+            logits[0, entry["id"]] = entry["logprob"]
+        timings = chunks[0]["timings"]
+        return logits, timings["cache_n"] + timings["prompt_n"]
+
+    # ------------------------------------------------------------------------------------ what comes of it
+
+    def _push(self, ids: list[int], logprobs: list[Logprob | None] | None, prompt_tokens: int) -> None:
+        """The next tokens, up to the reply's end, or to one that the guide does not allow: that, and what follows, is
+        drawn anew, here."""
+        reply, taken, texts = self._reply, [], []
+        for token in ids:
+            if self._guide is not None and not self._guide.allows(token):
+                self._here = True
+                break
+            text = reply.push(token)
+            taken.append(token)
+            texts.append(text)
+            self._said.append(text if token == UNTOLD else token)
+            if reply.finish is not None:
+                break
+        logprobs = None if logprobs is None else logprobs[: len(taken)]
+        if taken:
+            self._queue.put(self._choices.output(self._choice, taken, texts, logprobs, prompt_tokens))
+
+    def _end(self) -> None:
+        if self._reply.finish is None:
+            return
+        if (error := followed(self._guide)) is not None:
+            self._fail(error)
+        elif (last := self._choices.end(self._choice, self._reply.finish, self._reply.stop)) is not None:
+            self._queue.put(last)
+
+    def _fail(self, error: Exception) -> None:
+        """End the request, and nobody else's: whatever one call meets, the engine goes on."""
+        if not self._choices.over:
+            self._choices.over = True
+            self._queue.put(failed_output(self._choices.key, error))
+
+
+def _body(request: Request, choice: int, before: int) -> dict[str, Any]:
+    """The request in llama.cpp's words. Only the samplers that it needs run: each of them walks the vocabulary."""
+    sampling = request.sampling
+    samplers = []
+    if sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0:
+        samplers.append("penalties")
+    if sampling.temperature > 0:
+        # The order that every engine keeps: temperature before the filters.
+        samplers.append("temperature")
+        samplers += [
+            name
+            for name, on in (
+                ("top_k", sampling.top_k > 0),
+                ("top_p", sampling.top_p < 1),
+                ("min_p", sampling.min_p > 0),
+            )
+            if on
+        ]
+    else:
+        samplers.append("top_k")
+    return {
+        "stream": True,
+        "n_predict": sampling.max_tokens - before,
+        "samplers": samplers,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k if sampling.temperature > 0 else 1,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "min_keep": 1,
+        # A continued reply is in the prompt, so penalties that look back on all of it see what they saw before. The
+        # random numbers begin anew: they differ from those of the attempt before.
+        "repeat_last_n": MAX_REPLY,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repeat_penalty": sampling.repetition_penalty,
+        "seed": stream_key(sampling.seed, choice * MAX_REPLY + before) & 0x7FFFFFFF,
+        "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
+        "ignore_eos": sampling.ignore_eos and request.form is None,
+        # The ids of tokens come with their probabilities. Those after sampling are cheap, the model's own are not.
+        "n_probs": max(1, sampling.logprobs or 0),
+        "post_sampling_probs": sampling.logprobs is None,
+        "timings_per_token": True,
+    }
+
+
+def _error(error: Mapping[str, Any]) -> PenstockError:
+    message = str(error.get("message", error))
+    if error.get("type") == "exceed_context_size_error":
+        return ContextLengthExceeded.of("prompt", int(error.get("n_prompt_tokens", 0)), int(error.get("n_ctx", 0)))
+    if error.get("type") == "invalid_request_error":
+        return InvalidRequest(f"llama.cpp refuses the request: {message}")
+    return EngineError(f"llama.cpp failed: {message}")
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> LlamaBackend:
+    """See `penstock.engines.child.backend.Loader`."""
+    parsed = parse(Options, options, "llama")
+    file = find_gguf(name, path)
+    progress("reading the file", None)
+    metadata = _Metadata(file)
+    text = GgufText.of(metadata, file)
+    context = _context(metadata, parsed)
+    progress("loading the weights", None)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_parallel = parsed.slots
+    params.n_ctx = context * parsed.slots
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = parsed.threads or psutil.cpu_count(False) or 1
+    params.n_gpu_layers = parsed.gpu_layers
+    params.verbosity = 1
+    # llama.cpp listens for HTTP in any case: let nobody in.
+    params.hostnames = ["127.0.0.1"]
+    params.api_keys = [key := secrets.token_urlsafe(32)]
+    params.ui = params.endpoint_slots = False
+    try:
+        server = xllamacpp.Server(params)
+    except Exception as error:  # whatever its C++ throws
+        raise ModelLoadError(f"llama.cpp cannot load {file}: {error}") from error
+    return LlamaBackend(name, server, key, text, context, metadata.precision, parsed)
+
+
+def _context(metadata: _Metadata, options: Options) -> int:
+    """Tokens of one slot's context."""
+    heads = metadata.of_model("attention.head_count", 1)
+    kv_heads = metadata.of_model("attention.head_count_kv", heads)
+    heads, kv_heads = (max(each) if isinstance(each, list) else each for each in (heads, kv_heads))
+    head = metadata.of_model("embedding_length", 0) // heads
+    sizes = metadata.of_model("attention.key_length", head) + metadata.of_model("attention.value_length", head)
+    token_bytes = metadata.of_model("block_count", 1) * kv_heads * sizes * 2  # float16
+    trained = int(metadata.of_model("context_length", 2048))
+    return fit_context(trained, options.context, options.slots, token_bytes, options.cache_gb)

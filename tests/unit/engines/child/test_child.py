@@ -1,0 +1,67 @@
+"""What goes wrong with one request inside an engine process is that request's failure, and nobody else's."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tests.support.odd_engine import ODDITIES, OUTPUTS, spawn
+
+from penstock.core.errors import EngineDied
+from penstock.core.ports import Finish
+from penstock.engines.child import main as child
+from penstock.engines.frames import Failed, Load, Splitter, ToParent, encode
+from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.testing.engine.driver import lease, run
+
+
+@pytest.fixture(params=["computing", "waiting"])
+async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EngineProcess]:
+    options = {"rate": "400"} if request.param == "computing" else {}
+    with (tmp_path / "errors").open("wb") as errors:
+        engine = EngineProcess(EngineSpec("odd", "m", request.param, options), spawn=partial(spawn, stderr=errors))
+        await engine.start()
+        yield engine
+        await engine.close()
+
+
+@pytest.mark.parametrize("oddity", [*ODDITIES, *OUTPUTS])
+async def test_it_fails_alone(engine: EngineProcess, oddity: str, tmp_path: Path) -> None:
+    pid = engine.pid
+    before, odd, beside = await run(engine, *(lease(engine, prompt, max_tokens=60) for prompt in ("x", oddity, "x")))
+    for result in (before, beside):
+        assert result.ids == list(range(1, 61)), "a neighbour was disturbed"
+        assert result.finish == Finish(("length",))
+    assert odd.finish is not None
+    assert odd.finish.error is not None
+    assert odd.finish.error.code == "engine_error"
+    assert "the server's log has the details" in odd.finish.error.message
+    assert "Traceback" in (tmp_path / "errors").read_text()
+    (after,) = await run(engine, lease(engine, "x", max_tokens=5))
+    assert after.finish == Finish(("length",))
+    assert engine.pid == pid, "it cost the process"
+
+
+async def test_an_engine_that_breaks_while_it_computes_has_died() -> None:
+    engine = EngineProcess(EngineSpec("odd", "m", "computing"), spawn=spawn)
+    await engine.start()
+    try:
+        with pytest.raises(EngineDied, match="The engine broke: out of memory"):
+            await run(engine, lease(engine, "x", max_tokens=10_000), lease(engine, "breaks the engine"))
+    finally:
+        await engine.close()
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(child.ENGINES, "llama", "no_such_library")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(encode(Load("llama", "m", None, {})))
+        assert child.load(child.Channel(theirs)) is None
+        (told,) = Splitter(ToParent).feed(ours.recv(1 << 16))
+    assert isinstance(told, Failed)
+    assert told.error.message == "The llama engine needs no_such_library: pip install 'penstock[llama]'."
+    assert told.error.code == "model_load_error"
