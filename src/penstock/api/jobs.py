@@ -36,7 +36,7 @@ class Links(WireType, frozen=True):
 
 
 class Submitted(WireType, frozen=True):
-    """A job that is queued for good."""
+    """A job that is durable and waits."""
 
     id: str
     status: Status
@@ -45,7 +45,7 @@ class Submitted(WireType, frozen=True):
 
 
 class JobSummary(WireType, frozen=True):
-    """A job as it stands."""
+    """A job. Times are seconds since the epoch."""
 
     id: str
     status: Status
@@ -77,7 +77,7 @@ class JobResult(WireType, frozen=True):
 
 
 class Timings(WireType, frozen=True):
-    """Of a job that has ended; null where it never got that far."""
+    """Durations in seconds."""
 
     queue_wait_time: float
     processing_time: float | None
@@ -89,7 +89,7 @@ class Timings(WireType, frozen=True):
 
 
 class JobView(JobSummary, frozen=True):
-    """A job; what is optional is there once it has ended."""
+    """A job; an ended one with its result, usage and timings."""
 
     result: JobResult | None = None
     finish_reasons: list[str] | None = None
@@ -109,8 +109,6 @@ class Deleted(WireType, frozen=True):
 
 
 class Generated(WireType, frozen=True, kw_only=True):
-    """The reply of ``POST /v1/generate``."""
-
     job_id: str
     model: str
     text: str

@@ -12,17 +12,19 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from penstock.api.errors import Error, ErrorBody
 from penstock.core.errors import (
-    ErrorInfo,
     InvalidRequest,
     PenstockError,
     RequestTooLarge,
     Unsupported,
     UnsupportedEncoding,
 )
+from penstock.core.job import Priority, Request
+from penstock.core.tasks import Tokenized
 from penstock.gateway import lenient
 from penstock.gateway.identity import Identity
-from penstock.gateway.jobs import Jobs
+from penstock.gateway.jobs import Jobs, Submission
 
 T = TypeVar("T")
 
@@ -97,6 +99,13 @@ class Call:
             if not message.get("more_body", False):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    async def tokens_of(self, request: Request) -> Tokenized:
+        """What an engine makes of a *request* to tokenize: a job, dropped once it is answered. It takes next to
+        nothing, so it goes before what takes long."""
+        around = Submission(priority=Priority.INTERACTIVE, request_id=self.request_id, on_disconnect="cancel")
+        _, completion = await self.jobs.ask(request, around, self.gone)
+        return Tokenized.of(completion)
+
     async def gone(self) -> None:
         """Returns when the client has left."""
         while (await self.receive())["type"] != "http.disconnect":
@@ -162,32 +171,6 @@ def _explain(message: str) -> InvalidRequest:
         field = re.search(r"(?:unknown|missing required) field `(.*?)`", message)
         return InvalidRequest(message, param=field[1] if field else None)
     return InvalidRequest(f"{found[1]}: {message[: found.start()]}", param=found[1] or None)
-
-
-class Answer(msgspec.Struct, forbid_unknown_fields=True):
-    """One JSON object of ours. The types of answers are what is sent, and what ``/openapi.json`` describes: none has
-    other fields, and one that is not always there is ``UNSET`` by default."""
-
-
-class Error(Answer):
-    """What went wrong, and what to do (docs/api.md#errors)."""
-
-    message: str
-    type: str
-    param: str | None
-    """The request field that it is about."""
-    code: str | None
-    """What a program looks at."""
-
-    @classmethod
-    def of(cls, info: ErrorInfo) -> Error:
-        return cls(info.message, info.type, info.param, info.code)
-
-
-class ErrorBody(Answer):
-    """The one shape of every failure."""
-
-    error: Error
 
 
 def json_reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -12,8 +12,10 @@ from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp
 
 from penstock import __version__
+from penstock.api.base import WireType
+from penstock.api.errors import ErrorBody
 from penstock.gateway.dialects.fields import JobBody
-from penstock.gateway.http import Call, ErrorBody, json_reply
+from penstock.gateway.http import Call, json_reply
 from penstock.gateway.operation import Content, Operation
 
 Schema = dict[str, Any]
@@ -72,6 +74,9 @@ def _schemas(described: Sequence[Operation]) -> tuple[dict[type, Schema], dict[s
     as_json = {body for body, media in bodies.items() if media == "application/json"}
     for name in msgspec.json.schema_components(as_json)[1]:
         _nullable(components[name])
+    for answer in _kinds_of(WireType):
+        if answer.__name__ in components:
+            _exact(components[answer.__name__])
     return dict(zip(kinds, schemas, strict=True)), components
 
 
@@ -123,6 +128,23 @@ def _nullable(body: dict[str, Any]) -> None:
         if {"type": "null"} not in options:
             around = {key: each for key, each in kind.items() if key in ("default", "description")}
             body["properties"][name] = {"anyOf": [*options, {"type": "null"}], **around}
+
+
+def _exact(answer: Schema) -> None:
+    """An *answer* has no other fields, and one with a default is left out instead of null."""
+    answer["additionalProperties"] = False
+    for name, kind in answer["properties"].items():
+        if kind.get("default", "") is None:
+            options = [option for option in kind["anyOf"] if option != {"type": "null"}]
+            only = options[0] if len(options) == 1 else {"anyOf": options}
+            told = {"description": kind["description"]} if "description" in kind else {}
+            answer["properties"][name] = only | told
+
+
+def _kinds_of(base: type[Any]) -> Iterator[type[Any]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds_of(kind)
 
 
 def _event(data: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:

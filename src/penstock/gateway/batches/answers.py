@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from penstock.api.base import WireType
 from penstock.gateway.dialects.answers import CachedTokens, ReasoningTokens
-from penstock.gateway.http import Answer
 
 
-class BatchErrorView(Answer):
+class BatchErrorView(WireType, frozen=True):
     code: str
     message: str
     param: str | None
@@ -16,18 +16,18 @@ class BatchErrorView(Answer):
     """From 1."""
 
 
-class BatchErrors(Answer):
+class BatchErrors(WireType, frozen=True):
     object: Literal["list"]
     data: list[BatchErrorView]
 
 
-class BatchCounts(Answer):
+class BatchCounts(WireType, frozen=True):
     total: int
     completed: int
     failed: int
 
 
-class BatchUsage(Answer):
+class BatchUsage(WireType, frozen=True):
     input_tokens: int
     input_tokens_details: CachedTokens
     output_tokens: int
@@ -35,7 +35,7 @@ class BatchUsage(Answer):
     total_tokens: int
 
 
-class BatchView(Answer):
+class BatchView(WireType, frozen=True):
     id: str
     object: Literal["batch"]
     endpoint: str
@@ -63,7 +63,7 @@ class BatchView(Answer):
     metadata: dict[str, str] | None
 
 
-class BatchList(Answer):
+class BatchList(WireType, frozen=True):
     object: Literal["list"]
     data: list[BatchView]
     first_id: str | None

@@ -395,7 +395,7 @@ class Run:
     async def _submit(self, number: int, line: Line, body: Any, operation: Batchable) -> Job:
         """The line's job, which it may have from before. Raises `PenstockError` for what cannot be run."""
         deadline = getattr(body, "deadline", None)
-        wish = Submission(
+        submission = Submission(
             user=getattr(body, "user_id", None) or getattr(body, "user", None) or None,
             priority=Priority.BATCH,
             idempotency_key=f"{self.id}/{number}",
@@ -405,7 +405,7 @@ class Run:
             keep=KEEP,
         )
         try:
-            job = await self._offer(operation, body, wish, deadline)
+            job = await self._offer(operation, body, submission, deadline)
         except PASSING:
             async with (
                 self._lane.turn
@@ -414,7 +414,7 @@ class Run:
                     if self._over.is_set():
                         raise _NotRunError from None
                     try:
-                        job = await self._offer(operation, body, wish, deadline)
+                        job = await self._offer(operation, body, submission, deadline)
                         break
                     except PASSING as error:
                         await self._pause(min(KNOCK, error.retry_after or KNOCK))
@@ -423,19 +423,19 @@ class Run:
             await self._cancel(job.id)
         return job
 
-    async def _offer(self, operation: Batchable, body: Any, wish: Submission, deadline: float | None) -> Job:
+    async def _offer(self, operation: Batchable, body: Any, submission: Submission, deadline: float | None) -> Job:
         """Submit, whether or not the broker is there, and what the body refers to still."""
         while True:
             left = max(0.001, self.batch.expires_at - self._clock.now())
-            wish = msgspec.structs.replace(wish, deadline=left if deadline is None else min(left, deadline))
+            submission = msgspec.structs.replace(submission, deadline=left if deadline is None else min(left, deadline))
             try:
                 try:
                     prepared = await operation.prepare(self.jobs, body)
                 except REFERENCE_GONE:
-                    if (known := await self.jobs.repeated(wish)) is None:
+                    if (known := await self.jobs.repeated(submission)) is None:
                         raise
                     return known
-                return await self.jobs.submit(prepared.request, msgspec.structs.replace(wish, view=prepared.view))
+                return await self.jobs.submit(prepared.request, msgspec.structs.replace(submission, view=prepared.view))
             except BrokerUnavailable as error:  # it may have been accepted: it has to be known
                 await asyncio.sleep(_spread(error.retry_after or 1.0))
 

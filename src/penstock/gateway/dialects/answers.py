@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from penstock.gateway.http import Answer
+from penstock.api.base import WireType
 
 
-class UsageView(Answer):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class FunctionCall(Answer):
-    name: str
-    arguments: str
-    """JSON, as the model wrote it."""
-
-
-class ToolCallView(Answer):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class CachedTokens(Answer):
+class CachedTokens(WireType, frozen=True):
     cached_tokens: int
 
 
-class ReasoningTokens(Answer):
+class ReasoningTokens(WireType, frozen=True):
     reasoning_tokens: int
 
 
-class ChatLogprob(Answer):
+class ChatLogprob(WireType, frozen=True):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class ChatTokenLogprob(ChatLogprob):
+class ChatTokenLogprob(ChatLogprob, frozen=True):
     top_logprobs: list[ChatLogprob]

@@ -487,13 +487,13 @@ def allowed_only(tools: tuple[Tool, ...], allowed: Iterable[str]) -> tuple[Tool,
     return tuple(tool for tool in tools if tool.name in names)
 
 
-def submission(
+def submission_of(
     call: Call, body: JobBody, *, user: str | None, on_disconnect: OnDisconnect, priority: Priority = Priority.NORMAL
 ) -> Submission:
     """Everything around the request; *on_disconnect* and *priority* are the route's defaults."""
     metadata = dict(body.metadata or {})
-    wish = metadata.get("on_disconnect")
-    if wish is not None and wish not in ("continue", "cancel"):
+    policy = metadata.get("on_disconnect")
+    if policy is not None and policy not in ("continue", "cancel"):
         raise InvalidRequest("metadata.on_disconnect is 'continue' or 'cancel'.", param="metadata.on_disconnect")
     key = call.headers.get("idempotency-key") or body.request_id or None
     if key is not None and (len(key) > 256 or not key.isprintable()):
@@ -506,7 +506,7 @@ def submission(
         fingerprint=fingerprint([call.scope["path"], body]) if key is not None else b"",
         request_id=call.request_id,
         metadata=metadata,
-        on_disconnect="cancel" if wish == "cancel" else "continue" if wish == "continue" else on_disconnect,
+        on_disconnect="cancel" if policy == "cancel" else "continue" if policy == "continue" else on_disconnect,
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from penstock.gateway.http import Answer
+from penstock.api.base import WireType
 
 
-class FileView(Answer):
+class FileView(WireType, frozen=True):
     id: str
     object: Literal["file"]
     bytes: int
@@ -19,7 +19,7 @@ class FileView(Answer):
     status_details: None
 
 
-class FileList(Answer):
+class FileList(WireType, frozen=True):
     object: Literal["list"]
     data: list[FileView]
     first_id: str | None
@@ -27,7 +27,7 @@ class FileList(Answer):
     has_more: bool
 
 
-class FileDeleted(Answer):
+class FileDeleted(WireType, frozen=True):
     id: str
     object: Literal["file"]
     deleted: bool

@@ -6,11 +6,12 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
+from penstock.api.base import WireType
+from penstock.api.errors import Error
 from penstock.core.ports import ModelInfo
-from penstock.gateway.http import Answer, Error
 
 
-class ModelView(Answer):
+class ModelView(WireType, frozen=True):
     """A model and how it stands. What only its engine knows is there once it was loaded."""
 
     id: str
@@ -29,47 +30,47 @@ class ModelView(Answer):
     unsupported: list[str] | UnsetType = UNSET
 
 
-class ModelList(Answer):
+class ModelList(WireType, frozen=True):
     object: Literal["list"]
     data: list[ModelView]
 
 
-class ProgressEvent(Answer):
+class ProgressEvent(WireType, frozen=True):
     state: str
     what: str
     fraction: float | None
 
 
-class Live(Answer):
+class Live(WireType, frozen=True):
     status: Literal["ok"]
     broker: Literal["connected", "unavailable"]
 
 
-class Checks(Answer):
+class Checks(WireType, frozen=True):
     broker: bool
     worker: bool
     accepting: bool
 
 
-class Ready(Answer):
+class Ready(WireType, frozen=True):
     status: Literal["ready", "not ready"]
     checks: Checks
 
 
-class BrokerHealth(Answer):
+class BrokerHealth(WireType, frozen=True):
     kind: str
     connected: bool
     durability: str | UnsetType = UNSET
 
 
-class QueueHealth(Answer):
+class QueueHealth(WireType, frozen=True):
     queued: int
     jobs: dict[str, int]
     ended_per_second: float
     leases_lost: int
 
 
-class WorkerHealth(Answer):
+class WorkerHealth(WireType, frozen=True):
     id: str
     state: str
     slots: int
@@ -82,7 +83,7 @@ class WorkerHealth(Answer):
     standby: int
 
 
-class ModelHealth(Answer):
+class ModelHealth(WireType, frozen=True):
     id: str
     ready: bool
     state: str
@@ -91,7 +92,7 @@ class ModelHealth(Answer):
     info: ModelInfo | None
 
 
-class Health(Answer, kw_only=True):
+class Health(WireType, kw_only=True, frozen=True):
     """The queue and the workers are known while the broker is reachable."""
 
     status: Literal["ok", "degraded"]

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp
 
+from penstock.api.errors import ErrorBody
 from penstock.core.errors import PenstockError
 from penstock.core.ports import LoadProgress, ModelControl
-from penstock.gateway.http import Call, ErrorBody, Handler, Resource, decode, json_reply
+from penstock.gateway.http import Call, Handler, Resource, decode, json_reply
 from penstock.gateway.operation import Operation
 from penstock.gateway.operator.answers import ModelList, ModelView, ProgressEvent
 from penstock.gateway.parameters import Parameters

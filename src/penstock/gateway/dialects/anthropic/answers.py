@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from msgspec import UNSET, UnsetType
 
-from penstock.gateway.http import Answer
+from penstock.api.base import WireType
 
 
-class MessageError(Answer):
+class MessageError(WireType, frozen=True):
     """As ours, with one of Anthropic's types."""
 
     type: str
@@ -20,7 +20,7 @@ class MessageError(Answer):
     """Of a ``thread``, which is not kept: what Anthropic's SDK looks for to go on without it."""
 
 
-class MessageErrorBody(Answer):
+class MessageErrorBody(WireType, frozen=True):
     """A failure of Anthropic's routes."""
 
     type: Literal["error"]
@@ -28,23 +28,23 @@ class MessageErrorBody(Answer):
     request_id: str
 
 
-class DirectCaller(Answer):
+class DirectCaller(WireType, frozen=True):
     type: Literal["direct"]
 
 
-class TextBlock(Answer, tag_field="type", tag="text"):
+class TextBlock(WireType, tag_field="type", tag="text", frozen=True):
     text: str
     citations: list[Any]
 
 
-class ToolUseBlock(Answer, tag_field="type", tag="tool_use"):
+class ToolUseBlock(WireType, tag_field="type", tag="tool_use", frozen=True):
     id: str
     name: str
     input: dict[str, Any]
     caller: DirectCaller
 
 
-class MessageUsage(Answer):
+class MessageUsage(WireType, frozen=True):
     input_tokens: int
     output_tokens: int
     cache_creation_input_tokens: Literal[0]
@@ -53,13 +53,13 @@ class MessageUsage(Answer):
     server_tool_use: None
 
 
-class WholeMessageUsage(MessageUsage):
+class WholeMessageUsage(MessageUsage, frozen=True):
     cache_creation: None
     inference_geo: None
     service_tier: Literal["standard", "batch"]
 
 
-class MessageStop(Answer):
+class MessageStop(WireType, frozen=True):
     """Why a message ended; null while it has not."""
 
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"] | None
@@ -68,7 +68,7 @@ class MessageStop(Answer):
     container: None
 
 
-class MessageView(MessageStop):
+class MessageView(MessageStop, frozen=True):
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
@@ -77,51 +77,51 @@ class MessageView(MessageStop):
     usage: WholeMessageUsage
 
 
-class MessageStartEvent(Answer):
+class MessageStartEvent(WireType, frozen=True):
     type: Literal["message_start"]
     message: MessageView
 
 
-class BlockStartEvent(Answer):
+class BlockStartEvent(WireType, frozen=True):
     type: Literal["content_block_start"]
     index: int
     content_block: TextBlock | ToolUseBlock
 
 
-class TextDelta(Answer, tag_field="type", tag="text_delta"):
+class TextDelta(WireType, tag_field="type", tag="text_delta", frozen=True):
     text: str
 
 
-class InputJsonDelta(Answer, tag_field="type", tag="input_json_delta"):
+class InputJsonDelta(WireType, tag_field="type", tag="input_json_delta", frozen=True):
     partial_json: str
 
 
-class BlockDeltaEvent(Answer):
+class BlockDeltaEvent(WireType, frozen=True):
     type: Literal["content_block_delta"]
     index: int
     delta: TextDelta | InputJsonDelta
 
 
-class BlockStopEvent(Answer):
+class BlockStopEvent(WireType, frozen=True):
     type: Literal["content_block_stop"]
     index: int
 
 
-class MessageDeltaEvent(Answer):
+class MessageDeltaEvent(WireType, frozen=True):
     type: Literal["message_delta"]
     delta: MessageStop
     usage: MessageUsage
 
 
-class MessageStopEvent(Answer):
+class MessageStopEvent(WireType, frozen=True):
     type: Literal["message_stop"]
 
 
-class InputTokens(Answer):
+class InputTokens(WireType, frozen=True):
     input_tokens: int
 
 
-class MessageModel(Answer):
+class MessageModel(WireType, frozen=True):
     """A model as Anthropic's clients know it. ``max_input_tokens``: null while it was never loaded."""
 
     type: Literal["model"]
@@ -132,7 +132,7 @@ class MessageModel(Answer):
     max_input_tokens: int | None
 
 
-class MessageModelList(Answer):
+class MessageModelList(WireType, frozen=True):
     data: list[MessageModel]
     has_more: bool
     first_id: str | None

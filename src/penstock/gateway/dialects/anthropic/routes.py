@@ -51,8 +51,7 @@ from penstock.gateway.dialects.anthropic.answers import (
     MessageStopEvent,
     MessageView,
 )
-from penstock.gateway.dialects.fields import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission
-from penstock.gateway.dialects.tokens.routes import tokens_of
+from penstock.gateway.dialects.fields import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission_of
 from penstock.gateway.http import Call, Dialect, error_reply, json_reply
 from penstock.gateway.operation import Operation
 from penstock.gateway.sse import frame
@@ -279,13 +278,13 @@ async def messages(call: Call) -> ASGIApp:
     body = await call.body(CreateMessage)
     metadata = {name: value for name, value in (body.metadata or {}).items() if value is not None}
     user = metadata.get("user_id")
-    wish = submission(
+    submission = submission_of(
         call,
         msgspec.structs.replace(body, metadata=metadata),
         user=body.user_id or (_user(user) if user else None),
         on_disconnect="cancel",
     )
-    job = await call.jobs.submit(body.request(), wish)
+    job = await call.jobs.submit(body.request(), submission)
     headers = {"request-id": call.request_id}
     if body.stream:
         after = call.last_event_id or 0
@@ -304,7 +303,7 @@ async def messages(call: Call) -> ASGIApp:
 
 async def count_tokens(call: Call) -> ASGIApp:
     body = await call.body(CountTokens)
-    found = await tokens_of(call, msgspec.structs.replace(body.conversation(), task="tokenize"))
+    found = await call.tokens_of(msgspec.structs.replace(body.conversation(), task="tokenize"))
     return json_reply({"input_tokens": len(found.tokens)}, headers={"request-id": call.request_id})
 
 

@@ -6,23 +6,26 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
+from penstock.api import Timings
+from penstock.api.base import WireType
+from penstock.api.errors import Error
+from penstock.api.jobs import UsageView
 from penstock.core.job import Status
-from penstock.gateway.dialects.answers import UsageView
-from penstock.gateway.dialects.native.answers import Timings
-from penstock.gateway.http import Answer, Error
+
+EndedStatus = Literal["completed", "failed", "cancelled", "expired"]
 
 
-class Received(Answer):
+class Received(WireType, frozen=True):
     received: str
     """The job's id."""
     msg: str | list[int]
 
 
-class Task(Answer):
+class Task(WireType, frozen=True):
     task_id: str
 
 
-class PromptResult(Answer):
+class PromptResult(WireType, frozen=True):
     """What became of one prompt: its text, or an error."""
 
     job_id: str
@@ -33,14 +36,14 @@ class PromptResult(Answer):
     error: Error | UnsetType = UNSET
 
 
-class PromptResults(Answer):
+class PromptResults(WireType, frozen=True):
     """Of several prompts, in their order."""
 
     model: str
     results: list[PromptResult]
 
 
-class BasicResult(Answer):
+class BasicResult(WireType, frozen=True):
     """Of one prompt its result, of several prompts their ``results``."""
 
     model: str
@@ -52,20 +55,20 @@ class BasicResult(Answer):
     usage: UsageView | UnsetType = UNSET
 
 
-class TaskPending(Answer):
+class TaskPending(WireType, frozen=True):
     status: Literal["processing"]
     task_id: str
 
 
-class TaskResult(Answer):
-    status: Literal["completed", "failed", "cancelled", "expired"]
+class TaskResult(WireType, frozen=True):
+    status: EndedStatus
     task_id: str
     result: str | UnsetType = UNSET
     metrics: Timings | UnsetType = UNSET
     error_message: str | UnsetType = UNSET
 
 
-class TaskStatus(Answer):
+class TaskStatus(WireType, frozen=True):
     task_id: str
     status: Status
     position_in_queue: int | None

@@ -6,17 +6,18 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
+from penstock.api.base import WireType
+from penstock.api.jobs import ToolCallView, UsageView
 from penstock.core.job import FinishReason
-from penstock.gateway.dialects.answers import ChatTokenLogprob, ToolCallView, UsageView
-from penstock.gateway.http import Answer
+from penstock.gateway.dialects.answers import ChatTokenLogprob
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(WireType, frozen=True):
     content: list[ChatTokenLogprob]
     refusal: None
 
 
-class AssistantMessage(Answer, kw_only=True):
+class AssistantMessage(WireType, kw_only=True, frozen=True):
     role: Literal["assistant"]
     content: str | None
     tool_calls: list[ToolCallView] | UnsetType = UNSET
@@ -24,7 +25,7 @@ class AssistantMessage(Answer, kw_only=True):
     annotations: Annotated[list[Any], Meta(max_length=0)]
 
 
-class ChatChoice(Answer):
+class ChatChoice(WireType, frozen=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -33,7 +34,7 @@ class ChatChoice(Answer):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatReply(Answer):
+class ChatReply(WireType, frozen=True):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -42,25 +43,25 @@ class ChatReply(Answer):
     usage: UsageView
 
 
-class FunctionCallDelta(Answer, kw_only=True):
+class FunctionCallDelta(WireType, kw_only=True, frozen=True):
     name: str | UnsetType = UNSET
     arguments: str
 
 
-class ToolCallDelta(Answer, kw_only=True):
+class ToolCallDelta(WireType, kw_only=True, frozen=True):
     index: int
     id: str | UnsetType = UNSET
     type: Literal["function"] | UnsetType = UNSET
     function: FunctionCallDelta
 
 
-class ChatDelta(Answer):
+class ChatDelta(WireType, frozen=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
-class ChatChunkChoice(Answer, kw_only=True):
+class ChatChunkChoice(WireType, kw_only=True, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | UnsetType = UNSET
@@ -69,7 +70,7 @@ class ChatChunkChoice(Answer, kw_only=True):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatChunk(Answer):
+class ChatChunk(WireType, frozen=True):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -78,14 +79,14 @@ class ChatChunk(Answer):
     usage: UsageView | UnsetType | None = UNSET
 
 
-class TextLogprobs(Answer):
+class TextLogprobs(WireType, frozen=True):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class TextChoice(Answer):
+class TextChoice(WireType, frozen=True):
     index: int
     text: str
     logprobs: TextLogprobs | None
@@ -94,7 +95,7 @@ class TextChoice(Answer):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class TextReply(Answer):
+class TextReply(WireType, frozen=True):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -103,7 +104,7 @@ class TextReply(Answer):
     usage: UsageView
 
 
-class TextChunkChoice(Answer):
+class TextChunkChoice(WireType, frozen=True):
     index: int
     text: str
     logprobs: TextLogprobs | None
@@ -112,7 +113,7 @@ class TextChunkChoice(Answer):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class TextChunk(Answer):
+class TextChunk(WireType, frozen=True):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -121,7 +122,7 @@ class TextChunk(Answer):
     usage: UsageView | UnsetType | None = UNSET
 
 
-class Embedding(Answer):
+class Embedding(WireType, frozen=True):
     """``embedding``: numbers, or as base64 of little-endian float32."""
 
     object: Literal["embedding"]
@@ -129,12 +130,12 @@ class Embedding(Answer):
     embedding: list[float] | str
 
 
-class EmbeddingsUsage(Answer):
+class EmbeddingsUsage(WireType, frozen=True):
     prompt_tokens: int
     total_tokens: int
 
 
-class Embeddings(Answer):
+class Embeddings(WireType, frozen=True):
     object: Literal["list"]
     data: list[Embedding]
     model: str

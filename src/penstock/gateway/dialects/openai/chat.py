@@ -20,9 +20,9 @@ from penstock.gateway.dialects.fields import (
     ChatMessages,
     StructuredBody,
     plain,
-    submission,
+    submission_of,
 )
-from penstock.gateway.dialects.native.routes import tool_call_view, usage_view
+from penstock.gateway.dialects.native.answers import tool_call_view, usage_view
 from penstock.gateway.dialects.openai.answers import ChatChunk, ChatReply
 from penstock.gateway.dialects.responses.stream import logprob_view
 from penstock.gateway.http import Call, json_reply
@@ -131,10 +131,10 @@ def _write_chat(jobs: Jobs, body: ChatCompletion, job: Job, completion: Completi
 
 async def respond(call: Call, body: OpenAIBody, request: Request, dialect: type[Dialect]) -> ASGIApp:
     """A job of *request*, streamed or answered as *dialect* writes it."""
-    wish = submission(
+    submission = submission_of(
         call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
     )
-    job = await call.jobs.submit(request, wish)
+    job = await call.jobs.submit(request, submission)
     usage = bool(body.stream_options and body.stream_options.include_usage)
     writer = dialect(job, include_usage=usage, token_ids=body.return_token_ids)
     if body.stream:

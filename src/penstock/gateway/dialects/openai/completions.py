@@ -18,7 +18,7 @@ from penstock.core.errors import InvalidRequest, PenstockError, Unsupported, err
 from penstock.core.events import Completion, Ended, TokenLogprob, fold
 from penstock.core.job import Job, Request, Sampling, Task, TopLogprobs, Usage
 from penstock.core.tasks import Tokenized
-from penstock.gateway.dialects.fields import Count, TokenId, TokenIds, several, submission
+from penstock.gateway.dialects.fields import Count, TokenId, TokenIds, several, submission_of
 from penstock.gateway.dialects.openai.answers import TextChunk, TextReply
 from penstock.gateway.dialects.openai.chat import OpenAIBody, TextDialect, respond
 from penstock.gateway.http import Call, json_reply
@@ -107,10 +107,10 @@ async def _submit(call: Call, body: TextCompletion, prompts: Sequence[Prompt]) -
             param="echo",
         )
     requests = [request for prompt in prompts for request in body.requests(prompt)]
-    wish = submission(
+    submission = submission_of(
         call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
     )
-    jobs = await call.jobs.submit_all(requests, wish)
+    jobs = await call.jobs.submit_all(requests, submission)
     each = len(jobs) // len(prompts)
     return [
         _Part(body, number, prompt, jobs[number * each : (number + 1) * each], jobs[0])

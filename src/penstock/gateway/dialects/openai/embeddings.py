@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 from penstock.core.events import Completion
 from penstock.core.job import Job, ModelName, OptionalIdentifier, Request
 from penstock.core.tasks import vector_values, vectors
-from penstock.gateway.dialects.fields import JobBody, TokenId, TokenIds, several, submission
+from penstock.gateway.dialects.fields import JobBody, TokenId, TokenIds, several, submission_of
 from penstock.gateway.dialects.openai.answers import Embeddings
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.jobs import Jobs
@@ -58,11 +58,11 @@ class CreateEmbeddings(JobBody, kw_only=True, frozen=True):
 
 async def embeddings(call: Call) -> ASGIApp:
     body = await call.body(CreateEmbeddings)
-    wish = submission(call, body, user=body.user_id or body.user, on_disconnect="cancel")
-    if wish.idempotency_key is None:  # nobody can ask for it again: many vectors need not lie about for an hour
-        job, completion = await call.jobs.ask(body.request(), wish, call.gone)
+    submission = submission_of(call, body, user=body.user_id or body.user, on_disconnect="cancel")
+    if submission.idempotency_key is None:  # nobody can ask for it again: many vectors need not lie about for an hour
+        job, completion = await call.jobs.ask(body.request(), submission, call.gone)
         return json_reply(body.reply(job, completion))
-    job = await call.jobs.submit(body.request(), wish)
+    job = await call.jobs.submit(body.request(), submission)
     completion = await call.jobs.fold(job, call.gone)
     return json_reply(body.reply(job, completion), headers={"x-penstock-job": job.id})
 

@@ -6,30 +6,31 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
+from penstock.api.base import WireType
+from penstock.api.errors import Error
 from penstock.gateway.dialects.answers import ChatTokenLogprob, ReasoningTokens
-from penstock.gateway.http import Answer, Error
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-class OutputText(Answer, tag_field="type", tag="output_text"):
+class OutputText(WireType, tag_field="type", tag="output_text", frozen=True):
     text: str
     annotations: Annotated[list[Any], Meta(max_length=0)]
     logprobs: list[ChatTokenLogprob]
 
 
-class InputText(Answer, tag_field="type", tag="input_text"):
+class InputText(WireType, tag_field="type", tag="input_text", frozen=True):
     text: str
 
 
-class MessageItem(Answer, tag_field="type", tag="message"):
+class MessageItem(WireType, tag_field="type", tag="message", frozen=True):
     id: str
     status: ItemStatus
     role: str
     content: list[OutputText | InputText]
 
 
-class FunctionCallItem(Answer, tag_field="type", tag="function_call", kw_only=True):
+class FunctionCallItem(WireType, tag_field="type", tag="function_call", kw_only=True, frozen=True):
     id: str
     status: ItemStatus
     call_id: str
@@ -40,14 +41,14 @@ class FunctionCallItem(Answer, tag_field="type", tag="function_call", kw_only=Tr
     """JSON, as the model wrote it."""
 
 
-class FunctionCallOutputItem(Answer, tag_field="type", tag="function_call_output"):
+class FunctionCallOutputItem(WireType, tag_field="type", tag="function_call_output", frozen=True):
     id: str
     status: ItemStatus
     call_id: str
     output: str
 
 
-class ResponseFailure(Answer):
+class ResponseFailure(WireType, frozen=True):
     """``code`` is one of OpenAI's."""
 
     code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt", "context_length_exceeded"]
@@ -56,16 +57,16 @@ class ResponseFailure(Answer):
     param: str | None
 
 
-class IncompleteDetails(Answer):
+class IncompleteDetails(WireType, frozen=True):
     reason: Literal["max_output_tokens", "content_filter"]
 
 
-class ReasoningView(Answer):
+class ReasoningView(WireType, frozen=True):
     effort: None
     summary: None
 
 
-class TextFormatView(Answer, kw_only=True):
+class TextFormatView(WireType, kw_only=True, frozen=True):
     """Beyond the type: what a ``json_schema`` has."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -75,30 +76,30 @@ class TextFormatView(Answer, kw_only=True):
     strict: bool | UnsetType = UNSET
 
 
-class TextView(Answer):
+class TextView(WireType, frozen=True):
     format: TextFormatView
     verbosity: Literal["medium"]
 
 
-class FunctionToolView(Answer, tag_field="type", tag="function"):
+class FunctionToolView(WireType, tag_field="type", tag="function", frozen=True):
     name: str
     description: str | None
     parameters: dict[str, Any] | None
     strict: bool
 
 
-class NamespaceToolView(Answer, tag_field="type", tag="namespace"):
+class NamespaceToolView(WireType, tag_field="type", tag="namespace", frozen=True):
     name: str
     description: str | None
     tools: list[FunctionToolView]
 
 
-class InputTokensDetails(Answer):
+class InputTokensDetails(WireType, frozen=True):
     cached_tokens: int
     cache_write_tokens: int
 
 
-class ResponseUsage(Answer):
+class ResponseUsage(WireType, frozen=True):
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
@@ -106,7 +107,7 @@ class ResponseUsage(Answer):
     total_tokens: int
 
 
-class ResponseView(Answer):
+class ResponseView(WireType, frozen=True):
     """A response: what was asked, how far it is, and what came of it. Times are seconds since the epoch."""
 
     id: str
@@ -143,13 +144,13 @@ class ResponseView(Answer):
     metadata: dict[str, str]
 
 
-class ResponseDeleted(Answer):
+class ResponseDeleted(WireType, frozen=True):
     id: str
     object: Literal["response"]
     deleted: bool
 
 
-class InputItems(Answer):
+class InputItems(WireType, frozen=True):
     object: Literal["list"]
     data: list[MessageItem | FunctionCallItem | FunctionCallOutputItem]
     first_id: str | None
@@ -157,12 +158,12 @@ class InputItems(Answer):
     has_more: bool
 
 
-class ResponseInputTokens(Answer):
+class ResponseInputTokens(WireType, frozen=True):
     object: Literal["response.input_tokens"]
     input_tokens: int
 
 
-class ResponseEvent(Answer):
+class ResponseEvent(WireType, frozen=True):
     """That the response was created, is queued, runs or ended."""
 
     type: str
@@ -170,14 +171,14 @@ class ResponseEvent(Answer):
     sequence_number: int
 
 
-class OutputItemEvent(Answer):
+class OutputItemEvent(WireType, frozen=True):
     type: str
     output_index: int
     item: MessageItem | FunctionCallItem
     sequence_number: int
 
 
-class ContentPartEvent(Answer):
+class ContentPartEvent(WireType, frozen=True):
     type: str
     item_id: str
     output_index: int
@@ -186,7 +187,7 @@ class ContentPartEvent(Answer):
     sequence_number: int
 
 
-class TextDeltaEvent(Answer):
+class TextDeltaEvent(WireType, frozen=True):
     type: str
     item_id: str
     output_index: int
@@ -196,7 +197,7 @@ class TextDeltaEvent(Answer):
     sequence_number: int
 
 
-class TextDoneEvent(Answer):
+class TextDoneEvent(WireType, frozen=True):
     type: str
     item_id: str
     output_index: int
@@ -206,7 +207,7 @@ class TextDoneEvent(Answer):
     sequence_number: int
 
 
-class ArgumentsDeltaEvent(Answer):
+class ArgumentsDeltaEvent(WireType, frozen=True):
     type: str
     item_id: str
     output_index: int
@@ -214,7 +215,7 @@ class ArgumentsDeltaEvent(Answer):
     sequence_number: int
 
 
-class ArgumentsDoneEvent(Answer):
+class ArgumentsDoneEvent(WireType, frozen=True):
     type: str
     item_id: str
     output_index: int
@@ -223,7 +224,7 @@ class ArgumentsDoneEvent(Answer):
     sequence_number: int
 
 
-class ResponseErrorEvent(Answer):
+class ResponseErrorEvent(WireType, frozen=True):
     """The log was rewound: no part of the sequence."""
 
     type: Literal["error"]

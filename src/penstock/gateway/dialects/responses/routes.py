@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from penstock.api.errors import Error, ErrorBody
 from penstock.core.errors import (
     ExpiredResult,
     InvalidRequest,
@@ -44,7 +45,7 @@ from penstock.gateway.dialects.fields import (
     allowed_only,
     json_schema,
     structured,
-    submission,
+    submission_of,
 )
 from penstock.gateway.dialects.responses.answers import (
     ArgumentsDeltaEvent,
@@ -77,8 +78,7 @@ from penstock.gateway.dialects.responses.items import (
     view_of,
 )
 from penstock.gateway.dialects.responses.stream import last_number, render, whole
-from penstock.gateway.dialects.tokens.routes import tokens_of
-from penstock.gateway.http import Call, Dialect, Error, ErrorBody, error_reply, json_reply
+from penstock.gateway.http import Call, Dialect, error_reply, json_reply
 from penstock.gateway.jobs import Jobs, Submission
 from penstock.gateway.operation import REFERENCE_GONE, Batchable, Content, Operation, Prepared
 from penstock.gateway.parameters import ID, LAST_EVENT_ID, ORDER, limit, query
@@ -431,15 +431,15 @@ RESPONSES = Dialect(ErrorBody, _refuse)
 
 async def _submit(call: Call, body: CreateResponse) -> Job:
     """The job of a request; of a repeated one the first's, though what it refers to may be gone by now."""
-    submitted = wish(call, body)
+    submission = _submission(call, body)
     try:
         items = await conversation(call.jobs, body)
     except REFERENCE_GONE:
-        if (known := await call.jobs.repeated(submitted)) is None:
+        if (known := await call.jobs.repeated(submission)) is None:
             raise
         return known
     request = body.request(items, call.config.default_max_tokens)
-    return await call.jobs.submit(request, msgspec.structs.replace(submitted, view=body.view(items)))
+    return await call.jobs.submit(request, msgspec.structs.replace(submission, view=body.view(items)))
 
 
 async def retrieve(call: Call) -> ASGIApp:
@@ -474,7 +474,7 @@ async def count_input_tokens(call: Call) -> ASGIApp:
     model = body.model or call.catalogue.default_for("tokenize")
     items = await conversation(call.jobs, body)
     request = msgspec.structs.replace(body, model=model).request(items, call.config.default_max_tokens)
-    found = await tokens_of(call, msgspec.structs.replace(request, task="tokenize", sampling=Sampling()))
+    found = await call.tokens_of(msgspec.structs.replace(request, task="tokenize", sampling=Sampling()))
     return json_reply({"object": "response.input_tokens", "input_tokens": len(found.tokens)})
 
 
@@ -533,9 +533,9 @@ def _write(jobs: Jobs, body: CreateResponse, job: Job, completion: Completion) -
     return whole(job, _view(job), completion, job.ended_at or jobs.catalogue.now())
 
 
-def wish(call: Call, body: CreateResponse) -> Submission:
+def _submission(call: Call, body: CreateResponse) -> Submission:
     """Everything of a response's job but the request itself and its view."""
-    submitted = submission(
+    submission = submission_of(
         call,
         body,
         user=body.user_id or body.user or body.safety_identifier,
@@ -543,7 +543,7 @@ def wish(call: Call, body: CreateResponse) -> Submission:
         priority=Priority.BATCH if body.service_tier == "flex" else Priority.NORMAL,
     )
     keep = None if body.stored else UNSTORED_KEEP
-    return msgspec.structs.replace(submitted, keep=keep)
+    return msgspec.structs.replace(submission, keep=keep)
 
 
 async def conversation(jobs: Jobs, body: CreateResponse) -> tuple[Item, ...]:

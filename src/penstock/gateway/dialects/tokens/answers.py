@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from penstock.gateway.http import Answer
+from penstock.api.base import WireType
 
 
-class Tokens(Answer):
+class Tokens(WireType, frozen=True):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
 
 
-class Detokenized(Answer):
+class Detokenized(WireType, frozen=True):
     prompt: str
