@@ -25,14 +25,8 @@ from penstock.engines.child.main import ENGINES
 from penstock.gateway.app import OPERATIONS
 from penstock.gateway.dialects.anthropic.routes import CreateMessage
 from penstock.gateway.dialects.fields import JobBody
-from penstock.gateway.dialects.native.routes import (
-    Generate,
-    GenerateJob,
-    complete_frame,
-    end_frame,
-    feed_frames,
-    token_frames,
-)
+from penstock.gateway.dialects.native.routes import Generate, GenerateJob
+from penstock.gateway.dialects.native.stream import complete_frame, end_frame, feed_frames, token_frames
 from penstock.gateway.dialects.openai.chat import ChatCompletion
 from penstock.gateway.dialects.openai.completions import TextCompletion
 from penstock.gateway.dialects.openai.embeddings import CreateEmbeddings
