@@ -18,7 +18,7 @@ from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Task
 from penstock.engines.upstream.answers import read_vectors
 from penstock.engines.upstream.dialects import DIALECTS, OWNERS, Dialect, ModelCard, describe, read_models
-from penstock.engines.upstream.options import TASKS, Address, Options
+from penstock.engines.upstream.options import TASKS, ServerAddress, UpstreamOptions
 from penstock.engines.upstream.stream import StreamError
 
 #: Failed requests in a row after which a replica gets none for a while.
@@ -76,7 +76,7 @@ class Replica:
     tries whether they still do.
     """
 
-    def __init__(self, address: Address, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, address: ServerAddress, clock: Callable[[], float] = time.monotonic) -> None:
         self.address = address
         self.dialect: Dialect | None = None
         self.model = ""
@@ -170,7 +170,9 @@ class Replica:
 class Replicas:
     """Chooses among the replicas, and looks after them."""
 
-    def __init__(self, replicas: list[Replica], session: aiohttp.ClientSession, name: str, options: Options) -> None:
+    def __init__(
+        self, replicas: list[Replica], session: aiohttp.ClientSession, name: str, options: UpstreamOptions
+    ) -> None:
         self.all = replicas
         self._session = session
         self._name = name
@@ -247,7 +249,7 @@ class Replicas:
                     f"{replica.address.api}/models does not answer as an OpenAI-compatible server does."
                 ) from None
         self._settle_model(replica, cards)
-        dialect = self._options.dialect
+        dialect: str = self._options.dialect
         if dialect == "auto":
             owners = {OWNERS.get(card.owned_by, "") for card in cards[:1]}
             dialect = next(iter(owners), "") or await self._recognise(replica)
@@ -287,7 +289,7 @@ class Replicas:
         Servers that embed do nothing else at vLLM and llama.cpp; others are asked for a token as well. Where an answer
         says neither yes nor no, it stays as it was, at first: it generates.
         """
-        if told := self._options.told_tasks:
+        if told := self._options.stated_tasks:
             replica.tasks = told
         elif dialect.name == "penstock":
             card = replica.card
