@@ -98,9 +98,10 @@ comply: setup ## llm-comply's suites against the bundled model: fails where docs
 clients: setup ## Real clients and outside suites, each in an environment of its own (ARGS="instructor aider" picks some)
 	$(BIN)/python -m tests.clients $(ARGS)
 
-check: lint ## Format, lint, types, layers
+check: lint ## Format, lint, types, layers, lengths of files
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/file_lengths.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -25,7 +25,7 @@ from benchmarks.load import loop_factory
 from benchmarks.processes import RedisServer
 from benchmarks.stats import Times
 from penstock.brokers.embedded import EmbeddedBroker
-from penstock.brokers.redis import RedisBroker
+from penstock.brokers.redis import RedisBroker, RedisOptions
 from penstock.core.job import Job, Request, Sampling, new_job_id
 from penstock.core.ports import Append, Finish, Lease, QueuePolicy, Verdict, WorkerInfo
 
@@ -117,7 +117,7 @@ async def opened(names: Iterable[str]) -> AsyncIterator[list[Store]]:
                 broker: EmbeddedBroker | RedisBroker = EmbeddedBroker(Path(folder), policy=POLICY)
             else:
                 server = stack.enter_context(RedisServer(_durability(name)))
-                broker = RedisBroker(server.url, durability=_durability(name), policy=POLICY)
+                broker = RedisBroker(server.url, RedisOptions(durability=_durability(name)), policy=POLICY)
             await broker.open()
             stack.push_async_callback(broker.close)
             stores.append(Store(name, broker, server))
@@ -285,7 +285,7 @@ def _in_processes(processes: int, arguments: tuple[str, Any, int]) -> list[Share
 
 def _process(end: Connection, url: str, durability: Any, workers: int) -> None:
     async def main() -> Share:
-        broker = RedisBroker(url, durability=durability, policy=POLICY)
+        broker = RedisBroker(url, RedisOptions(durability=durability), policy=POLICY)
         await broker.open()
         try:
             end.send("connected")

@@ -10,13 +10,13 @@ import os
 import re
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import TomlConfigSettingsSource
 
+from penstock.brokers.registry import EMBEDDED, broker_type
 from penstock.core.errors import InvalidRequest
 
 PREFIX = "PENSTOCK_"
@@ -28,9 +28,6 @@ OTHER_VARIABLES = frozenset({"config", "cache", "url"})
 
 #: The model in the box.
 BUNDLED = "millrace"
-
-#: The broker that needs no other server.
-EMBEDDED = "embedded"
 
 
 class ModelSettings(BaseModel):
@@ -164,28 +161,10 @@ class Settings(BaseSettings):
     @classmethod
     def _broker_can_be_used(cls, value: str) -> str:
         """Told without the value: it may hold a password."""
-        if value == EMBEDDED:
-            return value
-        urls = value.split(",")
-        for url in urls:
-            scheme, separator, _ = url.partition("://")
-            if not separator or scheme not in ("redis", "rediss", "unix"):
-                raise ValueError(
-                    "a broker is 'embedded', or a URL that begins with redis://, rediss:// (TLS) or unix://, or "
-                    "several of them, separated by commas, for a cluster (a comma in a password is written %2C)"
-                )
-            try:
-                parts = urlsplit(url)
-                usable = bool(parts.path if scheme == "unix" else parts.hostname and (parts.port or 1))
-            except ValueError:
-                usable = False
-            if not usable or (scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path)):
-                raise ValueError(
-                    "the URL is not of the form redis://[user:password@]host[:port][/database] (special characters in "
-                    "a password are written as %XX)"
-                )
-        if len(urls) > 1 and any(url.startswith("unix:") for url in urls):
-            raise ValueError("several URLs are the nodes of a cluster, which has no unix:// sockets")
+        try:
+            broker_type(value)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from None
         return value
 
     @field_validator("allowed_origins")

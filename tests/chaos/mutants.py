@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BROKER = "penstock/brokers/embedded/broker.py"
 STORE = "penstock/brokers/embedded/store.py"
 WORKER = "penstock/worker/worker.py"
-MANAGER = "penstock/worker/manager.py"
+PLACEMENT = "penstock/worker/placement.py"
 STANDBY = "penstock/engines/host/standby.py"
 CONTRACT = "tests/contract/test_embedded_broker.py"
 
@@ -166,7 +166,7 @@ MUTANTS = [
     ),
     Mutant(
         "tenant dropped by the gateway",
-        (("penstock/gateway/http.py", 'scope.get("penstock.tenant", "default")', '"default"'),),
+        (("penstock/gateway/jobs.py", "return self.identity.tenant", 'return "default"'),),
         ("tests/unit/gateway",),
     ),
     Mutant(
@@ -268,12 +268,12 @@ MUTANTS = [
     ),
     Mutant(
         "a busy model never makes room",
-        ((MANAGER, "now - model.waiting_since >= self._swap_after", "False"),),
+        ((PLACEMENT, "self._now - _since(model) >= self._policy.swap_after", "False"),),
         ("tests/unit/worker/test_manager.py", "-k", "left_alone"),
     ),
     Mutant(
         "the budget counts no spares",
-        ((MANAGER, "(self.process.held + (self.worker is not None))", "(self.worker is not None)"),),
+        ((PLACEMENT, "(self.held_spares + self.phase.loaded - takes_spare)", "self.phase.loaded"),),
         ("tests/unit/worker/test_manager.py", "-k", "spares_go_before"),
     ),
     Mutant(

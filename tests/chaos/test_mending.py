@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from penstock.brokers.redis import RedisBroker, link
+from penstock.brokers.redis import RedisBroker, RedisOptions, link
 from penstock.core.errors import BrokerUnavailable
 from tests.support.proxy import Proxy
 from tests.support.redis import RedisServer
@@ -60,7 +60,7 @@ async def break_and_mend(server: RedisServer, fault: str, dice: random.Random) -
 
     calls, pause = 0, False
     async with Proxy(server.port) as proxy:
-        broker = RedisBroker(proxy.url if fault == "drop" else server.url, timeout=PATIENCE)
+        broker = RedisBroker(proxy.url if fault == "drop" else server.url, RedisOptions(timeout=PATIENCE))
         await broker.open()
         calling = [asyncio.create_task(call_on()) for _ in range(8)]
         for number in range(60 if fault == "drop" else 8):

@@ -80,7 +80,7 @@ LEASE_STEPS = 1000
 
 
 def redis_harness(url: str, restart: Callable[[], None], **options: Any) -> BrokerHarness:
-    from penstock.brokers.redis import RedisBroker
+    from penstock.brokers.redis import RedisBroker, RedisOptions
     from penstock.testing.broker import BrokerHarness
     from penstock.testing.clock import ManualClock
 
@@ -95,7 +95,7 @@ def redis_harness(url: str, restart: Callable[[], None], **options: Any) -> Brok
             self._open: list[RedisBroker] = []
 
         async def broker(self, policy: QueuePolicy | None = None) -> RedisBroker:
-            broker = RedisBroker(url, policy=policy, prefix=self._prefix, clock=self.clock, **options)
+            broker = RedisBroker(url, RedisOptions(prefix=self._prefix, **options), policy=policy, clock=self.clock)
             self._open.append(broker)
             await broker.open()
             return broker

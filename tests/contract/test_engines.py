@@ -16,7 +16,8 @@ from tests.support.torch import NO_TORCH, TORCH
 
 from penstock.core.errors import EngineDied, ModelLoadError
 from penstock.engines.host.process import EngineProcess, EngineSpec
-from penstock.testing.engine import EngineContract, TaskContract, forever, lease, run
+from penstock.testing.engine import EngineContract, TaskContract
+from penstock.testing.engine.driver import forever, lease, run
 
 
 async def started(spec: EngineSpec, **settings: float) -> AsyncIterator[EngineProcess]:

@@ -15,7 +15,8 @@ from tests.support.server import Server, model
 from penstock.core.job import Message
 from penstock.core.ports import Finish
 from penstock.engines.host.process import EngineProcess, EngineSpec
-from penstock.testing.engine import EngineContract, TaskContract, lease, run, task_lease
+from penstock.testing.engine import EngineContract, TaskContract
+from penstock.testing.engine.driver import lease, run, task_lease
 
 
 async def started(url: str, name: str = "millrace") -> AsyncIterator[EngineProcess]:

@@ -23,7 +23,8 @@ from penstock.core.job import Request, ResponseFormat, Sampling
 from penstock.core.ports import Lease
 from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.engines.parts.sampling import _Adjustment
-from penstock.testing.engine import EngineContract, forever, lease, run
+from penstock.testing.engine import EngineContract
+from penstock.testing.engine.driver import forever, lease, run
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: run make test-vllm")
 pytestmark = [

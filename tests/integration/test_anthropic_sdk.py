@@ -12,7 +12,7 @@ import httpx
 import pydantic
 import pytest
 
-from penstock.testing.engine import PERSON, assert_obeys
+from penstock.testing.engine.driver import PERSON, assert_obeys
 from tests.support.api import ended, running, submit, text_of
 from tests.support.server import PATIENCE, Server, model
 from tests.support.sse import open_stream

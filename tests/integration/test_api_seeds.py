@@ -15,7 +15,8 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.ports import ModelInfo, QueuePolicy
 from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.gateway.app import create_app
-from penstock.gateway.service import Gateway, GatewayConfig
+from penstock.gateway.config import GatewayConfig
+from penstock.gateway.gateway import Gateway
 from penstock.worker.worker import Worker
 from tests.support.api import check_error, ended, poll, running, submit, text_of
 from tests.support.http import send

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from penstock import AsyncClient, Client
-from penstock.client import End, JobView, Token, Unreachable
+from penstock.client import End, Submitted, Token, Unreachable
 from penstock.core.errors import LogRewound, ModelNotFound, NotFound, Unsupported
 from penstock.core.job import Status
 from tests.support.server import PATIENCE, Server, wait_for
@@ -143,7 +143,7 @@ def test_streams_survive_kill_9_and_a_restart(make_server: MakeServer) -> None:
     received = threading.Semaphore(0)
     with Client(server.url, give_up=PATIENCE) as client:
 
-        def follow(job: JobView) -> list[Token | End]:
+        def follow(job: Submitted) -> list[Token | End]:
             events = []
             for event in client.stream(job):
                 events.append(event)

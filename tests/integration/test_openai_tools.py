@@ -14,7 +14,7 @@ import openai
 import pydantic
 import pytest
 
-from penstock.testing.engine import PERSON, assert_obeys
+from penstock.testing.engine.driver import PERSON, assert_obeys
 from tests.support.server import PATIENCE, Server, model
 
 ASK: Any = [{"role": "user", "content": "What is a river?"}]

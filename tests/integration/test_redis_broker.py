@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
-from penstock.brokers.redis import RedisBroker, link
+from penstock.brokers.redis import RedisBroker, RedisOptions, link
 from penstock.brokers.redis.server import Server, Tier
 from penstock.core.errors import (
     BrokerUnavailable,
@@ -30,7 +30,7 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Event, Tokens
 from penstock.core.job import Job, Request, Status, new_job_id
-from penstock.core.ports import Append, Finish, Lease, Query, QueuePolicy, Release, Verdict, WorkerInfo
+from penstock.core.ports import Append, Clock, Finish, Lease, Query, QueuePolicy, Release, Verdict, WorkerInfo
 from penstock.testing.clock import ManualClock
 from penstock.testing.oracle import check_log, check_views, tokens_of
 from tests.support.proxy import Proxy, Words
@@ -95,9 +95,11 @@ async def connect() -> AsyncIterator[OpenBroker]:
     prefix = f"i{next(_prefixes)}"
     brokers: list[RedisBroker] = []
 
-    async def make(url: str, *, policy: dict[str, Any] | None = None, **options: Any) -> RedisBroker:
+    async def make(
+        url: str, *, policy: dict[str, Any] | None = None, clock: Clock | None = None, **options: Any
+    ) -> RedisBroker:
         options = {"prefix": prefix, "timeout": PATIENCE, **options}
-        broker = RedisBroker(url, policy=QueuePolicy(**policy or {}), **options)
+        broker = RedisBroker(url, RedisOptions(**options), policy=QueuePolicy(**policy or {}), clock=clock)
         brokers.append(broker)
         await broker.open()
         return broker

@@ -15,7 +15,7 @@ import openai
 import pydantic
 import pytest
 
-from penstock.testing.engine import PERSON, assert_obeys
+from penstock.testing.engine.driver import PERSON, assert_obeys
 from tests.support.api import check_error, poll, text_of
 from tests.support.server import PATIENCE, Server, model, wait_for
 from tests.support.sse import open_stream

@@ -27,14 +27,13 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from penstock.gateway import openapi
-from tests.support.conformance import check_event
+from tests.support.conformance import check_event, document
 from tests.support.encoder import encoder
 from tests.support.server import PATIENCE, Server, model, wait_for
 from tests.support.sse import Parser
 
 OPERATIONS: list[APIOperation[Any, Any, Any, Any, Any]] = [
-    found.ok() for found in schemathesis.openapi.from_dict(openapi.document()).get_all_operations()
+    found.ok() for found in schemathesis.openapi.from_dict(document()).get_all_operations()
 ]
 #: Streams that never end by themselves.
 ENDLESS = {"GET /v1/events", "GET /events"}

@@ -16,6 +16,7 @@ import httpx
 from jsonschema_rs import Draft202012Validator
 
 from penstock.gateway import openapi
+from penstock.gateway.app import OPERATIONS
 
 #: Routes that are files or describe the API itself.
 UNDESCRIBED = re.compile(r"/|/static/.*|/openapi\.json|/docs|/metrics")
@@ -25,9 +26,15 @@ seen: Counter[tuple[str, str, str]] = Counter()
 
 
 @functools.cache
+def document() -> dict[str, Any]:
+    """The OpenAPI document of all routes."""
+    return openapi.document(OPERATIONS)
+
+
+@functools.cache
 def _paths() -> list[tuple[re.Pattern[str], str]]:
     """Every path as a pattern; a model's name may have slashes. Fixed paths before those with parameters."""
-    paths = sorted(openapi.document()["paths"], key=lambda path: path.count("{"))
+    paths = sorted(document()["paths"], key=lambda path: path.count("{"))
     return [
         (re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: ".+" if m[1] == "model" else "[^/]+", re.escape(path))), path)
         for path in paths
@@ -37,7 +44,7 @@ def _paths() -> list[tuple[re.Pattern[str], str]]:
 def operation(method: str, path: str) -> tuple[str, dict[str, Any]] | None:
     """The documented path and operation of a request; None where there is none (a 404 or a 405)."""
     for pattern, template in _paths():
-        found = openapi.document()["paths"][template].get(method.lower())
+        found = document()["paths"][template].get(method.lower())
         if found is not None and pattern.fullmatch(unquote(path)):
             return template, found
     return None
@@ -45,10 +52,10 @@ def operation(method: str, path: str) -> tuple[str, dict[str, Any]] | None:
 
 @functools.cache
 def _validator(pointer: str) -> Draft202012Validator:
-    schema: Any = openapi.document()
+    schema: Any = document()
     for part in pointer.split("|"):
         schema = schema[int(part) if isinstance(schema, list) else part]
-    return Draft202012Validator({**schema, "components": openapi.document()["components"]})
+    return Draft202012Validator({**schema, "components": document()["components"]})
 
 
 def _check(pointer: str, value: Any, what: str) -> None:
@@ -70,7 +77,7 @@ def check_answer(method: str, path: str, status: int, content_type: str, body: b
     pointer = f"paths|{template}|{method.lower()}|responses|{code}"
     if "$ref" in answer:
         name = answer["$ref"].rsplit("/", 1)[1]
-        pointer, answer = f"components|responses|{name}", openapi.document()["components"]["responses"][name]
+        pointer, answer = f"components|responses|{name}", document()["components"]["responses"][name]
     assert code != "default" or status >= 400, f"{what}: the status is not documented"
     seen[method, template, str(status)] += 1
     content = answer.get("content", {})

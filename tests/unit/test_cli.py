@@ -13,13 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from penstock import __version__
+from penstock.api import Links
 from penstock.cli import app
 from penstock.cli.bench import Sample, summary
 from penstock.cli.chat import Chat
 from penstock.cli.common import choose_model, duration, write
 from penstock.cli.flags import PANELS, STRUCTURES, add_options, choose_models
 from penstock.cli.startup import Startup
-from penstock.client import End, JobView, ModelView, Token
+from penstock.client import End, ModelView, Submitted, Token
 from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelNotFound, PenstockError
 from penstock.core.job import Status
 from penstock.settings import BUNDLED, ModelSettings, Settings
@@ -374,22 +375,22 @@ class Server:
         self.context = context
         self.error = error
         self.seen: list[list[dict[str, str]]] = []
-        self.cancelled: list[JobView] = []
+        self.cancelled: list[Submitted] = []
 
-    def submit(self, *, messages: list[dict[str, str]], **options: Any) -> JobView:
+    def submit(self, *, messages: list[dict[str, str]], **options: Any) -> Submitted:
         self.seen.append(list(messages))
         if len(messages) > self.context:
             raise ContextLengthExceeded("too long")
-        return JobView(f"job_{len(self.seen)}", Status.QUEUED)
+        return Submitted(f"job_{len(self.seen)}", Status.QUEUED, 1, Links("", "", ""))
 
-    def stream(self, job: JobView) -> Any:
+    def stream(self, job: Submitted) -> Any:
         yield Token(1, "one ", 1, 1)
         yield Token(2, "", 1, 1)
         yield Token(3, "two", 1, 1)
         error = ErrorInfo("broken", code=self.error) if self.error else None
         yield End(4, Status.FAILED if error else Status.COMPLETED, ("stop",), None, error)
 
-    def cancel(self, job: JobView) -> None:
+    def cancel(self, job: Submitted) -> None:
         self.cancelled.append(job)
 
 
@@ -451,7 +452,7 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_exchange() ->
 
 
 def test_choose_model() -> None:
-    served = [ModelView("a"), ModelView("b")]
+    served = [ModelView(name, "model", 0, "penstock", "ready") for name in "ab"]
     assert (choose_model(served, None), choose_model(served, "b")) == ("a", "b")
     with pytest.raises(ModelNotFound, match=r"'c'. It has: a, b\."):
         choose_model(served, "c")

@@ -14,19 +14,10 @@ import httpx
 import pytest
 
 import penstock
-from penstock import client as client_module
-from penstock.client import (
-    AsyncClient,
-    Client,
-    Cursor,
-    End,
-    JobView,
-    Patience,
-    ProtocolError,
-    ServerEvent,
-    Token,
-    Unreachable,
-)
+from penstock.api import Links, Submitted, UsageView
+from penstock.client import AsyncClient, Client, End, ProtocolError, Token, Unreachable, resume
+from penstock.client.resume import Patience, ResumePoint
+from penstock.client.sse import SSEDecoder
 from penstock.core.errors import (
     InvalidRequest,
     LogRewound,
@@ -37,15 +28,15 @@ from penstock.core.errors import (
     PenstockError,
     Unsupported,
 )
-from penstock.core.job import Status, Usage
+from penstock.core.job import Status
 
 USAGE = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.001)
-    monkeypatch.setattr(client_module, "BACKOFF_MAX", 0.002)
+    monkeypatch.setattr(resume, "BACKOFF", 0.001)
+    monkeypatch.setattr(resume, "BACKOFF_MAX", 0.002)
 
 
 # ---------------------------------------------------------------------------------------------- a scripted server
@@ -108,7 +99,30 @@ def refused(status: int, code: str, **headers: str) -> httpx.Response:
     return httpx.Response(status, json={"error": problem(code)}, headers=headers)
 
 
-ACCEPTED = {"id": "job_1", "status": "queued", "position_in_queue": 1, "links": {}}
+LINKS = {"self": "/v1/jobs/job_1", "events": "/v1/jobs/job_1/events", "cancel": "/v1/jobs/job_1/cancel"}
+ACCEPTED = {"id": "job_1", "status": "queued", "position_in_queue": 1, "links": LINKS}
+
+
+def summary(job: str, **fields: Any) -> dict[str, Any]:
+    """A job as the server shows it."""
+    nothing = ("user_id", "position_in_queue", "started_at", "ended_at", "deadline_at", "request_id", "finish_reason")
+    return {
+        "id": job,
+        "status": "completed",
+        "model": "m",
+        "priority": "normal",
+        "attempt": 1,
+        "created_at": 1_700_000_000.0,
+        "metadata": {},
+        "tokens": 3,
+        "error": None,
+        "links": LINKS,
+        **dict.fromkeys(nothing),
+        **fields,
+    }
+
+
+MODEL = {"id": "m", "object": "model", "created": 1_700_000_000, "owned_by": "penstock", "state": "ready"}
 Step = httpx.Response | Exception
 
 
@@ -171,7 +185,7 @@ def test_a_stream_is_its_tokens_and_then_its_end(call: Call) -> None:
     assert call(script, "stream", "job_1") == [
         Token(1, "1@1 ", 1, 1),
         Token(2, "2@2 ", 2, 2, index=1),
-        End(3, Status.COMPLETED, ("length",), Usage(2, 3)),
+        End(3, Status.COMPLETED, ("length",), UsageView(2, 3, 5)),
     ]
     assert script.requests[0].url.path == "/v1/jobs/job_1/events"
     assert script.resumed_after == [None]
@@ -218,7 +232,7 @@ def test_a_replay_by_a_proxy_that_drops_last_event_id_is_not_delivered_twice(cal
 
 def test_a_stream_can_begin_behind_a_position(call: Call) -> None:
     script = Script(sse(token(3), done(4)))
-    events = call(script, "stream", JobView("job_1", Status.RUNNING), after=2)
+    events = call(script, "stream", Submitted("job_1", Status.QUEUED, 1, Links("", "", "")), after=2)
     assert [event.position for event in events] == [3, 4]
     assert script.resumed_after == ["2"]
 
@@ -338,15 +352,16 @@ def test_a_stream_left_early_lets_go_of_its_connection() -> None:
 # ---------------------------------------------------------------------------------------------- the parts of resuming
 
 
-def test_a_cursor_takes_a_connection_that_overlaps_and_continues() -> None:
-    cursor = Cursor(5)
-    cursor.reconnected()
+def test_a_resume_point_takes_a_connection_that_overlaps_and_continues() -> None:
+    point = ResumePoint(5)
+    point.reconnected()
 
     def take(position: int) -> Token | End | None:
-        return cursor.take(ServerEvent("token", json.dumps({"token": "", "token_id": 1, "attempt": 1}), str(position)))
+        (event,) = SSEDecoder().feed(token(position))
+        return point.take(event)
 
     assert [take(position) is None for position in (4, 5, 6)] == [True, True, False]
-    cursor.reconnected()
+    point.reconnected()
     with pytest.raises(ProtocolError):
         take(8)
 
@@ -356,7 +371,7 @@ def test_patience_counts_from_the_first_failure_and_starts_anew_with_progress() 
     patience = Patience(10.0, lambda: now)
     error = Unreachable("away")
     now = 500.0
-    assert patience.pause(error) <= client_module.BACKOFF
+    assert patience.pause(error) <= resume.BACKOFF
     now = 509.0
     assert patience.pause(error, asked=0.5) >= 0.5
     patience.progress()
@@ -377,15 +392,15 @@ def test_patience_does_not_wait_for_what_comes_too_late_and_can_be_none() -> Non
 
 
 def test_the_backoff_grows_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 1.0)
-    monkeypatch.setattr(client_module, "BACKOFF_MAX", 4.0)
+    monkeypatch.setattr(resume, "BACKOFF", 1.0)
+    monkeypatch.setattr(resume, "BACKOFF_MAX", 4.0)
     ranges: list[tuple[float, float]] = []
 
     def uniform(low: float, high: float) -> float:
         ranges.append((low, high))
         return high
 
-    monkeypatch.setattr(client_module.random, "uniform", uniform)
+    monkeypatch.setattr(resume.random, "uniform", uniform)
     patience = Patience(60.0, lambda: 0.0)
     assert [patience.pause(Unreachable("away"), 0.5) for _ in range(4)] == [1.5, 2.5, 4.5, 4.5]
     assert ranges == [(0, 1), (0, 2), (0, 4), (0, 4)]
@@ -397,7 +412,7 @@ def test_the_backoff_grows_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_submit_whose_answer_was_lost_makes_no_second_job(call: Call) -> None:
     script = Script(TORN, httpx.ReadTimeout("timed out"), httpx.Response(202, json=ACCEPTED))
     job = call(script, "submit", "Hi", max_tokens=3, temperature=None)
-    assert job == JobView("job_1", Status.QUEUED, 1)
+    assert job == Submitted("job_1", Status.QUEUED, 1, Links(*LINKS.values()))
     assert [json.loads(request.content) for request in script.requests] == [{"prompt": "Hi", "max_tokens": 3}] * 3
     assert len({request.headers["idempotency-key"] for request in script.requests}) == 1
 
@@ -441,7 +456,7 @@ def test_something_else_on_the_port_is_named_as_such(call: Call) -> None:
 
 def test_jobs_are_fetched_page_by_page(call: Call) -> None:
     def page(ids: range, cursor: str | None) -> httpx.Response:
-        views = [{"id": f"job_{i}", "status": "completed", "model": "m", "tokens": i} for i in ids]
+        views = [summary(f"job_{i}") for i in ids]
         return httpx.Response(200, json={"data": views, "next_cursor": cursor})
 
     script = Script(page(range(2), "c1"), page(range(2, 4), None))
@@ -456,7 +471,8 @@ def test_jobs_are_fetched_page_by_page(call: Call) -> None:
 
 
 def test_a_job_and_its_cancellation(call: Call) -> None:
-    view = {"id": "job_1", "status": "cancelled", "error": problem("cancelled"), "result": {"text": "half"}, "new": 1}
+    fields = {"error": problem("cancelled"), "result": {"text": "half"}, "a_field_of_a_later_version": 1}
+    view = summary("job_1", status="cancelled", **fields)
     script = Script(httpx.Response(200, json=view), httpx.Response(200, json=view))
     for method in ("job", "cancel"):
         job = call(script, method, "job_1")
@@ -550,7 +566,7 @@ def test_a_job_whose_server_is_gone_is_named_in_the_error(call: Call) -> None:
 
 @pytest.mark.parametrize("url", ["localhost:8000/llm", "http://localhost:8000/llm/"])
 def test_a_url_may_lack_its_scheme_and_have_a_path(url: str) -> None:
-    script = Script(httpx.Response(200, json={"data": [{"id": "m"}]}))
+    script = Script(httpx.Response(200, json={"object": "list", "data": [MODEL]}))
     with Client(url, transport=httpx.MockTransport(script), headers={"authorization": "Bearer x"}) as client:
         assert [model.id for model in client.models()] == ["m"]
     assert str(script.requests[0].url) == "http://localhost:8000/llm/v1/models"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.client import ServerEvent, SSEDecoder
+from penstock.client.sse import ServerEvent, SSEDecoder
 
 
 def decode(*chunks: bytes) -> list[ServerEvent]:

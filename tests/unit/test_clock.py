@@ -14,8 +14,10 @@ from penstock.core import ports
 from penstock.core.job import Job, Request, Sampling, new_job_id
 from penstock.core.ports import Append, Finish, SystemClock, WorkerInfo, elapsed
 from penstock.gateway.dialects.native.routes import timings
-from penstock.observability.jobs import JobRecord, ObservedBroker
+from penstock.observability.jobs import JobRecord, JobWatch
+from penstock.observability.telemetry import Publisher
 from penstock.testing.clock import ManualClock
+from tests.support.telemetry import Recorder
 
 HOUR = 3600.0
 
@@ -72,10 +74,10 @@ class TestSystemClock:
 async def life(store: ManualClock, ours: ManualClock, folder: Path, step: float) -> tuple[Job, JobRecord]:
     """A job that waits 2 s, begins to write after 5 s more, and ends 3 s later; the store's clock is set by *step* in
     between. How the store tells it, and how who ran it does."""
-    records: list[JobRecord] = []
+    told = Recorder()
     store_broker = EmbeddedBroker(folder, clock=store)
     await store_broker.open()
-    broker = ObservedBroker(store_broker, [records.append], ours)
+    broker = JobWatch(store_broker, Publisher(told), ours).broker
 
     def passes(seconds: float) -> None:
         store.advance(seconds)
@@ -93,7 +95,8 @@ async def life(store: ManualClock, ours: ManualClock, folder: Path, step: float)
     await broker.append([Append(lease.key, 2, [2], ["b"], finish=Finish(("stop",)))])
     stored = await broker.get("t", job.id)
     await store_broker.close()
-    return stored, records[0]
+    ((_, facts),) = told.events
+    return stored, JobRecord.of(facts)
 
 
 class TestTwoClocks:

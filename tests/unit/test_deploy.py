@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from penstock.cli import app
-from penstock.gateway.app import ROUTES
+from penstock.gateway.app import OPERATIONS
 from penstock.server import http_server
 from penstock.settings import PREFIX, Settings, load_settings
 from tests.support import compose
@@ -299,7 +299,7 @@ class TestNginx:
         text = (DEPLOY / "nginx/penstock.conf").read_text()
         public = re.findall(r"^    location (=?) *(/\S*) *\{ *proxy_pass", text, re.MULTILINE)
         assert public
-        routes = {path for _, path, _ in ROUTES} | {"/metrics"}
+        routes = {operation.path for operation in OPERATIONS}
         reached = {
             route
             for route in routes

@@ -7,7 +7,7 @@ its own place.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from penstock.core.errors import PenstockError
 from penstock.core.events import Ended, Event, Tokens
@@ -49,7 +49,7 @@ class LiveLog:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def follow(self, after: int) -> AsyncIterator[Event]:
+    async def follow(self, after: int) -> AsyncGenerator[Event]:
         """Events beyond *after* (≥ base) until the terminal one; what is ready at once comes as one run."""
         index = 0
         while True:

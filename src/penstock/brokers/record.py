@@ -25,7 +25,10 @@ POISONED = ErrorInfo(
 
 
 class Details(msgspec.Struct, array_like=True):
-    """What of a job never takes part in a query."""
+    """What of a job never takes part in a query.
+
+    Stored as an array: a new field goes to the end and has a default, which is what older jobs have.
+    """
 
     request: Request
     request_id: str | None
@@ -33,10 +36,11 @@ class Details(msgspec.Struct, array_like=True):
     on_disconnect: OnDisconnect
     view: bytes = b""
     keep: float | None = None
+    trace: str | None = None
 
     @classmethod
     def of(cls, job: Job) -> Details:
-        return cls(job.request, job.request_id, job.metadata, job.on_disconnect, job.view, job.keep)
+        return cls(job.request, job.request_id, job.metadata, job.on_disconnect, job.view, job.keep, job.trace)
 
 
 def rewound(after: int, head: int) -> LogRewound:

@@ -49,11 +49,11 @@ def list_jobs(
         return
     rows = table("ID", "STATUS", "MODEL", "USER", "TOKENS", "CREATED", "TOOK")
     for view in views:
-        took = max(0.0, view.ended_at - view.created_at) if view.ended_at and view.created_at else None
+        took = max(0.0, view.ended_at - view.created_at) if view.ended_at else None
         rows.add_row(
             view.id,
             _status(view.status),
-            Text(view.model or ""),
+            Text(view.model),
             Text(view.user_id or ""),
             str(view.tokens),
             ago(view.created_at),
@@ -84,9 +84,9 @@ def _facts(view: JobView) -> list[tuple[str, str | Text]]:
     facts: list[tuple[str, str | Text]] = [
         ("id", view.id),
         ("status", _status(view.status)),
-        ("model", view.model or ""),
+        ("model", view.model),
         ("user", view.user_id or ""),
-        ("priority", view.priority or ""),
+        ("priority", view.priority),
         ("position in queue", "" if view.position_in_queue is None else str(view.position_in_queue)),
         ("attempt", str(view.attempt)),
         ("created", ago(view.created_at)),

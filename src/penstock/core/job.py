@@ -297,6 +297,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What the route that took it needs to show it again. Opaque to everybody else."""
     keep: float | None = None
     """Seconds for which it stays readable after its end; None: `QueuePolicy.result_ttl`."""
+    trace: str | None = None
+    """The trace that it is part of, as a W3C ``traceparent``, so that what a worker does with it joins that trace."""
     created_at: float = 0.0
 
     status: Status = Status.QUEUED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -287,6 +287,25 @@ class Broker(Protocol):
     Every verb may raise `BrokerUnavailable`. Tenants are part of every key: a foreign id is `NotFound`.
     """
 
+    @property
+    def kind(self) -> str:
+        """Which broker it is, in a word."""
+        ...
+
+    @property
+    def durability(self) -> str:
+        """What it promises of what is acknowledged, for people."""
+        ...
+
+    async def open(self) -> None:
+        """Connect to the store, once, before any verb. Raises `BrokerUnavailable`, and `InvalidRequest` for one that
+        is set up wrongly."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the store. Nothing is lost by it, nor without it."""
+        ...
+
     async def submit(self, job: Job) -> Job:
         """Store *job* durably and queue it; the stored job, with its queue position.
 
@@ -318,14 +337,14 @@ class Broker(Protocol):
         """Give leases back. A lease that is no longer held is ignored."""
         ...
 
-    def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
+    def tail(self, tenant: str, job: str, after: int = 0) -> AsyncGenerator[Event]:
         """The log beyond position *after*: replay, follow, end after the terminal event.
 
         Raises `NotFound`/`ExpiredResult`, and `LogRewound` when *after* lies beyond the log's head.
         """
         ...
 
-    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
+    def arrivals(self, tenant: str, user: str) -> AsyncGenerator[str]:
         """Ids of the user's jobs as they are submitted, from the call on. A hint: `list` is the truth."""
         ...
 

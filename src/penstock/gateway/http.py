@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import re
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 import msgspec
-import structlog
 from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from penstock.api.errors import Error, ErrorBody
 from penstock.core.errors import (
-    BrokerUnavailable,
     InvalidRequest,
     PenstockError,
     RequestTooLarge,
+    Unsupported,
     UnsupportedEncoding,
 )
+from penstock.core.job import Priority, Request
+from penstock.core.tasks import Tokenized
 from penstock.gateway import lenient
-
-if TYPE_CHECKING:
-    from penstock.gateway.service import Gateway
-
-log = structlog.get_logger("penstock.gateway")
+from penstock.gateway.identity import Identity
+from penstock.gateway.jobs import Jobs, Submission
 
 T = TypeVar("T")
 
@@ -34,22 +32,49 @@ _encoder = msgspec.json.Encoder()
 _AT_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)`$")
 
 
-class Call:
-    """One HTTP request on its way through a route."""
+class Resource(Generic[T]):
+    """The key of something that a server may have or not, as its files. *missing*: what who asks for it is told."""
 
-    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive) -> None:
-        self.gateway = gateway
+    def __init__(self, missing: str) -> None:
+        self.missing = missing
+
+
+Resources = Mapping[Resource[Any], Any]
+
+
+class Call:
+    """One HTTP request on its way through a route, and what its handler may use: the jobs of who sent it."""
+
+    def __init__(self, jobs: Jobs, resources: Resources, scope: Scope, receive: Receive) -> None:
+        self.jobs = jobs
+        self.catalogue = jobs.catalogue
+        self.config = jobs.config
+        self.streams = jobs.streams
         self.scope = scope
         self.receive = receive
+        self._resources = resources
         self.headers = Headers(scope=scope)
         self.query = QueryParams(scope["query_string"])
         self.path: dict[str, str] = scope.get("path_params", {})
         self.request_id: str = scope.get("penstock.request_id", "")
-        self.tenant: str = scope.get("penstock.tenant", "default")
-        self.refuse: Callable[[PenstockError], Response] = scope.get("penstock.refuse", error_reply)
-        """How a failure is written; a dialect may have its own way."""
         self.is_head: bool = scope["method"] == "HEAD"
         """Only the head of the answer is asked for: nothing needs to be followed, nor waited for."""
+
+    @property
+    def identity(self) -> Identity:
+        return self.jobs.identity
+
+    def use(self, resource: Resource[T]) -> T:
+        """What this server has under *resource*. Raises `Unsupported` (501) where it has none."""
+        found: T | None = self._resources.get(resource)
+        if found is None:
+            error = Unsupported(resource.missing)
+            error.status = 501
+            raise error
+        return found
+
+    def has(self, resource: Resource[Any]) -> bool:
+        return self._resources.get(resource) is not None
 
     async def body(self, kind: type[T]) -> T:
         """The JSON body as *kind*. Raises `InvalidRequest`, `RequestTooLarge`, `UnsupportedEncoding`."""
@@ -59,7 +84,7 @@ class Call:
         encoding = self.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
             raise UnsupportedEncoding(f"Content-Encoding {encoding[:40]!r} is not accepted: send the body as it is.")
-        limit = self.gateway.config.max_body
+        limit = self.config.max_body
         parts: list[bytes] = []
         size = 0
         while True:
@@ -73,6 +98,13 @@ class Call:
             parts.append(part)
             if not message.get("more_body", False):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def tokens_of(self, request: Request) -> Tokenized:
+        """What an engine makes of a *request* to tokenize: a job, dropped once it is answered. It takes next to
+        nothing, so it goes before what takes long."""
+        around = Submission(priority=Priority.INTERACTIVE, request_id=self.request_id, on_disconnect="cancel")
+        _, completion = await self.jobs.ask(request, around, self.gone)
+        return Tokenized.of(completion)
 
     async def gone(self) -> None:
         """Returns when the client has left."""
@@ -152,45 +184,29 @@ def error_reply(error: PenstockError, headers: dict[str, str] | None = None, bod
         seconds = error.retry_after if error.retry_after is not None else 1.0
         headers["retry-after"] = str(max(1, round(seconds)))
         headers["retry-after-ms"] = str(max(1, round(seconds * 1000)))
-    return json_reply(body or {"error": error.info.shown}, error.status, headers)
+    return json_reply(body or ErrorBody(Error.of(error.info)), error.status, headers)
+
+
+class Dialect(msgspec.Struct, frozen=True):
+    """How clients of one kind are spoken to where their request fails, at whatever point.
+
+    *failure* is the body's type. *refuse* writes a failure, given the request's id and headers of the answer.
+    """
+
+    failure: type
+    refuse: Callable[[str, PenstockError, dict[str, str] | None], Response]
+
+
+NATIVE = Dialect(ErrorBody, lambda request_id, error, headers: error_reply(error, headers))
 
 
 async def refuse(
     error: PenstockError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None
 ) -> None:
-    """Answer with *error* where no `Endpoint` does it. The metrics count it too."""
+    """Answer with *error*, in the words of the dialect in which was asked. The metrics count it too."""
     scope["penstock.error"] = error.code
-    await scope.get("penstock.refuse", error_reply)(error, headers)(scope, receive, send)
+    dialect: Dialect = scope.get("penstock.dialect", NATIVE)
+    await dialect.refuse(scope.get("penstock.request_id", ""), error, headers)(scope, receive, send)
 
 
 Handler = Callable[[Call], Awaitable[ASGIApp]]
-
-
-class Endpoint:
-    """A route's handler as an ASGI app: parse → submit → respond, failures in the one shape."""
-
-    def __init__(self, gateway: Gateway, handler: Handler) -> None:
-        self._gateway = gateway
-        self._handler = handler
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = Call(self._gateway, scope, receive)
-        try:
-            response = await self._handler(call)
-        except PenstockError as error:
-            scope["penstock.error"] = error.code
-            response = call.refuse(error)
-        except asyncio.CancelledError:
-            # The HTTP server's, when a drain has lasted long enough: this one still waits for a broker that is away.
-            if not self._gateway.streams.closing or (task := asyncio.current_task()) is None:
-                raise
-            task.uncancel()
-            unavailable = BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
-            scope["penstock.error"] = unavailable.code
-            response = call.refuse(unavailable)
-        except Exception:
-            # A bug is a 500 in the one error shape and a traceback in the log, never a torn connection.
-            log.exception("request_failed", path=scope["path"], request_id=scope.get("penstock.request_id"))
-            scope["penstock.error"] = "internal_error"
-            response = call.refuse(PenstockError("Something broke inside the server; its log has the details."))
-        await response(scope, receive, send)

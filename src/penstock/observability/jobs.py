@@ -1,34 +1,31 @@
-"""One record per finished job, for metrics and the request log, and what readers got: a wrapper around the broker."""
+"""How each job went, told as the event ``job.ended`` by who saw its end; and the count of tokens that readers got."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
-from typing import cast
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from typing import Self, cast
 
 import msgspec
 
 from penstock.core.errors import NotFound
 from penstock.core.events import Event, Tokens
 from penstock.core.job import Job, Status
-from penstock.core.ports import (
-    Append,
-    Broker,
-    Clock,
-    Lease,
-    Page,
-    Query,
-    QueueStats,
-    Release,
-    SystemClock,
-    Verdict,
-    WorkerInfo,
-    elapsed,
-)
+from penstock.core.ports import Append, Broker, Clock, Lease, Release, SystemClock, Verdict, WorkerInfo, elapsed
+from penstock.core.telemetry import Fact, Telemetry
+from penstock.observability.wrapper import Wrapper
+
+#: The facts of ``job.ended`` that have a name in OpenTelemetry's conventions.
+_NAMES = {
+    "model": "gen_ai.request.model",
+    "prompt_tokens": "gen_ai.usage.input_tokens",
+    "completion_tokens": "gen_ai.usage.output_tokens",
+    "error": "error.type",
+}
 
 
-class JobRecord(msgspec.Struct, kw_only=True):
-    """How one job went. Durations in seconds."""
+class JobRecord(msgspec.Struct, kw_only=True, rename=_NAMES):
+    """How one job went: the facts of ``job.ended``. Durations in seconds."""
 
     job: str
     tenant: str
@@ -45,6 +42,14 @@ class JobRecord(msgspec.Struct, kw_only=True):
     time_to_first_token: float | None
     time_per_token: float | None
 
+    @property
+    def facts(self) -> Mapping[str, Fact]:
+        return cast("Mapping[str, Fact]", msgspec.to_builtins(self))
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Fact]) -> Self:
+        return msgspec.convert(facts, cls)
+
 
 class _Progress(msgspec.Struct):
     """*ahead*: by how many seconds the store's clock, which wrote the job's times, was ahead of ours."""
@@ -56,25 +61,28 @@ class _Progress(msgspec.Struct):
     first_at: float | None = None
 
 
-class ObservedBroker:
-    """A `Broker` that calls *on_end* with the record of every job that this process saw to its end.
+class JobWatch(Wrapper[Broker]):
+    """A `Broker` that tells *telemetry* ``job.ended`` of every job that this process saw to its end.
 
-    Mostly the process that ran it: a gateway sees only the end of what it cancels in the queue. ``tokens_read`` counts
-    what readers got.
+    Mostly the process that ran it: a gateway sees only the end of what it cancels in the queue.
     """
 
-    def __init__(
-        self, broker: Broker, on_end: Sequence[Callable[[JobRecord], None]], clock: Clock | None = None
-    ) -> None:
+    def __init__(self, broker: Broker, telemetry: Telemetry, clock: Clock | None = None) -> None:
+        super().__init__(broker)
         self.tokens_read = 0
-        self._broker = broker
-        self._on_end = on_end
+        """Tokens that readers got."""
+        self._telemetry = telemetry
         self._clock = clock or SystemClock()
         self._progress: dict[str, _Progress] = {}
         self._ahead = 0.0
 
+    @property
+    def broker(self) -> Broker:
+        """Itself: it has every verb, its own or passed on."""
+        return cast("Broker", self)
+
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
-        leases = await self._broker.claim(worker, models, limit, wait)
+        leases = await self._wrapped.claim(worker, models, limit, wait)
         now = self._clock.now()
         for lease in leases:
             job = lease.job
@@ -86,7 +94,7 @@ class ObservedBroker:
         return leases
 
     async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
-        verdicts = await self._broker.append(appends)
+        verdicts = await self._wrapped.append(appends)
         at = self._clock.now()
         for append in appends:
             progress = self._progress.get(append.lease.job)
@@ -110,15 +118,15 @@ class ObservedBroker:
         return verdicts
 
     async def release(self, releases: Sequence[Release]) -> None:
-        await self._broker.release(releases)
+        await self._wrapped.release(releases)
         for release in releases:
             self._progress.pop(release.lease.job, None)
             if release.retry is not None or release.crashed_beside is not None:
                 await self._see(release.lease.tenant, release.lease.job)
 
     async def cancel(self, tenant: str, job: str) -> Job:
-        before = await self._broker.get(tenant, job)
-        after = await self._broker.cancel(tenant, job)
+        before = await self._wrapped.get(tenant, job)
+        after = await self._wrapped.cancel(tenant, job)
         # A running job's end is seen by its worker's next append; a waiting one has nobody else to tell of it.
         if before.status is Status.QUEUED:
             await self._see(tenant, job)
@@ -127,11 +135,11 @@ class ObservedBroker:
     async def forget(self, tenant: str, job: str) -> None:
         with contextlib.suppress(NotFound):
             await self.cancel(tenant, job)  # its end is told of
-        await self._broker.forget(tenant, job)
+        await self._wrapped.forget(tenant, job)
 
     async def _see(self, tenant: str, job: str) -> None:
         """Record the end of a job that the broker itself may have ended."""
-        found = await self._broker.get(tenant, job)
+        found = await self._wrapped.get(tenant, job)
         if found.status.terminal:
             progress = _Progress(
                 Lease(found, found.attempt), 0.0, found.tokens, found.prompt_tokens or 0, found.first_token_at
@@ -162,33 +170,11 @@ class ObservedBroker:
             time_to_first_token=elapsed(job.created_at, first) if first is not None else None,
             time_per_token=elapsed(first, now) / later if first is not None and later > 0 else None,
         )
-        for observer in self._on_end:
-            observer(record)
+        self._telemetry.event("job.ended", **record.facts)
 
-    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
-        events = cast("AsyncGenerator[Event]", self._broker.tail(tenant, job, after))
-        async with contextlib.aclosing(events):
+    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncGenerator[Event]:
+        async with contextlib.aclosing(self._wrapped.tail(tenant, job, after)) as events:
             async for event in events:
                 if isinstance(event, Tokens):
                     self.tokens_read += len(event.ids)
                 yield event
-
-    # ------------------------------------------------------------------------------------ passed through
-
-    async def submit(self, job: Job) -> Job:
-        return await self._broker.submit(job)
-
-    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
-        return self._broker.arrivals(tenant, user)
-
-    async def get(self, tenant: str, job: str) -> Job:
-        return await self._broker.get(tenant, job)
-
-    async def list(self, query: Query) -> Page:
-        return await self._broker.list(query)
-
-    async def stats(self) -> QueueStats:
-        return await self._broker.stats()
-
-    async def sweep(self) -> int:
-        return await self._broker.sweep()

@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from penstock.core.telemetry import Fact
 from penstock.observability.jobs import JobRecord
+from penstock.observability.telemetry import Ended
 
 _FILE_BYTES = 50_000_000
 _FILES = 5
@@ -78,8 +80,18 @@ def configure(level: str, format: str, directory: Path | None) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def log_job(record: JobRecord) -> None:
-    """One line on the ordinary log per finished job."""
+class EventLog:
+    """Events as lines of the ordinary log; what lasts is not logged."""
+
+    def span(self, span: Ended) -> None:
+        pass
+
+    def event(self, name: str, facts: Mapping[str, Fact]) -> None:
+        if name == "job.ended":
+            _log_job(JobRecord.of(facts))
+
+
+def _log_job(record: JobRecord) -> None:
     _jobs.info(
         "job_ended",
         job_id=record.job,
@@ -95,27 +107,33 @@ def log_job(record: JobRecord) -> None:
     )
 
 
-def request_log(directory: Path) -> Callable[[JobRecord], None]:
-    """Writes ``llm_requests.log``: one line a job, made for grep."""
-    logger = logging.getLogger("penstock.llm_requests")
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    handler = _rotating(directory / "llm_requests.log")
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+class RequestLog:
+    """``llm_requests.log`` in *directory*: one line a job, made for grep."""
 
-    def write(record: JobRecord) -> None:
+    def __init__(self, directory: Path) -> None:
+        self._logger = logging.getLogger("penstock.llm_requests")
+        self._logger.propagate = False
+        self._logger.setLevel(logging.INFO)
+        handler = _rotating(directory / "llm_requests.log")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        self._logger.addHandler(handler)
+
+    def span(self, span: Ended) -> None:
+        pass
+
+    def event(self, name: str, facts: Mapping[str, Fact]) -> None:
+        if name != "job.ended":
+            return
+        record = JobRecord.of(facts)
         now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         status = "success" if record.error is None else record.error
         rate = record.completion_tokens / record.processing_time if record.processing_time > 0 else 0.0
-        logger.info(
+        self._logger.info(
             f"[{now}] task_id={record.job} status={status} prompt_tokens={record.prompt_tokens} "
             f"completion_tokens={record.completion_tokens} tokens_per_sec={rate:.2f} "
             f"queue_wait={record.queue_wait or 0:.2f}s processing_time={record.processing_time:.2f}s "
             f"total_time={record.total_time:.2f}s"
         )
-
-    return write
 
 
 def _rotating(path: Path) -> logging.Handler:

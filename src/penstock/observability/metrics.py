@@ -1,10 +1,11 @@
-"""Prometheus metrics (SPEC section 9), gathered by wrappers around the ports: no broker or engine knows of them."""
+"""Prometheus metrics (SPEC section 9): a subscriber of the telemetry, and wrappers around HTTP and engines."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import psutil
 from prometheus_client import (
@@ -21,12 +22,18 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.core.job import Status
-from penstock.core.ports import WORKER_STATES, Engine, Lease, ModelInfo, Output, QueueStats, WorkerInfo
+from penstock.core.ports import WORKER_STATES, Engine, Lease, Output, QueueStats, WorkerInfo
+from penstock.core.telemetry import Fact
+from penstock.observability.broker import VERBS
 from penstock.observability.jobs import JobRecord
+from penstock.observability.stats import Distribution, Stats, total
+from penstock.observability.telemetry import Ended
+from penstock.observability.wrapper import Wrapper
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BROKER = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30)
 _TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 #: Requests that generate, on which the p50/p95/p99 gauges look back.
 WINDOW = 2048
@@ -40,6 +47,12 @@ class Metrics:
 
     def __init__(self, *, gateway: bool = True, worker: bool = True) -> None:
         self.registry = CollectorRegistry()
+        self._worker = worker
+        self._process = psutil.Process()
+        self._began = time.perf_counter()
+        self._queue: Callable[[], QueueStats | None] = lambda: None
+        self._streams: Callable[[], int] = lambda: 0
+        self._tokens_read: Callable[[], int] = lambda: 0
         front = self.registry if gateway else None
         back = self.registry if worker else None
         self.requests = Counter("llm_gateway_request_count", "HTTP requests", ["status"], registry=front)
@@ -79,16 +92,31 @@ class Metrics:
         self.queue_wait = Histogram(
             "llm_queue_wait_seconds", "From submit to the first claim", buckets=_LATENCY, registry=back
         )
+        self.verbs = Histogram(
+            "penstock_broker_verb_seconds",
+            "Duration of calls to the broker",
+            ["verb"],
+            buckets=_BROKER,
+            registry=self.registry,
+        )
+        self.commits = Histogram(
+            "penstock_broker_commit_seconds",
+            "Until what was written is durable",
+            buckets=_BROKER,
+            registry=self.registry,
+        )
+        self._verbs = {f"broker.{verb}": self.verbs.labels(verb) for verb in VERBS}
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.registry.register(_Process())
         if gateway:
             self.registry.register(_Percentiles(self._recent))
 
     def watch(
-        self, stats: Callable[[], QueueStats | None], connections: Callable[[], int], tokens: Callable[[], int]
+        self, queue: Callable[[], QueueStats | None], streams: Callable[[], int], tokens_read: Callable[[], int]
     ) -> None:
-        """Also report the queue as *stats* last saw it, how many streams are open, and the tokens that readers got."""
-        self.registry.register(_Gateway(stats, connections, tokens))
+        """Also report the queue as it was last seen, how many streams are open, and the tokens that readers got."""
+        self._queue, self._streams, self._tokens_read = queue, streams, tokens_read
+        self.registry.register(_Gateway(queue, streams, tokens_read))
 
     def watch_models(self, workers: Callable[[], list[WorkerInfo]]) -> None:
         """Also report how the models of this process's *workers* stand."""
@@ -96,6 +124,22 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def stats(self) -> Stats:
+        """The figures that the page draws, from what `watch` was given."""
+        queue = self._queue()
+        cpu = self._process.cpu_times()
+        return Stats(
+            uptime=time.perf_counter() - self._began,
+            queued=queue.queued if queue is not None else 0,
+            running=queue.jobs.get(Status.RUNNING, 0) if queue is not None else 0,
+            streams=self._streams(),
+            tokens=total(self.worker_tokens) if self._worker else self._tokens_read(),
+            time_to_first_token=Distribution.of(self.first_token, _LATENCY) if self._worker else None,
+            request_duration=Distribution.of(self.duration if self._worker else self.latency, _LATENCY),
+            cpu_seconds=cpu.user + cpu.system,
+            memory_bytes=self._process.memory_info().rss,
+        )
 
     # ------------------------------------------------------------------------------------ wrappers
 
@@ -132,10 +176,22 @@ class Metrics:
         return metered
 
     def engine(self, engine: Engine) -> Engine:
-        return _MeteredEngine(engine, self)
+        """*engine*, with its steps counted."""
+        return cast("Engine", _MeteredEngine(engine, self))
 
-    def job_ended(self, record: JobRecord) -> None:
-        """What a finished job tells (`penstock.observability.jobs.ObservedBroker` calls it)."""
+    # ------------------------------------------------------------------------------------ telemetry
+
+    def span(self, span: Ended) -> None:
+        if span.name == "store.commit":
+            self.commits.observe(span.seconds)
+        elif (verb := self._verbs.get(span.name)) is not None:
+            verb.observe(span.seconds)
+
+    def event(self, name: str, facts: Mapping[str, Fact]) -> None:
+        if name == "job.ended":
+            self._job_ended(JobRecord.of(facts))
+
+    def _job_ended(self, record: JobRecord) -> None:
         self.duration.labels(record.model).observe(record.total_time)
         if record.time_to_first_token is not None:
             self.first_token.labels(record.model).observe(record.time_to_first_token)
@@ -148,43 +204,32 @@ class Metrics:
             self.errors.labels(record.error).inc()
 
 
-class _MeteredEngine:
+class _MeteredEngine(Wrapper[Engine]):
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._metrics = metrics
         self._others: set[int] = set()
         """Keys of jobs whose outputs are no tokens."""
 
-    @property
-    def models(self) -> tuple[ModelInfo, ...]:
-        return self._engine.models
-
-    @property
-    def slots(self) -> int:
-        return self._engine.slots
-
     async def start(self) -> None:
         self._others.clear()
-        await self._engine.start()
+        await self._wrapped.start()
 
     def add(self, key: int, lease: Lease) -> None:
         if lease.job.request.task != "generate":
             self._others.add(key)
-        self._engine.add(key, lease)
+        self._wrapped.add(key, lease)
 
     def abort(self, key: int) -> None:
         self._others.discard(key)
-        self._engine.abort(key)
+        self._wrapped.abort(key)
 
     async def step(self) -> list[Output]:
-        outputs = await self._engine.step()
+        outputs = await self._wrapped.step()
         self._metrics.worker_batch.set(len(outputs))
         self._metrics.worker_tokens.inc(sum(len(output.ids) for output in outputs if output.key not in self._others))
         self._others.difference_update(output.key for output in outputs if output.finish is not None)
         return outputs
-
-    async def close(self) -> None:
-        await self._engine.close()
 
 
 class _Percentiles(Collector):

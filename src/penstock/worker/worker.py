@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 import structlog
 
+from penstock.core.aio import Backoff, run_until
 from penstock.core.errors import BrokerUnavailable, EngineDied, ModelLoadError
-from penstock.core.ports import Append, Broker, Engine, Lease, Output, Release, Verdict, WorkerInfo
+from penstock.core.ports import Append, Broker, Clock, Engine, Lease, Output, Release, SystemClock, Verdict, WorkerInfo
 
 log = structlog.get_logger("penstock.worker")
 
@@ -34,6 +35,8 @@ RESERVED_WAIT = 0.05
 PARTIAL_WAIT = 0.25
 #: How often a worker that is never idle takes suspects all the same, in seconds.
 ROOM_INTERVAL = 10.0
+#: Pauses before a job is tried again whose failure a retry may cure.
+RETRIES = Backoff(0.5, 30.0)
 
 
 class _Active:
@@ -70,6 +73,7 @@ class Worker:
         restart_backoff: float = 0.2,
         on_ready: Callable[[], None] = lambda: None,
         about: WorkerInfo | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.about = about or WorkerInfo(id=new_worker_id())
         """What to say of it beyond what it knows itself."""
@@ -81,6 +85,9 @@ class Worker:
         self._claim_wait = claim_wait
         self._restart_backoff = restart_backoff
         self._on_ready = on_ready
+        self._clock = clock or SystemClock()
+        self.used_at = self._clock.now()
+        """When it last had work."""
         self._active: dict[int, _Active] = {}
         self._pending: deque[Lease] = deque()
         self._claim: asyncio.Future[list[Lease]] | None = None
@@ -114,7 +121,7 @@ class Worker:
     async def run(self) -> None:
         """Load the model and work until `stop`. Raises `ModelLoadError` when the model cannot be loaded at all."""
         try:
-            if not await self._load():
+            if not await run_until(self._stopping, self._engine.start()):
                 return
             self._state = "ready"
             self._on_ready()
@@ -132,22 +139,6 @@ class Worker:
                     task.cancel()
         finally:
             await self._engine.close()
-
-    async def _load(self) -> bool:
-        """Start the engine; False when `stop` came before it was up."""
-        starting = asyncio.create_task(self._engine.start())
-        stopping = asyncio.create_task(self._stopping.wait())
-        try:
-            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopping.cancel()
-            if not starting.done():
-                starting.cancel()
-                await asyncio.wait([starting])
-        if starting.cancelled():
-            return False
-        starting.result()
-        return True
 
     async def _drain(self) -> None:
         """Let running jobs finish for a while, then hand the rest back: they go on elsewhere, or after a restart."""
@@ -211,13 +202,14 @@ class Worker:
         while self._pending and self._may_join(self._pending[0]):
             lease = self._pending.popleft()
             self._next_key += 1
+            self.used_at = self._clock.now()
             self._active[self._next_key] = _Active(lease)
             self._engine.add(self._next_key, lease)
 
     def _takes_suspects(self) -> bool:
         """Here they would wait until everybody else has ended: better a worker that has nothing to do, as the one whose
         engine died. Where none is, one that is never idle makes room for them now and then."""
-        now = asyncio.get_running_loop().time()
+        now = self._clock.now()
         if self._has_bystanders() and now < self._room_at:
             return False
         self._room_at = now + ROOM_INTERVAL
@@ -264,7 +256,7 @@ class Worker:
             key_of[lease.job] = output.key
             finish = output.finish
             if finish is not None and finish.error is not None and output.retryable:
-                retries.append(Release(lease, retry=finish.error, delay=_backoff(active.lease.job.retries)))
+                retries.append(Release(lease, retry=finish.error, delay=RETRIES.after(active.lease.job.retries + 1)))
                 finish = None
             appends.append(
                 Append(
@@ -286,6 +278,7 @@ class Worker:
                 self._changed.set()
         if not appends:
             return
+        self.used_at = self._clock.now()
         verdicts = await self._append(appends)
         if retries:
             await self._release(retries)
@@ -306,14 +299,14 @@ class Worker:
 
     async def _append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
         """Append, however long the broker is away: the tokens are kept, and the engine waits behind them."""
-        delay = 0.05
+        backoff = Backoff(0.05, 2.0, jitter=0.5)
         while True:
             try:
                 return await self._broker.append(appends)
             except BrokerUnavailable as error:
-                log.warning("append_failed", error=error.message, retry_in=delay)
-                await asyncio.sleep(random.uniform(delay / 2, delay))
-                delay = min(2.0, delay * 2)
+                pause = backoff.next()
+                log.warning("append_failed", error=error.message, retry_in=pause)
+                await asyncio.sleep(pause)
 
     async def _release(self, releases: Sequence[Release]) -> None:
         try:
@@ -362,15 +355,15 @@ class Worker:
         )
         self._changed.set()
         await self._register()
-        delay = self._restart_backoff
+        backoff = Backoff(self._restart_backoff, 30.0)
         while True:
             try:
                 await self._engine.start()
                 break
             except ModelLoadError as failure:
-                log.error("engine_restart_failed", error=failure.message, retry_in=delay)
-                await asyncio.sleep(random.uniform(0, delay))
-                delay = min(30.0, delay * 2)
+                pause = backoff.next()
+                log.error("engine_restart_failed", error=failure.message, retry_in=pause)
+                await asyncio.sleep(pause)
         log.info("engine_restarted")
         if not self._stopping.is_set():
             self._state = "ready"
@@ -380,8 +373,3 @@ class Worker:
 
 def new_worker_id() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-
-
-def _backoff(retries: int) -> float:
-    """Exponential backoff with full jitter, in seconds."""
-    return random.uniform(0, min(30.0, 0.5 * 2**retries))

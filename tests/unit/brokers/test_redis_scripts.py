@@ -14,7 +14,7 @@ import redis
 from tests.support.redis import RedisServer
 from tests.support.redis_store import BOOKKEEPING, CONSTANT, Store, differences, dump, problems
 
-from penstock.brokers.redis import RedisBroker
+from penstock.brokers.redis import RedisBroker, RedisOptions
 from penstock.brokers.redis.scripts import SHA, SOURCES
 from penstock.core.errors import ErrorInfo, ExpiredResult, NotFound, Overloaded
 from penstock.core.job import Job, Priority, Request, Status, new_job_id
@@ -57,9 +57,8 @@ class Shelf:
 
     async def broker(self, **policy: Any) -> RedisBroker:
         policy = {"max_queued": 0, "max_queued_per_tenant": 0, **policy}
-        broker = RedisBroker(
-            self._url, policy=QueuePolicy(**policy), durability="fast", prefix="q", clock=self.clock, timeout=10.0
-        )
+        options = RedisOptions(durability="fast", prefix="q", timeout=10.0)
+        broker = RedisBroker(self._url, options, policy=QueuePolicy(**policy), clock=self.clock)
         self._open.append(broker)
         await broker.open()
         return broker

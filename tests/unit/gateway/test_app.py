@@ -20,8 +20,8 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest
 from penstock.core.job import Job, Priority, Request, ResponseFormat, Sampling, fingerprint
 from penstock.core.ports import Append, Finish, ModelInfo, Query, QueuePolicy, WorkerInfo
-from penstock.gateway import openapi
-from penstock.gateway.app import create_app
+from penstock.gateway.app import OPERATIONS, create_app
+from penstock.gateway.config import GatewayConfig
 from penstock.gateway.dialects.anthropic.routes import CreateMessage
 from penstock.gateway.dialects.native.routes import Generate, GenerateJob
 from penstock.gateway.dialects.openai.chat import ChatCompletion
@@ -29,8 +29,9 @@ from penstock.gateway.dialects.openai.completions import TextCompletion
 from penstock.gateway.dialects.openai.embeddings import CreateEmbeddings
 from penstock.gateway.dialects.responses.routes import CreateResponse
 from penstock.gateway.feed import Cursor
+from penstock.gateway.gateway import Gateway
 from penstock.gateway.http import decode
-from penstock.gateway.service import Gateway, GatewayConfig
+from penstock.gateway.identity import Identity
 from penstock.observability.metrics import Metrics
 from penstock.testing.clock import ManualClock
 from tests.support.api import check_error
@@ -71,33 +72,41 @@ class TestCursor:
             Cursor.parse(base64.urlsafe_b64encode(raw).decode())
 
 
+class Served(Gateway):
+    """A gateway with its broker, for tests that work on it."""
+
+    def __init__(self, broker: EmbeddedBroker, config: GatewayConfig) -> None:
+        super().__init__(broker, config)
+        self.broker = broker
+
+
 @pytest.fixture
-async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+async def gateway(tmp_path: Path) -> AsyncIterator[Served]:
     broker = EmbeddedBroker(tmp_path)
     await broker.open()
-    gateway = Gateway(broker, GatewayConfig(models=("m",), allowed_hosts=("localhost", "127.0.0.1", "::1")))
+    gateway = Served(broker, GatewayConfig(models=("m",), allowed_hosts=("localhost", "127.0.0.1", "::1")))
     async with gateway.running():
         yield gateway
     await broker.close()
 
 
-def as_tenant(gateway: Gateway, tenant: str) -> httpx.AsyncClient:
+def as_tenant(gateway: Served, tenant: str) -> httpx.AsyncClient:
     """A client whose requests an authenticating layer has marked as *tenant*'s."""
     app = create_app(gateway)
 
     async def marked(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
-        await app({**scope, "penstock.tenant": tenant}, receive, send)
+        await app({**scope, "penstock.identity": Identity(tenant)}, receive, send)
 
     return httpx.AsyncClient(transport=httpx.ASGITransport(marked), base_url="http://localhost")
 
 
-async def work(gateway: Gateway) -> None:
+async def work(gateway: Served) -> None:
     """Complete everything that is queued, with two tokens each."""
     for lease in await gateway.broker.claim(WorkerInfo(id="w", slots=50), ["m"], 50, 0):
         await gateway.broker.append([Append(lease.key, 1, [1, 2], ["a", "b"], finish=Finish(("stop",)))])
 
 
-async def asked(gateway: Gateway, route: str, body: dict[str, Any]) -> Job:
+async def asked(gateway: Served, route: str, body: dict[str, Any]) -> Job:
     """The job that a request becomes."""
     known = {job.id for job in (await gateway.broker.list(Query(tenant="t"))).jobs}
     async with as_tenant(gateway, "t") as http:
@@ -169,7 +178,7 @@ NOTHING: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 
 class TestFields:
     @pytest.mark.parametrize(("field", "value"), BOUNDS, ids=lambda value: str(value)[:24])
-    async def test_each_reaches_the_job_up_to_its_bounds(self, gateway: Gateway, field: str, value: Any) -> None:
+    async def test_each_reaches_the_job_up_to_its_bounds(self, gateway: Served, field: str, value: Any) -> None:
         """The broker keeps all of a job (contract suite), and the engine is given what the broker has."""
         async with as_tenant(gateway, "t") as http:
             reply = await http.post("/v1/jobs", json={"prompt": "x", field: value})
@@ -197,7 +206,7 @@ class TestFields:
             case _:
                 assert getattr(job.request.sampling, field) == value
 
-    async def test_openais_names_for_ours(self, gateway: Gateway) -> None:
+    async def test_openais_names_for_ours(self, gateway: Served) -> None:
         body = {
             "model": "m", "messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 5, "user": "ann",
             "service_tier": "flex", "logprobs": True, "top_logprobs": 20,
@@ -225,7 +234,7 @@ class TestFields:
         ],
     )
     async def test_the_defaults_of_each_route(
-        self, gateway: Gateway, route: str, body: dict[str, Any], max_tokens: int, temperature: float
+        self, gateway: Served, route: str, body: dict[str, Any], max_tokens: int, temperature: float
     ) -> None:
         async with as_tenant(gateway, "t") as http:
             asking = asyncio.create_task(http.post(route, json=body))
@@ -241,10 +250,10 @@ class TestFields:
 
     @pytest.mark.parametrize(("route", "body"), ASKING, ids=lambda value: value if isinstance(value, str) else "")
     async def test_null_and_a_float_are_the_job_that_nothing_and_an_integer_are(
-        self, gateway: Gateway, route: str, body: dict[str, Any]
+        self, gateway: Served, route: str, body: dict[str, Any]
     ) -> None:
         """Whatever the field: those of each body are in test_bodies.py."""
-        kind = next(each for (_, path), (_, each, *_) in openapi.OPERATIONS.items() if path == route)
+        kind = next(operation.body for operation in OPERATIONS if operation.path == route)
         assert kind is not None
         optional = [field for field in msgspec.structs.fields(kind) if not field.required]
         nulls = {field.encode_name: None for field in optional if field.encode_name not in body}
@@ -260,7 +269,7 @@ class TestFields:
         ids=lambda value: str(value)[:40],
     )
     async def test_what_asks_for_nothing_is_nothing(
-        self, gateway: Gateway, route: str, fields: dict[str, Any], plain: dict[str, Any]
+        self, gateway: Served, route: str, fields: dict[str, Any], plain: dict[str, Any]
     ) -> None:
         least = dict(ASKING)[route]
         odd = await asked(gateway, route, {**least, **fields})
@@ -268,14 +277,14 @@ class TestFields:
         assert odd.request == same.request
         assert (odd.user, odd.idempotency_key) == (None, None)
 
-    async def test_top_p_of_0_is_the_likeliest_token(self, gateway: Gateway) -> None:
+    async def test_top_p_of_0_is_the_likeliest_token(self, gateway: Served) -> None:
         for route, least in ASKING:
             sampling = (await asked(gateway, route, {**least, "top_p": 0})).request.sampling
             assert 0 < sampling.top_p <= 1e-9
             assert sampling.temperature > 0, "that is another field"
 
     @pytest.mark.parametrize("path", ["//v1/jobs", "/v1/jobs/", "/v1//jobs", "//v1///jobs//"])
-    async def test_slashes_too_many_make_no_difference(self, gateway: Gateway, path: str) -> None:
+    async def test_slashes_too_many_make_no_difference(self, gateway: Served, path: str) -> None:
         async with as_tenant(gateway, "t") as http:
             url = httpx.URL("http://localhost").copy_with(raw_path=path.encode())
             assert (await http.post(url, json={"prompt": "x"})).status_code == 202
@@ -320,7 +329,7 @@ class TestConstraints:
         ids=lambda value: str(value)[:40],
     )  # fmt: skip
     async def test_words_of_other_servers(
-        self, gateway: Gateway, route: str, fields: dict[str, Any], form: ResponseFormat | None
+        self, gateway: Served, route: str, fields: dict[str, Any], form: ResponseFormat | None
     ) -> None:
         job = await asked(gateway, route, {**dict(ASKING)[route], **fields})
         assert job.request.response_format == form
@@ -341,7 +350,7 @@ class TestConstraints:
         ids=lambda value: str(value)[:40],
     )  # fmt: skip
     async def test_formats(
-        self, gateway: Gateway, route: str, wanted: dict[str, Any], form: ResponseFormat | None
+        self, gateway: Served, route: str, wanted: dict[str, Any], form: ResponseFormat | None
     ) -> None:
         job = await asked(gateway, route, {**dict(ASKING)[route], "response_format": wanted})
         assert job.request.response_format == form
@@ -378,7 +387,7 @@ class TestConstraints:
         ids=lambda value: str(value)[:40],
     )  # fmt: skip
     async def test_what_cannot_be_is_refused(
-        self, gateway: Gateway, route: str, fields: dict[str, Any], code: str, param: str
+        self, gateway: Served, route: str, fields: dict[str, Any], code: str, param: str
     ) -> None:
         limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
         async with as_tenant(gateway, "t") as http:
@@ -397,13 +406,13 @@ class TestConstraints:
         ],
         ids=str,
     )  # fmt: skip
-    async def test_a_format_that_contradicts_itself(self, gateway: Gateway, route: str, wanted: dict[str, Any]) -> None:
+    async def test_a_format_that_contradicts_itself(self, gateway: Served, route: str, wanted: dict[str, Any]) -> None:
         async with as_tenant(gateway, "t") as http:
             reply = await http.post(route, json={**dict(ASKING)[route], "response_format": wanted})
         assert reply.status_code == 400
         assert reply.json()["error"]["param"].startswith("response_format")
 
-    async def test_a_format_and_a_constraint_are_two(self, gateway: Gateway) -> None:
+    async def test_a_format_and_a_constraint_are_two(self, gateway: Served) -> None:
         both: list[tuple[str, dict[str, Any]]] = [
             *((route, {"response_format": {"type": "json_object"}, "regex": "a"}) for route in FORMATTED),
             ("/v1/responses", {"text": {"format": {"type": "json_object"}}, "regex": "a"}),
@@ -413,7 +422,7 @@ class TestConstraints:
                 reply = await http.post(route, json={**dict(ASKING)[route], **fields})
                 assert (reply.status_code, reply.json()["error"]["param"]) == (400, "regex")
 
-    async def test_tools_go_with_json_only(self, gateway: Gateway) -> None:
+    async def test_tools_go_with_json_only(self, gateway: Served) -> None:
         tool = {"type": "function", "function": {"name": "f"}}
         least = {**dict(ASKING)["/v1/chat/completions"], "tools": [tool]}
         async with as_tenant(gateway, "t") as http:
@@ -424,7 +433,7 @@ class TestConstraints:
             assert (await asked(gateway, "/v1/chat/completions", {**least, **fields})).request.tools
 
     @pytest.mark.parametrize("route", ALL)
-    async def test_when_a_reply_ends_and_what_it_must_not_say(self, gateway: Gateway, route: str) -> None:
+    async def test_when_a_reply_ends_and_what_it_must_not_say(self, gateway: Served, route: str) -> None:
         fields = {"min_tokens": 2.0, "stop_token_ids": [5, 7], "bad_words": ["mill", ""]}
         sampling = (await asked(gateway, route, {**dict(ASKING)[route], **fields})).request.sampling
         assert (sampling.min_tokens, sampling.stop_token_ids, sampling.bad_words) == (2, (5, 7), ("mill",))
@@ -442,12 +451,12 @@ class TestChat:
 
     ROUTE = "/v1/chat/completions"
 
-    async def request(self, gateway: Gateway, *messages: dict[str, Any], **fields: Any) -> Request:
+    async def request(self, gateway: Served, *messages: dict[str, Any], **fields: Any) -> Request:
         body = {"model": "m", "messages": list(messages) or CHAT, **fields}
         return (await asked(gateway, self.ROUTE, body)).request
 
     @pytest.mark.parametrize(("mode", "choice"), [("auto", "auto"), ("required", "required")])
-    async def test_allowed_tools(self, gateway: Gateway, mode: str, choice: str) -> None:
+    async def test_allowed_tools(self, gateway: Served, mode: str, choice: str) -> None:
         allowed = {"mode": mode, "tools": named("c", "a")}
         found = await self.request(
             gateway, tools=named("a", "b", "c"), tool_choice={"type": "allowed_tools", "allowed_tools": allowed}
@@ -466,7 +475,7 @@ class TestChat:
         ],
         ids=str,
     )  # fmt: skip
-    async def test_other_choices_are_refused(self, gateway: Gateway, choice: Any) -> None:
+    async def test_other_choices_are_refused(self, gateway: Served, choice: Any) -> None:
         async with as_tenant(gateway, "t") as http:
             body = {"model": "m", "messages": CHAT, "tools": named("a", "b"), "tool_choice": choice}
             reply = await http.post(self.ROUTE, json=body)
@@ -474,11 +483,11 @@ class TestChat:
         assert reply.json()["error"]["param"].startswith("tool_choice")
 
     @pytest.mark.parametrize("fields", [{"function_call": "none"}, {"function_call": "auto"}, {"functions": []}])
-    async def test_functions_that_ask_for_nothing(self, gateway: Gateway, fields: dict[str, Any]) -> None:
+    async def test_functions_that_ask_for_nothing(self, gateway: Served, fields: dict[str, Any]) -> None:
         assert await self.request(gateway, **fields) == await self.request(gateway)
 
     @pytest.mark.parametrize("fields", [{"function_call": {"name": "f"}}, {"functions": [{"name": "f"}]}])
-    async def test_functions_that_ask_for_some_are_refused(self, gateway: Gateway, fields: dict[str, Any]) -> None:
+    async def test_functions_that_ask_for_some_are_refused(self, gateway: Served, fields: dict[str, Any]) -> None:
         async with as_tenant(gateway, "t") as http:
             reply = await http.post(self.ROUTE, json={"model": "m", "messages": CHAT, **fields})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "functions")
@@ -491,11 +500,11 @@ class TestChat:
         ],
         ids=str,
     )  # fmt: skip
-    async def test_a_refusal_is_what_was_said(self, gateway: Gateway, said: dict[str, Any]) -> None:
+    async def test_a_refusal_is_what_was_said(self, gateway: Served, said: dict[str, Any]) -> None:
         found = await self.request(gateway, *CHAT, {"role": "assistant", **said}, *CHAT)
         assert [message.content for message in found.messages or ()] == ["x", "No.", "x"]
 
-    async def test_and_in_an_input(self, gateway: Gateway) -> None:
+    async def test_and_in_an_input(self, gateway: Served) -> None:
         said = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
         body = {"model": "m", "input": [{"role": "user", "content": "x"}, said, {"role": "user", "content": "y"}]}
         found = (await asked(gateway, "/v1/responses", body)).request
@@ -503,7 +512,7 @@ class TestChat:
 
     @pytest.mark.parametrize("role", ["developer", "system", "critic"])
     @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/jobs", "/v1/generate"])
-    async def test_roles_pass_as_they_are(self, gateway: Gateway, route: str, role: str) -> None:
+    async def test_roles_pass_as_they_are(self, gateway: Served, route: str, role: str) -> None:
         """What a template makes of them is the engine's to know."""
         messages = [{"role": role, "content": "Be brief."}, *CHAT]
         found = (await asked(gateway, route, {"model": "m", "messages": messages})).request
@@ -511,7 +520,7 @@ class TestChat:
             (role, "Be brief."), ("user", "x"),
         ]  # fmt: skip
 
-    async def test_a_developers_message_is_no_less_on_responses(self, gateway: Gateway) -> None:
+    async def test_a_developers_message_is_no_less_on_responses(self, gateway: Served) -> None:
         body = {
             "model": "m",
             "input": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "x"}],
@@ -527,7 +536,7 @@ STREAMED = [route for route in PROMPTED if route != "/generate_stream"]
 TOO_LONG = "x" * 40
 
 
-async def refuse(gateway: Gateway, *, tokens: int = 99, limit: int = 20) -> None:
+async def refuse(gateway: Served, *, tokens: int = 99, limit: int = 20) -> None:
     """Refuse what is queued as an engine does whose context it is too long for."""
     for lease in await gateway.broker.claim(WorkerInfo(id="w", slots=50), ["m"], 50, 0):
         param = "messages" if lease.job.request.messages is not None else "prompt"
@@ -535,7 +544,7 @@ async def refuse(gateway: Gateway, *, tokens: int = 99, limit: int = 20) -> None
         await gateway.broker.append([Append(lease.key, 1, [], [], finish=finish)])
 
 
-async def queued(gateway: Gateway) -> None:
+async def queued(gateway: Served) -> None:
     async with asyncio.timeout(30):
         while not (await gateway.broker.stats()).queued:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -553,11 +562,11 @@ class TestTooLong:
     """A prompt that its model's context does not hold, in the words by which each dialect's clients know that."""
 
     @pytest.fixture
-    async def busy(self, tmp_path: Path) -> AsyncIterator[Gateway]:
+    async def busy(self, tmp_path: Path) -> AsyncIterator[Served]:
         """A gateway whose model has a context of 20 tokens and no slot free; streams' headers wait for nothing else."""
         broker = EmbeddedBroker(tmp_path)
         await broker.open()
-        gateway = Gateway(broker, GatewayConfig(models=("m",), hold=0.0))
+        gateway = Served(broker, GatewayConfig(models=("m",), hold=0.0))
         async with gateway.running():
             info = ModelInfo(name="m", engine="synthetic", context_length=20)
             await broker.claim(WorkerInfo(id="w", models=(info,)), [], 0, 0)
@@ -567,7 +576,7 @@ class TestTooLong:
 
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("route", PROMPTED)
-    async def test_is_a_400_in_the_dialects_words(self, busy: Gateway, route: str, stream: bool) -> None:
+    async def test_is_a_400_in_the_dialects_words(self, busy: Served, route: str, stream: bool) -> None:
         """Also of a stream that had to wait for a slot."""
         async with as_tenant(busy, "t") as http:
             body = long(route, stream=stream) if route in STREAMED else long(route)
@@ -597,7 +606,7 @@ class TestTooLong:
         assert set(error) == set(view["error"]) == {"message", "type", "param", "code"}
 
     @pytest.mark.parametrize("route", STREAMED)
-    async def test_what_fits_does_not_wait_for_a_slot(self, busy: Gateway, route: str) -> None:
+    async def test_what_fits_does_not_wait_for_a_slot(self, busy: Served, route: str) -> None:
         """The headers have gone by the time that it fails."""
         async with as_tenant(busy, "t") as http:
             asking = asyncio.create_task(http.post(route, json={**dict(ASKING)[route], "stream": True}))
@@ -612,7 +621,7 @@ class TestTooLong:
         assert '"limit"' not in reply.text
         assert ("prompt is too long" in reply.text) == (route == "/v1/messages")
 
-    async def test_what_may_not_fit_streams_once_it_has_begun(self, busy: Gateway) -> None:
+    async def test_what_may_not_fit_streams_once_it_has_begun(self, busy: Served) -> None:
         async with as_tenant(busy, "t") as http:
             asking = asyncio.create_task(http.post("/v1/generate", json=long("/v1/generate", stream=True)))
             await queued(busy)
@@ -621,7 +630,7 @@ class TestTooLong:
         assert reply.status_code == 200
         assert "event: done" in reply.text
 
-    async def test_a_drain_does_not_wait_for_it(self, busy: Gateway) -> None:
+    async def test_a_drain_does_not_wait_for_it(self, busy: Served) -> None:
         async with as_tenant(busy, "t") as http:
             asking = asyncio.create_task(http.post("/v1/generate", json=long("/v1/generate", stream=True)))
             await queued(busy)
@@ -640,7 +649,7 @@ class TestTooLong:
         ids=["bytes", "ids", "fits", "messages"],
     )  # fmt: skip
     async def test_only_what_has_as_many_bytes_as_the_context_tokens(
-        self, busy: Gateway, body: dict[str, Any], most: int
+        self, busy: Served, body: dict[str, Any], most: int
     ) -> None:
         async with as_tenant(busy, "t") as http:
             asking = asyncio.create_task(http.post("/v1/generate", json={**body, "stream": True}))
@@ -652,7 +661,7 @@ class TestTooLong:
             await refuse(busy)
             assert (await asking).status_code == (400 if most >= 20 else 200)
 
-    async def test_an_error_without_numbers_keeps_its_message(self, busy: Gateway) -> None:
+    async def test_an_error_without_numbers_keeps_its_message(self, busy: Served) -> None:
         """An upstream server's: it has been said in that server's words."""
         async with as_tenant(busy, "t") as http:
             for route, said in (("/v1/messages", "prompt is too long: Too much."), ("/v1/completions", "Too much.")):
@@ -697,7 +706,7 @@ async def test_a_request_that_is_repeated_behind_an_update_is_known_again() -> N
 
 
 class TestTenants:
-    async def test_a_foreign_job_does_not_exist(self, gateway: Gateway) -> None:
+    async def test_a_foreign_job_does_not_exist(self, gateway: Served) -> None:
         async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
             for state in ("queued", "ended"):
                 id = (await one.post("/v1/jobs", json={"prompt": "x", "user_id": "u"})).json()["id"]
@@ -716,7 +725,7 @@ class TestTenants:
                 assert (await one.get(f"/v1/jobs/{id}")).status_code == 200
                 assert (await one.get(f"/v1/jobs/{id}")).json()["status"] in ("queued", "completed")
 
-    async def test_lists_and_cursors_stay_apart(self, gateway: Gateway) -> None:
+    async def test_lists_and_cursors_stay_apart(self, gateway: Served) -> None:
         async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
             mine = [(await one.post("/v1/jobs", json={"prompt": "x", "user_id": "u"})).json()["id"] for _ in range(3)]
             theirs = (await two.post("/v1/jobs", json={"prompt": "x", "user_id": "u"})).json()["id"]
@@ -726,7 +735,7 @@ class TestTenants:
             assert {job["id"] for job in rest["data"]} <= {theirs}
             assert [job["id"] for job in (await two.get("/v1/jobs")).json()["data"]] == [theirs]
 
-    async def test_the_same_key_is_another_job(self, gateway: Gateway) -> None:
+    async def test_the_same_key_is_another_job(self, gateway: Served) -> None:
         async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
             headers = {"idempotency-key": "k"}
             first = await one.post("/v1/jobs", json={"prompt": "x"}, headers=headers)
@@ -737,7 +746,7 @@ class TestTenants:
                 "id"
             ]
 
-    async def test_a_client_cannot_name_its_tenant(self, gateway: Gateway) -> None:
+    async def test_a_client_cannot_name_its_tenant(self, gateway: Served) -> None:
         async with as_tenant(gateway, "one") as one, as_tenant(gateway, "two") as two:
             headers = {"x-tenant": "two", "penstock.tenant": "two", "x-penstock-tenant": "two"}
             id = (await one.post("/v1/jobs", json={"prompt": "x"}, headers=headers)).json()["id"]
@@ -753,7 +762,7 @@ class TestHosts:
             ("127.0.0.1.nip.io", False), ("localhost:8000@evil", False), ("[::2]:8000", False), ("127.0.0.2", False),
         ],
     )  # fmt: skip
-    async def test_only_our_own_names(self, gateway: Gateway, host: str, known: bool) -> None:
+    async def test_only_our_own_names(self, gateway: Served, host: str, known: bool) -> None:
         transport = httpx.ASGITransport(create_app(gateway))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             reply = await http.get("/healthz", headers={"host": host})
@@ -761,7 +770,7 @@ class TestHosts:
 
 
 class TestBugs:
-    async def test_a_bug_is_a_500_in_the_one_shape(self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_bug_is_a_500_in_the_one_shape(self, gateway: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         """And nothing of it is told: its text could be anybody's data."""
 
         async def broken(*arguments: object) -> None:
@@ -776,7 +785,7 @@ class TestBugs:
         assert "secret" not in reply.text
         assert reply.headers["x-request-id"]
 
-    async def test_a_body_that_never_ends_is_given_up_when_the_client_goes(self, gateway: Gateway) -> None:
+    async def test_a_body_that_never_ends_is_given_up_when_the_client_goes(self, gateway: Served) -> None:
         sent: list[object] = []
         messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
 
@@ -808,8 +817,8 @@ class TestRepeats:
     @contextlib.asynccontextmanager
     async def client(
         self, broker: EmbeddedBroker, *models: str
-    ) -> AsyncIterator[tuple[Gateway, httpx.AsyncClient, dict[str, str]]]:
-        gateway = Gateway(broker, GatewayConfig(models=models))
+    ) -> AsyncIterator[tuple[Served, httpx.AsyncClient, dict[str, str]]]:
+        gateway = Served(broker, GatewayConfig(models=models))
         async with gateway.running(), as_tenant(gateway, "t") as http:
             yield gateway, http, {"idempotency-key": "k"}
 
@@ -858,7 +867,7 @@ class TestRepeats:
 
 
 class TestOrigins:
-    async def ask(self, gateway: Gateway, method: str = "POST", **headers: str) -> httpx.Response:
+    async def ask(self, gateway: Served, method: str = "POST", **headers: str) -> httpx.Response:
         async with as_tenant(gateway, "one") as client:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             return await client.request(
@@ -876,7 +885,7 @@ class TestOrigins:
             {"sec_fetch_site": "same-origin", "origin": "https://llm.example"},
         ],
     )
-    async def test_its_own_pages_and_other_clients_may(self, gateway: Gateway, headers: dict[str, str]) -> None:
+    async def test_its_own_pages_and_other_clients_may(self, gateway: Served, headers: dict[str, str]) -> None:
         assert (await self.ask(gateway, **headers)).status_code == 202
 
     @pytest.mark.parametrize(
@@ -889,7 +898,7 @@ class TestOrigins:
             {"origin": "null"},
         ],
     )
-    async def test_pages_of_others_may_change_nothing(self, gateway: Gateway, headers: dict[str, str]) -> None:
+    async def test_pages_of_others_may_change_nothing(self, gateway: Served, headers: dict[str, str]) -> None:
         reply = await self.ask(gateway, **headers)
         assert (reply.status_code, reply.json()["error"]["code"]) == (403, "forbidden")
         reading = await self.ask(gateway, "GET", **headers)
@@ -897,7 +906,7 @@ class TestOrigins:
         assert reading.json()["data"] == []
         assert "access-control-allow-origin" not in reading.headers
 
-    async def test_those_that_are_allowed_may(self, gateway: Gateway) -> None:
+    async def test_those_that_are_allowed_may(self, gateway: Served) -> None:
         gateway.config = msgspec.structs.replace(gateway.config, allowed_origins=("https://app.example",))
         headers = {"sec_fetch_site": "cross-site", "origin": "https://app.example"}
         reply = await self.ask(gateway, **headers)
@@ -913,7 +922,7 @@ class TestOrigins:
     @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
     @pytest.mark.parametrize("allowed", ["https://app.example", "*"])
     async def test_those_of_public_addresses_may_reach_a_local_one(
-        self, gateway: Gateway, allowed: str, method: str
+        self, gateway: Served, allowed: str, method: str
     ) -> None:
         """Chrome asks for it in the preflight (Private Network Access)."""
         gateway.config = msgspec.structs.replace(gateway.config, allowed_origins=(allowed,))
@@ -939,7 +948,7 @@ class TestOrigins:
         ],
     )
     async def test_a_refused_preflight_has_the_one_error_shape(
-        self, gateway: Gateway, origin: str, method: str, says: str
+        self, gateway: Served, origin: str, method: str, says: str
     ) -> None:
         gateway.config = msgspec.structs.replace(gateway.config, allowed_origins=("https://app.example",))
         headers = {"access-control-request-method": method, "access-control-request-private-network": "true"}
@@ -966,24 +975,24 @@ class TestContentFilter:
             ("/v1/responses", {"input": "x"}, lambda told: told["incomplete_details"]["reason"]),
         ],
     )
-    async def test_it_is_told(self, gateway: Gateway, path: str, body: Any, says: Any) -> None:
+    async def test_it_is_told(self, gateway: Served, path: str, body: Any, says: Any) -> None:
         told = await self._ask(gateway, path, body)
         assert says(json.loads(told)) == "content_filter"
         assert b"content_filter" in await self._ask(gateway, path, {**body, "stream": True})
 
-    async def test_anthropic_calls_it_refusal(self, gateway: Gateway) -> None:
+    async def test_anthropic_calls_it_refusal(self, gateway: Served) -> None:
         body = {"messages": CHAT, "max_tokens": 5}
         assert json.loads(await self._ask(gateway, "/v1/messages", body))["stop_reason"] == "refusal"
         assert b'"stop_reason":"refusal"' in await self._ask(gateway, "/v1/messages", {**body, "stream": True})
 
-    async def test_a_response_is_incomplete(self, gateway: Gateway) -> None:
+    async def test_a_response_is_incomplete(self, gateway: Served) -> None:
         told = json.loads(await self._ask(gateway, "/v1/responses", {"input": "x"}))
         assert told["status"] == "incomplete"
         assert b"event: response.incomplete" in await self._ask(
             gateway, "/v1/responses", {"input": "x", "stream": True}
         )
 
-    async def _ask(self, gateway: Gateway, path: str, body: dict[str, Any]) -> bytes:
+    async def _ask(self, gateway: Served, path: str, body: dict[str, Any]) -> bytes:
         async with as_tenant(gateway, "t") as http:
             asking = asyncio.create_task(http.post(path, json={"model": "m", **body}))
             (lease,) = await gateway.broker.claim(WorkerInfo(id="w", slots=1), ["m"], 1, 30)

@@ -21,14 +21,16 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ErrorInfo, InvalidRequest, NotFound
 from penstock.core.job import Job, Message, Priority, Request, new_job_id
 from penstock.core.ports import Append, Finish, ModelInfo, QueuePolicy, WorkerInfo
-from penstock.gateway.batches.routes import OPERATIONS, view
+from penstock.gateway.batches.routes import view
 from penstock.gateway.batches.run import PLACES
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import MAX_ERRORS, MAX_LINES, WINDOW, Batch, BatchStore, check_input, read_lines
+from penstock.gateway.config import GatewayConfig
+from penstock.gateway.dialects.registry import BATCHABLE
 from penstock.gateway.dialects.responses.items import Item
 from penstock.gateway.dialects.responses.routes import CreateResponse
 from penstock.gateway.files.store import FileStore, StoredFile
-from penstock.gateway.service import Gateway, GatewayConfig
+from penstock.gateway.gateway import Gateway
 from penstock.testing.clock import ManualClock
 
 CHAT = "/v1/chat/completions"
@@ -265,10 +267,10 @@ class House:
 
     @contextlib.asynccontextmanager
     async def runner(self, models: tuple[str, ...] = ("m",)) -> AsyncIterator[BatchRunner]:
-        gateway = Gateway(self.broker, GatewayConfig(models=models), files=self.store.files)
-        gateway.batches = BatchRunner(gateway, self.store, OPERATIONS, window=self.window, interval=0.02)
-        async with gateway.running():
-            yield gateway.batches
+        gateway = Gateway(self.broker, GatewayConfig(models=models))
+        runner = BatchRunner(gateway.jobs, self.store, BATCHABLE, window=self.window, interval=0.02)
+        async with gateway.running(), runner.running():
+            yield runner
 
     def batch(self, lines: Iterable[Any]) -> Batch:
         return self.store.create("t", CHAT, put(self.store.files, lines))

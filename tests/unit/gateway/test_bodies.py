@@ -12,8 +12,7 @@ from jsonschema_rs import Draft202012Validator
 from msgspec import inspect
 
 from penstock.core.errors import InvalidRequest
-from penstock.gateway import openapi
-from penstock.gateway.batches import routes as batches
+from penstock.gateway.app import OPERATIONS
 from penstock.gateway.batches.routes import CreateBatch
 from penstock.gateway.dialects.compat.routes import PromptsBody
 from penstock.gateway.dialects.native.routes import GenerateJob
@@ -21,10 +20,11 @@ from penstock.gateway.dialects.openai.chat import ChatCompletion
 from penstock.gateway.dialects.openai.completions import TextCompletion
 from penstock.gateway.files.routes import FileUpload
 from penstock.gateway.http import decode
+from tests.support.conformance import document
 
 #: The bodies of all POST routes but the upload's, which is a form.
 KINDS = sorted(
-    {body for _, body, *_ in openapi.OPERATIONS.values() if body is not None} - {FileUpload},
+    {operation.body for operation in OPERATIONS if operation.body is not None} - {FileUpload},
     key=lambda kind: kind.__name__,
 )
 #: Of which a `PromptsBody` has one.
@@ -118,7 +118,7 @@ FIELDS = list(fields())
 
 @functools.cache
 def validator(kind: type) -> Draft202012Validator:
-    components = openapi.document()["components"]
+    components = document()["components"]
     return Draft202012Validator({"$ref": f"#/components/schemas/{kind.__name__}", "components": components})
 
 
@@ -148,7 +148,7 @@ def with_ints(value: Any, change: Callable[[int], Any]) -> Any:
 
 
 def test_there_is_much_to_test() -> None:
-    assert {operation.body for operation in batches.OPERATIONS.values()} <= set(KINDS)
+    assert {operation.batch.body for operation in OPERATIONS if operation.batch is not None} <= set(KINDS)
     assert len(FIELDS) > 400
     assert sum("[0]" in field.id for field in FIELDS) > 50
     assert sum(isinstance(each, inspect.IntType) for field in FIELDS for each in bare(field.values[2].type)) > 40

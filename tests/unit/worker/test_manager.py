@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.brokers.embedded import EmbeddedBroker
@@ -17,17 +18,14 @@ from penstock.core.job import Job, Request, Sampling, Status, new_job_id
 from penstock.core.ports import LoadProgress, ModelInfo, QueuePolicy, WorkerInfo
 from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.engines.host.standby import Standby
-from penstock.worker import manager as module
 from penstock.worker.manager import Model, ModelManager
+from penstock.worker.placement import Policy
 from penstock.worker.worker import Worker
 
 MB = 1_000_000
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOOK", 0.02)
-    monkeypatch.setattr(module, "BACKOFF", 0.02)
+POLICY = Policy(look_interval=0.02, first_retry=0.02)
 
 
 class Host:
@@ -54,7 +52,7 @@ class Host:
         self.models.append(Model(name, process, process, on_demand=demand))
         return process
 
-    def start(self, **settings: Any) -> ModelManager:
+    def start(self, *, memory_budget: int = 0, **policy: float) -> ModelManager:
         def worker(model: Model, up: Callable[[], None]) -> Worker:
             return Worker(
                 self.broker, model.engine, on_ready=up, about=model.about, lease_ttl=60,
@@ -62,8 +60,9 @@ class Host:
             )  # fmt: skip
 
         self.manager = ModelManager(
-            self.broker, self.models, worker, heartbeat=0.05, on_deferred=self.deferred.append, **settings
-        )
+            self.broker, self.models, worker, heartbeat=0.05, on_deferred=self.deferred.append,
+            memory_budget=memory_budget, policy=msgspec.structs.replace(POLICY, **policy),
+        )  # fmt: skip
         self.running = asyncio.create_task(self.manager.run())
         return self.manager
 
@@ -72,10 +71,10 @@ class Host:
         await self.running
 
     def state(self, name: str) -> str:
-        return self.manager.models[name].state
+        return self.manager.models[name].info.state
 
     def loaded(self) -> set[str]:
-        return {name for name, model in self.manager.models.items() if model.state == "ready"}
+        return {name for name, model in self.manager.models.items() if model.ready}
 
     async def submit(self, model: str, tokens: int = 3) -> str:
         request = Request(model=model, prompt="x", sampling=Sampling(max_tokens=tokens))
@@ -161,14 +160,11 @@ class TestDemand:
         assert host.state("a") == "ready"
         assert (await host.run("b")).status is Status.COMPLETED
 
-    async def test_jobs_are_left_to_a_worker_that_has_the_model(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(module, "DEFER_READY", 0.3)
+    async def test_jobs_are_left_to_a_worker_that_has_the_model(self, host: Host) -> None:
         host.add("b")
         other = WorkerInfo(id="other", models=(ModelInfo(name="b", engine="x", context_length=9),), slots=1)
         await host.broker.claim(other, [], 0, 0)
-        host.start()
+        host.start(defer_ready=0.3)
         taken = asyncio.create_task(host.broker.claim(other, ["b"], 1, 5))
         job = await host.submit("b", tokens=1)
         [lease] = await taken
@@ -338,11 +334,10 @@ class TestFailure:
         assert (info.state, info.error is not None) == ("failed", True)
         assert (await host.run("good")).status is Status.COMPLETED
 
-    async def test_it_is_tried_again_later(self, host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def test_it_is_tried_again_later(self, host: Host) -> None:
         """What was wrong may have been mended meanwhile."""
-        monkeypatch.setattr(module, "FAILED_FOR", 0.3)
         process = host.add("a", rats=1)
-        host.start()
+        host.start(failed_for=0.3)
         assert (await host.run("a")).status is Status.FAILED
         process._active.spec = EngineSpec("synthetic", "a")
         await asyncio.sleep(0.4)

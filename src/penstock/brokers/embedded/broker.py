@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from penstock.core.ports import (
     Verdict,
     WorkerInfo,
 )
+from penstock.core.telemetry import Telemetry
 
 #: Rows that one sweep changes at most, so that it never holds the writer for long.
 SWEEP_LIMIT = 500
@@ -95,12 +96,20 @@ class EmbeddedBroker:
     Durability: SQLite WAL with ``synchronous=FULL``; a submit is acknowledged and a token delivered after COMMIT.
     """
 
+    kind = "embedded"
     durability = "strict (SQLite WAL, synchronous=FULL)"
 
-    def __init__(self, path: Path, *, clock: Clock | None = None, policy: QueuePolicy | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Clock | None = None,
+        policy: QueuePolicy | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._clock = clock or SystemClock()
         self._policy = policy or QueuePolicy()
-        self._store = Store(Path(path), before_commit=self._serve_claimants)
+        self._store = Store(Path(path), before_commit=self._serve_claimants, telemetry=telemetry)
         self._live: dict[str, LiveLog] = {}
         self._running: dict[str, _Running] = {}
         self._losses: Counter[str] = Counter()
@@ -657,7 +666,7 @@ class EmbeddedBroker:
 
     # ------------------------------------------------------------------------------------ reading
 
-    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
+    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncGenerator[Event]:
         live = self._live.get(job)
         if live is None or live.tenant != tenant:
             async for event in self._replay(tenant, job, after):
@@ -672,7 +681,7 @@ class EmbeddedBroker:
         async for event in live.follow(after):
             yield event
 
-    async def _replay(self, tenant: str, job: str, after: int, until: int | None = None) -> AsyncIterator[Event]:
+    async def _replay(self, tenant: str, job: str, after: int, until: int | None = None) -> AsyncGenerator[Event]:
         """What is on the disk beyond *after*: up to the position *until*, or all of a job that has ended."""
         while events := await self._store.read(partial(_read_log, tenant, job, after, until)):
             for i, event in enumerate(events, 1):
@@ -684,12 +693,12 @@ class EmbeddedBroker:
                 return
             after = last.last
 
-    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
+    def arrivals(self, tenant: str, user: str) -> AsyncGenerator[str]:
         feed: asyncio.Queue[str] = asyncio.Queue()
         self._arrivals[tenant, user].append(feed)  # now, not at the first step of the iterator
         return self._hear(tenant, user, feed)
 
-    async def _hear(self, tenant: str, user: str, feed: asyncio.Queue[str]) -> AsyncIterator[str]:
+    async def _hear(self, tenant: str, user: str, feed: asyncio.Queue[str]) -> AsyncGenerator[str]:
         try:
             while True:
                 yield await feed.get()
@@ -782,6 +791,7 @@ def _job(row: Sequence[object], tokens: int, first_token_at: float | None, posit
             "deadline_at": deadline_at,
             "view": details.view,
             "keep": details.keep,
+            "trace": details.trace,
             "created_at": created_at,
             "status": status,
             "attempt": attempt,

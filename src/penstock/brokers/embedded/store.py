@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from penstock.core.errors import BrokerUnavailable, PenstockError
+from penstock.core.telemetry import NoTelemetry, Telemetry
 
 T = TypeVar("T")
 
@@ -55,9 +56,12 @@ class _Operation(Generic[T]):
 class Store:
     """Durable storage in *directory*, owned by this process alone (an exclusive lock file)."""
 
-    def __init__(self, directory: Path, before_commit: Callable[[Transaction], None]) -> None:
+    def __init__(
+        self, directory: Path, before_commit: Callable[[Transaction], None], telemetry: Telemetry | None = None
+    ) -> None:
         self._directory = directory
         self._before_commit = before_commit
+        self._telemetry = telemetry or NoTelemetry()
         self._operations: deque[_Operation[Any]] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -201,7 +205,8 @@ class Store:
             if tx.queue_grew:
                 self._before_commit(tx)
             if conn.total_changes != unchanged:
-                await asyncio.get_running_loop().run_in_executor(self._commit_thread, conn.execute, "COMMIT")
+                with self._telemetry.span("store.commit", operations=len(batch)):
+                    await asyncio.get_running_loop().run_in_executor(self._commit_thread, conn.execute, "COMMIT")
             else:
                 conn.execute("COMMIT")
         except Exception as error:

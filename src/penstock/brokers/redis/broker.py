@@ -8,7 +8,7 @@ import itertools
 import secrets
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,14 +25,14 @@ from penstock.brokers.record import (
     encode_cursor,
 )
 from penstock.brokers.redis.link import Address
-from penstock.brokers.redis.server import Durability, Tier, fields
+from penstock.brokers.redis.options import RedisOptions
+from penstock.brokers.redis.server import Tier, fields
 from penstock.brokers.redis.shard import Shard, lost, missing
 from penstock.core.errors import (
     BrokerUnavailable,
     ExpiredResult,
     IdempotencyMismatch,
     InsufficientStorage,
-    InvalidRequest,
     Overloaded,
 )
 from penstock.core.events import Ended, Event, Tokens
@@ -51,6 +51,7 @@ from penstock.core.ports import (
     Verdict,
     WorkerInfo,
 )
+from penstock.core.telemetry import NoTelemetry, Telemetry
 
 #: Seconds that a claim waits for a wake-up before it looks again by itself.
 CLAIM_POLL = 1.0
@@ -113,44 +114,41 @@ class RedisBroker:
     """`penstock.core.ports.Broker` over the Redis (or Valkey) at *url*, for any number of processes.
 
     *url*: ``redis://``, ``rediss://`` (TLS) or ``unix://``; several, separated by commas, are seeds of one cluster.
-    *shards*: over how many parts the queue is spread, each in one slot of a cluster; order among a tenant's jobs,
-    strict classes and exact bounds hold within a shard. *timeout*: seconds that a verb waits for a Redis that is away.
     *clock*: the time, for tests; by default it is the server's.
     """
+
+    kind = "redis"
 
     def __init__(
         self,
         url: str,
+        options: RedisOptions | None = None,
         *,
         policy: QueuePolicy | None = None,
-        durability: Durability = "strict",
-        shards: int = 1,
-        prefix: str = "penstock",
-        replicas: int = 1,
-        timeout: float = 5.0,
         clock: Clock | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
-        if "{" in prefix or "}" in prefix or not prefix:
-            raise InvalidRequest("The prefix of the keys must not be empty and have no braces.")
+        options = options or RedisOptions()
         self._policy = policy or QueuePolicy()
         self._clock = clock or SystemClock()
-        self._tier = Tier(durability, replicas if durability == "replicated" else 0)
+        self._tier = Tier(options.durability, options.replicas if options.durability == "replicated" else 0)
         self._inbox_id = secrets.token_hex(4)
         self._shards = [
             Shard(
-                Address(url, f"{{{prefix}:{number}}}"),
+                Address(url, f"{{{options.prefix}:{number}}}"),
                 number=number,
-                shards=shards,
-                prefix=prefix,
+                shards=options.shards,
+                prefix=options.prefix,
                 inbox_id=self._inbox_id,
                 policy=self._policy,
                 tier=self._tier,
                 clock=clock,
-                timeout=timeout,
+                timeout=options.timeout,
+                telemetry=telemetry or NoTelemetry(),
                 on_ring=lambda worker, model, number=number: self._rung(number, worker, model),  # type: ignore[misc]
                 on_arrival=self._arrived,
             )
-            for number in range(shards)
+            for number in range(options.shards)
         ]
         self._rotation = itertools.count()
         self._worker_numbers: dict[str, int] = {}
@@ -162,6 +160,10 @@ class RedisBroker:
         self._subscribing: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Future[Any]] = set()
         self._full = False
+
+    @property
+    def durability(self) -> str:
+        return self._tier.description
 
     async def open(self) -> None:
         """Connect. Raises `InvalidRequest` when the server does not keep what the tier promises (the message says what
@@ -445,7 +447,7 @@ class RedisBroker:
 
     # ------------------------------------------------------------------------------------ reading
 
-    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncIterator[Event]:
+    async def tail(self, tenant: str, job: str, after: int = 0) -> AsyncGenerator[Event]:
         shard = self._shard(job)
         followed = shard.follow(tenant, job, after)
         try:
@@ -490,7 +492,7 @@ class RedisBroker:
                 await asyncio.sleep(PAUSE)
                 await shard.link.up.wait()
 
-    def arrivals(self, tenant: str, user: str) -> AsyncIterator[str]:
+    def arrivals(self, tenant: str, user: str) -> AsyncGenerator[str]:
         feed: asyncio.Queue[str] = asyncio.Queue()
         name = f"arrivals:{len(tenant.encode())}:{tenant}:{user}".encode()
         self._arrivals[name].append(feed)  # now, not at the first step of the iterator
@@ -501,7 +503,7 @@ class RedisBroker:
                 confirmed.add_done_callback(self._subscribing.discard)
         return self._arriving(name, feed)
 
-    async def _arriving(self, name: bytes, feed: asyncio.Queue[str]) -> AsyncIterator[str]:
+    async def _arriving(self, name: bytes, feed: asyncio.Queue[str]) -> AsyncGenerator[str]:
         try:
             while True:
                 yield await feed.get()
@@ -592,7 +594,7 @@ class RedisBroker:
             workers=list(workers.values()),
             drain_rate=ended / 60,
             leases_lost=lost_leases,
-            durability=self._tier.description,
+            durability=self.durability,
             now=max(float(now) for *_, now in answers),
         )
 
@@ -637,6 +639,7 @@ def _job(record: Sequence[Any], position: int = 0) -> tuple[Job, str]:
         deadline_at=time(b"dl"),
         view=details.view,
         keep=details.keep,
+        trace=details.trace,
         created_at=float(row[b"ca"]),
         status=Status(row[b"s"].decode()),
         attempt=int(row[b"a"]),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
 from penstock.brokers.redis.link import Command, ask
+from penstock.brokers.redis.options import Durability
 from penstock.core.errors import InvalidRequest
-
-Durability = Literal["strict", "fast", "replicated"]
 
 #: Milliseconds that replicas have to confirm that they received a write, and then that it is in their files (which are
 #: synced once a second with ``appendfsync everysec``, and reported once a second).

@@ -26,6 +26,7 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.ports import Clock, QueuePolicy
+from penstock.core.telemetry import Telemetry
 
 log = structlog.get_logger("penstock.redis")
 
@@ -33,6 +34,8 @@ log = structlog.get_logger("penstock.redis")
 REPAIR_INTERVAL = 1.0
 #: Runs that one read of a log answers with, ids that one look at heads asks for.
 PAGE = 512
+#: Scripts that change nothing which has to be durable.
+READS = frozenset({"follow", "get", "list", "read", "stats"})
 
 _pack = msgspec.msgpack.Encoder().encode
 _events = msgspec.msgpack.Decoder(list[tuple[str, Tokens | None, Ended | None]])
@@ -83,6 +86,7 @@ class Shard:
         tier: Tier,
         clock: Clock | None,
         timeout: float,
+        telemetry: Telemetry,
         on_ring: Callable[[int, str], None],
         on_arrival: Callable[[bytes, str], None],
     ) -> None:
@@ -91,6 +95,7 @@ class Shard:
         self._shards = shards
         self._tier = tier
         self._clock = clock
+        self._telemetry = telemetry
         self._on_ring = on_ring
         self._on_arrival = on_arrival
         self._policy = _pack(
@@ -173,7 +178,8 @@ class Shard:
 
     async def run(self, script: str, *arguments: Word) -> Any:
         """The answer of a script, once what it wrote is as durable as the tier promises."""
-        result, deferred = await self.link.call(self._command(script, *arguments))
+        with self._telemetry.span("store.read" if script in READS else "store.commit", script=script):
+            result, deferred = await self.link.call(self._command(script, *arguments))
         if deferred:
             for inbox, message in zip(deferred[::2], deferred[1::2], strict=True):
                 self.link.send(["SPUBLISH", self.base + b"inbox:" + inbox, message])

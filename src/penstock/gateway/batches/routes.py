@@ -11,26 +11,22 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import Metadata
+from penstock.gateway.batches.answers import BatchList, BatchView
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import Batch
-from penstock.gateway.dialects.fields import Operation
-from penstock.gateway.dialects.openai import chat as openai
-from penstock.gateway.dialects.openai import completions, embeddings
-from penstock.gateway.dialects.responses import routes as responses
+from penstock.gateway.dialects.registry import BATCHABLE
 from penstock.gateway.files.routes import TTL, expiry, list_view, paging
-from penstock.gateway.http import Call, json_reply
-
-#: What a batch can be made of.
-OPERATIONS: dict[str, Operation] = {
-    **embeddings.OPERATIONS,
-    **openai.OPERATIONS,
-    **completions.OPERATIONS,
-    **responses.OPERATIONS,
-}
+from penstock.gateway.http import Call, Resource, json_reply
+from penstock.gateway.operation import Operation
+from penstock.gateway.parameters import ID, limit, query
 
 _MOMENTS = (
     "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled",
 )  # fmt: skip
+
+
+#: Who runs this server's batches.
+BATCHES: Resource[BatchRunner] = Resource("This server keeps no files, and runs no batches.")
 
 
 class ExpiresAfter(msgspec.Struct, frozen=True):
@@ -42,54 +38,46 @@ class CreateBatch(msgspec.Struct, kw_only=True, frozen=True):
     """The body of ``POST /v1/batches``."""
 
     input_file_id: str
-    endpoint: Annotated[str, Meta(extra_json_schema={"enum": [*OPERATIONS]})]
+    endpoint: Annotated[str, Meta(extra_json_schema={"enum": [*BATCHABLE]})]
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
 
 
 async def create(call: Call) -> ASGIApp:
-    batches = runner(call)
+    batches = call.use(BATCHES)
     body = await call.body(CreateBatch)
     if body.endpoint not in batches.operations:
         known = ", ".join(batches.operations)
         raise Unsupported(f"A batch cannot be made for {body.endpoint[:64]!r}: it can for {known}.", param="endpoint")
     kept = body.output_expires_after
     ttl = expiry(kept.anchor, kept.seconds, "output_expires_after") if kept is not None else None
-    file = await asyncio.to_thread(batches.store.files.get, call.tenant, body.input_file_id)
+    file = await asyncio.to_thread(batches.store.files.get, call.identity.tenant, body.input_file_id)
     if file.purpose != "batch":
         raise InvalidRequest(f"The file's purpose is {file.purpose!r}, not 'batch'.", param="input_file_id")
     batch = await asyncio.to_thread(
-        batches.store.create, call.tenant, body.endpoint, file, metadata=body.metadata, output_ttl=ttl
+        batches.store.create, call.identity.tenant, body.endpoint, file, metadata=body.metadata, output_ttl=ttl
     )
     batches.nudge()
     return json_reply(view(batch))
 
 
 async def list_batches(call: Call) -> ASGIApp:
-    batches = runner(call)
+    batches = call.use(BATCHES)
     after, limit = paging(call, default=20, most=100)
-    found, more = await asyncio.to_thread(batches.store.list, call.tenant, after=after, limit=limit)
+    found, more = await asyncio.to_thread(batches.store.list, call.identity.tenant, after=after, limit=limit)
     return json_reply(list_view([view(batch) for batch in found], more))
 
 
 async def show(call: Call) -> ASGIApp:
-    return json_reply(view(await asyncio.to_thread(runner(call).store.get, call.tenant, call.path["id"])))
+    return json_reply(view(await asyncio.to_thread(call.use(BATCHES).store.get, call.identity.tenant, call.path["id"])))
 
 
 async def cancel(call: Call) -> ASGIApp:
-    batches = runner(call)
-    batch = await asyncio.to_thread(batches.store.cancel, call.tenant, call.path["id"])
+    batches = call.use(BATCHES)
+    batch = await asyncio.to_thread(batches.store.cancel, call.identity.tenant, call.path["id"])
     batches.nudge()
     return json_reply(view(batch))
-
-
-def runner(call: Call) -> BatchRunner:
-    if call.gateway.batches is None:
-        error = Unsupported("This server keeps no files, and runs no batches.")
-        error.status = 501
-        raise error
-    return call.gateway.batches
 
 
 def view(batch: Batch) -> dict[str, Any]:
@@ -122,3 +110,39 @@ def view(batch: Batch) -> dict[str, Any]:
 
 def _seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/batches",
+        handler=create,
+        summary="Run the requests of a file at batch priority",
+        body=CreateBatch,
+        answers={200: BatchView},
+    ),
+    Operation(
+        method="GET",
+        path="/v1/batches",
+        handler=list_batches,
+        summary="List batches, newest first",
+        answers={200: BatchList},
+        parameters=[*query(after="string"), limit(100)],
+    ),
+    Operation(
+        method="GET",
+        path="/v1/batches/{id}",
+        handler=show,
+        summary="A batch: how far it is, and where its results are",
+        answers={200: BatchView},
+        parameters=ID,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/batches/{id}/cancel",
+        handler=cancel,
+        summary="Cancel a batch; idempotent",
+        answers={200: BatchView},
+        parameters=ID,
+    ),
+]

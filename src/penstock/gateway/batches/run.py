@@ -44,10 +44,11 @@ from penstock.gateway.batches.store import (
     decode_line,
     read_lines,
 )
-from penstock.gateway.dialects.fields import REFERENCE_GONE, Operation
 from penstock.gateway.files.store import LineLog, StoredFile, in_thread, new_id
 from penstock.gateway.http import decode
-from penstock.gateway.service import Gateway, Submission
+from penstock.gateway.identity import Identity
+from penstock.gateway.jobs import Jobs, Submission
+from penstock.gateway.operation import REFERENCE_GONE, Batchable
 from penstock.gateway.sse import ascii_json
 
 log = structlog.get_logger("penstock.batches")
@@ -133,9 +134,9 @@ class _Written(msgspec.Struct, frozen=True):
 class Means(NamedTuple):
     """What batches are run with. *operations*: what can be run, by endpoint."""
 
-    gateway: Gateway
+    jobs: Jobs
     store: BatchStore
-    operations: Mapping[str, Operation]
+    operations: Mapping[str, Batchable]
 
 
 class Lane:
@@ -167,7 +168,8 @@ class Run:
     task: asyncio.Task[None] | None = None
 
     def __init__(self, means: Means, lanes: Lanes, tenant: str, id: str) -> None:
-        self.gateway, self.store, self.operations = means
+        jobs, self.store, self.operations = means
+        self.jobs = jobs.of(Identity(tenant))
         self.lanes = lanes
         self.tenant = tenant
         self.id = id
@@ -224,7 +226,7 @@ class Run:
 
     async def _validate(self) -> None:
         batch = self.batch
-        limit = self.gateway.config.max_body
+        limit = self.jobs.config.max_body
         checked = await in_thread(check_input, self._folder / "input.jsonl", batch.endpoint, limit)
         errors = checked.errors
         if not errors and (error := await self._unknown_model(checked.model or "", checked.line)) is not None:
@@ -239,7 +241,7 @@ class Run:
         await self._enter("in_progress")
 
     async def _unknown_model(self, model: str, line: int | None) -> LineError | None:
-        catalogue = self.gateway.catalogue
+        catalogue = self.jobs.catalogue
         while not (catalogue.reachable and catalogue.names):
             if await self._pause(0.2):
                 return None
@@ -313,7 +315,7 @@ class Run:
         return result.job
 
     async def _read(self) -> AsyncGenerator[tuple[int, bytes], None]:
-        lines = read_lines(self._folder / "input.jsonl", self.gateway.config.max_body + ENVELOPE)
+        lines = read_lines(self._folder / "input.jsonl", self.jobs.config.max_body + ENVELOPE)
         try:
             while chunk := await in_thread(_some, lines):
                 for each in chunk:
@@ -367,8 +369,8 @@ class Run:
         job: Job | None = None
         try:
             operation = self.operations[self.batch.endpoint]
-            if len(line.body) > self.gateway.config.max_body:
-                raise RequestTooLarge(f"The body is larger than {self.gateway.config.max_body} bytes.")
+            if len(line.body) > self.jobs.config.max_body:
+                raise RequestTooLarge(f"The body is larger than {self.jobs.config.max_body} bytes.")
             body: Any = decode(bytes(line.body), operation.body)
             if getattr(body, "stream", False):
                 raise Unsupported("A line of a batch cannot be streamed.", param="stream")
@@ -378,7 +380,7 @@ class Run:
             assert completion.ended is not None
             if completion.ended.error is not None:
                 raise error_from_info(completion.ended.error)
-            reply = operation.reply(self.gateway, body, job, completion)
+            reply = operation.reply(self.jobs, body, job, completion)
             written = self._answer(number, line, job, 200, reply)
         except _NotRunError:
             written = self._not_run(number, line, job)
@@ -390,11 +392,10 @@ class Run:
             written = self._answer(number, line, job, broken.status, {"error": broken.info})
         await self._results.put(written)
 
-    async def _submit(self, number: int, line: Line, body: Any, operation: Operation) -> Job:
+    async def _submit(self, number: int, line: Line, body: Any, operation: Batchable) -> Job:
         """The line's job, which it may have from before. Raises `PenstockError` for what cannot be run."""
         deadline = getattr(body, "deadline", None)
-        wish = Submission(
-            tenant=self.tenant,
+        submission = Submission(
             user=getattr(body, "user_id", None) or getattr(body, "user", None) or None,
             priority=Priority.BATCH,
             idempotency_key=f"{self.id}/{number}",
@@ -404,7 +405,7 @@ class Run:
             keep=KEEP,
         )
         try:
-            job = await self._offer(operation, body, wish, deadline)
+            job = await self._offer(operation, body, submission, deadline)
         except PASSING:
             async with (
                 self._lane.turn
@@ -413,7 +414,7 @@ class Run:
                     if self._over.is_set():
                         raise _NotRunError from None
                     try:
-                        job = await self._offer(operation, body, wish, deadline)
+                        job = await self._offer(operation, body, submission, deadline)
                         break
                     except PASSING as error:
                         await self._pause(min(KNOCK, error.retry_after or KNOCK))
@@ -422,30 +423,28 @@ class Run:
             await self._cancel(job.id)
         return job
 
-    async def _offer(self, operation: Operation, body: Any, wish: Submission, deadline: float | None) -> Job:
+    async def _offer(self, operation: Batchable, body: Any, submission: Submission, deadline: float | None) -> Job:
         """Submit, whether or not the broker is there, and what the body refers to still."""
-        gateway = self.gateway
         while True:
             left = max(0.001, self.batch.expires_at - self._clock.now())
-            wish = msgspec.structs.replace(wish, deadline=left if deadline is None else min(left, deadline))
+            submission = msgspec.structs.replace(submission, deadline=left if deadline is None else min(left, deadline))
             try:
                 try:
-                    prepared = await operation.prepare(gateway, self.tenant, body)
+                    prepared = await operation.prepare(self.jobs, body)
                 except REFERENCE_GONE:
-                    if (known := await gateway.repeated(wish)) is None:
+                    if (known := await self.jobs.repeated(submission)) is None:
                         raise
                     return known
-                return await gateway.submit(prepared.request, msgspec.structs.replace(wish, view=prepared.view))
+                return await self.jobs.submit(prepared.request, msgspec.structs.replace(submission, view=prepared.view))
             except BrokerUnavailable as error:  # it may have been accepted: it has to be known
                 await asyncio.sleep(_spread(error.retry_after or 1.0))
 
     async def _follow(self, job: Job) -> list[Any]:
         """A job's log when it has ended."""
-        broker = self.gateway.broker
         try:
             while True:
                 try:
-                    events = [event async for event in broker.tail(self.tenant, job.id)]
+                    events = [event async for event in self.jobs.log(job.id)]
                 except (BrokerUnavailable, LogRewound):
                     await asyncio.sleep(_spread(1.0))
                     continue
@@ -469,7 +468,7 @@ class Run:
     async def _cancel(self, job: str) -> None:
         while True:
             try:
-                await self.gateway.broker.cancel(self.tenant, job)
+                await self.jobs.cancel(job)
                 return
             except BrokerUnavailable:
                 await asyncio.sleep(_spread(1.0))
@@ -523,7 +522,7 @@ class Run:
 
     async def _forget(self, jobs: Iterable[str]) -> None:
         """What is not reached now goes after `KEEP`."""
-        forgetting = (self.gateway.broker.forget(self.tenant, job) for job in jobs)
+        forgetting = (self.jobs.forget(job) for job in jobs)
         for outcome in await asyncio.gather(*forgetting, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, PenstockError):
                 raise outcome

@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
 import structlog
 
 from penstock.core.errors import PenstockError
 from penstock.gateway.batches.run import Lanes, Means, Run
 from penstock.gateway.batches.store import Batch, BatchStore
-from penstock.gateway.dialects.fields import Operation
 from penstock.gateway.files.store import in_thread
-from penstock.gateway.service import Gateway
+from penstock.gateway.jobs import Jobs
+from penstock.gateway.operation import Batchable
 
 log = structlog.get_logger("penstock.batches")
 
@@ -36,16 +36,16 @@ class BatchRunner:
 
     def __init__(
         self,
-        gateway: Gateway,
+        jobs: Jobs,
         store: BatchStore,
-        operations: Mapping[str, Operation],
+        operations: Mapping[str, Batchable],
         *,
         window: int = 256,
         interval: float = INTERVAL,
     ) -> None:
         self.store = store
         self.operations = operations
-        self._means = Means(gateway, store, operations)
+        self._means = Means(jobs, store, operations)
         self._window = window
         self._interval = interval
         self._crews: dict[str, Crew] = {}
@@ -57,7 +57,16 @@ class BatchRunner:
         """Something has changed in this process: look at once."""
         self._nudged.set()
 
-    async def run(self) -> None:
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._run(), name="gateway: batches")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
         sweep_at = 0.0
         try:
             while True:

@@ -3,7 +3,7 @@
 ::
 
     root/<tenant>/batches/batch_…/batch.json     `Batch`, replaced as a whole; only who runs it writes it
-                                  cancel         a wish: when it was made. Anybody writes it
+                                  cancel         that somebody asked to cancel it: when. Anybody writes it
                                   input.jsonl    the input, whatever becomes of the file it came from
                                   output.jsonl   results as they come, later the content of a file; so are
                                   errors.jsonl   the lines that failed

@@ -6,19 +6,17 @@ known again (`fingerprint`) then is that of the same body before.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from penstock.core.errors import InvalidRequest, NotFound, PreviousResponseNotFound, Unsupported
-from penstock.core.events import Completion
+from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import (
     Choices,
     Deadline,
     Identifier,
-    Job,
     LogitBias,
     MaxTokens,
     Message,
@@ -44,7 +42,7 @@ from penstock.core.job import (
 )
 from penstock.core.tools import MAX_SCHEMA_BYTES, check_schema
 from penstock.gateway.http import Call
-from penstock.gateway.service import Gateway, Submission
+from penstock.gateway.jobs import Submission
 
 T = TypeVar("T")
 
@@ -439,29 +437,6 @@ class StructuredBody(ConstrainedBody, kw_only=True, frozen=True):
         )
 
 
-#: What a body may meet that refers to what is kept for a time only. A repeated one may have been answered before.
-REFERENCE_GONE = (PreviousResponseNotFound, NotFound)
-
-
-class Prepared(msgspec.Struct, frozen=True):
-    """A body's job: what to run, and what the route needs to show it again."""
-
-    request: Request
-    view: bytes = b""
-
-
-class Operation(msgspec.Struct, frozen=True):
-    """One of OpenAI's POST routes without its HTTP, as a line of a batch has it: the type of its body, and its job.
-
-    ``prepare(gateway, tenant, body)`` raises `PenstockError` for what cannot be run, one of `REFERENCE_GONE` for what
-    perhaps could once. ``reply(gateway, body, job, completion)`` is what came of it as JSON.
-    """
-
-    body: type
-    prepare: Callable[[Gateway, str, Any], Awaitable[Prepared]]
-    reply: Callable[[Gateway, Any, Job, Completion], Any]
-
-
 def structured(
     request: Request,
     form: ResponseFormat | None,
@@ -512,19 +487,18 @@ def allowed_only(tools: tuple[Tool, ...], allowed: Iterable[str]) -> tuple[Tool,
     return tuple(tool for tool in tools if tool.name in names)
 
 
-def submission(
+def submission_of(
     call: Call, body: JobBody, *, user: str | None, on_disconnect: OnDisconnect, priority: Priority = Priority.NORMAL
 ) -> Submission:
     """Everything around the request; *on_disconnect* and *priority* are the route's defaults."""
     metadata = dict(body.metadata or {})
-    wish = metadata.get("on_disconnect")
-    if wish is not None and wish not in ("continue", "cancel"):
+    policy = metadata.get("on_disconnect")
+    if policy is not None and policy not in ("continue", "cancel"):
         raise InvalidRequest("metadata.on_disconnect is 'continue' or 'cancel'.", param="metadata.on_disconnect")
     key = call.headers.get("idempotency-key") or body.request_id or None
     if key is not None and (len(key) > 256 or not key.isprintable()):
         raise InvalidRequest("An idempotency key is at most 256 printable characters.", param="request_id")
     return Submission(
-        tenant=call.tenant,
         user=user or None,
         priority=priority if body.priority is None else Priority[body.priority.upper()],
         deadline=body.deadline,
@@ -532,7 +506,7 @@ def submission(
         fingerprint=fingerprint([call.scope["path"], body]) if key is not None else b"",
         request_id=call.request_id,
         metadata=metadata,
-        on_disconnect="cancel" if wish == "cancel" else "continue" if wish == "continue" else on_disconnect,
+        on_disconnect="cancel" if policy == "cancel" else "continue" if policy == "continue" else on_disconnect,
     )
 
 

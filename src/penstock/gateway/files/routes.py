@@ -24,8 +24,14 @@ from penstock.core.errors import (
     Unsupported,
     UnsupportedEncoding,
 )
+from penstock.gateway.files.answers import FileDeleted, FileList, FileView
 from penstock.gateway.files.store import FileStore, StoredFile, Upload, in_thread, storing
-from penstock.gateway.http import Call, json_reply, refuse
+from penstock.gateway.http import Call, Resource, json_reply, refuse
+from penstock.gateway.operation import Content, Operation
+from penstock.gateway.parameters import ID, ORDER, limit, query
+
+#: Where this server keeps files.
+FILES: Resource[FileStore] = Resource("This server keeps no files.")
 
 PURPOSES = ("batch", "batch_output")
 #: Bounds of ``expires_after[seconds]``: an hour, 30 days.
@@ -53,7 +59,7 @@ class FileUpload(msgspec.Struct, frozen=True):
 
 
 async def create(call: Call) -> ASGIApp:
-    files = store(call)
+    files = call.use(FILES)
     try:
         return json_reply(view(await _receive(call, files)))
     except PenstockError:
@@ -62,14 +68,14 @@ async def create(call: Call) -> ASGIApp:
 
 
 async def list_files(call: Call) -> ASGIApp:
-    files = store(call)
+    files = call.use(FILES)
     after, limit = paging(call, default=10_000, most=10_000)
     order = call.query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order is 'asc' or 'desc'.", param="order")
     found, more = await asyncio.to_thread(
         files.list,
-        call.tenant,
+        call.identity.tenant,
         purpose=call.query.get("purpose"),
         after=after,
         limit=limit,
@@ -79,28 +85,20 @@ async def list_files(call: Call) -> ASGIApp:
 
 
 async def show(call: Call) -> ASGIApp:
-    return json_reply(view(await asyncio.to_thread(store(call).get, call.tenant, call.path["id"])))
+    return json_reply(view(await asyncio.to_thread(call.use(FILES).get, call.identity.tenant, call.path["id"])))
 
 
 async def content(call: Call) -> ASGIApp:
-    files = store(call)
-    return await asyncio.to_thread(_open, files, call.tenant, call.path["id"])
+    files = call.use(FILES)
+    return await asyncio.to_thread(_open, files, call.identity.tenant, call.path["id"])
 
 
 async def delete(call: Call) -> ASGIApp:
-    await asyncio.to_thread(store(call).delete, call.tenant, call.path["id"])
+    await asyncio.to_thread(call.use(FILES).delete, call.identity.tenant, call.path["id"])
     return json_reply({"id": call.path["id"], "object": "file", "deleted": True})
 
 
 # ---------------------------------------------------------------------------------------------- shared with batches
-
-
-def store(call: Call) -> FileStore:
-    if call.gateway.files is None:
-        error = Unsupported("This server keeps no files.")
-        error.status = 501
-        raise error
-    return call.gateway.files
 
 
 def paging(call: Call, *, default: int, most: int) -> tuple[str | None, int]:
@@ -196,7 +194,7 @@ async def _receive(call: Call, files: FileStore) -> StoredFile:
     if length.isdigit() and int(length) > files.max_file + FORM:
         raise RequestTooLarge(f"The file is larger than {files.max_file} bytes.", param="file")
     with contextlib.ExitStack() as stack:
-        upload = await in_thread(stack.enter_context, files.upload(call.tenant))
+        upload = await in_thread(stack.enter_context, files.upload(call.identity.tenant))
         form = _Form(options[b"boundary"], upload)
         size = 0
         async for part in _body(call):
@@ -357,3 +355,51 @@ async def _linger(call: Call) -> None:
                 size += len(part)
                 if size > LINGER[0] or time.monotonic() > until:
                     return
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/files",
+        handler=create,
+        summary="Upload the input of a batch",
+        body=FileUpload,
+        body_media="multipart/form-data",
+        answers={200: FileView},
+    ),
+    Operation(
+        method="GET",
+        path="/v1/files",
+        handler=list_files,
+        summary="List files",
+        answers={200: FileList},
+        parameters=[*query(purpose="string", after="string"), limit(10_000), ORDER],
+    ),
+    Operation(
+        method="GET",
+        path="/v1/files/{id}",
+        handler=show,
+        summary="What is known of a file",
+        answers={200: FileView},
+        parameters=ID,
+    ),
+    Operation(
+        method="DELETE",
+        path="/v1/files/{id}",
+        handler=delete,
+        summary="Delete a file",
+        answers={200: FileDeleted},
+        parameters=ID,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/files/{id}/content",
+        handler=content,
+        summary="A file's content",
+        answers={
+            200: Content(("application/octet-stream",)),
+            206: Content(("application/octet-stream", "multipart/byteranges"), "What the header `Range` asked for"),
+        },
+        parameters=ID,
+    ),
+]

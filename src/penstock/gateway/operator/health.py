@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from penstock.gateway import openapi
-from penstock.gateway.http import Call, json_reply
+from penstock.gateway.http import Call, Resource, json_reply
+from penstock.gateway.operation import Operation
+from penstock.gateway.operator.answers import Health, Live, Ready
+from penstock.gateway.operator.models import MODELS
+
+#: Renders what is counted: the bytes, and their media type.
+METRICS: Resource[Callable[[], tuple[bytes, str]]] = Resource("Nothing is counted here.")
 
 
 async def healthz(call: Call) -> ASGIApp:
     """Liveness: the process answers. It tells of the broker, as last seen, but does not fail with it: whoever restarts
     what is not alive would restart every gateway when Redis is."""
-    broker = "connected" if call.gateway.catalogue.reachable else "unavailable"
+    broker = "connected" if call.catalogue.reachable else "unavailable"
     return json_reply({"status": "ok", "broker": broker})
 
 
 async def readyz(call: Call) -> ASGIApp:
     """Readiness: the broker is reachable and a live worker serves the default model, or loads it when a job comes."""
-    catalogue = call.gateway.catalogue
+    catalogue = call.catalogue
     await catalogue.refresh()
     checks = {
         "broker": catalogue.reachable,
         "worker": catalogue.ready(None),
-        "accepting": not call.gateway.streams.closing,
+        "accepting": not call.streams.closing,
     }
     ready = all(checks.values())
     headers = None if ready else {"retry-after": "1"}
@@ -35,10 +41,10 @@ async def readyz(call: Call) -> ASGIApp:
 
 async def health(call: Call) -> ASGIApp:
     """The whole picture: broker, workers, models, queue."""
-    catalogue = call.gateway.catalogue
+    catalogue = call.catalogue
     await catalogue.refresh()
     stats = catalogue.stats
-    broker: dict[str, Any] = {"kind": call.gateway.config.broker, "connected": catalogue.reachable}
+    broker: dict[str, Any] = {"kind": call.config.broker, "connected": catalogue.reachable}
     well = catalogue.reachable and not any(catalogue.away(name) for name in catalogue.names)
     view: dict[str, Any] = {"status": "ok" if well else "degraded", "broker": broker}
     if stats is not None and catalogue.reachable:
@@ -67,7 +73,7 @@ async def health(call: Call) -> ASGIApp:
     queued = Counter[str]()
     for (name, _), count in stats.depth.items() if stats is not None else ():
         queued[name] += count
-    view["manageable"] = call.gateway.models is not None and call.gateway.config.manageable
+    view["manageable"] = call.has(MODELS) and "operator" in call.identity.rights
     view["models"] = [
         {
             "id": name,
@@ -82,17 +88,28 @@ async def health(call: Call) -> ASGIApp:
     return json_reply(view)
 
 
-async def openapi_json(call: Call) -> ASGIApp:
-    return json_reply(openapi.document())
+async def metrics(call: Call) -> ASGIApp:
+    body, content_type = call.use(METRICS)()
+    return Response(body, media_type=content_type)
 
 
-async def docs(call: Call) -> ASGIApp:
-    return HTMLResponse(openapi.page())
-
-
-def metrics(render: Any) -> Any:
-    async def handler(call: Call) -> ASGIApp:
-        body, content_type = render()
-        return Response(body, media_type=content_type)
-
-    return handler
+OPERATIONS = [
+    Operation(method="GET", path="/healthz", handler=healthz, summary="Liveness", answers={200: Live}, scope="public"),
+    Operation(
+        method="GET",
+        path="/readyz",
+        handler=readyz,
+        summary="Readiness",
+        answers={200: Ready, 503: Ready},
+        scope="public",
+    ),
+    Operation(
+        method="GET",
+        path="/health",
+        handler=health,
+        summary="Broker, workers, models, queue",
+        answers={200: Health},
+        scope="viewer",
+    ),
+    Operation(method="GET", path="/metrics", handler=metrics, scope="viewer"),
+]

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import NotFound
 from penstock.gateway.http import Call
+from penstock.gateway.operation import Operation
 
 #: What the page consists of, and how each kind is called. Anything else in the folder (licences, notes) is not served.
 TYPES = {
@@ -77,3 +78,9 @@ def _serve(call: Call, path: str) -> Response:
 def _known(held: str, etag: str) -> bool:
     """Does ``If-None-Match`` name *etag*? Weakly compared, as RFC 9110 asks (a proxy that compresses weakens it)."""
     return held.strip() == "*" or etag in (each.strip().removeprefix("W/") for each in held.split(","))
+
+
+OPERATIONS = [
+    Operation(method="GET", path="/", handler=index, scope="public"),
+    Operation(method="GET", path="/static/{path:path}", handler=static, scope="public"),
+]

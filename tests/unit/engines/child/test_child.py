@@ -18,7 +18,7 @@ from penstock.engines.child import main as child
 from penstock.engines.frames import Failed, Load, Splitter, ToParent, encode
 from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.engines.plugin import find_engine
-from penstock.testing.engine import lease, run
+from penstock.testing.engine.driver import lease, run
 
 
 @pytest.fixture(params=["computing", "waiting"])

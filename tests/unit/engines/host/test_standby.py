@@ -16,7 +16,8 @@ from penstock.engines.host import standby as module
 from penstock.engines.host.memory import BASE, estimate, held_by
 from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.engines.host.standby import Standby, WarmPool
-from penstock.testing.engine import EngineContract, lease, run
+from penstock.testing.engine import EngineContract
+from penstock.testing.engine.driver import lease, run
 
 Make = Callable[..., Standby]
 

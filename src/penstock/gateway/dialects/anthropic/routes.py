@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from penstock.core.errors import (
     ErrorInfo,
     InvalidRequest,
     LogRewound,
+    NotFound,
     PenstockError,
     Unsupported,
 )
@@ -36,9 +38,22 @@ from penstock.core.job import (
     ToolCall,
 )
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id
-from penstock.gateway.dialects.fields import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission
-from penstock.gateway.dialects.tokens.routes import tokens_of
-from penstock.gateway.http import Call, error_reply, json_reply
+from penstock.gateway.dialects.anthropic.answers import (
+    BlockDeltaEvent,
+    BlockStartEvent,
+    BlockStopEvent,
+    InputTokens,
+    MessageDeltaEvent,
+    MessageErrorBody,
+    MessageModel,
+    MessageModelList,
+    MessageStartEvent,
+    MessageStopEvent,
+    MessageView,
+)
+from penstock.gateway.dialects.fields import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured, submission_of
+from penstock.gateway.http import Call, Dialect, error_reply, json_reply
+from penstock.gateway.operation import Operation
 from penstock.gateway.sse import frame
 
 #: Anthropic's names of tools are longer than OpenAI's.
@@ -263,33 +278,32 @@ async def messages(call: Call) -> ASGIApp:
     body = await call.body(CreateMessage)
     metadata = {name: value for name, value in (body.metadata or {}).items() if value is not None}
     user = metadata.get("user_id")
-    wish = submission(
+    submission = submission_of(
         call,
         msgspec.structs.replace(body, metadata=metadata),
         user=body.user_id or (_user(user) if user else None),
         on_disconnect="cancel",
     )
-    job = await call.gateway.submit(body.request(), wish)
+    job = await call.jobs.submit(body.request(), submission)
     headers = {"request-id": call.request_id}
     if body.stream:
         after = call.last_event_id or 0
-        broker = call.gateway.broker
         writer = MessageWriter(
             job,
             call.request_id,
             after=after,
-            look=partial(broker.get, job.tenant, job.id),
-            replay=partial(broker.tail, job.tenant, job.id),
+            look=partial(call.jobs.get, job.id),
+            replay=partial(call.jobs.log, job.id),
         )
-        return await call.gateway.stream(call.gateway.follow(job, after), writer.render, headers)
-    completion = await call.gateway.fold(job, call.gone)
+        return await call.jobs.stream(call.jobs.follow(job, after), writer.render, headers)
+    completion = await call.jobs.fold(job, call.gone)
     assert completion.ended is not None
     return json_reply(reply(job, completion.texts[0], completion.ended), headers={"x-penstock-job": job.id, **headers})
 
 
 async def count_tokens(call: Call) -> ASGIApp:
     body = await call.body(CountTokens)
-    found = await tokens_of(call, msgspec.structs.replace(body.conversation(), task="tokenize"))
+    found = await call.tokens_of(msgspec.structs.replace(body.conversation(), task="tokenize"))
     return json_reply({"input_tokens": len(found.tokens)}, headers={"request-id": call.request_id})
 
 
@@ -519,7 +533,117 @@ def _error(error: ErrorInfo, status: int, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": told, "request_id": request_id}
 
 
-def refusal(request_id: str, error: PenstockError, headers: dict[str, str] | None = None) -> Response:
-    """How every failure below ``/v1/messages`` is written."""
+def _refuse(request_id: str, error: PenstockError, headers: dict[str, str] | None = None) -> Response:
     headers = {"request-id": request_id, **(headers or {})}
     return error_reply(error, headers, _error(error.info, error.status, request_id))
+
+
+ANTHROPIC = Dialect(MessageErrorBody, _refuse)
+
+
+# ---------------------------------------------------------------------------------------------- what is not ours
+
+
+async def batches(call: Call) -> ASGIApp:
+    raise NotFound("Message Batches are not offered: POST /v1/batches runs files of OpenAI's requests.")
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+async def list_models(call: Call) -> ASGIApp:
+    """A page of the models, by Anthropic's parameters: ``limit``, and ``after_id`` or ``before_id``."""
+    limit, after, before = call.query.get("limit", "20"), call.query.get("after_id"), call.query.get("before_id")
+    if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= 1000):
+        raise InvalidRequest("limit is between 1 and 1000.", param="limit")
+    if after and before:
+        raise InvalidRequest("A page begins after_id or ends before_id: send one of them.", param="before_id")
+    names = call.catalogue.names
+    for param, id in (("after_id", after), ("before_id", before)):
+        if id and id not in names:
+            raise InvalidRequest(f"There is no model {id[:100]!r}.", param=param)
+    if before:
+        rest = names[: names.index(before)]
+        page = rest[-int(limit) :]
+    else:
+        rest = names[names.index(after) + 1 :] if after else names
+        page = rest[: int(limit)]
+    return json_reply(
+        {
+            "data": [_message_model(call, name) for name in page],
+            "has_more": len(rest) > len(page),
+            "first_id": page[0] if page else None,
+            "last_id": page[-1] if page else None,
+        },
+        headers={"request-id": call.request_id},
+    )
+
+
+async def show_model(call: Call) -> ASGIApp:
+    name = call.path["model"]
+    call.catalogue.require(name)
+    return json_reply(_message_model(call, name))
+
+
+def _message_model(call: Call, name: str) -> dict[str, Any]:
+    info = call.catalogue.info(name)
+    created = datetime.fromtimestamp(int(call.catalogue.started_at), UTC)
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": info.context_length if info is not None and info.context_length else None,
+    }
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/messages",
+        handler=messages,
+        summary="Anthropic Messages",
+        body=CreateMessage,
+        answers={200: MessageView},
+        events={
+            "message_start": MessageStartEvent,
+            "content_block_start": BlockStartEvent,
+            "content_block_delta": BlockDeltaEvent,
+            "content_block_stop": BlockStopEvent,
+            "message_delta": MessageDeltaEvent,
+            "message_stop": MessageStopEvent,
+            "error": MessageErrorBody,
+        },
+        dialect=ANTHROPIC,
+        generates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/messages/count_tokens",
+        handler=count_tokens,
+        summary="How many tokens a message's input has",
+        body=CountTokens,
+        answers={200: InputTokens},
+        dialect=ANTHROPIC,
+    ),
+    Operation(method="*", path="/v1/messages/batches{rest:path}", handler=batches, dialect=ANTHROPIC),
+    Operation(
+        method="GET",
+        path="/v1/models",
+        handler=list_models,
+        summary="The models served, in pages",
+        answers={200: MessageModelList},
+        dialect=ANTHROPIC,
+        header="anthropic-version",
+    ),
+    Operation(
+        method="GET",
+        path="/v1/models/{model:path}",
+        handler=show_model,
+        summary="One model",
+        answers={200: MessageModel},
+        dialect=ANTHROPIC,
+        header="anthropic-version",
+    ),
+]

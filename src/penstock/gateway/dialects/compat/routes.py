@@ -5,64 +5,37 @@ A task is a job: ``task_id`` is its id, and all that ``/v1/jobs/{id}`` offers wo
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
-from typing import Annotated, Any
+from typing import cast
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET
 from starlette.types import ASGIApp
 
-from penstock.core.errors import BrokerUnavailable, InvalidRequest, NoVLLMWorker, PenstockError
+from penstock.api.errors import Error
+from penstock.core.errors import InvalidRequest, NoVLLMWorker, PenstockError
 from penstock.core.events import Completion
-from penstock.core.job import Identifier, Job, ModelName, OnDisconnect, Request
-from penstock.gateway.dialects.fields import JobBody, TokenIds, submission
-from penstock.gateway.dialects.native.routes import job_view, render, usage_view
+from penstock.core.job import Identifier, Job, OnDisconnect, Request
+from penstock.gateway.dialects.compat.answers import (
+    BasicResult,
+    EndedStatus,
+    PromptResult,
+    PromptResults,
+    Received,
+    Task,
+    TaskPending,
+    TaskResult,
+    TaskStatus,
+)
+from penstock.gateway.dialects.compat.bodies import ClassicBody, GenerateVLLM, Prompt, PromptBody, Prompts, PromptsBody
+from penstock.gateway.dialects.fields import submission_of
+from penstock.gateway.dialects.native.answers import timings, usage_view
+from penstock.gateway.dialects.native.routes import JOB_EVENTS, of_user
+from penstock.gateway.dialects.native.stream import render
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.service import Submission
-
-#: Prompts that one call may bring.
-MAX_PROMPTS = 256
-
-Prompt = str | TokenIds
-Prompts = Annotated[list[str | TokenIds], Meta(min_length=1, max_length=MAX_PROMPTS)]
-
-
-class ClassicBody(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What the bodies of all these routes share: how to sample, with which model, for whom."""
-
-    model: ModelName | None = None
-
-
-class PromptBody(ClassicBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /submit_job``, ``/generate_stream`` and ``/api/v1/req``: a prompt (text or token ids)."""
-
-    prompt: Prompt
-
-
-class PromptsBody(ClassicBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /generate`` and ``/basic_generate``: one ``prompt``, or several ``prompts`` sampled alike."""
-
-    prompt: Prompt | None = None
-    prompts: Prompts | None = None
-
-    def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompts is None):
-            raise ValueError("Give either one 'prompt' or a list of 'prompts'.")
-
-    @property
-    def one(self) -> Prompt:
-        assert self.prompt is not None
-        return self.prompt
-
-
-class GenerateVLLM(ClassicBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /generate_vllm``: prompts (texts or token ids), sampled alike."""
-
-    prompts: Prompts
-
-
-# ---------------------------------------------------------------------------------------------- routes
+from penstock.gateway.jobs import Submission
+from penstock.gateway.operation import Operation
+from penstock.gateway.parameters import ID, query
 
 
 async def submit_job(call: Call) -> ASGIApp:
@@ -77,8 +50,8 @@ async def submit_job(call: Call) -> ASGIApp:
         body = msgspec.structs.replace(body, user_id=msgspec.convert(user, Identifier))
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"user_id: {error}", param="user_id") from error
-    job = await call.gateway.submit(_request(call, body, body.prompt), _wish(call, body, "continue"))
-    return json_reply({"received": job.id, "msg": body.prompt})
+    job = await call.jobs.submit(_request(call, body, body.prompt), _submission(call, body, "continue"))
+    return json_reply(Received(job.id, body.prompt))
 
 
 async def generate(call: Call) -> ASGIApp:
@@ -86,26 +59,29 @@ async def generate(call: Call) -> ASGIApp:
     body = await call.body(PromptsBody)
     if body.prompts is not None:
         return await _all(call, body, body.prompts)
-    job = await call.gateway.submit(_request(call, body, body.one), _wish(call, body, "continue"))
-    return json_reply({"task_id": job.id}, 202, {"location": f"/result/{job.id}"})
+    job = await call.jobs.submit(_request(call, body, body.one), _submission(call, body, "continue"))
+    return json_reply(Task(job.id), 202, {"location": f"/result/{job.id}"})
 
 
 async def result(call: Call) -> ASGIApp:
     """What became of a task; 202 while it has not ended: clients ask again as long as they read ``processing``."""
-    job = await call.gateway.broker.get(call.tenant, call.path["id"])
+    job = await call.jobs.get(call.path["id"])
     if not job.status.terminal:
-        return json_reply({"status": "processing", "task_id": job.id}, 202)
-    answer: dict[str, Any] = {"status": job.status, "task_id": job.id}
+        return json_reply(TaskPending("processing", job.id), 202)
     if job.error is not None:
-        return json_reply({**answer, "error_message": job.error.message})
-    view = await job_view(call, job)
-    return json_reply({**answer, "result": view["result"]["text"], "metrics": view["timings"]})
+        return json_reply(TaskResult(_ended(job), job.id, error_message=job.error.message))
+    text = (await call.jobs.completion(job)).texts[0]
+    return json_reply(TaskResult(_ended(job), job.id, result=text, metrics=timings(job)))
+
+
+def _ended(job: Job) -> EndedStatus:
+    return cast("EndedStatus", job.status.value)
 
 
 async def status(call: Call) -> ASGIApp:
     """A task's state, and its place in the queue while it waits there."""
-    job = await call.gateway.broker.get(call.tenant, call.path["id"])
-    return json_reply({"task_id": job.id, "status": job.status, "position_in_queue": job.queue_position})
+    job = await call.jobs.get(call.path["id"])
+    return json_reply(TaskStatus(job.id, job.status, job.queue_position))
 
 
 async def basic_generate(call: Call) -> ASGIApp:
@@ -113,16 +89,24 @@ async def basic_generate(call: Call) -> ASGIApp:
     body = await call.body(PromptsBody)
     if body.prompts is not None:
         return await _all(call, body, body.prompts)
-    job = await call.gateway.submit(_request(call, body, body.one), _wish(call, body, "cancel"))
-    answer = _answer(job, await call.gateway.fold(job, call.gone))
-    return json_reply({"model": job.request.model, **answer}, headers={"x-penstock-job": job.id})
+    job = await call.jobs.submit(_request(call, body, body.one), _submission(call, body, "cancel"))
+    found = _answer(job, await call.jobs.fold(job, call.gone))
+    answer = BasicResult(
+        model=job.request.model,
+        job_id=job.id,
+        text=found.text,
+        texts=found.texts,
+        finish_reason=found.finish_reason,
+        usage=found.usage,
+    )
+    return json_reply(answer, headers={"x-penstock-job": job.id})
 
 
 async def generate_stream(call: Call) -> ASGIApp:
     """One prompt as one open response: pings while it waits, its tokens as they come."""
     body = await call.body(PromptBody)
-    job = await call.gateway.submit(_request(call, body, body.prompt), _wish(call, body, "cancel"))
-    return await call.gateway.stream(call.gateway.follow(job, call.last_event_id or 0), partial(render, job))
+    job = await call.jobs.submit(_request(call, body, body.prompt), _submission(call, body, "cancel"))
+    return await call.jobs.stream(call.jobs.follow(job, call.last_event_id or 0), partial(render, job))
 
 
 async def generate_vllm(call: Call) -> ASGIApp:
@@ -134,13 +118,13 @@ async def generate_vllm(call: Call) -> ASGIApp:
 # ---------------------------------------------------------------------------------------------- what they share
 
 
-def _wish(call: Call, body: ClassicBody, on_disconnect: OnDisconnect) -> Submission:
-    return submission(call, body, user=body.user_id, on_disconnect=on_disconnect)
+def _submission(call: Call, body: ClassicBody, on_disconnect: OnDisconnect) -> Submission:
+    return submission_of(call, body, user=body.user_id, on_disconnect=on_disconnect)
 
 
 def _request(call: Call, body: ClassicBody, prompt: Prompt, model: str | None = None) -> Request:
     return Request(
-        model=model or body.model or call.gateway.catalogue.default,
+        model=model or body.model or call.catalogue.default,
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_ids=None if isinstance(prompt, str) else tuple(prompt),
         sampling=body.sampling(max_tokens=64, temperature=0.7, logprobs=None),
@@ -151,40 +135,34 @@ def _request(call: Call, body: ClassicBody, prompt: Prompt, model: str | None = 
 async def _all(call: Call, body: ClassicBody, prompts: Prompts, model: str | None = None) -> ASGIApp:
     """A job for each of *prompts*, all of them or none; answered with their results, in order, when all have ended."""
     requests = [_request(call, body, prompt, model) for prompt in prompts]
-    jobs = await call.gateway.submit_all(requests, _wish(call, body, "cancel"))
-    leaving = asyncio.ensure_future(call.gone())
-    try:
-        results = await asyncio.gather(*(_result(call, job, leaving) for job in jobs))
-    finally:
-        leaving.cancel()
-    return json_reply({"model": jobs[0].request.model, "results": results})
+    jobs = await call.jobs.submit_all(requests, _submission(call, body, "cancel"))
+    found = await call.jobs.fold_all(jobs, call.gone)
+    results = [_result(job, each) for job, each in zip(jobs, found, strict=True)]
+    return json_reply(PromptResults(jobs[0].request.model, results))
 
 
-async def _result(call: Call, job: Job, leaving: asyncio.Future[None]) -> dict[str, Any]:
+def _result(job: Job, found: Completion | PenstockError) -> PromptResult:
     """What became of one prompt; one that failed does not take the others' results away."""
-    try:
-        return _answer(job, await call.gateway.fold(job, lambda: asyncio.shield(leaving)))
-    except BrokerUnavailable:  # it is the server that ends, not the job
-        raise
-    except PenstockError as error:
-        return {"job_id": job.id, "error": error.info.shown}
+    if isinstance(found, PenstockError):
+        return PromptResult(job.id, error=Error.of(found.info))
+    return _answer(job, found)
 
 
-def _answer(job: Job, completion: Completion) -> dict[str, Any]:
+def _answer(job: Job, completion: Completion) -> PromptResult:
     ended = completion.ended
     assert ended is not None
-    return {
-        "job_id": job.id,
-        "text": completion.texts[0],
-        **({"texts": completion.texts} if job.request.n > 1 else {}),
-        "finish_reason": ended.finish_reason,
-        "usage": usage_view(ended.usage),
-    }
+    return PromptResult(
+        job.id,
+        text=completion.texts[0],
+        texts=completion.texts if job.request.n > 1 else UNSET,
+        finish_reason=ended.finish_reason or UNSET,
+        usage=usage_view(ended.usage),
+    )
 
 
 async def _vllm_model(call: Call, wanted: str | None) -> str:
     """The model to use: *wanted*, or the first that a vLLM worker serves. Raises `NoVLLMWorker`."""
-    catalogue = call.gateway.catalogue
+    catalogue = call.catalogue
     if not catalogue.served_by("vllm"):
         await catalogue.refresh()
     served = catalogue.served_by("vllm")
@@ -195,3 +173,78 @@ async def _vllm_model(call: Call, wanted: str | None) -> str:
     if wanted is not None and wanted not in served:
         raise InvalidRequest(f"vLLM serves {', '.join(served)} here, not {wanted!r}.", param="model")
     return wanted or served[0]
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/submit_job",
+        handler=submit_job,
+        summary="Queue a prompt for a user",
+        body=PromptBody,
+        answers={200: Received},
+        parameters=query(user_id="string"),
+    ),
+    of_user("/events"),
+    Operation(
+        method="POST",
+        path="/generate",
+        handler=generate,
+        summary="One prompt: a task to ask for later (202). Several: all their results",
+        body=PromptsBody,
+        answers={200: PromptResults, 202: Task},
+        generates=True,
+    ),
+    Operation(
+        method="GET",
+        path="/result/{id}",
+        handler=result,
+        summary="What became of a task; 202 while it has not ended",
+        answers={200: TaskResult, 202: TaskPending},
+        parameters=ID,
+    ),
+    Operation(
+        method="GET",
+        path="/status/{id}",
+        handler=status,
+        summary="A task's state and its place in the queue",
+        answers={200: TaskStatus},
+        parameters=ID,
+    ),
+    Operation(
+        method="POST",
+        path="/basic_generate",
+        handler=basic_generate,
+        summary="One prompt or several, answered when done",
+        body=PromptsBody,
+        answers={200: BasicResult},
+        generates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/generate_stream",
+        handler=generate_stream,
+        summary="One prompt as SSE",
+        body=PromptBody,
+        events=JOB_EVENTS,
+        generates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/api/v1/req",
+        handler=generate_stream,
+        summary="One prompt as SSE: pings while it waits, then its tokens",
+        body=PromptBody,
+        events=JOB_EVENTS,
+        generates=True,
+    ),
+    Operation(
+        method="POST",
+        path="/generate_vllm",
+        handler=generate_vllm,
+        summary="Several prompts on a model that vLLM runs",
+        body=GenerateVLLM,
+        answers={200: PromptResults},
+        generates=True,
+    ),
+]

@@ -18,16 +18,16 @@ from penstock.core.job import Job, MaxTokens, ModelName, OptionalIdentifier, Pri
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.dialects.fields import (
     ChatMessages,
-    Operation,
-    Prepared,
     StructuredBody,
     plain,
-    submission,
+    submission_of,
 )
-from penstock.gateway.dialects.native.routes import tool_call_view, usage_view
+from penstock.gateway.dialects.native.answers import tool_call_view, usage_view
+from penstock.gateway.dialects.openai.answers import ChatChunk, ChatReply
 from penstock.gateway.dialects.responses.stream import logprob_view
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.service import Gateway
+from penstock.gateway.jobs import Jobs
+from penstock.gateway.operation import Batchable, Operation, Prepared
 from penstock.gateway.sse import ascii_json, json_string
 
 
@@ -112,7 +112,7 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
 
 async def chat_completions(call: Call) -> ASGIApp:
     body = await call.body(ChatCompletion)
-    request = body.request(call.gateway.config.default_max_tokens)
+    request = body.request(call.config.default_max_tokens)
     return await respond(call, body, request, _chat_dialect(request))
 
 
@@ -120,37 +120,31 @@ def _chat_dialect(request: Request) -> type[Dialect]:
     return ToolDialect if request.callable_tools else ChatDialect
 
 
-async def _prepare_chat(gateway: Gateway, tenant: str, body: ChatCompletion) -> Prepared:
-    return Prepared(body.request(gateway.config.default_max_tokens))
+async def _prepare_chat(jobs: Jobs, body: ChatCompletion) -> Prepared:
+    return Prepared(body.request(jobs.config.default_max_tokens))
 
 
-def _write_chat(gateway: Gateway, body: ChatCompletion, job: Job, completion: Completion) -> Any:
+def _write_chat(jobs: Jobs, body: ChatCompletion, job: Job, completion: Completion) -> Any:
     dialect = _chat_dialect(job.request)
     return dialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
 
 
-#: What a batch can be made of, of these routes.
-OPERATIONS = {
-    "/v1/chat/completions": Operation(ChatCompletion, _prepare_chat, _write_chat),
-}
-
-
 async def respond(call: Call, body: OpenAIBody, request: Request, dialect: type[Dialect]) -> ASGIApp:
     """A job of *request*, streamed or answered as *dialect* writes it."""
-    wish = submission(
+    submission = submission_of(
         call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
     )
-    job = await call.gateway.submit(request, wish)
+    job = await call.jobs.submit(request, submission)
     usage = bool(body.stream_options and body.stream_options.include_usage)
     writer = dialect(job, include_usage=usage, token_ids=body.return_token_ids)
     if body.stream:
         after = call.last_event_id or 0
         if after and writer.looks_back:
-            writer.after, writer.replay = after, partial(call.gateway.broker.tail, job.tenant, job.id)
+            writer.after, writer.replay = after, partial(call.jobs.log, job.id)
             if isinstance(writer, ToolDialect) and job.status.terminal and after == job.tokens + 1:
                 after -= 1  # the end once more: its position is on more than the last block
-        return await call.gateway.stream(call.gateway.follow(job, after), writer.render)
-    completion = await call.gateway.fold(job, call.gone)
+        return await call.jobs.stream(call.jobs.follow(job, after), writer.render)
+    completion = await call.jobs.fold(job, call.gone)
     return json_reply(writer.reply(completion), headers={"x-penstock-job": job.id})
 
 
@@ -493,3 +487,18 @@ def _best(text: str, logprob: Logprob) -> dict[str, float]:
         best.setdefault(other.text, other.logprob)
     best.setdefault(_own(text, logprob), logprob.logprob)
     return best
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/chat/completions",
+        handler=chat_completions,
+        summary="OpenAI chat completions",
+        body=ChatCompletion,
+        answers={200: ChatReply},
+        events={"message": ChatChunk},
+        generates=True,
+        batch=Batchable(ChatCompletion, _prepare_chat, _write_chat),
+    )
+]

@@ -18,10 +18,13 @@ from penstock.core.errors import InvalidRequest, PenstockError, Unsupported, err
 from penstock.core.events import Completion, Ended, TokenLogprob, fold
 from penstock.core.job import Job, Request, Sampling, Task, TopLogprobs, Usage
 from penstock.core.tasks import Tokenized
-from penstock.gateway.dialects.fields import Count, Operation, Prepared, TokenId, TokenIds, several, submission
+from penstock.gateway.dialects.fields import Count, TokenId, TokenIds, several, submission_of
+from penstock.gateway.dialects.openai.answers import TextChunk, TextReply
 from penstock.gateway.dialects.openai.chat import OpenAIBody, TextDialect, respond
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.service import Following, Gateway
+from penstock.gateway.jobs import Jobs
+from penstock.gateway.operation import Batchable, Operation, Prepared
+from penstock.gateway.readers import Following
 from penstock.gateway.sse import ascii_json
 
 #: Prompts that one call may bring.
@@ -86,8 +89,8 @@ async def completions(call: Call) -> ASGIApp:
     parts = await _submit(call, body, prompts)
     headers = {"x-penstock-job": ", ".join(part.job.id for part in parts)}
     if body.stream:
-        followings = [[call.gateway.follow(job) for job in part.jobs] for part in parts]
-        return await call.gateway.stream_all([*chain(*followings)], _stream(parts, followings), headers)
+        followings = [[call.jobs.follow(job) for job in part.jobs] for part in parts]
+        return await call.jobs.stream_all([*chain(*followings)], _stream(parts, followings), headers)
     found = await _fold(call, parts)
     choices = [choice for part, reply in zip(parts, found, strict=True) for choice in part.writer.choices(reply)]
     usage = _total(reply.ended for reply in found)
@@ -96,7 +99,7 @@ async def completions(call: Call) -> ASGIApp:
 
 async def _submit(call: Call, body: TextCompletion, prompts: Sequence[Prompt]) -> list[_Part]:
     """The jobs of all prompts, or of none."""
-    info = call.gateway.catalogue.info(body.model)
+    info = call.catalogue.info(body.model)
     if body.echo and body.logprobs is not None and info is not None and not info.may("score"):
         raise Unsupported(
             f"The {info.engine} engine of {info.name} does not tell log-probabilities of a prompt: leave out echo, or "
@@ -104,10 +107,10 @@ async def _submit(call: Call, body: TextCompletion, prompts: Sequence[Prompt]) -
             param="echo",
         )
     requests = [request for prompt in prompts for request in body.requests(prompt)]
-    wish = submission(
+    submission = submission_of(
         call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
     )
-    jobs = await call.gateway.submit_all(requests, wish)
+    jobs = await call.jobs.submit_all(requests, submission)
     each = len(jobs) // len(prompts)
     return [
         _Part(body, number, prompt, jobs[number * each : (number + 1) * each], jobs[0])
@@ -119,7 +122,7 @@ async def _fold(call: Call, parts: Sequence[_Part]) -> list[Completion]:
     """What came of each prompt. Raises the first one's failure, once all have ended."""
     leaving = asyncio.ensure_future(call.gone())
     try:
-        folding = (call.gateway.fold(job, lambda: asyncio.shield(leaving)) for part in parts for job in part.jobs)
+        folding = (call.jobs.fold(job, lambda: asyncio.shield(leaving)) for part in parts for job in part.jobs)
         results = await asyncio.gather(*folding, return_exceptions=True)
     finally:
         leaving.cancel()
@@ -233,15 +236,26 @@ async def _stream(parts: Sequence[_Part], followings: Sequence[Sequence[Followin
 # ---------------------------------------------------------------------------------------------- batches
 
 
-async def _prepare(gateway: Gateway, tenant: str, body: TextCompletion) -> Prepared:
+async def _prepare(jobs: Jobs, body: TextCompletion) -> Prepared:
     if len(body.prompts) > 1 or body.echo:
         raise Unsupported("A line of a batch has one prompt, and no echo.", param="echo" if body.echo else "prompt")
     return Prepared(body.request(body.prompts[0]))
 
 
-def _write(gateway: Gateway, body: TextCompletion, job: Job, completion: Completion) -> Any:
+def _write(jobs: Jobs, body: TextCompletion, job: Job, completion: Completion) -> Any:
     return TextDialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
 
 
-#: What a batch can be made of.
-OPERATIONS = {"/v1/completions": Operation(TextCompletion, _prepare, _write)}
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/completions",
+        handler=completions,
+        summary="OpenAI completions",
+        body=TextCompletion,
+        answers={200: TextReply},
+        events={"message": TextChunk},
+        generates=True,
+        batch=Batchable(TextCompletion, _prepare, _write),
+    )
+]

@@ -10,9 +10,11 @@ from starlette.types import ASGIApp
 from penstock.core.events import Completion
 from penstock.core.job import Job, ModelName, OptionalIdentifier, Request
 from penstock.core.tasks import vector_values, vectors
-from penstock.gateway.dialects.fields import JobBody, Operation, Prepared, TokenId, TokenIds, several, submission
+from penstock.gateway.dialects.fields import JobBody, TokenId, TokenIds, several, submission_of
+from penstock.gateway.dialects.openai.answers import Embeddings
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.service import Gateway
+from penstock.gateway.jobs import Jobs
+from penstock.gateway.operation import Batchable, Operation, Prepared
 
 #: Inputs that one call may bring; OpenAI has the same.
 MAX_INPUTS = 2048
@@ -56,22 +58,32 @@ class CreateEmbeddings(JobBody, kw_only=True, frozen=True):
 
 async def embeddings(call: Call) -> ASGIApp:
     body = await call.body(CreateEmbeddings)
-    wish = submission(call, body, user=body.user_id or body.user, on_disconnect="cancel")
-    if wish.idempotency_key is None:  # nobody can ask for it again: many vectors need not lie about for an hour
-        job, completion = await call.gateway.ask(body.request(), wish, call.gone)
+    submission = submission_of(call, body, user=body.user_id or body.user, on_disconnect="cancel")
+    if submission.idempotency_key is None:  # nobody can ask for it again: many vectors need not lie about for an hour
+        job, completion = await call.jobs.ask(body.request(), submission, call.gone)
         return json_reply(body.reply(job, completion))
-    job = await call.gateway.submit(body.request(), wish)
-    completion = await call.gateway.fold(job, call.gone)
+    job = await call.jobs.submit(body.request(), submission)
+    completion = await call.jobs.fold(job, call.gone)
     return json_reply(body.reply(job, completion), headers={"x-penstock-job": job.id})
 
 
-async def _prepare(gateway: Gateway, tenant: str, body: CreateEmbeddings) -> Prepared:
+async def _prepare(jobs: Jobs, body: CreateEmbeddings) -> Prepared:
     return Prepared(body.request())
 
 
-def _write(gateway: Gateway, body: CreateEmbeddings, job: Job, completion: Completion) -> Any:
+def _write(jobs: Jobs, body: CreateEmbeddings, job: Job, completion: Completion) -> Any:
     return body.reply(job, completion)
 
 
-#: What a batch can be made of.
-OPERATIONS = {"/v1/embeddings": Operation(CreateEmbeddings, _prepare, _write)}
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/embeddings",
+        handler=embeddings,
+        summary="OpenAI embeddings",
+        body=CreateEmbeddings,
+        answers={200: Embeddings},
+        generates=True,
+        batch=Batchable(CreateEmbeddings, _prepare, _write),
+    )
+]

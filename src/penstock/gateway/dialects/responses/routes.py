@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from penstock.api.errors import Error, ErrorBody
 from penstock.core.errors import (
     ExpiredResult,
     InvalidRequest,
@@ -20,7 +21,7 @@ from penstock.core.errors import (
     RequestTooLarge,
     Unsupported,
 )
-from penstock.core.events import Completion, Event, fold
+from penstock.core.events import Completion, Event
 from penstock.core.job import (
     Identifier,
     Job,
@@ -34,21 +35,31 @@ from penstock.core.job import (
     Tool,
     TopLogprobs,
 )
-from penstock.core.ports import Broker
 from penstock.gateway.dialects.fields import (
     MAX_TOOLS,
-    REFERENCE_GONE,
     ConstrainedBody,
     Count,
-    Operation,
-    Prepared,
     Role,
     TextPart,
     ToolName,
     allowed_only,
     json_schema,
     structured,
-    submission,
+    submission_of,
+)
+from penstock.gateway.dialects.responses.answers import (
+    ArgumentsDeltaEvent,
+    ArgumentsDoneEvent,
+    ContentPartEvent,
+    InputItems,
+    OutputItemEvent,
+    ResponseDeleted,
+    ResponseErrorEvent,
+    ResponseEvent,
+    ResponseInputTokens,
+    ResponseView,
+    TextDeltaEvent,
+    TextDoneEvent,
 )
 from penstock.gateway.dialects.responses.items import (
     Item,
@@ -67,9 +78,11 @@ from penstock.gateway.dialects.responses.items import (
     view_of,
 )
 from penstock.gateway.dialects.responses.stream import last_number, render, whole
-from penstock.gateway.dialects.tokens.routes import tokens_of
-from penstock.gateway.http import Call, error_reply, json_reply
-from penstock.gateway.service import Following, Gateway, Submission
+from penstock.gateway.http import Call, Dialect, error_reply, json_reply
+from penstock.gateway.jobs import Jobs, Submission
+from penstock.gateway.operation import REFERENCE_GONE, Batchable, Content, Operation, Prepared
+from penstock.gateway.parameters import ID, LAST_EVENT_ID, ORDER, limit, query
+from penstock.gateway.readers import Following
 from penstock.gateway.sse import EventStream, stream_of
 
 LOGPROBS = "message.output_text.logprobs"
@@ -389,49 +402,49 @@ class CountInputTokens(CreateResponse, kw_only=True, frozen=True):
 
 
 async def create(call: Call) -> ASGIApp:
-    call.refuse = _refusal
     body = await call.body(CreateResponse)
-    gateway = call.gateway
     job = await _submit(call, body)
     view = _view(job)
     after = _after(call)
     if body.stream:
         if after >= 0:
-            job = await gateway.broker.get(job.tenant, job.id)  # it may be another's: how far is it?
-        following = gateway.follow(job)
+            job = await call.jobs.get(job.id)  # it may be another's: how far is it?
+        following = call.jobs.follow(job)
         if view.background or after >= 0:
             return _stream(call, following, view, after)
-        return await gateway.stream(following, lambda events: _blocks(call, job, view, events, after))
+        return await call.jobs.stream(following, lambda events: _blocks(call, job, view, events, after))
     headers = {"x-penstock-job": job.id}
     if view.background:
         return json_reply(await _object(call, job, view), headers=headers)
-    completion = await gateway.fold(job, call.gone)
+    completion = await call.jobs.fold(job, call.gone)
     answer = whole(job, view, completion, await _ended_at(call, job))
     await _delivered(call, job, view)
     return json_reply(answer, headers=headers)
 
 
-def _refusal(error: PenstockError) -> Response:
-    return error_reply(error, body={"error": as_told(error.info)})
+def _refuse(request_id: str, error: PenstockError, headers: dict[str, str] | None) -> Response:
+    return error_reply(error, headers, ErrorBody(Error.of(as_told(error.info))))
+
+
+RESPONSES = Dialect(ErrorBody, _refuse)
 
 
 async def _submit(call: Call, body: CreateResponse) -> Job:
     """The job of a request; of a repeated one the first's, though what it refers to may be gone by now."""
-    gateway = call.gateway
-    submitted = wish(call, body)
+    submission = _submission(call, body)
     try:
-        items = await conversation(gateway, call.tenant, body)
+        items = await conversation(call.jobs, body)
     except REFERENCE_GONE:
-        if (known := await gateway.repeated(submitted)) is None:
+        if (known := await call.jobs.repeated(submission)) is None:
             raise
         return known
-    request = body.request(items, gateway.config.default_max_tokens)
-    return await gateway.submit(request, msgspec.structs.replace(submitted, view=body.view(items)))
+    request = body.request(items, call.config.default_max_tokens)
+    return await call.jobs.submit(request, msgspec.structs.replace(submission, view=body.view(items)))
 
 
 async def retrieve(call: Call) -> ASGIApp:
     """The response as it is, or (``?stream=true``) its events, from the first or beyond ``starting_after``."""
-    job, view = await _find(call.gateway.broker, call.tenant, call.path["id"])
+    job, view = await _find(call.jobs, call.path["id"])
     stream = call.query.get("stream", "false")
     if stream not in ("true", "false"):
         raise InvalidRequest("stream is true or false.", param="stream")
@@ -439,30 +452,29 @@ async def retrieve(call: Call) -> ASGIApp:
         return json_reply(await _object(call, job, view), headers={"x-penstock-job": job.id})
     after = _after(call)
     if job.status.terminal and "last-event-id" in call.headers:
-        events = call.gateway.broker.tail(job.tenant, job.id)
+        events = call.jobs.log(job.id)
         if after == await last_number(job, view, events):
             return Response(status_code=204)  # everything was delivered: tells an EventSource to stop
     if call.is_head:
-        return EventStream(call.gateway.streams, stream_of(), headers={"x-penstock-job": job.id})
-    return _stream(call, call.gateway.follow(job), view, after)
+        return EventStream(call.streams, stream_of(), headers={"x-penstock-job": job.id})
+    return _stream(call, call.jobs.follow(job), view, after)
 
 
 async def cancel(call: Call) -> ASGIApp:
-    job, view = await _find(call.gateway.broker, call.tenant, call.path["id"])
+    job, view = await _find(call.jobs, call.path["id"])
     if not view.background:
         raise InvalidRequest("Cannot cancel a synchronous response: close its connection.", param="response_id")
     if not job.status.terminal:
-        job = await call.gateway.broker.cancel(job.tenant, job.id)
+        job = await call.jobs.cancel(job.id)
     return json_reply(await _object(call, job, view), headers={"x-penstock-job": job.id})
 
 
 async def count_input_tokens(call: Call) -> ASGIApp:
-    call.refuse = _refusal
     body = await call.body(CountInputTokens)
-    model = body.model or call.gateway.catalogue.default_for("tokenize")
-    items = await conversation(call.gateway, call.tenant, body)
-    request = msgspec.structs.replace(body, model=model).request(items, call.gateway.config.default_max_tokens)
-    found = await tokens_of(call, msgspec.structs.replace(request, task="tokenize", sampling=Sampling()))
+    model = body.model or call.catalogue.default_for("tokenize")
+    items = await conversation(call.jobs, body)
+    request = msgspec.structs.replace(body, model=model).request(items, call.config.default_max_tokens)
+    found = await call.tokens_of(msgspec.structs.replace(request, task="tokenize", sampling=Sampling()))
     return json_reply({"object": "response.input_tokens", "input_tokens": len(found.tokens)})
 
 
@@ -472,13 +484,13 @@ async def compact(call: Call) -> ASGIApp:
 
 async def delete(call: Call) -> ASGIApp:
     """Drop a response and its job, now; one that runs is cancelled."""
-    job, _ = await _find(call.gateway.broker, call.tenant, call.path["id"])
-    await call.gateway.broker.forget(job.tenant, job.id)
+    job, _ = await _find(call.jobs, call.path["id"])
+    await call.jobs.forget(job.id)
     return json_reply({"id": response_id(job.id), "object": "response", "deleted": True})
 
 
 async def list_input_items(call: Call) -> ASGIApp:
-    job, view = await _find(call.gateway.broker, call.tenant, call.path["id"])
+    job, view = await _find(call.jobs, call.path["id"])
     order, limit, after = call.query.get("order", "desc"), call.query.get("limit", "20"), call.query.get("after")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order is asc or desc.", param="order")
@@ -507,27 +519,23 @@ async def list_input_items(call: Call) -> ASGIApp:
 # ---------------------------------------------------------------------------------------------- requests
 
 
-async def _prepare(gateway: Gateway, tenant: str, body: CreateResponse) -> Prepared:
+async def _prepare(jobs: Jobs, body: CreateResponse) -> Prepared:
     if body.background:
         raise InvalidRequest("A line of a batch runs in the background anyway.", param="background")
-    items = await conversation(gateway, tenant, body)
+    items = await conversation(jobs, body)
     return Prepared(
-        body.request(items, gateway.config.default_max_tokens),
+        body.request(items, jobs.config.default_max_tokens),
         msgspec.structs.replace(body, store=False).view(items),  # results are in the batch's files only
     )
 
 
-def _write(gateway: Gateway, body: CreateResponse, job: Job, completion: Completion) -> Any:
-    return whole(job, _view(job), completion, job.ended_at or gateway.catalogue.now())
+def _write(jobs: Jobs, body: CreateResponse, job: Job, completion: Completion) -> Any:
+    return whole(job, _view(job), completion, job.ended_at or jobs.catalogue.now())
 
 
-#: What a batch can be made of, of these routes.
-OPERATIONS = {"/v1/responses": Operation(CreateResponse, _prepare, _write)}
-
-
-def wish(call: Call, body: CreateResponse) -> Submission:
+def _submission(call: Call, body: CreateResponse) -> Submission:
     """Everything of a response's job but the request itself and its view."""
-    submitted = submission(
+    submission = submission_of(
         call,
         body,
         user=body.user_id or body.user or body.safety_identifier,
@@ -535,21 +543,21 @@ def wish(call: Call, body: CreateResponse) -> Submission:
         priority=Priority.BATCH if body.service_tier == "flex" else Priority.NORMAL,
     )
     keep = None if body.stored else UNSTORED_KEEP
-    return msgspec.structs.replace(submitted, keep=keep)
+    return msgspec.structs.replace(submission, keep=keep)
 
 
-async def conversation(gateway: Gateway, tenant: str, body: CreateResponse) -> tuple[Item, ...]:
+async def conversation(jobs: Jobs, body: CreateResponse) -> tuple[Item, ...]:
     """The whole input of a request: that of the response before it, its output, and what is new.
 
     Raises `RequestTooLarge` where that, written out, would be no body that is taken: a few bytes can refer to much.
     """
-    broker, room = gateway.broker, gateway.config.max_body
+    room = jobs.config.max_body
     items: list[Item] = []
     if body.previous_response_id is not None:
-        items = await _before(broker, tenant, body.previous_response_id)
+        items = await _before(jobs, body.previous_response_id)
     given = [InputItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input or []
     references = [item.reference for item in given if item.reference is not None]
-    referenced = await _referenced(broker, tenant, references, room)
+    referenced = await _referenced(jobs, references, room)
     items += [
         item.plain(place) if item.reference is None else referenced[item.reference] for place, item in enumerate(given)
     ]
@@ -574,16 +582,16 @@ def _too_large(room: int) -> RequestTooLarge:
     )
 
 
-async def _before(broker: Broker, tenant: str, previous: str) -> list[Item]:
+async def _before(jobs: Jobs, previous: str) -> list[Item]:
     """The conversation up to the end of an earlier response."""
     try:
-        job, view = await _find(broker, tenant, previous)
+        job, view = await _find(jobs, previous)
     except NotFound as error:
         gone = " Its retention is over." if isinstance(error, ExpiredResult) else ""
         raise PreviousResponseNotFound(
             f"Previous response with id {previous!r} not found.{gone}", param="previous_response_id"
         ) from error
-    completion = await _completion(broker, job) if job.status.terminal else None
+    completion = await jobs.completion(job) if job.status.terminal else None
     status = ended_status(completion.ended) if completion is not None and completion.ended is not None else None
     if completion is None or status not in ("completed", "incomplete"):
         raise InvalidRequest(
@@ -594,7 +602,7 @@ async def _before(broker: Broker, tenant: str, previous: str) -> list[Item]:
     return [*input_items(job, view), *output_items(whole(job, view, completion, None)["output"])]
 
 
-async def _referenced(broker: Broker, tenant: str, references: Iterable[str], room: int) -> dict[str, Item]:
+async def _referenced(jobs: Jobs, references: Iterable[str], room: int) -> dict[str, Item]:
     """Items by their ids, of *room* bytes together at most; each response that has some of them is read once."""
     wanted: dict[str | None, dict[str, None]] = {}
     for reference in references:
@@ -602,7 +610,7 @@ async def _referenced(broker: Broker, tenant: str, references: Iterable[str], ro
     found: dict[str, Item] = {}
     size = 0
     for job, ids in wanted.items():
-        items = await _items(broker, tenant, job) if job is not None else {}
+        items = await _items(jobs, job) if job is not None else {}
         if (missing := next((id for id in ids if id not in items), None)) is not None:
             raise NotFound(
                 f"Item with id {missing!r} not found. Items are kept with responses that are stored: send the item "
@@ -615,13 +623,13 @@ async def _referenced(broker: Broker, tenant: str, references: Iterable[str], ro
     return found
 
 
-async def _items(broker: Broker, tenant: str, job: str) -> dict[str, Item]:
+async def _items(jobs: Jobs, job: str) -> dict[str, Item]:
     """What a stored response has of items, by their ids; nothing if there is none."""
     try:
-        found, view = await _find(broker, tenant, response_id(job))
+        found, view = await _find(jobs, response_id(job))
         items = input_items(found, view)
         if found.status.terminal:
-            items += output_items(whole(found, view, await _completion(broker, found), None)["output"])
+            items += output_items(whole(found, view, await jobs.completion(found), None)["output"])
     except NotFound:
         return {}
     return {item.id: item for item in items}
@@ -630,13 +638,13 @@ async def _items(broker: Broker, tenant: str, job: str) -> dict[str, Item]:
 # ---------------------------------------------------------------------------------------------- replies
 
 
-async def _find(broker: Broker, tenant: str, response: str) -> tuple[Job, View]:
+async def _find(jobs: Jobs, response: str) -> tuple[Job, View]:
     """A stored response's job and view. Raises `NotFound`, `ExpiredResult`."""
     missing = NotFound(f"Response with id {response!r} not found.", param="response_id")
     if (job := job_id(response)) is None:
         raise missing
     try:
-        found = await broker.get(tenant, job)
+        found = await jobs.get(job)
     except ExpiredResult:
         raise ExpiredResult(f"Response with id {response!r}: its retention is over.", param="response_id") from None
     except NotFound:
@@ -647,15 +655,11 @@ async def _find(broker: Broker, tenant: str, response: str) -> tuple[Job, View]:
     return found, view
 
 
-async def _completion(broker: Broker, job: Job) -> Completion:
-    return fold([event async for event in broker.tail(job.tenant, job.id)])
-
-
 async def _object(call: Call, job: Job, view: View) -> dict[str, Any]:
     """A response as it is now."""
     if not job.status.terminal:
         return response_object(job, view, status_of(job))
-    return whole(job, view, await _completion(call.gateway.broker, job), job.ended_at)
+    return whole(job, view, await call.jobs.completion(job), job.ended_at)
 
 
 def _view(job: Job) -> View:
@@ -667,22 +671,22 @@ def _view(job: Job) -> View:
 async def _ended_at(call: Call, job: Job) -> float | None:
     """When *job* ended, which its log does not say."""
     try:
-        return (await call.gateway.broker.get(job.tenant, job.id)).ended_at
+        return (await call.jobs.get(job.id)).ended_at
     except PenstockError:  # it has gone, or the store has: nobody can ask again
-        return call.gateway.catalogue.now()
+        return call.catalogue.now()
 
 
 async def _delivered(call: Call, job: Job, view: View) -> None:
     """Forget what was not to be stored."""
     if not view.store:
         with contextlib.suppress(PenstockError):  # its retention does it in a moment
-            await call.gateway.broker.forget(job.tenant, job.id)
+            await call.jobs.forget(job.id)
 
 
 def _stream(call: Call, following: Following, view: View, after: int) -> EventStream:
     """The events of a response as they are, whatever becomes of it."""
     return EventStream(
-        call.gateway.streams,
+        call.streams,
         _blocks(call, following.job, view, aiter(following), after),
         headers={"x-penstock-job": following.job.id},
         on_close=following.close,
@@ -705,3 +709,101 @@ def _after(call: Call) -> int:
             "starting_after (or Last-Event-ID) is a sequence_number: a whole number from 0.", param="starting_after"
         )
     return int(text)
+
+
+_EVENTS: dict[str, type] = {
+    **dict.fromkeys(
+        (
+            "response.created",
+            "response.queued",
+            "response.in_progress",
+            "response.completed",
+            "response.incomplete",
+            "response.failed",
+        ),
+        ResponseEvent,
+    ),
+    "response.output_item.added": OutputItemEvent,
+    "response.output_item.done": OutputItemEvent,
+    "response.content_part.added": ContentPartEvent,
+    "response.content_part.done": ContentPartEvent,
+    "response.output_text.delta": TextDeltaEvent,
+    "response.output_text.done": TextDoneEvent,
+    "response.function_call_arguments.delta": ArgumentsDeltaEvent,
+    "response.function_call_arguments.done": ArgumentsDoneEvent,
+    "error": ResponseErrorEvent,
+}
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/v1/responses",
+        handler=create,
+        summary="OpenAI responses; in the background, too",
+        body=CreateResponse,
+        answers={200: ResponseView},
+        events=_EVENTS,
+        dialect=RESPONSES,
+        generates=True,
+        batch=Batchable(CreateResponse, _prepare, _write),
+    ),
+    Operation(
+        method="POST",
+        path="/v1/responses/compact",
+        handler=compact,
+        summary="Not offered",
+        answers={404: ErrorBody},
+        dialect=RESPONSES,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/responses/input_tokens",
+        handler=count_input_tokens,
+        summary="How many tokens a response's input has",
+        body=CountInputTokens,
+        answers={200: ResponseInputTokens},
+        dialect=RESPONSES,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/responses/{id}",
+        handler=retrieve,
+        summary="A response as it is, or its events; resumable",
+        answers={200: ResponseView, 204: Content(description="Everything was delivered already")},
+        events=_EVENTS,
+        parameters=[
+            *ID,
+            {"name": "stream", "in": "query", "schema": {"type": "string", "enum": ["true", "false"]}},
+            *query(starting_after="integer"),
+            LAST_EVENT_ID,
+        ],
+        dialect=RESPONSES,
+    ),
+    Operation(
+        method="DELETE",
+        path="/v1/responses/{id}",
+        handler=delete,
+        summary="Drop a response; one that runs is cancelled",
+        answers={200: ResponseDeleted},
+        parameters=ID,
+        dialect=RESPONSES,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/responses/{id}/cancel",
+        handler=cancel,
+        summary="Cancel a background response; idempotent",
+        answers={200: ResponseView},
+        parameters=ID,
+        dialect=RESPONSES,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/responses/{id}/input_items",
+        handler=list_input_items,
+        summary="The items that a response answers",
+        answers={200: InputItems},
+        parameters=[*ID, ORDER, limit(100), *query(after="string")],
+        dialect=RESPONSES,
+    ),
+]

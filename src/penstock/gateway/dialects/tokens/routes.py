@@ -10,11 +10,11 @@ from msgspec import Meta
 from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, Unsupported
-from penstock.core.job import ModelName, Priority, Request
-from penstock.core.tasks import Tokenized
+from penstock.core.job import ModelName, Request
 from penstock.gateway.dialects.fields import MAX_TOOLS, ChatMessages, StructuredBody, TokenId, ToolBody, plain
+from penstock.gateway.dialects.tokens.answers import Detokenized, Tokens
 from penstock.gateway.http import Call, json_reply
-from penstock.gateway.service import Submission
+from penstock.gateway.operation import Operation
 
 
 class Tokenize(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -77,37 +77,43 @@ class Detokenize(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
 
 async def tokenize(call: Call) -> ASGIApp:
     body = await call.body(Tokenize)
-    request = body.request(call.gateway.catalogue.default_for("tokenize"))
-    found = await tokens_of(call, request)
-    return json_reply(
-        {
-            "count": len(found.tokens),
-            "max_model_len": await _context_length(call, request.model),
-            "tokens": found.tokens,
-            "token_strs": found.token_strs if body.return_token_strs else None,
-        }
-    )
+    request = body.request(call.catalogue.default_for("tokenize"))
+    found = await call.tokens_of(request)
+    length = await _context_length(call, request.model)
+    strings = found.token_strs if body.return_token_strs else None
+    return json_reply(Tokens(len(found.tokens), length, found.tokens, strings))
 
 
 async def detokenize(call: Call) -> ASGIApp:
     body = await call.body(Detokenize)
-    model = body.model or call.gateway.catalogue.default_for("tokenize")
-    found = await tokens_of(call, Request(model=model, task="tokenize", prompt_ids=tuple(body.tokens)))
-    return json_reply({"prompt": found.text})
-
-
-async def tokens_of(call: Call, request: Request) -> Tokenized:
-    """What an engine makes of a *request* to tokenize. It takes next to nothing, so it goes before what takes long."""
-    wish = Submission(
-        tenant=call.tenant, priority=Priority.INTERACTIVE, request_id=call.request_id, on_disconnect="cancel"
-    )
-    _, completion = await call.gateway.ask(request, wish, call.gone)
-    return Tokenized.of(completion)
+    model = body.model or call.catalogue.default_for("tokenize")
+    found = await call.tokens_of(Request(model=model, task="tokenize", prompt_ids=tuple(body.tokens)))
+    return json_reply(Detokenized(found.text))
 
 
 async def _context_length(call: Call, model: str) -> int:
-    catalogue = call.gateway.catalogue
+    catalogue = call.catalogue
     if (info := catalogue.info(model)) is None or not info.context_length:
         await catalogue.refresh()  # it was loaded a moment ago
         info = catalogue.info(model)
     return 0 if info is None else info.context_length
+
+
+OPERATIONS = [
+    Operation(
+        method="POST",
+        path="/tokenize",
+        handler=tokenize,
+        summary="The tokens of a prompt or of messages",
+        body=Tokenize,
+        answers={200: Tokens},
+    ),
+    Operation(
+        method="POST",
+        path="/detokenize",
+        handler=detokenize,
+        summary="The text of token ids",
+        body=Detokenize,
+        answers={200: Detokenized},
+    ),
+]

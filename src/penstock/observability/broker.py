@@ -1,0 +1,55 @@
+"""A broker whose calls are told of: a span ``broker.<verb>`` around each call of a verb."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, cast
+
+from penstock.core.ports import Broker
+from penstock.core.telemetry import Telemetry
+from penstock.observability.wrapper import Wrapper
+
+#: What of the `Broker` protocol is called, and not only once in its life.
+VERBS = tuple(
+    name
+    for name, member in vars(Broker).items()
+    if inspect.isfunction(member) and not name.startswith("_") and name not in ("open", "close")
+)
+
+
+class _Observed(Wrapper[Broker]):
+    def __init__(self, broker: Broker, telemetry: Telemetry) -> None:
+        super().__init__(broker)
+        for verb in VERBS:
+            kind = _answering if inspect.iscoroutinefunction(getattr(Broker, verb)) else _streaming
+            setattr(self, verb, kind(getattr(broker, verb), f"broker.{verb}", telemetry))
+
+
+def observed(broker: Broker, telemetry: Telemetry) -> Broker:
+    """*broker*, with a span for each call of a verb: until it answers, or as long as its stream is read."""
+    return cast("Broker", _Observed(broker, telemetry))
+
+
+def _answering(call: Callable[..., Awaitable[Any]], name: str, telemetry: Telemetry) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(call)
+    async def observe(*args: Any, **kwargs: Any) -> Any:
+        with telemetry.span(name):
+            return await call(*args, **kwargs)
+
+    return observe
+
+
+def _streaming(
+    call: Callable[..., AsyncGenerator[Any]], name: str, telemetry: Telemetry
+) -> Callable[..., AsyncGenerator[Any]]:
+    @functools.wraps(call)
+    async def observe(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        with telemetry.span(name):
+            async with contextlib.aclosing(call(*args, **kwargs)) as items:
+                async for item in items:
+                    yield item
+
+    return observe

@@ -1,0 +1,156 @@
+"""Every call of a broker has a duration; what the store makes durable has one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from tests.support.telemetry import Recorder
+
+from penstock.brokers.embedded import EmbeddedBroker
+from penstock.core.errors import NotFound
+from penstock.core.events import Event
+from penstock.core.job import Job, Request, new_job_id
+from penstock.core.ports import Append, Broker, Finish, Query, Release, WorkerInfo
+from penstock.observability.broker import VERBS, observed
+from penstock.observability.jobs import JobRecord, JobWatch
+from penstock.observability.metrics import Metrics
+from penstock.observability.telemetry import Publisher
+
+WORKER = WorkerInfo(id="w", slots=8)
+
+
+def new_job(**fields: object) -> Job:
+    return Job(id=new_job_id(), tenant="t", request=Request(model="m", prompt="x"), **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def told() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+async def watch(tmp_path: Path, told: Recorder, metrics: Metrics) -> AsyncIterator[JobWatch]:
+    telemetry = Publisher(told, metrics)
+    store = EmbeddedBroker(tmp_path, telemetry=telemetry)
+    await store.open()
+    yield JobWatch(observed(store, telemetry), telemetry)
+    await store.close()
+
+
+@pytest.fixture
+def broker(watch: JobWatch) -> Broker:
+    return watch.broker
+
+
+async def finish(broker: Broker, *, tokens: int = 3) -> Job:
+    """A job that a worker ran to its end."""
+    job = await broker.submit(new_job())
+    (lease,) = await broker.claim(WORKER, ["m"], 1, 0)
+    ids = list(range(tokens))
+    await broker.append([Append(lease.key, 1, ids, ["a"] * tokens, prompt_tokens=7, finish=Finish(("stop",)))])
+    return job
+
+
+async def test_each_verb_of_the_port_has_spans(broker: Broker, told: Recorder) -> None:
+    job = await finish(broker)
+    async for _ in broker.tail("t", job.id):
+        pass
+    async with contextlib.aclosing(cast("AsyncGenerator[str]", broker.arrivals("t", "u"))) as arrivals:
+        listening = asyncio.create_task(anext(arrivals))
+        while not listening.done():
+            await broker.submit(new_job(user="u"))
+    leases = await broker.claim(WORKER, ["m"], 1, 0)
+    await broker.release([Release(lease.key) for lease in leases])
+    await broker.cancel("t", leases[0].job.id)
+    await broker.forget("t", job.id)
+    await broker.list(Query(tenant="t"))
+    await broker.stats()
+    await broker.sweep()
+    found = {span.name for span in told.spans if span.name.startswith("broker.")}
+    assert found == {f"broker.{verb}" for verb in VERBS}
+
+
+def test_verbs_are_those_of_the_port() -> None:
+    """Whatever the port gets is told of without another line here."""
+    asynchronous = {name for name, member in vars(Broker).items() if inspect.iscoroutinefunction(member)}
+    assert set(VERBS) >= {*asynchronous, "tail", "arrivals"} - {"open", "close"}
+
+
+async def test_what_is_no_verb_is_the_brokers_own(broker: Broker) -> None:
+    assert broker.durability == EmbeddedBroker.durability  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError):
+        _ = broker.thirteenth  # type: ignore[attr-defined]
+
+
+async def test_a_refusal_is_raised_and_told(broker: Broker, told: Recorder) -> None:
+    with pytest.raises(NotFound):
+        await broker.get("t", "job_that_is_not_there")
+    assert [span.error for span in told.named("broker.get")] == ["not_found"]
+
+
+async def test_a_reader_that_leaves_ends_its_span(broker: Broker, told: Recorder) -> None:
+    job = await broker.submit(new_job())
+    (lease,) = await broker.claim(WORKER, ["m"], 1, 0)
+    await broker.append([Append(lease.key, 1, [1], ["a"])])
+    async with contextlib.aclosing(cast("AsyncGenerator[Event]", broker.tail("t", job.id))) as events:
+        await anext(events)
+        assert told.named("broker.tail") == []
+    assert [span.error for span in told.named("broker.tail")] == [None]
+
+
+async def test_operations_of_one_moment_share_their_commits(broker: Broker, told: Recorder) -> None:
+    await asyncio.gather(*(broker.submit(new_job()) for _ in range(50)))
+    commits = [span.facts["operations"] for span in told.named("store.commit")]
+    assert sum(cast("list[int]", commits)) >= 50
+    assert len(commits) <= 5
+
+
+async def test_verbs_and_commits_are_counted(broker: Broker, metrics: Metrics) -> None:
+    await finish(broker)
+    counted = metrics.registry.get_sample_value
+    assert counted("penstock_broker_verb_seconds_count", {"verb": "submit"}) == 1
+    assert counted("penstock_broker_verb_seconds_count", {"verb": "append"}) == 1
+    assert counted("penstock_broker_verb_seconds_count", {"verb": "sweep"}) == 0
+    assert (counted("penstock_broker_commit_seconds_count") or 0) >= 2
+    assert counted("gen_ai_server_request_duration_seconds_count", {"gen_ai_request_model": "m"}) == 1
+
+
+async def test_the_end_of_a_job_is_an_event_in_opentelemetrys_words(broker: Broker, told: Recorder) -> None:
+    job = await finish(broker, tokens=5)
+    ((name, facts),) = told.events
+    assert name == "job.ended"
+    assert facts["gen_ai.request.model"] == "m"
+    assert facts["gen_ai.usage.input_tokens"] == 7
+    assert facts["gen_ai.usage.output_tokens"] == 5
+    assert facts["error.type"] is None
+    record = JobRecord.of(facts)
+    assert (record.job, record.status, record.completion_tokens) == (job.id, "completed", 5)
+    assert record.facts == facts
+
+
+async def test_a_job_that_nobody_ran_ends_once_when_it_is_cancelled(broker: Broker, told: Recorder) -> None:
+    job = await broker.submit(new_job())
+    for _ in range(2):
+        await broker.cancel("t", job.id)
+    await broker.forget("t", job.id)
+    ((_, facts),) = told.events
+    assert (facts["job"], facts["error.type"]) == (job.id, "cancelled")
+
+
+async def test_tokens_count_for_each_reader(watch: JobWatch) -> None:
+    job = await finish(watch.broker, tokens=4)
+    for _ in range(2):
+        async for _ in watch.tail("t", job.id):
+            pass
+    assert watch.tokens_read == 8
