@@ -17,6 +17,7 @@ from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.child import backend
 from penstock.engines.child import main as child
+from penstock.engines.child.notices import notify
 from penstock.engines.child.output_queue import AsyncBackend
 from penstock.engines.frames import Progress
 from penstock.engines.host.process import Child
@@ -82,6 +83,7 @@ class Waiting(AsyncBackend):
 
 
 def load(name: str, path: str | None, options: SyntheticOptions, progress: Progress) -> Any:
+    notify("odd.loading", half="\ud83d")
     return Waiting(name) if path == "waiting" else Computing(name, options, progress)
 
 

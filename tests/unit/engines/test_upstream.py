@@ -6,7 +6,7 @@ import asyncio
 import json
 import select
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -27,7 +27,9 @@ from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
 from penstock.core.ports import Finish, Output
 from penstock.core.tasks import Tokenized, vector_text, vector_values
 from penstock.core.tools import Call, parse_tool_calls
+from penstock.engines.child import notices
 from penstock.engines.child.backend import load_backend
+from penstock.engines.frames import Notice
 from penstock.engines.upstream.backend import UpstreamBackend
 from penstock.engines.upstream.dialects import Told
 from penstock.engines.upstream.options import ServerAddress, addresses
@@ -277,6 +279,15 @@ async def engine_of() -> AsyncIterator[Callable[..., Awaitable[Engine]]]:
 
 
 MakeEngine = Callable[..., Awaitable[Engine]]
+
+
+@pytest.fixture
+def noticed() -> Iterator[list[Notice]]:
+    """What the engines tell the server's telemetry."""
+    found: list[Notice] = []
+    notices.listen(found.append)
+    yield found
+    notices.listen()
 
 
 def ask(prompt: str = "say: ", *, max_tokens: int = 10, n: int = 1, **sampling: Any) -> Request:
@@ -568,7 +579,7 @@ async def test_when_no_replica_can_serve_the_job_goes_back_to_the_queue(
 
 
 async def test_a_client_is_not_told_where_the_servers_are(
-    servers: list[Upstream], engine_of: MakeEngine, capfd: pytest.CaptureFixture[str]
+    servers: list[Upstream], engine_of: MakeEngine, noticed: list[Notice]
 ) -> None:
     engine = await engine_of(servers[0], retries=0)
     port = servers[0].url.rpartition(":")[2]
@@ -586,7 +597,7 @@ async def test_a_client_is_not_told_where_the_servers_are(
     with pytest.raises(ModelLoadError) as caught:
         await engine_of(servers[0])
     assert port not in caught.value.message
-    assert capfd.readouterr().err.count(servers[0].url) >= 2, "its operator is"
+    assert sum(notice.facts["replica"] == servers[0].url for notice in noticed) >= 2, "its operator is"
 
 
 async def test_an_attempt_goes_on_behind_what_is_logged(servers: list[Upstream], engine_of: MakeEngine) -> None:
@@ -1436,13 +1447,15 @@ async def test_servers_are_asked_what_they_can(
 
 
 async def test_what_a_server_does_not_tell_is_said(
-    servers: list[Upstream], engine_of: MakeEngine, capfd: pytest.CaptureFixture[str]
+    servers: list[Upstream], engine_of: MakeEngine, noticed: list[Notice]
 ) -> None:
     servers[0].embeds = True
     servers[0].script.append(answer(503))
     engine = await engine_of(servers[0])
     assert engine.backend.info.tasks == ("generate", "tokenize", "score")
-    assert "does not tell whether it has /v1/embeddings (HTTP 503): see the option tasks" in capfd.readouterr().err
+    (notice,) = noticed
+    assert (notice.name, notice.facts["replica"]) == ("replica.unclear", servers[0].url)
+    assert notice.facts["error"] == "it does not tell whether it has /v1/embeddings (HTTP 503): see the option tasks"
 
 
 async def test_who_was_away_is_asked_again(servers: list[Upstream], engine_of: MakeEngine) -> None:

@@ -15,11 +15,13 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
 from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
 from penstock.core.ports import ModelInfo, Output
+from penstock.engines.child import notices
 from penstock.engines.child.backend import Backend, failed_output, load_backend, tokenized_output
 from penstock.engines.child.coalescer import OutputCoalescer
 from penstock.engines.frames import (
@@ -44,14 +46,20 @@ NICENESS = 5
 
 
 class Channel:
-    """The child's end of the pair: blocking sends (a parent that is behind slows the engine), polled receives."""
+    """The child's end of the pair: blocking sends (a parent that is behind slows the engine), polled receives.
+
+    Only `send` may be called from other threads than the main one.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._sending = threading.Lock()
         self._splitter = Splitter(ToChild)
 
     def send(self, message: ToParent) -> None:
-        self._socket.sendall(encode(message))
+        frame = encode(message)
+        with self._sending:
+            self._socket.sendall(frame)
 
     def receive(self, wait: float | None, wakeup: int | None = None) -> list[ToChild]:
         """Commands that have arrived; waits up to *wait* seconds (None: for ever) for the first, or until *wakeup* is
@@ -176,6 +184,7 @@ def main() -> None:
     os.nice(NICENESS)
     os.dup2(2, 1)  # whatever a native library prints must not mix with the server's own output
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    notices.listen(channel.send)
     prepare(sys.argv[2])
     backend = load(channel)
     if backend is None:

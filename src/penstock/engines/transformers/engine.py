@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -42,6 +41,7 @@ from transformers import (
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import ModelInfo
 from penstock.engines.child.backend import Backend
+from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.parts.batching import STEP_TOKENS, ContinuousBatching
@@ -50,8 +50,6 @@ from penstock.engines.parts.sampling import Floats, Ints, Sampler
 from penstock.engines.parts.static import Row, StaticBatching
 from penstock.engines.text.model import TextModel
 from penstock.engines.transformers.options import TransformersOptions
-
-log = structlog.get_logger("penstock.engine")
 
 #: Weights up to this many bytes are computed in float32 on a CPU unless the operator chooses otherwise.
 SMALL = 2_000_000_000
@@ -109,7 +107,7 @@ class TorchNetwork:
                 try:
                     logits = self._replay(inputs)
                 except RuntimeError as error:  # the model does something that cannot be recorded
-                    log.warning("cuda_graphs_off", reason=str(error))
+                    notify("engine.cuda_graphs_off", error=str(error))
                     self._recording = False
                     self._recorded.clear()
                     logits = self._compute(inputs)
@@ -514,7 +512,7 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
         )
 
     if options.batching == "auto":
-        log.warning("static_batching", model=name, reason=reason)
+        notify("engine.static_batching", error=reason)
     model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     text.context_length = min(text.context_length, options.context or text.context_length)
     info = ModelInfo(
