@@ -22,20 +22,13 @@ from penstock.core.job import TERMINAL, TRANSITIONS, Status, Usage
 from penstock.core.ports import Broker, QueueStats
 from penstock.engines.plugin import engine_names, find_engine
 from penstock.gateway.app import OPERATIONS
-from penstock.gateway.dialects.anthropic.routes import CreateMessage
+from penstock.gateway.dialects.anthropic.bodies import CreateMessage
 from penstock.gateway.dialects.fields import JobBody
-from penstock.gateway.dialects.native.routes import (
-    Generate,
-    GenerateJob,
-    complete_frame,
-    end_frame,
-    feed_frames,
-    token_frames,
-)
-from penstock.gateway.dialects.openai.chat import ChatCompletion
-from penstock.gateway.dialects.openai.completions import TextCompletion
+from penstock.gateway.dialects.native.bodies import Generate, GenerateJob
+from penstock.gateway.dialects.native.stream import complete_frame, end_frame, feed_frames, token_frames
+from penstock.gateway.dialects.openai.bodies import ChatCompletion, TextCompletion
 from penstock.gateway.dialects.openai.embeddings import CreateEmbeddings
-from penstock.gateway.dialects.responses.routes import CreateResponse
+from penstock.gateway.dialects.responses.bodies import CreateResponse
 from penstock.gateway.sse import HEADERS
 from penstock.observability.metrics import Metrics
 from penstock.settings import OTHER_VARIABLES, PREFIX, ModelSettings, Settings
