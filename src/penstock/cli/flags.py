@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -14,7 +13,7 @@ import typer
 from rich.text import Text
 
 from penstock.cli.common import Json, print_json, stdout, table
-from penstock.core.errors import InvalidRequest
+from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.settings import BUNDLED, ModelSettings, Settings, explain, load_settings, without_passwords
 
 #: Settings that have a flag, by panel of the help page. The others are structures: environment or file only.
@@ -158,13 +157,14 @@ def settle(
 
 def choose_models(engines: Sequence[str], models: Sequence[str]) -> list[dict[str, Any]]:
     """``--engine`` and ``--model`` as entries of the ``models`` setting."""
-    from penstock.engines.child.main import ENGINES
+
+    from penstock.engines.plugin import find_engine
 
     for engine in engines:
-        if engine not in ENGINES:
-            near = difflib.get_close_matches(engine, ENGINES, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise typer.BadParameter(f"There is no engine {engine!r}.{hint} Engines: {', '.join(ENGINES)}.")
+        try:
+            find_engine(engine)
+        except ModelLoadError as error:
+            raise typer.BadParameter(error.message) from error
     if not models:
         if list(engines) == ["synthetic"]:
             models = ["synthetic"]
