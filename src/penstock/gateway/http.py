@@ -103,10 +103,10 @@ class Call:
         """What an engine makes of a *request* to tokenize: a job, dropped once it is answered. It takes next to
         nothing, so it goes before what takes long."""
         around = Submission(priority=Priority.INTERACTIVE, request_id=self.request_id, on_disconnect="cancel")
-        _, completion = await self.jobs.ask(request, around, self.gone)
+        _, completion = await self.jobs.run_once(request, around, self.disconnected)
         return Tokenized.of(completion)
 
-    async def gone(self) -> None:
+    async def disconnected(self) -> None:
         """Returns when the client has left."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
