@@ -133,3 +133,26 @@ class TestHeaders:
             theirs = (await http.get("/v1/models/m", headers={"anthropic-version": "2023-06-01"})).json()
             missing = (await http.get("/v1/models/no", headers={"anthropic-version": "2023-06-01"})).json()
         assert (ours["object"], theirs["type"], missing["type"]) == ("model", "model", "error")
+
+
+class TestTrace:
+    TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+    @pytest.mark.parametrize("route", ["/v1/jobs", "/submit_job?user_id=u"])
+    async def test_a_job_is_part_of_its_requests_trace(self, broker: EmbeddedBroker, route: str) -> None:
+        headers = {"traceparent": f"00-{self.TRACE}-{self.SPAN}-01"}
+        async with client(broker) as http:
+            await http.post(route, json={"prompt": "x"}, headers=headers)
+        (lease,) = await broker.claim(WorkerInfo(id="w", slots=1), ["m"], 1, 10)
+        assert lease.job.trace is not None
+        version, trace, span, flags = lease.job.trace.split("-")
+        assert (version, trace, flags) == ("00", self.TRACE, "01")
+        assert span != self.SPAN, "a span of its own"
+
+    @pytest.mark.parametrize("header", ["", "00-0-0-0", f"ff-{TRACE}-{SPAN}-01"])
+    async def test_what_is_no_trace_is_ignored(self, broker: EmbeddedBroker, header: str) -> None:
+        async with client(broker) as http:
+            reply = await http.post("/v1/jobs", json={"prompt": "x"}, headers={"traceparent": header})
+        assert reply.status_code == 202
+        (lease,) = await broker.claim(WorkerInfo(id="w", slots=1), ["m"], 1, 10)
+        assert lease.job.trace is None
