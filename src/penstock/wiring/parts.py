@@ -29,7 +29,7 @@ from penstock.gateway.files.routes import FILES
 from penstock.gateway.files.store import FileStore
 from penstock.gateway.gateway import Gateway
 from penstock.gateway.http import Resource
-from penstock.gateway.operator.health import METRICS
+from penstock.gateway.operator.health import METRICS, STATS
 from penstock.gateway.operator.models import MODELS
 from penstock.gateway.operator.models import OPERATIONS as MODEL_OPERATIONS
 from penstock.observability.jobs import JobWatch
@@ -172,7 +172,7 @@ def build_app(
             metrics.render, lambda: manager.ready, create_app(gateway, resources, operations=MODEL_OPERATIONS)
         )
     metrics.watch(lambda: gateway.catalogue.stats, lambda: len(gateway.streams), lambda: jobs.tokens_read)
-    resources |= {METRICS: metrics.render, FILES: batches.store.files, BATCHES: batches}
+    resources |= {METRICS: metrics.render, STATS: metrics.stats, FILES: batches.store.files, BATCHES: batches}
     return create_app(gateway, resources, middleware=[metrics.http])
 
 
