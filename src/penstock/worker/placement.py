@@ -49,7 +49,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Models on demand are unloaded when they were idle for so long; 0: never."""
     swap_after: float = 30.0
     """Busy models make room for one whose jobs have waited for so long, once they are up for as long."""
-    look_interval: float = 0.2
+    poll_interval: float = 0.2
     """Between two looks at the queue."""
     attempts: int = 3
     """How often loading a model is tried before its jobs fail."""
@@ -283,7 +283,7 @@ class _Plan:
             pause = self._policy.defer_ready
         else:
             before = sum(state == "unloaded" and id < model.id for state, id in _elsewhere(model, self._queue))
-            pause = 2 * self._policy.look_interval * before
+            pause = 2 * self._policy.poll_interval * before
         return self._now - max(_since(model), model.elsewhere_since) < pause
 
     def _serve(self, model: ModelState) -> None:
