@@ -161,7 +161,7 @@ class RedisBroker:
                 tenant=job.tenant,
                 user=job.user or "",
                 model=job.request.model,
-                priority=job.priority,
+                priority=int(job.priority),
                 estimate=job.request.estimated_prompt_tokens,
                 deadline=job.deadline_at,
                 caller_now=self._clock.now(),
