@@ -30,6 +30,8 @@ STORE = EMBEDDED + "store.py"
 WORKER = "penstock/worker/worker.py"
 PLACEMENT = "penstock/worker/placement.py"
 STANDBY = "penstock/engines/host/standby.py"
+RULES = "tests/unit/worker/test_rules.py"
+PLACED = "tests/unit/worker/test_placement.py"
 CONTRACT = "tests/contract/test_embedded_broker.py"
 
 
@@ -57,6 +59,7 @@ FIFO = (
     "AND jobs.priority = lanes.priority AND status = 'queued') LIMIT 1"
 )
 OF_TENANT = '"id = ? AND tenant = ?", job, tenant)'
+BLAMED = "beside = len(blamed)"
 UNIQUE = "CREATE UNIQUE INDEX IF NOT EXISTS jobs_key"
 
 MUTANTS = [
@@ -269,14 +272,78 @@ MUTANTS = [
         ("tests/unit/worker/test_worker.py",),
     ),
     Mutant(
+        "cleared counts as absolved",
+        ((WORKER, "beside = len(blamed) if len(blamed) == len(self._active) else max(2, len(blamed))", BLAMED),),
+        (RULES,),
+    ),
+    Mutant(
+        "a busy worker always takes suspects",
+        ((WORKER, "if self._has_bystanders() and now < self._suspects_at:", "if False:"),),
+        (RULES,),
+    ),
+    Mutant(
+        "pending leases that were lost are begun",
+        ((WORKER, "for lease in self._pending if lease.key not in lost)", "for lease in self._pending)"),),
+        (RULES,),
+    ),
+    Mutant(
+        "suspects and others join together",
+        (
+            (WORKER, "self._pending.extend(suspects or leases)", "self._pending.extend(leases)"),
+            (WORKER, "if suspects and len(suspects) < len(leases):", "if False:"),
+            (WORKER, "            return not trials\n", "            return True\n"),
+        ),
+        (RULES,),
+    ),
+    Mutant(
+        "the crash limit of a trial is never reached",
+        ((WORKER, " and self.lease.job.crashes < TRIAL_CRASHES", ""),),
+        (RULES,),
+    ),
+    Mutant(
+        "the reserved wait is ignored",
+        ((WORKER, "RESERVED_WAIT if free <= info.reserve else PARTIAL_WAIT", "PARTIAL_WAIT"),),
+        (RULES,),
+    ),
+    Mutant(
+        "n choices take one slot",
+        ((WORKER, "sum(active.lease.job.request.n for active in self._active.values())", "len(self._active)"),),
+        (RULES,),
+    ),
+    Mutant(
+        "dropped jobs are not aborted in the engine",
+        ((WORKER, "                self._engine.abort(key)\n", ""),),
+        (RULES,),
+    ),
+    Mutant(
+        "a heartbeat appends nothing",
+        ((WORKER, "verdicts = await self._broker.append([Append(lease, 0) for lease in leases])", "verdicts = {}"),),
+        (RULES,),
+    ),
+    Mutant(
+        "tokens are lost while the broker is away",
+        ((WORKER, "                await asyncio.sleep(pause)\n\n", "                return {}\n\n"),),
+        (RULES,),
+    ),
+    Mutant(
         "a busy model never makes room",
         ((PLACEMENT, "self._now - _since(model) >= self._policy.swap_after", "False"),),
-        ("tests/unit/worker/test_manager.py", "-k", "left_alone"),
+        (PLACED,),
+    ),
+    Mutant(
+        "small models overtake a large one that is due",
+        ((PLACEMENT, "self._reserved += target", "pass"),),
+        (PLACED,),
     ),
     Mutant(
         "the budget counts no spares",
-        ((PLACEMENT, "(self.held_spares + self.phase.loaded - takes_spare)", "self.phase.loaded"),),
-        ("tests/unit/worker/test_manager.py", "-k", "spares_go_before"),
+        ((PLACEMENT, "(self.held_spares + self.phase.loaded - self.takes_spare)", "self.phase.loaded"),),
+        (PLACED,),
+    ),
+    Mutant(
+        "two models count on the same room for their spares",
+        ((PLACEMENT, "spares=ready, held_spares=count)", "spares=ready)"),),
+        (PLACED,),
     ),
     Mutant(
         "a spare is loaded anew",
