@@ -141,7 +141,7 @@ class Walk:
         if pick.random() < 0.2:
             fields["idempotency_key"] = pick.choice(["k", "k:2"])
         if pick.random() < 0.2:
-            fields["keep"] = pick.choice([5.0, 60.0])
+            fields["retain_for"] = pick.choice([5.0, 60.0])
         new = job(pick.choice(TENANTS), pick.choice(MODELS), pick.choice([1, 4, 300]), **fields)
         with contextlib.suppress(Overloaded):
             self.jobs.append(await self.broker.submit(new))

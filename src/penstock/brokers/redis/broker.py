@@ -173,7 +173,7 @@ class RedisBroker:
                 max_queued_per_tenant=-(-policy.max_queued_per_tenant // shards),
                 max_bytes_per_tenant=-(-policy.max_bytes_per_tenant // shards),
                 memory_full=self._memory_full,
-                keep=job.keep,
+                retain_for=job.retain_for,
                 choices=job.request.n,
             )
         )

@@ -214,7 +214,7 @@ class Submit(Script[Created | Found | Refused]):
     max_queued_per_tenant: int
     max_bytes_per_tenant: int
     memory_full: bool
-    keep: float | None
+    retain_for: float | None
     """Seconds for which it is kept after its end; None: as the policy says."""
     choices: int
 
