@@ -14,10 +14,6 @@ LIMIT = 600
 EXCEPTIONS = {
     "src/penstock/brokers/embedded/broker.py": "to be three: queue, log, broker",
     "src/penstock/brokers/redis/broker.py": "to have its options and rows elsewhere",
-    "src/penstock/engines/text.py": "to be parts: model, detokenizer, reply, chat template, tools",
-    "src/penstock/gateway/batches/run.py": "to be planned anew with the gateway's rooms",
-    "src/penstock/gateway/routes/responses.py": "to be a dialect's folder",
-    "src/penstock/gateway/schemas.py": "to go: each dialect types its own answers",
     "tests/clients/scripted.py": "one perfect model, in one file for all clients",
     "tests/integration/test_redis_broker.py": "to be cut by fault: network, server, clock",
     "tests/integration/test_responses_sdk.py": "to be cut: streams, state, tools",

@@ -48,11 +48,6 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=False):
     limit: int | UnsetType = UNSET
     """… and how many the model's context holds. Every dialect has words of its own for it; clients look for them."""
 
-    @property
-    def shown(self) -> ErrorInfo:
-        """What clients see of it: the four fields of the one error shape."""
-        return self if self.tokens is UNSET else msgspec.structs.replace(self, tokens=UNSET, limit=UNSET)
-
 
 class PenstockError(Exception):
     """Root of the tree. ``retry_after`` (seconds) becomes ``Retry-After`` where set. An engine's failure of a sequence

@@ -45,11 +45,14 @@ def _answering(call: Callable[..., Awaitable[Any]], name: str, telemetry: Teleme
 def _streaming(
     call: Callable[..., AsyncGenerator[Any]], name: str, telemetry: Telemetry
 ) -> Callable[..., AsyncGenerator[Any]]:
-    @functools.wraps(call)
-    async def observe(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+    async def read(items: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
         with telemetry.span(name):
-            async with contextlib.aclosing(call(*args, **kwargs)) as items:
+            async with contextlib.aclosing(items):
                 async for item in items:
                     yield item
+
+    @functools.wraps(call)
+    def observe(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        return read(call(*args, **kwargs))  # called now: `arrivals` tells what comes from the call on
 
     return observe

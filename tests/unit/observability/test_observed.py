@@ -72,6 +72,7 @@ async def test_each_verb_of_the_port_has_spans(broker: Broker, told: Recorder) -
             await broker.submit(new_job(user="u"))
     leases = await broker.claim(WORKER, ["m"], 1, 0)
     await broker.release([Release(lease.key) for lease in leases])
+    await broker.register(WORKER)
     await broker.cancel("t", leases[0].job.id)
     await broker.forget("t", job.id)
     await broker.list(Query(tenant="t"))
@@ -79,6 +80,13 @@ async def test_each_verb_of_the_port_has_spans(broker: Broker, told: Recorder) -
     await broker.sweep()
     found = {span.name for span in told.spans if span.name.startswith("broker.")}
     assert found == {f"broker.{verb}" for verb in VERBS}
+
+
+async def test_arrivals_tell_what_comes_from_the_call_on(broker: Broker) -> None:
+    async with contextlib.aclosing(broker.arrivals("t", "u")) as arrivals:
+        job = await broker.submit(new_job(user="u"))
+        async with asyncio.timeout(10):
+            assert await anext(arrivals) == job.id
 
 
 def test_verbs_are_those_of_the_port() -> None:
@@ -90,7 +98,7 @@ def test_verbs_are_those_of_the_port() -> None:
 async def test_what_is_no_verb_is_the_brokers_own(broker: Broker) -> None:
     assert broker.durability == EmbeddedBroker.durability  # type: ignore[attr-defined]
     with pytest.raises(AttributeError):
-        _ = broker.thirteenth  # type: ignore[attr-defined]
+        _ = broker.another  # type: ignore[attr-defined]
 
 
 async def test_a_refusal_is_raised_and_told(broker: Broker, told: Recorder) -> None:
