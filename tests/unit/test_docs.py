@@ -8,7 +8,6 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from penstock.core.errors import STATUS_OF_CODE
 from penstock.core.events import Ended, Tokens
 from penstock.core.job import TERMINAL, TRANSITIONS, Status, Usage
 from penstock.core.ports import Broker, QueueStats
-from penstock.engines.child.main import ENGINES
+from penstock.engines.plugin import engine_names, find_engine
 from penstock.gateway.app import OPERATIONS
 from penstock.gateway.dialects.anthropic.bodies import CreateMessage
 from penstock.gateway.dialects.fields import JobBody
@@ -261,7 +260,7 @@ class TestConfiguration:
         values = tomllib.loads(example[0])
         assert set(values) <= set(Settings.model_fields)
         for model in values["models"]:
-            assert ModelSettings(**model).engine in ENGINES
+            assert ModelSettings(**model).engine in engine_names()
 
 
 class TestMetricsPage:
@@ -288,24 +287,16 @@ class TestMetricsPage:
 
 class TestEnginesPage:
     def test_every_engine_has_a_section(self) -> None:
-        for name in ENGINES:
+        for name in engine_names():
             assert f"\n## {name}\n" in read("engines.md")
 
-    def test_every_option_of_openvino_with_its_default(self) -> None:
-        from penstock.engines.openvino.engine import Options
-
-        section = read("engines.md").split("\n## openvino\n")[1].split("\n## ")[0]
-        listed = dict(re.findall(r"^\| `(\w+)` \| (`.*?`) \|", section, re.MULTILINE))
-        assert listed == {option.name: f"`{option.default}`" for option in fields(Options)}
-
-    def test_every_option_of_upstream_with_its_default(self) -> None:
-        from penstock.engines.upstream.options import Options
-
-        section = read("engines.md").split("\n## upstream\n")[1].split("\n## ")[0]
-        listed = dict(re.findall(r"^\| `(\w+)` \| (`.*?`|–) \|", section, re.MULTILINE))
-        assert listed == {
-            option.name: "–" if option.default == "" else f"`{option.default}`" for option in fields(Options)
-        }
+    @pytest.mark.parametrize("engine", ["llama", "openvino", "transformers", "upstream", "vllm"])
+    def test_every_option_with_its_default(self, engine: str) -> None:
+        section = read("engines.md").split(f"\n## {engine}\n")[1].split("\n## ")[0]
+        table = section.split("| option | default |")[1].split("\n\n")[0]
+        listed = dict(re.findall(r"^\| `(\w+)` \| (`.*?`|–) \|", table, re.MULTILINE))
+        options = msgspec.structs.fields(find_engine(engine).options)
+        assert listed == {option.name: "–" if option.default == "" else f"`{option.default}`" for option in options}
 
 
 class TestArchitecture:
