@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines sdks run demo test test-long test-unit test-contract test-integration test-chaos test-valkey test-vllm check fmt lint bench benchmark bench-peers peers models loadtest mutants comply clients test-browser screenshots clean
+.PHONY: help setup engines sdks run demo test test-long test-unit test-contract test-integration test-chaos test-valkey test-vllm check check-web fmt lint bench benchmark bench-peers peers models loadtest mutants comply clients test-browser screenshots clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -108,6 +108,15 @@ check: lint ## Format, lint, types, layers, lengths of files
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/file_lengths.py
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory check-web; \
+	else echo "The types of the page's scripts are not checked: there is no npm here (on Debian: apt install npm)."; fi
+
+check-web: tools/web/node_modules/.installed ## Types of the page's scripts (needs npm)
+	tools/web/node_modules/.bin/tsc --project tools/web
+
+tools/web/node_modules/.installed: tools/web/package-lock.json
+	npm ci --prefix tools/web --no-audit --no-fund --loglevel=error
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -133,4 +142,4 @@ loadtest: setup ## The serving layer alone: 600 requests, 60 at once, 64 tokens 
 	$(BIN)/python -m benchmarks compare synthetic $(ARGS)
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .venv-examples .venv-clients examples/openai-node/node_modules tests/clients/*/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) .venv-examples .venv-clients examples/openai-node/node_modules tools/web/node_modules tests/clients/*/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

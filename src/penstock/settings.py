@@ -29,11 +29,11 @@ from penstock.worker.placement import Policy
 PREFIX = "PENSTOCK_"
 FILE = "penstock.toml"
 
-#: Variables with our prefix that are no settings of a server: where the file is, where converted models are kept,
+#: Variables with our prefix that are not settings of a server: where the file is, where converted models are kept,
 #: which server the command line talks to.
 OTHER_VARIABLES = frozenset({"config", "cache", "url"})
 
-#: The model in the box.
+#: The bundled model.
 BUNDLED = "millrace"
 
 
@@ -41,7 +41,7 @@ BUNDLED = "millrace"
 
 
 class BrokerAddress(str):
-    """Refused without its text: it may hold a password."""
+    """A message leaves it out, since it may hold a password."""
 
     def __new__(cls, value: object) -> BrokerAddress:
         if value != EMBEDDED:
@@ -153,7 +153,7 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     standby: Annotated[int, Meta(ge=0, le=16)] = 0
 
     def without_secrets(self) -> ModelSettings:
-        """For people and logs: an API key, and a password in an address, are left out."""
+        """For people and logs: without API keys and passwords in addresses."""
         shown = {name: "***" if name == "key" else value for name, value in self.options.items()}
         return msgspec.structs.replace(self, options=shown, path=self.path and without_passwords(self.path))
 

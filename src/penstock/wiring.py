@@ -32,7 +32,7 @@ from penstock.gateway.files.routes import FILES
 from penstock.gateway.files.store import FileStore
 from penstock.gateway.gateway import Gateway
 from penstock.gateway.http import Resource
-from penstock.gateway.operator.health import METRICS
+from penstock.gateway.operator.health import METRICS, STATS
 from penstock.gateway.operator.models import MODELS
 from penstock.gateway.operator.models import OPERATIONS as MODEL_OPERATIONS
 from penstock.observability.broker import observed
@@ -85,7 +85,7 @@ async def run(settings: Settings, watcher: Watcher, *, gateway: bool, workers: b
                 jobs = JobWatch(observed(store, telemetry), telemetry)
                 broker = jobs.broker
                 warm = WarmPool(settings.engine.warm_processes)
-                crew = build_manager(settings, broker, metrics, warm, watcher) if workers else None
+                crew = build_manager(settings, broker, metrics, warm, watcher, telemetry) if workers else None
                 front = Gateway(broker, gateway_config(settings, gateway), models=crew)
                 batches = build_batches(settings, front) if gateway else None
                 app = build_app(front, crew, batches, jobs, metrics)
@@ -209,7 +209,12 @@ def batch_window(settings: Settings) -> int:
 
 
 def build_manager(
-    settings: Settings, broker: Broker, metrics: Metrics, warm: WarmPool, watcher: Watcher
+    settings: Settings,
+    broker: Broker,
+    metrics: Metrics,
+    warm: WarmPool,
+    watcher: Watcher,
+    telemetry: Telemetry,
 ) -> ModelManager:
     """The workers of all configured models, and who decides which are loaded."""
 
@@ -236,7 +241,7 @@ def build_manager(
     clock = SystemClock()
     models = []
     for each in settings.models:
-        engine = build_engine(each, settings, warm, partial(progress, each.name))
+        engine = build_engine(each, settings, warm, partial(progress, each.name), telemetry)
         models.append(Model(each.name, metrics.engine(engine), engine, on_demand=each.load == "demand"))
         if each.load == "demand":
             warm.fill(each.engine)
@@ -255,15 +260,21 @@ def build_manager(
     return manager
 
 
-def build_engine(model: ModelSettings, settings: Settings, warm: WarmPool, on_progress: Progress) -> Standby:
+def build_engine(
+    model: ModelSettings, settings: Settings, warm: WarmPool, on_progress: Progress, telemetry: Telemetry
+) -> Standby:
     spec = EngineSpec(model.engine, model.name, model.path, model.options)
 
     def make() -> EngineProcess:
         return EngineProcess(
-            spec, hang_timeout=settings.engine.hang_timeout, load_timeout=settings.engine.load_timeout, spawn=warm.take
+            spec,
+            hang_timeout=settings.engine.hang_timeout,
+            load_timeout=settings.engine.load_timeout,
+            telemetry=telemetry,
+            spawn=warm.take,
         )
 
-    return Standby(spec, make, wanted=model.standby, warm=warm, on_progress=on_progress)
+    return Standby(spec, make, wanted=model.standby, warm=warm, on_progress=on_progress, telemetry=telemetry)
 
 
 def build_app(
@@ -275,7 +286,7 @@ def build_app(
         assert crew is not None
         return worker_app(metrics.render, lambda: crew.ready, create_app(front, resources, operations=MODEL_OPERATIONS))
     metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: jobs.tokens_read)
-    resources |= {METRICS: metrics.render, FILES: batches.store.files, BATCHES: batches}
+    resources |= {METRICS: metrics.render, STATS: metrics.stats, FILES: batches.store.files, BATCHES: batches}
     return create_app(front, resources, middleware=[metrics.http])
 
 

@@ -24,11 +24,14 @@ from rich.console import Console
 from rich.markup import escape
 
 ROOT = Path(__file__).resolve().parents[2]
-BROKER = "penstock/brokers/embedded/broker.py"
-STORE = "penstock/brokers/embedded/store.py"
+EMBEDDED = "penstock/brokers/embedded/"
+BROKER, QUEUE, LOG, ROWS = (EMBEDDED + f"{name}.py" for name in ("broker", "queue", "log", "rows"))
+STORE = EMBEDDED + "store.py"
 WORKER = "penstock/worker/worker.py"
 PLACEMENT = "penstock/worker/placement.py"
 STANDBY = "penstock/engines/host/standby.py"
+RULES = "tests/unit/worker/test_rules.py"
+PLACED = "tests/unit/worker/test_placement.py"
 CONTRACT = "tests/contract/test_embedded_broker.py"
 
 
@@ -48,14 +51,15 @@ HOLDS = 'job and job.s == "running" and tonumber(job.a) == attempt and job.t == 
 
 FENCED = "if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:"
 
-PUBLISHED = "published.append((self._live[lease.job], tokens))"
-CLOSED = "self._live.pop(job).publish(ended)\n\n        tx.then.append(then)\n"
+WRITTEN = "self._logs.write(tx, runs, now)"
+CLOSED = "self._logs.close(job, ended)\n\n        tx.then.append(then)\n"
 FAIR = "ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
 FIFO = (
     "ORDER BY priority, (SELECT min(seq) FROM jobs WHERE jobs.tenant = lanes.tenant AND jobs.model = lanes.model "
     "AND jobs.priority = lanes.priority AND status = 'queued') LIMIT 1"
 )
-OF_TENANT = "jobs WHERE id = ? AND tenant = ?"
+OF_TENANT = '"id = ? AND tenant = ?", job, tenant)'
+BLAMED = "beside = len(blamed)"
 UNIQUE = "CREATE UNIQUE INDEX IF NOT EXISTS jobs_key"
 
 MUTANTS = [
@@ -89,7 +93,7 @@ MUTANTS = [
     ),
     Mutant(
         "delivery before commit",
-        ((BROKER, PUBLISHED, "self._live[lease.job].publish(tokens)"),),
+        ((BROKER, WRITTEN, WRITTEN + "\n        self._logs.publish(runs)\n        runs.clear()"),),
         ("tests/unit/brokers/test_write_ahead.py",),
     ),
     Mutant(
@@ -132,12 +136,12 @@ MUTANTS = [
     ),
     Mutant(
         "fairness replaced by FIFO",
-        ((BROKER, FAIR, FIFO),),
+        ((QUEUE, FAIR, FIFO),),
         (CONTRACT, "-k", "backlogged or weights or flood or one_claim_shares"),
     ),
     Mutant(
         "priority classes ignored",
-        ((BROKER, FAIR, FAIR.replace("priority, ", "")),),
+        ((QUEUE, FAIR, FAIR.replace("priority, ", "")),),
         (CONTRACT, "-k", "priority"),
     ),
     Mutant(
@@ -154,8 +158,8 @@ MUTANTS = [
     Mutant(
         "tenant check dropped on reading",
         (
-            (BROKER, OF_TENANT, "jobs WHERE id = ? AND ? <> ''"),
-            (BROKER, "if live is None or live.tenant != tenant:", "if live is None:"),
+            (ROWS, OF_TENANT, OF_TENANT.replace("tenant = ?", "? <> ''")),
+            (LOG, "if live is None or live.tenant != tenant:", "if live is None:"),
         ),
         (CONTRACT, "-k", "foreign or tenant"),
     ),
@@ -215,8 +219,8 @@ MUTANTS = [
     Mutant(
         "redis: tenant check dropped on reading",
         (
-            (LUA + "read.lua", "if own[1] ~= ARGV[3] then", "if not own[1] then"),
-            (LUA + "get.lua", "if not job or job.t ~= ARGV[3] then", "if not job then"),
+            (LUA + "read.lua", "if owner ~= tenant then", "if not owner then"),
+            (LUA + "get.lua", "if not job or job.t ~= tenant then", "if not job then"),
         ),
         (REDIS_CONTRACT, "-k", "TestRedisBroker and (foreign or tenant)"),
     ),
@@ -235,8 +239,9 @@ MUTANTS = [
         (
             (
                 REDIS + "broker.py",
-                'words = await shard.run("append", _pack(rows), _EXPIRED, *blobs)',
-                'shard.post("append", _pack(rows), _EXPIRED, *blobs)\n        words = [b"ok"] * len(rows)',
+                "verdicts = await shard.run(scripts.Append(appends=rows, expired=_EXPIRED, blobs=blobs))",
+                "shard.post(scripts.Append(appends=rows, expired=_EXPIRED, blobs=blobs))\n"
+                '        verdicts = [b"ok"] * len(rows)',
             ),
         ),
         (REDIS_CONTRACT, "-k", "TestRedisBroker and (durable or Append or older_attempt)"),
@@ -258,7 +263,7 @@ MUTANTS = [
     ),
     Mutant(
         "redis: nobody is woken",
-        ((LUA + "lib.lua", 'local first = call("ZPOPMIN", idle)', "local first = {}"),),
+        ((LUA + "lib.lua", 'local claimant = call("ZPOPMIN", idle)[1]', "local claimant"),),
         ("tests/integration/test_redis_broker.py",),
     ),
     Mutant(
@@ -267,14 +272,78 @@ MUTANTS = [
         ("tests/unit/worker/test_worker.py",),
     ),
     Mutant(
+        "cleared counts as absolved",
+        ((WORKER, "beside = len(blamed) if len(blamed) == len(self._active) else max(2, len(blamed))", BLAMED),),
+        (RULES,),
+    ),
+    Mutant(
+        "a busy worker always takes suspects",
+        ((WORKER, "if self._has_bystanders() and now < self._suspects_at:", "if False:"),),
+        (RULES,),
+    ),
+    Mutant(
+        "pending leases that were lost are begun",
+        ((WORKER, "for lease in self._pending if lease.key not in lost)", "for lease in self._pending)"),),
+        (RULES,),
+    ),
+    Mutant(
+        "suspects and others join together",
+        (
+            (WORKER, "self._pending.extend(suspects or leases)", "self._pending.extend(leases)"),
+            (WORKER, "if suspects and len(suspects) < len(leases):", "if False:"),
+            (WORKER, "            return not trials\n", "            return True\n"),
+        ),
+        (RULES,),
+    ),
+    Mutant(
+        "the crash limit of a trial is never reached",
+        ((WORKER, " and self.lease.job.crashes < TRIAL_CRASHES", ""),),
+        (RULES,),
+    ),
+    Mutant(
+        "the reserved wait is ignored",
+        ((WORKER, "RESERVED_WAIT if free <= info.reserve else PARTIAL_WAIT", "PARTIAL_WAIT"),),
+        (RULES,),
+    ),
+    Mutant(
+        "n choices take one slot",
+        ((WORKER, "sum(active.lease.job.request.n for active in self._active.values())", "len(self._active)"),),
+        (RULES,),
+    ),
+    Mutant(
+        "dropped jobs are not aborted in the engine",
+        ((WORKER, "                self._engine.abort(key)\n", ""),),
+        (RULES,),
+    ),
+    Mutant(
+        "a heartbeat appends nothing",
+        ((WORKER, "verdicts = await self._broker.append([Append(lease, 0) for lease in leases])", "verdicts = {}"),),
+        (RULES,),
+    ),
+    Mutant(
+        "tokens are lost while the broker is away",
+        ((WORKER, "                await asyncio.sleep(pause)\n\n", "                return {}\n\n"),),
+        (RULES,),
+    ),
+    Mutant(
         "a busy model never makes room",
         ((PLACEMENT, "self._now - _since(model) >= self._policy.swap_after", "False"),),
-        ("tests/unit/worker/test_manager.py", "-k", "left_alone"),
+        (PLACED,),
+    ),
+    Mutant(
+        "small models overtake a large one that is due",
+        ((PLACEMENT, "self._reserved += target", "pass"),),
+        (PLACED,),
     ),
     Mutant(
         "the budget counts no spares",
-        ((PLACEMENT, "(self.held_spares + self.phase.loaded - takes_spare)", "self.phase.loaded"),),
-        ("tests/unit/worker/test_manager.py", "-k", "spares_go_before"),
+        ((PLACEMENT, "(self.held_spares + self.phase.loaded - self.takes_spare)", "self.phase.loaded"),),
+        (PLACED,),
+    ),
+    Mutant(
+        "two models count on the same room for their spares",
+        ((PLACEMENT, "spares=ready, held_spares=count)", "spares=ready)"),),
+        (PLACED,),
     ),
     Mutant(
         "a spare is loaded anew",
@@ -296,8 +365,8 @@ MUTANTS = [
     Mutant(
         "jobs of batches take every slot",
         (
-            (BROKER, "Priority.BATCH if free > claimant.reserve else Priority.NORMAL", "Priority.BATCH"),
-            (BROKER, "reserve = claimant.reserve if priority == Priority.BATCH else 0", "reserve = 0"),
+            (QUEUE, "Priority.BATCH if free > demand.reserve else Priority.NORMAL", "Priority.BATCH"),
+            (QUEUE, "reserve = demand.reserve if row.priority == Priority.BATCH else 0", "reserve = 0"),
         ),
         (CONTRACT, "-k", "reserve"),
     ),
@@ -323,12 +392,12 @@ MUTANTS = [
     ),
     Mutant(
         "a start does not wait for replicas",
-        ((REDIS + "link.py", "self._check_replicas(await ask(", "(await ask("),),
+        ((REDIS + "connection.py", "self._check_replicas(await run_once(", "(await run_once("),),
         ("tests/integration/test_redis_broker.py", "-k", "start_without_confirmation"),
     ),
     Mutant(
         "replicas that do not confirm are not waited for",
-        ((REDIS + "link.py", "self._check_replicas(reply)  # else", "pass  # else"),),
+        ((REDIS + "connection.py", "self._check_replicas(reply)  # else", "pass  # else"),),
         ("tests/integration/test_redis_broker.py", "-k", "survives_the_master or joins_later"),
     ),
     Mutant(

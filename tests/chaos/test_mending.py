@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from penstock.brokers.redis import RedisBroker, RedisOptions, link
+from penstock.brokers.redis import RedisBroker, RedisOptions, connection
 from penstock.core.errors import BrokerUnavailable
 from tests.support.proxy import Proxy
 from tests.support.redis import RedisServer
@@ -40,8 +40,8 @@ def test_a_connection_that_breaks_at_any_moment_is_mended(
 ) -> None:
     """It is cut while calls are being written and read and while it connects; or the whole process stands still for
     longer than a reply may take."""
-    monkeypatch.setattr(link, "REPLY_TIMEOUT", REPLY_TIMEOUT)
-    monkeypatch.setattr(link, "MAX_BACKOFF", 0.05)
+    monkeypatch.setattr(connection, "REPLY_TIMEOUT", REPLY_TIMEOUT)
+    monkeypatch.setattr(connection, "MAX_BACKOFF", 0.05)
     server = RedisServer(tmp_path / "redis")
     try:
         server.start()

@@ -337,7 +337,7 @@ class TestStandby:
                     assert len(check_log(await stream.rest(), job=job)) == 100
             assert spare in server.engine_pids()
             events = [line["event"] for line in server.log_lines()]
-            assert "standby_taken" in events
+            assert "engine.spare_taken" in events
             assert "engine_restart_failed" not in events
             await poll(spares, lambda count: count == 1)  # and there is another one
 

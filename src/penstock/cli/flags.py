@@ -1,8 +1,7 @@
-"""Flags into settings: which command has which, and ``penstock config``, which prints what comes of them."""
+"""Flags become settings: which command has which, and ``penstock config``, which prints the result."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -15,7 +14,7 @@ import typer
 from rich.text import Text
 
 from penstock.cli.common import Json, print_json, stdout, table
-from penstock.core.errors import InvalidRequest
+from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.settings import BUNDLED, SETTINGS, ModelSettings, Settings, load_settings, without_passwords
 
 #: What needs a table or more than one flag: environment or file.
@@ -160,13 +159,14 @@ def settle(
 
 def choose_models(engines: Sequence[str], models: Sequence[str]) -> list[dict[str, Any]]:
     """``--engine`` and ``--model`` as entries of the ``models`` setting."""
-    from penstock.engines.child.main import ENGINES
+
+    from penstock.engines.plugin import find_engine
 
     for engine in engines:
-        if engine not in ENGINES:
-            near = difflib.get_close_matches(engine, ENGINES, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise typer.BadParameter(f"There is no engine {engine!r}.{hint} Engines: {', '.join(ENGINES)}.")
+        try:
+            find_engine(engine)
+        except ModelLoadError as error:
+            raise typer.BadParameter(error.message) from error
     if not models:
         if list(engines) == ["synthetic"]:
             models = ["synthetic"]
@@ -194,7 +194,7 @@ def add_options(models: Sequence[ModelSettings], options: Sequence[str]) -> list
     chosen: list[dict[str, Any]] = [msgspec.to_builtins(model) for model in models]
     for text in options:
         key, equals, value = text.partition("=")
-        # Names may have dots ("qwen2.5"), keys don't; the longest name that fits is meant.
+        # Names may have dots ("qwen2.5"), keys have none: take the longest name that fits.
         name, _, key = key.rpartition(".")
         targets = [each for each in chosen if not name or each["name"] == name]
         if not equals or not key:
@@ -227,7 +227,7 @@ def add_standby(models: list[dict[str, Any]], wishes: Sequence[str]) -> list[dic
 
 
 def _called(models: list[dict[str, Any]], name: str, what: str, *, every: str) -> list[dict[str, Any]]:
-    """The entries that *name* means: a model's name, or *every*."""
+    """The entries of the model *name*, or all if it is *every*."""
     found = [each for each in models if each["name"] == name]
     if not found and name != every:
         served = ", ".join(each["name"] for each in models)

@@ -23,6 +23,7 @@ _FILE_BYTES = 50_000_000
 _FILES = 5
 
 _jobs = structlog.get_logger("penstock.job")
+_events = structlog.get_logger("penstock.event")
 
 
 def configure(level: str, format: str, directory: Path | None) -> None:
@@ -89,6 +90,10 @@ class EventLog:
     def event(self, name: str, facts: Mapping[str, Fact]) -> None:
         if name == "job.ended":
             _log_job(JobRecord.of(facts))
+        elif "error" in facts:
+            _events.warning(name, **facts)
+        else:
+            _events.info(name, **facts)
 
 
 def _log_job(record: JobRecord) -> None:

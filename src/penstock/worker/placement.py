@@ -100,6 +100,8 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     held_spares: int = 0
     """Spare processes that take memory: also one that is being loaded."""
     wanted_spares: int = 0
+    from_spare: bool = False
+    """A spare was ready when its latest load was decided."""
     busy: bool = False
     """It has jobs, or its engine is being restarted."""
     used_at: float = 0.0
@@ -120,8 +122,12 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held(self) -> int:
         """Bytes that are taken by it, or set aside for it."""
-        takes_spare = self.phase is Phase.LOADING and self.spares > 0
-        return self.need * (self.held_spares + self.phase.loaded - takes_spare)
+        return self.need * (self.held_spares + self.phase.loaded - self.takes_spare)
+
+    @property
+    def takes_spare(self) -> bool:
+        """Is one of its spares about to become its process?"""
+        return self.phase is Phase.LOADING and self.from_spare and self.spares > 0
 
     # ------------------------------------------------------------------------------------ moves
 
@@ -131,7 +137,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, phase=phase, **changes)
 
     def loading(self, now: float) -> ModelState:
-        return self.to(Phase.LOADING, emptied=False, waiting_since=None, used_at=now)
+        return self.to(Phase.LOADING, emptied=False, waiting_since=None, used_at=now, from_spare=self.spares > 0)
 
     def loaded(self, now: float) -> ModelState:
         return self.to(Phase.READY, required=False, requested=False, failures=0, ready_at=now)
@@ -367,8 +373,7 @@ class _Plan:
     def _drop_spares(self, target: int, models: Sequence[ModelState]) -> None:
         """End spares of *models* until *target* bytes are free, or about to be."""
         for model in models:
-            takes_one = model.phase is Phase.LOADING and model.spares > 0
-            if self._coming_free() < target and model.held_spares and not takes_one:
+            if self._coming_free() < target and model.held_spares and not model.takes_spare:
                 self._keep(model, 0)
 
     def _unload_until(self, target: int, models: Sequence[ModelState]) -> None:

@@ -21,7 +21,19 @@ import structlog
 
 from penstock.core.aio import Backoff, run_until
 from penstock.core.errors import BrokerUnavailable, EngineDied, ModelLoadError
-from penstock.core.ports import Append, Broker, Clock, Engine, Lease, Output, Release, SystemClock, Verdict, WorkerInfo
+from penstock.core.ports import (
+    Append,
+    Broker,
+    Clock,
+    Engine,
+    Finish,
+    Lease,
+    Output,
+    Release,
+    SystemClock,
+    Verdict,
+    WorkerInfo,
+)
 
 log = structlog.get_logger("penstock.worker")
 
@@ -34,7 +46,7 @@ TRIAL_CRASHES = 3
 RESERVED_WAIT = 0.05
 PARTIAL_WAIT = 0.25
 #: How often a worker that is never idle takes suspects all the same, in seconds.
-ROOM_INTERVAL = 10.0
+SUSPECTS_INTERVAL = 10.0
 #: Pauses before a job is tried again whose failure a retry may cure.
 RETRIES = Backoff(0.5, 30.0)
 
@@ -50,6 +62,23 @@ class _Active:
         self.fresh = 0
         self.trial = lease.job.suspects > 0
         self.appended = True
+
+    def append(self, output: Output, finish: Finish | None) -> Append:
+        """What the log gets of *output*."""
+        append = Append(
+            self.lease.key,
+            self.position,
+            output.ids,
+            output.texts,
+            output.choices,
+            output.logprobs,
+            output.prompt_tokens,
+            finish,
+        )
+        self.position += len(output.ids)
+        self.fresh += len(output.ids)
+        self.appended = True
+        return append
 
     def cleared(self) -> bool:
         return self.fresh >= TRIAL_TOKENS and self.lease.job.crashes < TRIAL_CRASHES
@@ -94,7 +123,7 @@ class Worker:
         self._next_key = 0
         self._state = "loading"
         self._leaving = "draining"
-        self._room_at = 0.0
+        self._suspects_at = 0.0
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         """Set whenever a slot became free, the engine came up, or the worker is to stop."""
@@ -158,27 +187,12 @@ class Worker:
 
     async def _claim_loop(self) -> None:
         while not self._stopping.is_set():
-            free = self._free_slots()
-            if free <= 0 or self._pending or self._trials() or self._state != "ready":
-                self._changed.clear()
+            self._changed.clear()
+            if self._free_slots() <= 0 or self._pending or self._trials() or self._state != "ready":
                 await self._changed.wait()
                 continue
-            models = [model.name for model in self._engine.models]
-            info = msgspec.structs.replace(self.info, takes_suspects=self._takes_suspects())
-            # A claim that leaves batch jobs alone must not wait for long: with the next free slot it could take one.
-            longest = RESERVED_WAIT if free <= info.reserve else PARTIAL_WAIT if self.busy else self._claim_wait
-            wait = min(self._claim_wait, longest)
-            self._claim = asyncio.ensure_future(self._broker.claim(info, models, free, wait))
             try:
-                await asyncio.wait([self._claim])
-            except asyncio.CancelledError:
-                if not self._claim.cancel() and not self._claim.cancelled() and not self._claim.exception():
-                    self._pending.extend(self._claim.result())  # it was served just now: the drain gives them back
-                raise
-            if self._claim.cancelled():
-                continue  # the engine died meanwhile: what came too late is given back by the broker
-            try:
-                leases = self._claim.result()
+                leases = await self._claim_leases()
             except BrokerUnavailable as error:
                 log.warning("claim_failed", error=error.message)
                 await asyncio.sleep(random.uniform(0.1, 1.0))
@@ -189,6 +203,23 @@ class Worker:
                 # They want the engine for themselves: whoever came with them is better off elsewhere, or later.
                 await self._release([Release(lease.key) for lease in leases if not lease.job.suspects])
             await self._admit()
+
+    async def _claim_leases(self) -> list[Lease]:
+        """Ask for jobs for the free slots. Empty if the engine dies meanwhile: the broker gives back what is late."""
+        models = [model.name for model in self._engine.models]
+        info = msgspec.structs.replace(self.info, takes_suspects=self._takes_suspects())
+        free = self._free_slots()
+        # A claim that leaves batch jobs alone must not wait for long: with the next free slot it could take one.
+        longest = RESERVED_WAIT if free <= info.reserve else PARTIAL_WAIT if self.busy else self._claim_wait
+        wait = min(self._claim_wait, longest)
+        self._claim = asyncio.ensure_future(self._broker.claim(info, models, free, wait))
+        try:
+            await asyncio.wait([self._claim])
+        except asyncio.CancelledError:
+            if not self._claim.cancel() and not self._claim.cancelled() and not self._claim.exception():
+                self._pending.extend(self._claim.result())  # it was served just now: the drain gives them back
+            raise
+        return [] if self._claim.cancelled() else self._claim.result()
 
     def _free_slots(self) -> int:
         return self._engine.slots - sum(active.lease.job.request.n for active in self._active.values())
@@ -210,9 +241,9 @@ class Worker:
         """Here they would wait until everybody else has ended: better a worker that has nothing to do, as the one whose
         engine died. Where none is, one that is never idle makes room for them now and then."""
         now = self._clock.now()
-        if self._has_bystanders() and now < self._room_at:
+        if self._has_bystanders() and now < self._suspects_at:
             return False
-        self._room_at = now + ROOM_INTERVAL
+        self._suspects_at = now + SUSPECTS_INTERVAL
         return True
 
     def _trials(self) -> list[_Active]:
@@ -239,7 +270,7 @@ class Worker:
             try:
                 outputs = await self._engine.step()
             except EngineDied as error:
-                await self._bury_engine(error)
+                await self._handle_engine_death(error)
                 continue
             await self._log_outputs(outputs)
 
@@ -258,21 +289,7 @@ class Worker:
             if finish is not None and finish.error is not None and output.retryable:
                 retries.append(Release(lease, retry=finish.error, delay=RETRIES.after(active.lease.job.retries + 1)))
                 finish = None
-            appends.append(
-                Append(
-                    lease,
-                    active.position,
-                    output.ids,
-                    output.texts,
-                    output.choices,
-                    output.logprobs,
-                    output.prompt_tokens,
-                    finish,
-                )
-            )
-            active.position += len(output.ids)
-            active.fresh += len(output.ids)
-            active.appended = True
+            appends.append(active.append(output, finish))
             if active.trial and active.cleared():
                 active.trial = False
                 self._changed.set()
@@ -282,20 +299,21 @@ class Worker:
         verdicts = await self._append(appends)
         if retries:
             await self._release(retries)
+        self._apply_verdicts(verdicts, key_of)
         ended = [append.lease.job for append in appends if append.finish is not None]
-        ended += [release.lease.job for release in retries]
-        self._drop(verdicts, key_of, ended)
+        for job in [*ended, *(release.lease.job for release in retries)]:
+            self._active.pop(key_of[job], None)
+        self._changed.set()
         if self._pending:
             await self._admit()
 
-    def _drop(self, verdicts: dict[str, Verdict], key_of: dict[str, int], ended: Sequence[str] = ()) -> None:
-        for job, verdict in verdicts.items():
-            if verdict is not Verdict.OK and self._active.pop(key_of[job], None) is not None:
+    def _apply_verdicts(self, verdicts: dict[str, Verdict], key_of: dict[str, int]) -> None:
+        """Drop the jobs that are to go on no more, or not here."""
+        for job, key in key_of.items():
+            verdict = verdicts.get(job, Verdict.OK)
+            if verdict is not Verdict.OK and self._active.pop(key, None) is not None:
                 log.info("job_dropped", job_id=job, verdict=verdict.value)
-                self._engine.abort(key_of[job])
-        for job in ended:
-            self._active.pop(key_of[job], None)
-        self._changed.set()
+                self._engine.abort(key)
 
     async def _append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
         """Append, however long the broker is away: the tokens are kept, and the engine waits behind them."""
@@ -317,29 +335,31 @@ class Worker:
     # ------------------------------------------------------------------------------------ heartbeat, death
 
     async def _heartbeat_loop(self) -> None:
+        """Keep the leases of jobs that wait here, or had nothing to append lately."""
         while True:
             await asyncio.sleep(self._lease_ttl / 4)
-            key_of = {active.lease.job.id: key for key, active in self._active.items() if not active.appended}
-            quiet = [self._active[key].lease.key for key in key_of.values()]
+            quiet = {active.lease.job.id: key for key, active in self._active.items() if not active.appended}
             waiting = [lease.key for lease in self._pending]
+            leases = [*(self._active[key].lease.key for key in quiet.values()), *waiting]
             for active in self._active.values():
                 active.appended = False
             try:
                 await self._register()
-                verdicts = await self._broker.append([Append(lease, 0) for lease in [*quiet, *waiting]])
+                verdicts = await self._broker.append([Append(lease, 0) for lease in leases])
             except BrokerUnavailable:
                 continue
-            lost = {lease.job for lease in waiting if verdicts.get(lease.job, Verdict.OK) is not Verdict.OK}
-            self._pending = deque(lease for lease in self._pending if lease.job.id not in lost)
-            self._drop({job: verdict for job, verdict in verdicts.items() if job in key_of}, key_of)
+            lost = {lease for lease in waiting if verdicts.get(lease.job, Verdict.OK) is not Verdict.OK}
+            self._pending = deque(lease for lease in self._pending if lease.key not in lost)
+            self._apply_verdicts(verdicts, quiet)
+            self._changed.set()
             await self._admit()
 
     async def _register(self) -> None:
-        """Say that we are alive, and in which state: a claim for nothing, for when there is no slot to claim for."""
+        """Say that we are alive, and in which state, while there is no slot to claim for."""
         with contextlib.suppress(BrokerUnavailable):
-            await self._broker.claim(self.info, [], 0, 0)
+            await self._broker.register(self.info)
 
-    async def _bury_engine(self, error: EngineDied) -> None:
+    async def _handle_engine_death(self, error: EngineDied) -> None:
         """Give every job back as a suspect (of those on trial and those cleared: the ones on trial), and start a new
         engine, with growing pauses while that fails."""
         blamed = {active.lease.job.id for active in self._trials() or self._active.values()}

@@ -26,10 +26,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from penstock.engines.child.backend import Backend
+from penstock.engines.child.backend import Backend, load_backend
 from penstock.engines.parts.batching import ContinuousBatching
 from penstock.engines.parts.static import StaticBatching
-from penstock.engines.transformers.engine import RECORDED, TorchNetwork, _Recorded, load
+from penstock.engines.transformers.engine import RECORDED, TorchNetwork, _Recorded
 
 #: Set it to cuda to run all of this on a GPU.
 DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")
@@ -63,7 +63,8 @@ def model(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def loaded(folder: Path, **options: str) -> Backend:
-    return load("tiny", str(folder), {"slots": "8", "device": DEVICE, **options}, lambda what, fraction: None)
+    given = {"slots": "8", "device": DEVICE, **options}
+    return load_backend("transformers", "tiny", str(folder), given, lambda what, fraction: None)
 
 
 def generate(backend: Backend, *requests: Request, prefix: Prefix | None = None) -> list[tuple[list[int], str]]:

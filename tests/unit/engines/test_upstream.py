@@ -6,7 +6,7 @@ import asyncio
 import json
 import select
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -27,9 +27,12 @@ from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
 from penstock.core.ports import Finish, Output
 from penstock.core.tasks import Tokenized, vector_text, vector_values
 from penstock.core.tools import Call, parse_tool_calls
-from penstock.engines.upstream.backend import UpstreamBackend, load
+from penstock.engines.child import notices
+from penstock.engines.child.backend import load_backend
+from penstock.engines.frames import Notice
+from penstock.engines.upstream.backend import UpstreamBackend
 from penstock.engines.upstream.dialects import Told
-from penstock.engines.upstream.options import Address, addresses
+from penstock.engines.upstream.options import ServerAddress, addresses
 from penstock.engines.upstream.replicas import BROKEN, TRIP, Replica
 from penstock.engines.upstream.stream import MAX_LINE, Lines, StreamError
 
@@ -266,7 +269,7 @@ async def engine_of() -> AsyncIterator[Callable[..., Awaitable[Engine]]]:
     async def make(*servers: Upstream | str, **options: object) -> Engine:
         urls = ",".join(each if isinstance(each, str) else each.url for each in servers)
         given = {"retries": "2", **{name: str(value) for name, value in options.items()}}
-        backend = await asyncio.to_thread(load, "m", urls, given, lambda what, fraction: None)
+        backend = await asyncio.to_thread(load_backend, "upstream", "m", urls, given, lambda what, fraction: None)
         engines.append(Engine(backend))
         return engines[-1]
 
@@ -276,6 +279,15 @@ async def engine_of() -> AsyncIterator[Callable[..., Awaitable[Engine]]]:
 
 
 MakeEngine = Callable[..., Awaitable[Engine]]
+
+
+@pytest.fixture
+def noticed() -> Iterator[list[Notice]]:
+    """What the engines tell the server's telemetry."""
+    found: list[Notice] = []
+    notices.listen(found.append)
+    yield found
+    notices.listen()
 
 
 def ask(prompt: str = "say: ", *, max_tokens: int = 10, n: int = 1, **sampling: Any) -> Request:
@@ -567,7 +579,7 @@ async def test_when_no_replica_can_serve_the_job_goes_back_to_the_queue(
 
 
 async def test_a_client_is_not_told_where_the_servers_are(
-    servers: list[Upstream], engine_of: MakeEngine, capfd: pytest.CaptureFixture[str]
+    servers: list[Upstream], engine_of: MakeEngine, noticed: list[Notice]
 ) -> None:
     engine = await engine_of(servers[0], retries=0)
     port = servers[0].url.rpartition(":")[2]
@@ -585,7 +597,7 @@ async def test_a_client_is_not_told_where_the_servers_are(
     with pytest.raises(ModelLoadError) as caught:
         await engine_of(servers[0])
     assert port not in caught.value.message
-    assert capfd.readouterr().err.count(servers[0].url) >= 2, "its operator is"
+    assert sum(notice.facts["replica"] == servers[0].url for notice in noticed) >= 2, "its operator is"
 
 
 async def test_an_attempt_goes_on_behind_what_is_logged(servers: list[Upstream], engine_of: MakeEngine) -> None:
@@ -1372,22 +1384,22 @@ def test_lines_are_put_together_and_bounded() -> None:
         ("http://127.0.0.1:9", {"slotz": "1"}, "did you mean 'slots'"),
         ("http://127.0.0.1:9", {"key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
         ("http://127.0.0.1:9", {"tasks": "embed,sing"}, "some of generate, embed, tokenize, score; not 'embed,sing'"),
-        ("http://127.0.0.1:9", {"batch": "0"}, "batch must be in 1"),
+        ("http://127.0.0.1:9", {"batch": "0"}, "batch is a whole number, at least 1 and at most 2,048, not '0'"),
         ("http://127.0.0.1:9", {"dialect": "klingon"}, "auto, openai, vllm, llama or penstock"),
         ("http://127.0.0.1:9", {}, "No upstream server of 'm' answers"),
     ],
 )
 def test_what_the_operator_must_correct(path: str | None, options: dict[str, str], words: str) -> None:
     with pytest.raises(ModelLoadError, match=words):
-        load("m", path, options, lambda what, fraction: None)
+        load_backend("upstream", "m", path, options, lambda what, fraction: None)
 
 
 def test_addresses_with_and_without_a_version() -> None:
     assert addresses("http://a:1, https://b/v1/,http://c/v1beta/openai,http://d/x") == [
-        Address("http://a:1", "http://a:1/v1"),
-        Address("https://b", "https://b/v1"),
-        Address("http://c/v1beta/openai", "http://c/v1beta/openai"),
-        Address("http://d/x", "http://d/x/v1"),
+        ServerAddress("http://a:1", "http://a:1/v1"),
+        ServerAddress("https://b", "https://b/v1"),
+        ServerAddress("http://c/v1beta/openai", "http://c/v1beta/openai"),
+        ServerAddress("http://d/x", "http://d/x/v1"),
     ]
 
 
@@ -1435,13 +1447,15 @@ async def test_servers_are_asked_what_they_can(
 
 
 async def test_what_a_server_does_not_tell_is_said(
-    servers: list[Upstream], engine_of: MakeEngine, capfd: pytest.CaptureFixture[str]
+    servers: list[Upstream], engine_of: MakeEngine, noticed: list[Notice]
 ) -> None:
     servers[0].embeds = True
     servers[0].script.append(answer(503))
     engine = await engine_of(servers[0])
     assert engine.backend.info.tasks == ("generate", "tokenize", "score")
-    assert "does not tell whether it has /v1/embeddings (HTTP 503): see the option tasks" in capfd.readouterr().err
+    (notice,) = noticed
+    assert (notice.name, notice.facts["replica"]) == ("replica.unclear", servers[0].url)
+    assert notice.facts["error"] == "it does not tell whether it has /v1/embeddings (HTTP 503): see the option tasks"
 
 
 async def test_who_was_away_is_asked_again(servers: list[Upstream], engine_of: MakeEngine) -> None:
@@ -1476,7 +1490,7 @@ class Time:
 def a_replica(clock: Time) -> Replica:
     from penstock.engines.upstream.dialects import DIALECTS
 
-    replica = Replica(Address("http://x", "http://x/v1"), clock)
+    replica = Replica(ServerAddress("http://x", "http://x/v1"), clock)
     replica.dialect = DIALECTS["openai"]
     return replica
 

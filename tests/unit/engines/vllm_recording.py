@@ -180,9 +180,10 @@ class Recorder:
 def record() -> None:
     import vllm
 
-    from penstock.engines.vllm.engine import load
+    from penstock.engines.child.backend import load_backend
 
-    backend = load("millrace", None, {"dtype": "float32"}, lambda what, fraction: print(what, flush=True))
+    given = {"dtype": "float32"}
+    backend = load_backend("vllm", "millrace", None, given, lambda what, fraction: print(what, flush=True))
     core, scenarios, earlier = backend._core, {}, {}
     for name, actions in SCENARIOS.items():
         backend._core = recorder = Recorder(core)

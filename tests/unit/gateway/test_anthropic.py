@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound, Unsupported
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage
-from penstock.gateway.dialects.anthropic.routes import CreateMessage, MessageWriter, reply
+from penstock.gateway.dialects.anthropic.bodies import CreateMessage
+from penstock.gateway.dialects.anthropic.stream import MessageWriter, reply
 from penstock.gateway.http import decode, json_reply
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
@@ -293,7 +294,7 @@ def test_a_call_that_was_cut_has_no_arguments() -> None:
     of = job(tools=TOOLS, tool_choice="required")
     ended = cut[-1]
     assert isinstance(ended, Ended)
-    answer = reply(of, "".join(FORCED[:2]), ended)
+    answer = msgspec.to_builtins(reply(of, "".join(FORCED[:2]), ended))
     assert [(block["name"], block["input"]) for block in answer["content"]] == [("weather", {})]
     assert answer["stop_reason"] == "max_tokens"
 

@@ -22,12 +22,11 @@ from penstock.core.job import Job, Priority, Request, ResponseFormat, Sampling, 
 from penstock.core.ports import Append, Finish, ModelInfo, Query, QueuePolicy, WorkerInfo
 from penstock.gateway.app import OPERATIONS, create_app
 from penstock.gateway.config import GatewayConfig
-from penstock.gateway.dialects.anthropic.routes import CreateMessage
-from penstock.gateway.dialects.native.routes import Generate, GenerateJob
-from penstock.gateway.dialects.openai.chat import ChatCompletion
-from penstock.gateway.dialects.openai.completions import TextCompletion
+from penstock.gateway.dialects.anthropic.bodies import CreateMessage
+from penstock.gateway.dialects.native.bodies import Generate, GenerateJob
+from penstock.gateway.dialects.openai.bodies import ChatCompletion, TextCompletion
 from penstock.gateway.dialects.openai.embeddings import CreateEmbeddings
-from penstock.gateway.dialects.responses.routes import CreateResponse
+from penstock.gateway.dialects.responses.bodies import CreateResponse
 from penstock.gateway.feed import Cursor
 from penstock.gateway.gateway import Gateway
 from penstock.gateway.http import decode
@@ -569,7 +568,7 @@ class TestTooLong:
         gateway = Served(broker, GatewayConfig(models=("m",), hold=0.0))
         async with gateway.running():
             info = ModelInfo(name="m", engine="synthetic", context_length=20)
-            await broker.claim(WorkerInfo(id="w", models=(info,)), [], 0, 0)
+            await broker.register(WorkerInfo(id="w", models=(info,)))
             await gateway.catalogue.refresh()
             yield gateway
         await broker.close()

@@ -27,8 +27,8 @@ from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import MAX_ERRORS, MAX_LINES, WINDOW, Batch, BatchStore, check_input, read_lines
 from penstock.gateway.config import GatewayConfig
 from penstock.gateway.dialects.registry import BATCHABLE
+from penstock.gateway.dialects.responses.bodies import CreateResponse
 from penstock.gateway.dialects.responses.items import Item
-from penstock.gateway.dialects.responses.routes import CreateResponse
 from penstock.gateway.files.store import FileStore, StoredFile
 from penstock.gateway.gateway import Gateway
 from penstock.testing.clock import ManualClock
@@ -221,12 +221,12 @@ class TestStore:
 
     def test_what_openai_says_of_it(self) -> None:
         batch = Batch(id="batch_x", endpoint=CHAT, input_file_id="file-x", created_at=1.9, expires_at=1.9 + WINDOW)
-        assert view(batch)["expires_at"] - view(batch)["created_at"] == 86_400
-        assert view(batch)["errors"] is None
+        assert view(batch).expires_at - view(batch).created_at == 86_400
+        assert view(batch).errors is None
         batch.output_file_id = "file-y"
-        assert view(batch)["output_file_id"] is None, "not before it can be read"
+        assert view(batch).output_file_id is None, "not before it can be read"
         batch.enter("completed", 5.5)
-        assert (view(batch)["output_file_id"], view(batch)["completed_at"]) == ("file-y", 5)
+        assert (view(batch).output_file_id, view(batch).completed_at) == ("file-y", 5)
 
 
 # ---------------------------------------------------------------------------------------------- the runner

@@ -14,10 +14,9 @@ from msgspec import inspect
 from penstock.core.errors import InvalidRequest
 from penstock.gateway.app import OPERATIONS
 from penstock.gateway.batches.routes import CreateBatch
-from penstock.gateway.dialects.compat.routes import PromptsBody
-from penstock.gateway.dialects.native.routes import GenerateJob
-from penstock.gateway.dialects.openai.chat import ChatCompletion
-from penstock.gateway.dialects.openai.completions import TextCompletion
+from penstock.gateway.dialects.compat.bodies import PromptsBody
+from penstock.gateway.dialects.native.bodies import GenerateJob
+from penstock.gateway.dialects.openai.bodies import ChatCompletion, TextCompletion
 from penstock.gateway.files.routes import FileUpload
 from penstock.gateway.http import decode
 from tests.support.conformance import document

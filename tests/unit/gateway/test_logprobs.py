@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage, new_job_id
-from penstock.gateway.dialects.openai.chat import ChatDialect, Dialect, TextDialect, ToolDialect
+from penstock.gateway.dialects.openai.stream import ChatWriter, ChunkWriter, TextWriter, ToolWriter
 from penstock.gateway.dialects.responses.items import View
 from penstock.gateway.dialects.responses.stream import whole
 from tests.support.sse import Parser
@@ -72,7 +72,7 @@ async def replay(events: list[Event], after: int = 0) -> AsyncIterator[Event]:
             yield event.after(after)
 
 
-def streamed(dialect: type[Dialect], of: Job, events: list[Event], after: int = 0) -> list[dict[str, Any]]:
+def streamed(dialect: type[ChunkWriter], of: Job, events: list[Event], after: int = 0) -> list[dict[str, Any]]:
     """The choices of all chunks behind the position *after*."""
     writer = dialect(of, include_usage=False)
     if after and writer.looks_back:
@@ -102,10 +102,10 @@ CUTS = st.lists(st.integers(1, len(TOKENS) - 1), max_size=4)
 @given(CUTS, st.integers(0, len(TOKENS) - 1))
 def test_completions_place_every_token_in_the_whole_choice(cuts: list[int], after: int) -> None:
     of, events = job(), log(cuts)
-    (choice,) = TextDialect(of, include_usage=False).reply(folded(events))["choices"]
+    (choice,) = msgspec.to_builtins(TextWriter(of, include_usage=False).reply(folded(events)).choices)
     assert choice["logprobs"] == TEXT
     found: dict[str, list[Any]] = {name: [] for name in TEXT}
-    for chunk in streamed(TextDialect, of, events, after):
+    for chunk in streamed(TextWriter, of, events, after):
         for name, values in (chunk["logprobs"] or {}).items():
             found[name] += values
     assert found == {name: values[after:] for name, values in TEXT.items()}
@@ -117,7 +117,7 @@ def test_choices_are_placed_by_themselves() -> None:
         Tokens(1, 1, ids, texts, [0, 1, 0, 1], [Logprob(-1.0, (), text) for text in texts]),
         Ended(5, 1, Status.COMPLETED, ("stop", "stop"), Usage(1, 4)),
     ]
-    parts = [part for part in streamed(TextDialect, job(n=2), events) if part["logprobs"]]
+    parts = [part for part in streamed(TextWriter, job(n=2), events) if part["logprobs"]]
     assert [(part["index"], part["logprobs"]["text_offset"]) for part in parts] == [
         (0, [0]),
         (1, [0]),
@@ -138,18 +138,18 @@ def check_chat(entries: list[dict[str, Any]]) -> None:
         )
 
 
-@pytest.mark.parametrize("dialect", [ChatDialect, ToolDialect])
+@pytest.mark.parametrize("dialect", [ChatWriter, ToolWriter])
 @given(cuts=CUTS)
-def test_chat_has_an_entry_for_every_token(dialect: type[Dialect], cuts: list[int]) -> None:
+def test_chat_has_an_entry_for_every_token(dialect: type[ChunkWriter], cuts: list[int]) -> None:
     of = job(prompt=None, messages=(Message("user", "?"),), tools=(Tool("f"),))
-    (choice,) = dialect(of, include_usage=False).reply(folded(log(cuts)))["choices"]
+    (choice,) = msgspec.to_builtins(dialect(of, include_usage=False).reply(folded(log(cuts))).choices)
     check_chat(choice["logprobs"]["content"])
     parts = streamed(dialect, of, log(cuts))
     check_chat([entry for part in parts if "logprobs" in part for entry in part["logprobs"]["content"]])
 
 
 def test_a_response_has_an_entry_for_every_token() -> None:
-    response = whole(job(), View(), folded(log([])), None)
+    response = msgspec.to_builtins(whole(job(), View(), folded(log([])), None))
     check_chat(response["output"][0]["content"][0]["logprobs"])
 
 
@@ -159,10 +159,10 @@ def test_logs_of_older_versions_are_shown_as_they_are() -> None:
         Tokens(1, 1, [7, 8], ["a", "bc"], None, [*old]),
         Ended(3, 1, Status.COMPLETED, ("stop",), Usage(1, 2)),
     ]
-    (choice,) = TextDialect(job(), include_usage=False).reply(folded(events))["choices"]
+    (choice,) = msgspec.to_builtins(TextWriter(job(), include_usage=False).reply(folded(events)).choices)
     assert choice["logprobs"]["tokens"] == ["a", "bc"]
     assert choice["logprobs"]["text_offset"] == [0, 1]
-    (choice,) = ChatDialect(job(), include_usage=False).reply(folded(events))["choices"]
+    (choice,) = msgspec.to_builtins(ChatWriter(job(), include_usage=False).reply(folded(events)).choices)
     assert [entry["bytes"] for entry in choice["logprobs"]["content"]] == [list(b"a"), list(b"bc")]
     assert (
         json.dumps(choice["logprobs"]["content"][0]["top_logprobs"])

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError, Unsupported
 from penstock.core.events import Ended, Event, Logprob, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, ToolCall, Usage
+from penstock.gateway.dialects.responses.answers import FunctionCallItem
+from penstock.gateway.dialects.responses.bodies import CreateResponse, InputItem
 from penstock.gateway.dialects.responses.items import Item, View, input_items, messages, output_items, owner, view_of
-from penstock.gateway.dialects.responses.routes import CreateResponse, InputItem
 from penstock.gateway.dialects.responses.stream import last_number, render, whole
 from penstock.gateway.http import decode
 from tests.support.sse import Event as Seen
@@ -172,7 +173,9 @@ class TestNamespaces:
         output = {"type": "function_call_output", "call_id": item["call_id"], "output": "done"}
         given = [InputItem(role="user", content="x"), *(msgspec.convert(each, InputItem) for each in (item, output))]
         sent = messages(None, [each.plain(place) for place, each in enumerate(given)])
-        kept = messages(None, [given[0].plain(0), *output_items([item]), given[2].plain(2)])
+        kept = messages(
+            None, [given[0].plain(0), *output_items([msgspec.convert(item, FunctionCallItem)]), given[2].plain(2)]
+        )
         assert sent[1:] == kept[1:]
         assert [call.name for call in sent[1].tool_calls] == [flat]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, NotFound
 from penstock.core.events import Ended, Event, Logprob, Tokens, TopLogprob
 from penstock.core.job import Job, Request, Status, Usage, new_job_id
-from penstock.gateway.dialects.native.routes import render
-from penstock.gateway.dialects.openai.chat import ChatDialect, TextDialect
+from penstock.gateway.dialects.native.stream import render
+from penstock.gateway.dialects.openai.stream import ChatWriter, TextWriter
 from penstock.gateway.sse import EventStream, Streams
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
@@ -64,7 +64,7 @@ class TestFrames:
             assert [event.id for event in events] == [str(n) for n in range(1, len(texts) + 2)]
             assert [event.event for event in events] == ["token"] * len(texts) + ["done"]
 
-    @pytest.mark.parametrize("dialect", [ChatDialect, TextDialect])
+    @pytest.mark.parametrize("dialect", [ChatWriter, TextWriter])
     @given(texts=TEXTS)
     def test_any_text_passes_an_openai_stream_unchanged(self, dialect: Any, texts: list[str]) -> None:
         logprobs = [Logprob(-0.5, (TopLogprob(1, text, -0.5),)) for text in texts]
@@ -93,7 +93,7 @@ class TestFrames:
             runs.append(Tokens(position, 1, [0] * size, [text for _, text in part], [choice for choice, _ in part]))
             position += size
         end = Ended(position, 1, Status.COMPLETED, ("stop",) * 3, Usage(1, len(tokens)))
-        events = parse(asyncio.run(blocks(TextDialect(job(3), include_usage=False).render(replay(*runs, end)))))
+        events = parse(asyncio.run(blocks(TextWriter(job(3), include_usage=False).render(replay(*runs, end)))))
         texts = ["", "", ""]
         for event in events[:-1]:
             for choice in event.data["choices"]:
@@ -108,7 +108,7 @@ class TestFrames:
         end = Ended(1, 1, Status.FAILED, (), Usage(), ErrorInfo(message, code="engine_error"))
         for raw in (
             asyncio.run(blocks(render(job(), replay(end)))),
-            asyncio.run(blocks(ChatDialect(job(), include_usage=False).render(replay(end)))),
+            asyncio.run(blocks(ChatWriter(job(), include_usage=False).render(replay(end)))),
         ):
             (event,) = parse(raw)
             assert event.data["error"]["message"] == message

@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 
 from penstock.brokers.embedded import EmbeddedBroker
-from penstock.core.errors import EngineDied
+from penstock.core.errors import BrokerUnavailable, EngineDied, PenstockError
 from penstock.core.job import Job, Priority, Request, Sampling, Status, new_job_id
 from penstock.core.ports import Append, Finish, Lease, ModelInfo, Output, QueuePolicy, Release, Verdict, WorkerInfo
-from penstock.worker.worker import PARTIAL_WAIT, RESERVED_WAIT, Worker
+from penstock.testing.clock import ManualClock
+from penstock.worker.worker import PARTIAL_WAIT, RESERVED_WAIT, SUSPECTS_INTERVAL, Worker
 
 PATIENCE = 10.0
+#: Seconds of the broker's clock, which only tests move.
+TTL = 60.0
+#: Real seconds: of a worker that sends a heartbeat four times as often, or that does not wait when it claims.
+BRISK = 0.02
 
 
 class FakeEngine:
@@ -63,6 +68,12 @@ class FakeEngine:
         finish = Finish(("stop",) * lease.job.request.n) if end else None
         self._outputs.put_nowait([Output(key, [1] * count, ["x"] * count, finish=finish)])
 
+    def fail(self, job: str, *, retryable: bool) -> None:
+        key = next(key for key, lease in self.running.items() if lease.job.id == job)
+        del self.running[key]
+        error = PenstockError("It went wrong.").info
+        self._outputs.put_nowait([Output(key, finish=Finish(error=error), retryable=retryable)])
+
     def die(self) -> None:
         self.running.clear()
         self._outputs.put_nowait(EngineDied("gone"))
@@ -75,12 +86,15 @@ class RecordingBroker(EmbeddedBroker):
         super().__init__(path, **options)
         self.claims: list[tuple[WorkerInfo, int, float]] = []
         self.claiming = 0
-        self.verdicts: dict[str, Verdict] = {}
+        self.appends: list[tuple[str, Verdict]] = []
+        """(job, what it was answered), of each append that was tried."""
+        self.away = 0
+        """So many appends fail."""
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
-        if worker.id != "w0" and limit:
+        if worker.id != "w0":
             await self.gate.wait()
             self.claims.append((worker, limit, wait))
         self.claiming += 1
@@ -90,14 +104,17 @@ class RecordingBroker(EmbeddedBroker):
             self.claiming -= 1
 
     async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
+        if self.away:
+            self.away -= 1
+            raise BrokerUnavailable("away")
         verdicts = await super().append(appends)
-        self.verdicts |= verdicts
+        self.appends += verdicts.items()
         return verdicts
 
 
 class Host:
-    def __init__(self, broker: RecordingBroker, ttl: float) -> None:
-        self.broker, self.ttl = broker, ttl
+    def __init__(self, broker: RecordingBroker, clock: ManualClock) -> None:
+        self.broker, self.clock = broker, clock
         self.engine = FakeEngine()
 
     async def submit(self, n: int = 1, priority: Priority = Priority.NORMAL) -> Job:
@@ -121,10 +138,10 @@ class Host:
         worker = Worker(
             self.broker,
             self.engine,
-            lease_ttl=self.ttl,
-            drain_timeout=0.1,
+            drain_timeout=BRISK,
             restart_backoff=0.01,
-            **{"claim_wait": 0.5, **options},
+            clock=self.clock,
+            **{"lease_ttl": TTL, "claim_wait": 0.5, **options},
         )
         running = asyncio.create_task(worker.run())
         try:
@@ -144,6 +161,16 @@ class Host:
             while (await self.broker.get("t", job.id)).tokens < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
+    async def reached(self, job: Job, status: Status) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while await self.status(job) is not status:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def heartbeat(self, job: Job, verdict: Verdict = Verdict.OK) -> None:
+        """Until the worker has appended for *job* once more, and was answered *verdict*."""
+        seen = len(self.broker.appends)
+        await self.until(lambda: (job.id, verdict) in self.broker.appends[seen:])
+
     async def claims(self, count: int = 2) -> None:
         """Until the worker has asked so often again: whatever it would take, it has taken."""
         seen = len(self.broker.claims)
@@ -151,11 +178,11 @@ class Host:
 
 
 @pytest.fixture
-async def host(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Host]:
-    ttl = getattr(request, "param", 60.0)
-    broker = RecordingBroker(tmp_path, policy=QueuePolicy(lease_ttl=ttl))
+async def host(tmp_path: Path) -> AsyncIterator[Host]:
+    clock = ManualClock()
+    broker = RecordingBroker(tmp_path, policy=QueuePolicy(lease_ttl=TTL), clock=clock)
     await broker.open()
-    yield Host(broker, ttl)
+    yield Host(broker, clock)
     await broker.close()
 
 
@@ -185,7 +212,7 @@ async def test_what_fits_beside_is_taken(host: Host) -> None:
 async def test_a_job_that_is_wider_than_the_engine_runs_alone(host: Host) -> None:
     host.engine.slots = 4
     narrow, wide, last = [await host.submit(n=n) for n in (1, 8, 1)]
-    async with host.worker(claim_wait=0.02):
+    async with host.worker(claim_wait=BRISK):
         await host.until(lambda: host.engine.jobs == {narrow.id})
         await host.claims()
         assert host.engine.jobs == {narrow.id}, "the wide one is not overtaken"
@@ -225,34 +252,81 @@ async def test_a_cancelled_job_is_aborted_in_the_engine(host: Host) -> None:
         await host.until(lambda: host.engine.aborted == [job.id])
 
 
-@pytest.mark.parametrize("host", [0.4], indirect=True)
 async def test_a_silent_job_keeps_its_lease(host: Host) -> None:
     job = await host.submit()
-    async with host.worker():
+    async with host.worker(lease_ttl=BRISK):
         await host.until(lambda: job.id in host.engine.jobs)
-        until = asyncio.get_running_loop().time() + 3 * host.ttl
-        while asyncio.get_running_loop().time() < until:
+        for _ in range(3):
+            host.clock.advance(TTL * 0.9)
+            await host.heartbeat(job)
             await host.broker.sweep()
-            await asyncio.sleep(0.05)
         assert (await host.broker.get("t", job.id)).attempt == 1
 
 
-@pytest.mark.parametrize("host", [0.6], indirect=True)
+async def test_a_job_that_was_cancelled_while_it_was_silent_is_aborted(host: Host) -> None:
+    job = await host.submit()
+    async with host.worker(lease_ttl=BRISK):
+        await host.until(lambda: job.id in host.engine.jobs)
+        await host.broker.cancel("t", job.id)
+        await host.until(lambda: host.engine.aborted == [job.id])
+
+
 async def test_a_lease_that_was_lost_while_it_waited_is_not_begun(host: Host) -> None:
     running = await host.submit()
-    async with host.worker(claim_wait=0.05):
+    async with host.worker(lease_ttl=BRISK, claim_wait=BRISK):
         await host.until(lambda: running.id in host.engine.jobs)
         host.broker.gate.clear()
         await host.until(lambda: not host.broker.claiming)
         (suspect,) = await host.suspects(1, 2)
         host.broker.gate.set()
-        await host.until(lambda: host.broker.verdicts.get(suspect.id) is Verdict.OK)  # of a heartbeat
+        await host.heartbeat(suspect)
         assert suspect.id not in host.engine.jobs, "it waits for the bystander to end"
         await host.broker.cancel("t", suspect.id)
-        await host.until(lambda: host.broker.verdicts[suspect.id] is Verdict.CANCELLED)
+        await host.heartbeat(suspect, Verdict.CANCELLED)
+        last = await host.submit()  # for which it asks again
+        await host.until(lambda: host.engine.jobs == {running.id, last.id})
         host.engine.emit(running.id, end=True)
-        last = await host.submit()
-        await host.until(lambda: host.engine.jobs == {last.id})
+        host.engine.emit(last.id, end=True)
+        await host.until(lambda: not host.engine.jobs)
+        await host.claims()
+        assert not host.engine.jobs
+
+
+async def test_what_it_cannot_run_any_more_is_given_back(host: Host) -> None:
+    job = await host.submit()
+    async with host.worker() as worker:
+        await host.until(lambda: job.id in host.engine.jobs)
+        host.engine.emit(job.id, 3)
+        await host.written(job, 3)
+        worker.stop()
+        await host.until(lambda: worker.info.state == "draining")
+    left = await host.broker.get("t", job.id)
+    assert (left.status, left.tokens, left.retries, left.crashes) == (Status.QUEUED, 3, 0, 0)
+
+
+async def test_a_failure_that_a_retry_may_cure_is_tried_again(host: Host) -> None:
+    job = await host.submit()
+    async with host.worker(claim_wait=BRISK):
+        await host.until(lambda: job.id in host.engine.jobs)
+        host.engine.fail(job.id, retryable=True)
+        await host.reached(job, Status.QUEUED)
+        host.clock.advance(1)  # its pause
+        await host.broker.sweep()
+        await host.until(lambda: job.id in host.engine.jobs)
+        assert (await host.broker.get("t", job.id)).retries == 1
+        host.engine.fail(job.id, retryable=False)
+        await host.reached(job, Status.FAILED)
+
+
+async def test_an_append_is_repeated_while_the_broker_is_away(host: Host) -> None:
+    job = await host.submit()
+    async with host.worker():
+        await host.until(lambda: job.id in host.engine.jobs)
+        host.broker.away = 2
+        host.engine.emit(job.id, 3)
+        host.engine.emit(job.id, 2, end=True)
+        await host.written(job, 5)
+        assert await host.status(job) is Status.COMPLETED
 
 
 # ------------------------------------------------------------------------------------------ suspects
@@ -302,8 +376,13 @@ async def test_who_was_at_three_deaths_is_not_cleared(host: Host) -> None:
 
 
 async def test_a_busy_worker_leaves_suspects_to_others(host: Host) -> None:
+    """But where all are busy, each takes them now and then."""
     job = await host.submit()
-    async with host.worker(claim_wait=0.02):
-        await host.until(lambda: job.id in host.engine.jobs and len(host.broker.claims) >= 3)
+    async with host.worker(claim_wait=BRISK):
+        await host.until(lambda: job.id in host.engine.jobs)
         assert host.broker.claims[0][0].takes_suspects
         await host.until(lambda: not host.broker.claims[-1][0].takes_suspects)
+        host.clock.advance(SUSPECTS_INTERVAL)
+        seen = len(host.broker.claims)
+        await host.claims(3)
+        assert [worker.takes_suspects for worker, *_ in host.broker.claims[seen:][:3]].count(True) == 1

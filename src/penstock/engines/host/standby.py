@@ -13,15 +13,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-import structlog
-
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import Lease, ModelInfo, Output
+from penstock.core.telemetry import Telemetry
 from penstock.engines.frames import Progress
 from penstock.engines.host.memory import estimate, held_by
-from penstock.engines.host.process import Child, EngineProcess, EngineSpec
-
-log = structlog.get_logger("penstock.engine")
+from penstock.engines.host.process import NO_TELEMETRY, Child, EngineProcess, EngineSpec
 
 #: Seconds after a swap before the next spare is loaded: the jobs that were interrupted come first.
 SETTLE = 2.0
@@ -92,6 +89,7 @@ class Standby:
         wanted: int = 0,
         warm: WarmPool | None = None,
         on_progress: Progress = lambda what, fraction: None,
+        telemetry: Telemetry = NO_TELEMETRY,
     ) -> None:
         self.spec = spec
         self.wanted = wanted
@@ -100,6 +98,7 @@ class Standby:
         self._make = make
         self._warm = warm
         self._on_progress = on_progress
+        self._telemetry = telemetry
         self._active = make()
         self._spares: list[EngineProcess] = []
         self._loading = 0
@@ -131,7 +130,7 @@ class Standby:
             dead, self._active = self._active, spare
             self._changed.set()
             await dead.close()
-            log.info("standby_taken", model=self.spec.model, left=len(self._spares))
+            self._telemetry.event("engine.spare_taken", model=self.spec.model, left=len(self._spares))
             return
         self._active.on_progress = self._on_progress
         try:
@@ -204,7 +203,9 @@ class Standby:
                     backoff = LOOK
                     continue
                 except ModelLoadError as error:
-                    log.warning("standby_failed", model=self.spec.model, error=error.message, retry_in=backoff)
+                    self._telemetry.event(
+                        "engine.spare_failed", model=self.spec.model, error=error.message, retry_in=backoff
+                    )
                     pause, backoff = backoff, min(MAX_BACKOFF, 2 * backoff)
             self._changed.clear()
             with contextlib.suppress(TimeoutError):

@@ -40,9 +40,8 @@ from penstock.engines.child.backend import failed_output
 from penstock.engines.child.choices import ThreadedChoices
 from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.frames import Progress
+from penstock.engines.llama.options import LlamaOptions
 from penstock.engines.models import find_gguf
-from penstock.engines.options import LlamaOptions as Options
-from penstock.engines.options import parse
 from penstock.engines.parts.guide import Guide, Guides, followed, lark_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Sampler, stream_key
@@ -236,7 +235,7 @@ class LlamaBackend(ThreadedBackend):
     """See `penstock.engines.child.backend.Backend`."""
 
     def __init__(
-        self, name: str, server: Any, key: str, text: GgufText, context: int, precision: str, options: Options
+        self, name: str, server: Any, key: str, text: GgufText, context: int, precision: str, options: LlamaOptions
     ) -> None:
         """*key* is what the *server* asks of who calls it over HTTP."""
         super().__init__()
@@ -544,21 +543,20 @@ def _error(error: Mapping[str, Any]) -> PenstockError:
 # ------------------------------------------------------------------------------------------ loading
 
 
-def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> LlamaBackend:
+def load(name: str, path: str | None, options: LlamaOptions, progress: Progress) -> LlamaBackend:
     """See `penstock.engines.child.backend.Loader`."""
-    parsed = parse(Options, options, "llama")
     file = find_gguf(name, path)
     progress("reading the file", None)
     metadata = _Metadata(file)
     text = GgufText.of(metadata, file)
-    context = _context(metadata, parsed)
+    context = _context(metadata, options)
     progress("loading the weights", None)
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
-    params.n_parallel = parsed.slots
-    params.n_ctx = context * parsed.slots
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = parsed.threads or psutil.cpu_count(False) or 1
-    params.n_gpu_layers = parsed.gpu_layers
+    params.n_parallel = options.slots
+    params.n_ctx = context * options.slots
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or psutil.cpu_count(False) or 1
+    params.n_gpu_layers = options.gpu_layers
     params.verbosity = 1
     # llama.cpp listens for HTTP in any case: let nobody in.
     params.hostnames = ["127.0.0.1"]
@@ -568,10 +566,10 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         server = xllamacpp.Server(params)
     except Exception as error:  # whatever its C++ throws
         raise ModelLoadError(f"llama.cpp cannot load {file}: {error}") from error
-    return LlamaBackend(name, server, key, text, context, metadata.precision, parsed)
+    return LlamaBackend(name, server, key, text, context, metadata.precision, options)
 
 
-def _context(metadata: _Metadata, options: Options) -> int:
+def _context(metadata: _Metadata, options: LlamaOptions) -> int:
     """Tokens of one slot's context."""
     heads = metadata.of_model("attention.head_count", 1)
     kv_heads = metadata.of_model("attention.head_count_kv", heads)

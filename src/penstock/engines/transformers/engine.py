@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -42,17 +41,15 @@ from transformers import (
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import ModelInfo
 from penstock.engines.child.backend import Backend
+from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
-from penstock.engines.options import TransformersOptions as Options
-from penstock.engines.options import parse
 from penstock.engines.parts.batching import STEP_TOKENS, ContinuousBatching
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Ints, Sampler
 from penstock.engines.parts.static import Row, StaticBatching
 from penstock.engines.text.model import TextModel
-
-log = structlog.get_logger("penstock.engine")
+from penstock.engines.transformers.options import TransformersOptions
 
 #: Weights up to this many bytes are computed in float32 on a CPU unless the operator chooses otherwise.
 SMALL = 2_000_000_000
@@ -110,7 +107,7 @@ class TorchNetwork:
                 try:
                     logits = self._replay(inputs)
                 except RuntimeError as error:  # the model does something that cannot be recorded
-                    log.warning("cuda_graphs_off", reason=str(error))
+                    notify("engine.cuda_graphs_off", error=str(error))
                     self._recording = False
                     self._recorded.clear()
                     logits = self._compute(inputs)
@@ -469,15 +466,14 @@ class _Over(StoppingCriteria):  # type: ignore[misc]
 # ------------------------------------------------------------------------------------------ loading
 
 
-def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> Backend:
+def load(name: str, path: str | None, options: TransformersOptions, progress: Progress) -> Backend:
     """See `penstock.engines.child.backend.Loader`."""
-    parsed = parse(Options, options, "transformers")
     folder = weights_folder(name, path, progress)
-    device = _device(parsed.device)
+    device = _device(options.device)
     # It makes a plan for every length, which took longer than all else of a step.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if parsed.threads:
-        torch.set_num_threads(parsed.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
@@ -485,7 +481,7 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_dtype(parsed.dtype, device, folder),
+            dtype=_dtype(options.dtype, device, folder),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -498,27 +494,27 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
 
     network = TorchNetwork(model, device)
     reason: str | None = "static batching was asked for"
-    if parsed.batching != "static":
+    if options.batching != "static":
         progress("checking continuous batching", None)
         reason = _why_not(model, network, text.vocab_size)
-        if reason is not None and parsed.batching == "continuous":
+        if reason is not None and options.batching == "continuous":
             raise ModelLoadError(f"{name} cannot be batched continuously: {reason}. Use --option batching=auto.")
     if reason is None:
         text.context_length = fit_context(
-            text.context_length, parsed.context, parsed.slots, network.token_bytes, parsed.cache_gb, _memory(device)
+            text.context_length, options.context, options.slots, network.token_bytes, options.cache_gb, _memory(device)
         )
-        network.resize(parsed.slots, text.context_length)
+        network.resize(options.slots, text.context_length)
         # On a CPU in float32 greedy replies were the same alone, in batches and after a resume.
         exact = device.type == "cpu" and model.dtype == torch.float32
         tokens = STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
         return ContinuousBatching(
-            name, "transformers", text, network, slots=parsed.slots, deterministic=exact, step_tokens=tokens
+            name, "transformers", text, network, slots=options.slots, deterministic=exact, step_tokens=tokens
         )
 
-    if parsed.batching == "auto":
-        log.warning("static_batching", model=name, reason=reason)
+    if options.batching == "auto":
+        notify("engine.static_batching", error=reason)
     model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-    text.context_length = min(text.context_length, parsed.context or text.context_length)
+    text.context_length = min(text.context_length, options.context or text.context_length)
     info = ModelInfo(
         name=name,
         engine="transformers",
@@ -530,8 +526,8 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         unsupported=() if text.has_token_bytes else ("response_format",),
         tasks=("generate", "tokenize"),
     )
-    generate = _Generate(model, device, model.get_output_embeddings().weight.shape[0], parsed.slots)
-    return StaticBatching(info, text, generate, slots=parsed.slots, window=parsed.window / 1000)
+    generate = _Generate(model, device, model.get_output_embeddings().weight.shape[0], options.slots)
+    return StaticBatching(info, text, generate, slots=options.slots, window=options.window / 1000)
 
 
 def _device(wanted: str) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,7 +29,6 @@ from penstock.core.tasks import Tokenized
 from penstock.engines.child.backend import tokenized_output
 from penstock.engines.child.output_queue import AsyncBackend
 from penstock.engines.frames import Progress
-from penstock.engines.options import parse
 from penstock.engines.upstream.answers import (
     Template,
     Text,
@@ -46,7 +45,7 @@ from penstock.engines.upstream.answers import (
     tokenize_body,
 )
 from penstock.engines.upstream.dialects import Dialect, Told, body, endpoint
-from penstock.engines.upstream.options import TASKS, Options, addresses
+from penstock.engines.upstream.options import TASKS, UpstreamOptions, addresses
 from penstock.engines.upstream.replicas import (
     MAX_RESULT,
     Broken,
@@ -74,7 +73,7 @@ ABREAST = 4
 
 
 class UpstreamBackend(AsyncBackend):
-    def __init__(self, name: str, path: str | None, options: Options, progress: Progress) -> None:
+    def __init__(self, name: str, path: str | None, options: UpstreamOptions, progress: Progress) -> None:
         replicas = [Replica(address) for address in addresses(path)]
         self._options = options
         super().__init__()
@@ -376,7 +375,7 @@ class UpstreamBackend(AsyncBackend):
         return answer
 
     async def _embed(self, key: int, request: Request, prefix: Prefix) -> AsyncGenerator[Output]:
-        """The inputs in calls of `Options.batch`, several at once; what has come of them is in the log at once."""
+        """The inputs in calls of so many as the option batch says; what has come of them is in the log at once."""
         inputs, logged = request.inputs or (), set(prefix.ids)
         left = [index for index in range(len(inputs)) if index not in logged]
         calls: deque[list[int]] = deque()
@@ -565,6 +564,6 @@ def _seconds(header: str | None) -> float:
         return 1.0
 
 
-def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> UpstreamBackend:
+def load(name: str, path: str | None, options: UpstreamOptions, progress: Progress) -> UpstreamBackend:
     """See `penstock.engines.child.backend.Loader`."""
-    return UpstreamBackend(name, path, parse(Options, options, "upstream"), progress)
+    return UpstreamBackend(name, path, options, progress)

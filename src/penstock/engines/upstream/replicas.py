@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,9 +15,10 @@ import aiohttp
 from penstock.core.errors import EngineError, ModelLoadError, NoWorker, PenstockError, Unsupported
 from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Task
+from penstock.engines.child import notices
 from penstock.engines.upstream.answers import read_vectors
 from penstock.engines.upstream.dialects import DIALECTS, OWNERS, Dialect, ModelCard, describe, read_models
-from penstock.engines.upstream.options import TASKS, Address, Options
+from penstock.engines.upstream.options import TASKS, ServerAddress, UpstreamOptions
 from penstock.engines.upstream.stream import StreamError
 
 #: Failed requests in a row after which a replica gets none for a while.
@@ -76,7 +76,7 @@ class Replica:
     tries whether they still do.
     """
 
-    def __init__(self, address: Address, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, address: ServerAddress, clock: Callable[[], float] = time.monotonic) -> None:
         self.address = address
         self.dialect: Dialect | None = None
         self.model = ""
@@ -125,7 +125,7 @@ class Replica:
         self.heard_at = self._clock()
         if self.failures:
             if self.open:
-                self.say("is back")
+                self.notify("back")
             self.failures = 0
 
     def failed(self, why: str) -> None:
@@ -136,13 +136,13 @@ class Replica:
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(16, self.failures - TRIP))
             self._shut_until = self._clock() + pause * random.uniform(0.5, 1)
             if self.failures == TRIP:
-                self.say(f"is out of service: {why}")
+                self.notify("resting", why)
 
     def lost(self, why: str) -> None:
         """It cannot be reached."""
         if not self.down:
             self.down = True
-            self.say(f"is down: {why}")
+            self.notify("down", why)
             self.on_change()
 
     def found(self) -> None:
@@ -151,7 +151,7 @@ class Replica:
         if self.down:
             self.down = False
             self.failures = 0
-            self.say("is up again")
+            self.notify("up")
             self.on_change()
 
     def busy(self, seconds: float) -> None:
@@ -162,15 +162,18 @@ class Replica:
         """Seconds until it may have a request, by what is known now."""
         return max(0.0, self._busy_until - self._clock(), self._shut_until - self._clock() if self.open else 0.0)
 
-    def say(self, what: str) -> None:
-        """To the operator."""
-        print(f"upstream {self.address} {what}", file=sys.stderr, flush=True)
+    def notify(self, what: str, error: str | None = None) -> None:
+        """For the operator: what happened to it, and how it went wrong."""
+        facts = {"replica": str(self.address)} | ({} if error is None else {"error": error})
+        notices.notify(f"replica.{what}", **facts)
 
 
 class Replicas:
     """Chooses among the replicas, and looks after them."""
 
-    def __init__(self, replicas: list[Replica], session: aiohttp.ClientSession, name: str, options: Options) -> None:
+    def __init__(
+        self, replicas: list[Replica], session: aiohttp.ClientSession, name: str, options: UpstreamOptions
+    ) -> None:
         self.all = replicas
         self._session = session
         self._name = name
@@ -212,10 +215,10 @@ class Replicas:
         for replica, result in zip(self.all, results, strict=True):
             if isinstance(result, Unreachable):
                 replica.down = True
-                replica.say(f"does not answer: {result}")
+                replica.notify("down", f"it does not answer: {result}")
                 reasons.append(str(result))
             elif isinstance(result, ModelLoadError):
-                replica.say(f"cannot be used: {result}")
+                replica.notify("refused", str(result))
                 raise ModelLoadError(self.for_clients(result.message))
             elif isinstance(result, BaseException):
                 raise result
@@ -247,7 +250,7 @@ class Replicas:
                     f"{replica.address.api}/models does not answer as an OpenAI-compatible server does."
                 ) from None
         self._settle_model(replica, cards)
-        dialect = self._options.dialect
+        dialect: str = self._options.dialect
         if dialect == "auto":
             owners = {OWNERS.get(card.owned_by, "") for card in cards[:1]}
             dialect = next(iter(owners), "") or await self._recognise(replica)
@@ -287,7 +290,7 @@ class Replicas:
         Servers that embed do nothing else at vLLM and llama.cpp; others are asked for a token as well. Where an answer
         says neither yes nor no, it stays as it was, at first: it generates.
         """
-        if told := self._options.told_tasks:
+        if told := self._options.stated_tasks:
             replica.tasks = told
         elif dialect.name == "penstock":
             card = replica.card
@@ -344,7 +347,7 @@ class Replicas:
                 return False, b""
             why = f"HTTP {status}"
         route = url.removeprefix(replica.address.root)
-        replica.say(f"does not tell whether it has {route} ({why}): see the option tasks")
+        replica.notify("unclear", f"it does not tell whether it has {route} ({why}): see the option tasks")
         return None, b""
 
     # ---------------------------------------------------------------------------- calls
@@ -434,7 +437,7 @@ class Tries:
                 return
             self._failed.add(replica)
             if error.garbled:  # whether another request fares better is not known from this one
-                replica.say(f"is not understood: {why}")
+                replica.notify("garbled", why)
                 self._faults.garbled += 1
                 if self._faults.garbled >= GARBLED:
                     raise EngineError(f"The upstream server answers what cannot be read: {why}.") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from penstock.api.base import WireType
 from penstock.gateway.dialects.answers import CachedTokens, ReasoningTokens
@@ -69,3 +69,28 @@ class BatchList(WireType, frozen=True):
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+class LineResponse(WireType, frozen=True):
+    """What came of one request."""
+
+    status_code: int
+    request_id: str
+    body: Any
+    """As its route would answer."""
+
+
+class LineNotRun(WireType, frozen=True):
+    """Why there is no response."""
+
+    code: str
+    message: str
+
+
+class LineResult(WireType, frozen=True):
+    """A line of a batch's output, or of its errors."""
+
+    id: str
+    custom_id: str
+    response: LineResponse | None
+    error: LineNotRun | None

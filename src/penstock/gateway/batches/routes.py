@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -11,11 +11,12 @@ from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import Metadata
-from penstock.gateway.batches.answers import BatchList, BatchView
+from penstock.gateway.batches.answers import BatchCounts, BatchErrors, BatchErrorView, BatchList, BatchUsage, BatchView
 from penstock.gateway.batches.runner import BatchRunner
 from penstock.gateway.batches.store import Batch
+from penstock.gateway.dialects.answers import CachedTokens, ReasoningTokens, ends
 from penstock.gateway.dialects.registry import BATCHABLE
-from penstock.gateway.files.routes import TTL, expiry, list_view, paging
+from penstock.gateway.files.routes import TTL, expiry, paging
 from penstock.gateway.http import Call, Resource, json_reply
 from penstock.gateway.operation import Operation
 from penstock.gateway.parameters import ID, limit, query
@@ -66,7 +67,8 @@ async def list_batches(call: Call) -> ASGIApp:
     batches = call.use(BATCHES)
     after, limit = paging(call, default=20, most=100)
     found, more = await asyncio.to_thread(batches.store.list, call.identity.tenant, after=after, limit=limit)
-    return json_reply(list_view([view(batch) for batch in found], more))
+    views = [view(batch) for batch in found]
+    return json_reply(BatchList("list", views, *ends(views), more))
 
 
 async def show(call: Call) -> ASGIApp:
@@ -80,32 +82,33 @@ async def cancel(call: Call) -> ASGIApp:
     return json_reply(view(batch))
 
 
-def view(batch: Batch) -> dict[str, Any]:
+def view(batch: Batch) -> BatchView:
+    errors = [BatchErrorView(each.code, each.message, each.param, each.line) for each in batch.errors]
     moments = {f"{name}_at": _seconds(batch.moments.get(name)) for name in _MOMENTS}
-    return {
-        "id": batch.id,
-        "object": "batch",
-        "endpoint": batch.endpoint,
-        "model": batch.model,
-        "errors": {"object": "list", "data": batch.errors} if batch.errors else None,
-        "input_file_id": batch.input_file_id,
-        "completion_window": "24h",
-        "status": batch.status,
-        "output_file_id": batch.output_file_id if batch.ended else None,
-        "error_file_id": batch.error_file_id if batch.ended else None,
-        "created_at": int(batch.created_at),
-        "expires_at": int(batch.expires_at),
+    return BatchView(
+        id=batch.id,
+        object="batch",
+        endpoint=batch.endpoint,
+        model=batch.model,
+        errors=BatchErrors("list", errors) if errors else None,
+        input_file_id=batch.input_file_id,
+        completion_window="24h",
+        status=batch.status,
+        output_file_id=batch.output_file_id if batch.ended else None,
+        error_file_id=batch.error_file_id if batch.ended else None,
+        created_at=int(batch.created_at),
+        expires_at=int(batch.expires_at),
         **moments,
-        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
-        "usage": {
-            "input_tokens": batch.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": batch.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": batch.prompt_tokens + batch.completion_tokens,
-        },
-        "metadata": batch.metadata,
-    }
+        request_counts=BatchCounts(batch.total, batch.completed, batch.failed),
+        usage=BatchUsage(
+            batch.prompt_tokens,
+            CachedTokens(0),
+            batch.completion_tokens,
+            ReasoningTokens(0),
+            batch.prompt_tokens + batch.completion_tokens,
+        ),
+        metadata=batch.metadata,
+    )
 
 
 def _seconds(moment: float | None) -> int | None:

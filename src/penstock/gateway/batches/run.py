@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import structlog
 
+from penstock.api.errors import Error, ErrorBody
 from penstock.core.errors import (
     BrokerUnavailable,
     InsufficientStorage,
@@ -33,6 +34,7 @@ from penstock.core.errors import (
 )
 from penstock.core.events import Ended, fold
 from penstock.core.job import Job, Priority, Status, fingerprint
+from penstock.gateway.batches.answers import LineNotRun, LineResponse, LineResult
 from penstock.gateway.batches.store import (
     ENVELOPE,
     Batch,
@@ -385,11 +387,11 @@ class Run:
         except _NotRunError:
             written = self._not_run(number, line, job)
         except PenstockError as error:
-            written = self._answer(number, line, job, error.status, {"error": error.info.shown})
+            written = self._answer(number, line, job, error.status, ErrorBody(Error.of(error.info)))
         except Exception:
             log.exception("batch_line_failed", batch_id=self.id, tenant=self.tenant, line=number)
             broken = PenstockError("Something broke inside the server; its log has the details.")
-            written = self._answer(number, line, job, broken.status, {"error": broken.info})
+            written = self._answer(number, line, job, broken.status, ErrorBody(Error.of(broken.info)))
         await self._results.put(written)
 
     async def _submit(self, number: int, line: Line, body: Any, operation: Batchable) -> Job:
@@ -476,25 +478,27 @@ class Run:
                 return  # gone
 
     def _answer(self, number: int, line: Line, job: Job | None, status: int, body: Any) -> _Written:
-        response = {"status_code": status, "request_id": f"{self.id}.{number}", "body": body}
+        response = LineResponse(status, f"{self.id}.{number}", body)
         return self._written(number, line, job, response, None, succeeded=status == 200)
 
     def _not_run(self, number: int, line: Line, job: Job | None, *, slot: bool = True) -> _Written:
         self._cut = True
         code, message = _NOT_RUN[self._outcome]
-        error = {"code": code, "message": message}
-        return self._written(number, line, job, None, error, succeeded=False, slot=slot)
+        return self._written(number, line, job, None, LineNotRun(code, message), succeeded=False, slot=slot)
 
     def _written(
-        self, number: int, line: Line, job: Job | None, response: Any, error: Any, *, succeeded: bool, slot: bool = True
+        self,
+        number: int,
+        line: Line,
+        job: Job | None,
+        response: LineResponse | None,
+        error: LineNotRun | None,
+        *,
+        succeeded: bool,
+        slot: bool = True,
     ) -> _Written:
         owner = job.id.removeprefix("job_") if job is not None else self.id.removeprefix("batch_")
-        value = {
-            "id": f"batch_req_{owner}{number:06x}",
-            "custom_id": line.custom_id,
-            "response": response,
-            "error": error,
-        }
+        value = LineResult(f"batch_req_{owner}{number:06x}", line.custom_id, response, error)
         return _Written(ascii_json(value).encode() + b"\n", succeeded, slot)
 
     # ------------------------------------------------------------------------------------ to the disk

@@ -41,6 +41,7 @@ ENVELOPE = 4096
 
 Outcome = Literal["completed", "expired", "cancelled"]
 State = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelled"]
+BatchStatus = Literal[State, "cancelling"]
 ENDED = frozenset({"failed", "completed", "expired", "cancelled"})
 
 
@@ -84,7 +85,7 @@ class Batch(msgspec.Struct, kw_only=True, omit_defaults=True):
         return self.state in ENDED
 
     @property
-    def status(self) -> str:
+    def status(self) -> BatchStatus:
         """As OpenAI says it."""
         return "cancelling" if "cancelling" in self.moments and not self.ended else self.state
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -24,6 +24,7 @@ from penstock.core.errors import (
     Unsupported,
     UnsupportedEncoding,
 )
+from penstock.gateway.dialects.answers import ends
 from penstock.gateway.files.answers import FileDeleted, FileList, FileView
 from penstock.gateway.files.store import FileStore, StoredFile, Upload, in_thread, storing
 from penstock.gateway.http import Call, Resource, json_reply, refuse
@@ -81,7 +82,8 @@ async def list_files(call: Call) -> ASGIApp:
         limit=limit,
         newest_first=order == "desc",
     )
-    return json_reply(list_view([view(file) for file in found], more))
+    views = [view(file) for file in found]
+    return json_reply(FileList("list", views, *ends(views), more))
 
 
 async def show(call: Call) -> ASGIApp:
@@ -95,7 +97,7 @@ async def content(call: Call) -> ASGIApp:
 
 async def delete(call: Call) -> ASGIApp:
     await asyncio.to_thread(call.use(FILES).delete, call.identity.tenant, call.path["id"])
-    return json_reply({"id": call.path["id"], "object": "file", "deleted": True})
+    return json_reply(FileDeleted(call.path["id"], "file", True))
 
 
 # ---------------------------------------------------------------------------------------------- shared with batches
@@ -112,28 +114,18 @@ def paging(call: Call, *, default: int, most: int) -> tuple[str | None, int]:
     return call.query.get("after") or None, limit
 
 
-def list_view(views: list[dict[str, Any]], more: bool) -> dict[str, Any]:
-    return {
-        "object": "list",
-        "data": views,
-        "first_id": views[0]["id"] if views else None,
-        "last_id": views[-1]["id"] if views else None,
-        "has_more": more,
-    }
-
-
-def view(file: StoredFile) -> dict[str, Any]:
-    return {
-        "id": file.id,
-        "object": "file",
-        "bytes": file.bytes,
-        "created_at": int(file.created_at),
-        "expires_at": int(file.expires_at) if file.expires_at is not None else None,
-        "filename": file.filename,
-        "purpose": file.purpose,
-        "status": "processed",
-        "status_details": None,
-    }
+def view(file: StoredFile) -> FileView:
+    return FileView(
+        id=file.id,
+        object="file",
+        bytes=file.bytes,
+        created_at=int(file.created_at),
+        expires_at=int(file.expires_at) if file.expires_at is not None else None,
+        filename=file.filename,
+        purpose=file.purpose,
+        status="processed",
+        status_details=None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the download

@@ -11,30 +11,6 @@ from penstock.api.errors import Error
 from penstock.core.ports import ModelInfo
 
 
-class ModelView(WireType, frozen=True):
-    """A model and how it stands. What only its engine knows is there once it was loaded."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    state: str
-    engine: str | UnsetType = UNSET
-    context_length: int | UnsetType = UNSET
-    precision: str | UnsetType = UNSET
-    deterministic: bool | UnsetType = UNSET
-    chat: bool | UnsetType = UNSET
-    tasks: list[str] | UnsetType = UNSET
-    dimensions: int | UnsetType = UNSET
-    """Of a vector, where it makes some."""
-    unsupported: list[str] | UnsetType = UNSET
-
-
-class ModelList(WireType, frozen=True):
-    object: Literal["list"]
-    data: list[ModelView]
-
-
 class ProgressEvent(WireType, frozen=True):
     state: str
     what: str

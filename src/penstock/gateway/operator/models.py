@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp
 
-from penstock.api.errors import ErrorBody
+from penstock.api.errors import Error, ErrorBody
+from penstock.api.models import ModelList, ModelView
 from penstock.core.errors import PenstockError
 from penstock.core.ports import LoadProgress, ModelControl
+from penstock.gateway.catalogue import Catalogue
 from penstock.gateway.http import Call, Handler, Resource, decode, json_reply
 from penstock.gateway.operation import Operation
-from penstock.gateway.operator.answers import ModelList, ModelView, ProgressEvent
+from penstock.gateway.operator.answers import ProgressEvent
 from penstock.gateway.parameters import Parameters
 from penstock.gateway.sse import EventStream, frame
 
@@ -32,13 +33,13 @@ class ManageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def list_models(call: Call) -> ASGIApp:
-    return json_reply({"object": "list", "data": [_model(call, name) for name in call.catalogue.names]})
+    return json_reply(ModelList("list", [model_view(call.catalogue, name) for name in call.catalogue.names]))
 
 
 async def show_model(call: Call) -> ASGIApp:
     name = call.path["model"]
     call.catalogue.require(name)
-    return json_reply(_model(call, name))
+    return json_reply(model_view(call.catalogue, name))
 
 
 async def load_model(call: Call) -> ASGIApp:
@@ -61,7 +62,7 @@ async def _manage(call: Call, progress: AsyncIterator[LoadProgress]) -> ASGIApp:
         return EventStream(call.streams, _frames(call, first, progress))
     async for _ in progress:
         pass
-    return json_reply(_model(call, call.path["model"]))
+    return json_reply(model_view(call.catalogue, call.path["model"]))
 
 
 async def _frames(
@@ -70,38 +71,41 @@ async def _frames(
     """``progress`` events, then ``done`` with the model, or ``error``."""
     async with contextlib.aclosing(progress):  # type: ignore[type-var]
         try:
-            yield frame("progress", first)
+            yield frame("progress", _progress(first))
             async for step in progress:
-                yield frame("progress", step)
-            yield frame("done", _model(call, call.path["model"]))
+                yield frame("progress", _progress(step))
+            yield frame("done", model_view(call.catalogue, call.path["model"]))
         except PenstockError as error:
-            yield frame("error", {"error": error.info})
+            yield frame("error", ErrorBody(Error.of(error.info)))
 
 
-def _model(call: Call, name: str) -> dict[str, Any]:
-    catalogue = call.catalogue
-    view: dict[str, Any] = {
-        "id": name,
-        "object": "model",
-        "created": int(call.catalogue.started_at),
-        "owned_by": "penstock",
-        "state": catalogue.state(name),
-    }
+def _progress(step: LoadProgress) -> ProgressEvent:
+    return ProgressEvent(step.state, step.what, step.fraction)
+
+
+def model_view(catalogue: Catalogue, name: str) -> ModelView:
+    """A model as it stands."""
     info = catalogue.info(name)
-    if info is not None:
-        view |= {"engine": info.engine}
-    if info is not None and info.context_length:  # else it was never loaded
-        view |= {
-            "context_length": info.context_length,
-            "precision": info.precision,
-            "deterministic": info.deterministic,
-            "chat": info.chat,
-            "tasks": info.tasks,
-            "unsupported": info.unsupported,
-        }
-        if info.dimensions:
-            view["dimensions"] = info.dimensions
-    return view
+    view = ModelView(
+        id=name,
+        object="model",
+        created=int(catalogue.started_at),
+        owned_by="penstock",
+        state=catalogue.state(name),
+        engine=info.engine if info is not None else None,
+    )
+    if info is None or not info.context_length:  # it never was loaded
+        return view
+    return msgspec.structs.replace(
+        view,
+        context_length=info.context_length,
+        precision=info.precision,
+        deterministic=info.deterministic,
+        chat=info.chat,
+        tasks=list(info.tasks),
+        unsupported=list(info.unsupported),
+        dimensions=info.dimensions or None,
+    )
 
 
 _MODEL: Parameters = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]

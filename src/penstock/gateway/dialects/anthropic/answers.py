@@ -8,12 +8,14 @@ from msgspec import UNSET, UnsetType
 
 from penstock.api.base import WireType
 
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
+
 
 class MessageError(WireType, frozen=True):
     """As ours, with one of Anthropic's types."""
 
-    type: str
     message: str
+    type: str
     param: str | None
     code: str | None
     details: dict[str, Any] | UnsetType = UNSET
@@ -44,6 +46,9 @@ class ToolUseBlock(WireType, tag_field="type", tag="tool_use", frozen=True):
     caller: DirectCaller
 
 
+ContentBlock = TextBlock | ToolUseBlock
+
+
 class MessageUsage(WireType, frozen=True):
     input_tokens: int
     output_tokens: int
@@ -53,27 +58,37 @@ class MessageUsage(WireType, frozen=True):
     server_tool_use: None
 
 
-class WholeMessageUsage(MessageUsage, frozen=True):
+class WholeMessageUsage(WireType, frozen=True):
+    input_tokens: int
+    output_tokens: int
     cache_creation: None
+    cache_creation_input_tokens: Literal[0]
+    cache_read_input_tokens: Literal[0]
     inference_geo: None
+    output_tokens_details: None
+    server_tool_use: None
     service_tier: Literal["standard", "batch"]
 
 
 class MessageStop(WireType, frozen=True):
     """Why a message ended; null while it has not."""
 
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"] | None
+    stop_reason: StopReason | None
     stop_sequence: str | None
     stop_details: None
     container: None
 
 
-class MessageView(MessageStop, frozen=True):
+class MessageView(WireType, frozen=True):
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock | ToolUseBlock]
+    content: list[ContentBlock]
+    stop_reason: StopReason | None
+    stop_sequence: str | None
+    stop_details: None
+    container: None
     usage: WholeMessageUsage
 
 
@@ -85,7 +100,7 @@ class MessageStartEvent(WireType, frozen=True):
 class BlockStartEvent(WireType, frozen=True):
     type: Literal["content_block_start"]
     index: int
-    content_block: TextBlock | ToolUseBlock
+    content_block: ContentBlock
 
 
 class TextDelta(WireType, tag_field="type", tag="text_delta", frozen=True):
@@ -115,6 +130,10 @@ class MessageDeltaEvent(WireType, frozen=True):
 
 class MessageStopEvent(WireType, frozen=True):
     type: Literal["message_stop"]
+
+
+BlockEvent = BlockStartEvent | BlockDeltaEvent | BlockStopEvent
+MessageEvent = MessageStartEvent | BlockEvent | MessageDeltaEvent | MessageStopEvent
 
 
 class InputTokens(WireType, frozen=True):

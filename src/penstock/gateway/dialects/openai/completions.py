@@ -3,89 +3,37 @@ the official SDKs unchanged, and by lm-evaluation-harness, whose log-likelihoods
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from itertools import chain
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 from starlette.types import ASGIApp
 
+from penstock.api.errors import Error, ErrorBody
 from penstock.core.aio import merge
-from penstock.core.errors import InvalidRequest, PenstockError, Unsupported, error_from_info
+from penstock.core.errors import PenstockError, Unsupported, error_from_info
 from penstock.core.events import Completion, Ended, TokenLogprob, fold
-from penstock.core.job import Job, Request, Sampling, Task, TopLogprobs, Usage
+from penstock.core.job import Job, Usage
 from penstock.core.tasks import Tokenized
-from penstock.gateway.dialects.fields import Count, TokenId, TokenIds, several, submission_of
+from penstock.gateway.dialects.fields import submission_of
 from penstock.gateway.dialects.openai.answers import TextChunk, TextReply
-from penstock.gateway.dialects.openai.chat import OpenAIBody, TextDialect, respond
+from penstock.gateway.dialects.openai.bodies import Prompt, TextCompletion
+from penstock.gateway.dialects.openai.chat import respond
+from penstock.gateway.dialects.openai.stream import TextWriter
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.jobs import Jobs
 from penstock.gateway.operation import Batchable, Operation, Prepared
 from penstock.gateway.readers import Following
 from penstock.gateway.sse import ascii_json
 
-#: Prompts that one call may bring.
-MAX_PROMPTS = 128
-
-Prompt = str | tuple[int, ...]
-
-
-class TextCompletion(OpenAIBody, kw_only=True, frozen=True):
-    """The body of ``POST /v1/completions``: a prompt (a text, or token ids) or several, sampled alike.
-
-    With ``echo`` the choice begins with the prompt, and where ``logprobs`` are asked for, with those of its tokens.
-    """
-
-    prompt: str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1)]
-    max_tokens: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    logprobs: TopLogprobs | None = None
-    echo: bool = False
-    suffix: str | None = None
-    best_of: Count | None = None
-
-    @property
-    def prompts(self) -> tuple[Prompt, ...]:
-        """Raises `InvalidRequest` for too many, or what is none; `Unsupported` for fields that nothing here honours."""
-        if self.suffix:
-            raise Unsupported("suffix is not supported.", param="suffix")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise Unsupported("best_of is not supported beyond n.", param="best_of")
-        if self.max_tokens == 0 and not self.echo:
-            raise InvalidRequest(
-                "max_tokens: 0 asks for nothing, unless the prompt is to be echoed.", param="max_tokens"
-            )
-        return several(self.prompt, MAX_PROMPTS, "prompt")
-
-    def request(self, prompt: Prompt) -> Request:
-        request = Request(
-            model=self.model,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_ids=None if isinstance(prompt, str) else prompt,
-            sampling=self.sampling(max_tokens=16, temperature=1.0, logprobs=self.logprobs),
-            n=self.n or 1,
-        )
-        return self.structured(request)
-
-    def requests(self, prompt: Prompt) -> list[Request]:
-        """What is to be done with a prompt: to tell of its own tokens where it is echoed, and to generate."""
-        reply = self.request(prompt)
-        task: Task = "tokenize" if self.logprobs is None else "score"
-        sampling = Sampling(logprobs=self.logprobs)
-        echo = msgspec.structs.replace(reply, task=task, n=1, sampling=sampling, response_format=None)
-        return ([echo] if self.echo else []) + ([reply] if self.max_tokens != 0 else [])
-
-
-# ---------------------------------------------------------------------------------------------- routes
-
 
 async def completions(call: Call) -> ASGIApp:
     body = await call.body(TextCompletion)
     prompts = body.prompts
     if len(prompts) == 1 and not body.echo:
-        return await respond(call, body, body.request(prompts[0]), TextDialect)
+        return await respond(call, body, body.request(prompts[0]), TextWriter)
     parts = await _submit(call, body, prompts)
     headers = {"x-penstock-job": ", ".join(part.job.id for part in parts)}
     if body.stream:
@@ -120,17 +68,11 @@ async def _submit(call: Call, body: TextCompletion, prompts: Sequence[Prompt]) -
 
 async def _fold(call: Call, parts: Sequence[_Part]) -> list[Completion]:
     """What came of each prompt. Raises the first one's failure, once all have ended."""
-    leaving = asyncio.ensure_future(call.gone())
-    try:
-        folding = (call.jobs.fold(job, lambda: asyncio.shield(leaving)) for part in parts for job in part.jobs)
-        results = await asyncio.gather(*folding, return_exceptions=True)
-    finally:
-        leaving.cancel()
     done: list[Completion] = []
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        done.append(result)
+    for found in await call.jobs.fold_all([job for part in parts for job in part.jobs], call.gone):
+        if isinstance(found, PenstockError):
+            raise found
+        done.append(found)
     each = len(done) // len(parts)
     return [part.joined(done[i * each : (i + 1) * each]) for i, part in enumerate(parts)]
 
@@ -151,9 +93,9 @@ class _Part:
         self._prompt = prompt
         usage = bool(body.stream_options and body.stream_options.include_usage)
         # All choices of an answer have the id of its first job.
-        self.writer = TextDialect(first, include_usage=usage, token_ids=body.return_token_ids)
-        self.writer.first = number * self.n
-        self.writer.positions = False
+        self.writer = TextWriter(
+            first, include_usage=usage, token_ids=body.return_token_ids, first=number * self.n, positions=False
+        )
 
     def joined(self, found: Sequence[Completion]) -> Completion:
         """The reply, behind the prompt where that is echoed."""
@@ -228,7 +170,7 @@ async def _stream(parts: Sequence[_Part], followings: Sequence[Sequence[Followin
                     yield (retry + block).encode()
                     retry = ""
     except PenstockError as error:
-        yield f"{retry}data: {ascii_json({'error': error.info})}\n\n".encode()
+        yield f"{retry}data: {ascii_json(ErrorBody(Error.of(error.info)))}\n\n".encode()
         return
     yield f"{parts[0].writer.usage(_total(ends))}data: [DONE]\n\n".encode()
 
@@ -243,7 +185,7 @@ async def _prepare(jobs: Jobs, body: TextCompletion) -> Prepared:
 
 
 def _write(jobs: Jobs, body: TextCompletion, job: Job, completion: Completion) -> Any:
-    return TextDialect(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
+    return TextWriter(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
 
 
 OPERATIONS = [

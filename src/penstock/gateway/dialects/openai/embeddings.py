@@ -11,7 +11,7 @@ from penstock.core.events import Completion
 from penstock.core.job import Job, ModelName, OptionalIdentifier, Request
 from penstock.core.tasks import vector_values, vectors
 from penstock.gateway.dialects.fields import JobBody, TokenId, TokenIds, several, submission_of
-from penstock.gateway.dialects.openai.answers import Embeddings
+from penstock.gateway.dialects.openai.answers import Embedding, Embeddings, EmbeddingsUsage
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.jobs import Jobs
 from penstock.gateway.operation import Batchable, Operation, Prepared
@@ -41,19 +41,17 @@ class CreateEmbeddings(JobBody, kw_only=True, frozen=True):
             dimensions=self.dimensions,
         )
 
-    def reply(self, job: Job, completion: Completion) -> dict[str, Any]:
-        """What the folded log of *job* is as JSON."""
+    def reply(self, job: Job, completion: Completion) -> Embeddings:
+        """What the folded log of *job* is."""
         assert completion.ended is not None
         tokens = completion.ended.usage.prompt_tokens
-        found: list[Any] = vectors(completion)
-        if self.encoding_format != "base64":
-            found = [vector_values(text) for text in found]
-        return {
-            "object": "list",
-            "data": [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(found)],
-            "model": job.request.model,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
+        found, raw = vectors(completion), self.encoding_format == "base64"
+        return Embeddings(
+            object="list",
+            data=[Embedding("embedding", i, each if raw else vector_values(each)) for i, each in enumerate(found)],
+            model=job.request.model,
+            usage=EmbeddingsUsage(tokens, tokens),
+        )
 
 
 async def embeddings(call: Call) -> ASGIApp:

@@ -11,12 +11,13 @@ from penstock.api.errors import Error
 from penstock.gateway.dialects.answers import ChatTokenLogprob, ReasoningTokens
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
+ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
 class OutputText(WireType, tag_field="type", tag="output_text", frozen=True):
-    text: str
     annotations: Annotated[list[Any], Meta(max_length=0)]
     logprobs: list[ChatTokenLogprob]
+    text: str
 
 
 class InputText(WireType, tag_field="type", tag="input_text", frozen=True):
@@ -26,19 +27,19 @@ class InputText(WireType, tag_field="type", tag="input_text", frozen=True):
 class MessageItem(WireType, tag_field="type", tag="message", frozen=True):
     id: str
     status: ItemStatus
-    role: str
     content: list[OutputText | InputText]
+    role: str
 
 
 class FunctionCallItem(WireType, tag_field="type", tag="function_call", kw_only=True, frozen=True):
     id: str
     status: ItemStatus
+    arguments: str
+    """JSON, as the model wrote it."""
     call_id: str
     name: str
     namespace: str | UnsetType = UNSET
     """Of the function, where it was given in one."""
-    arguments: str
-    """JSON, as the model wrote it."""
 
 
 class FunctionCallOutputItem(WireType, tag_field="type", tag="function_call_output", frozen=True):
@@ -46,6 +47,10 @@ class FunctionCallOutputItem(WireType, tag_field="type", tag="function_call_outp
     status: ItemStatus
     call_id: str
     output: str
+
+
+OutputItem = MessageItem | FunctionCallItem
+InputItemView = MessageItem | FunctionCallItem | FunctionCallOutputItem
 
 
 class ResponseFailure(WireType, frozen=True):
@@ -94,6 +99,9 @@ class NamespaceToolView(WireType, tag_field="type", tag="namespace", frozen=True
     tools: list[FunctionToolView]
 
 
+ToolView = FunctionToolView | NamespaceToolView
+
+
 class InputTokensDetails(WireType, frozen=True):
     cached_tokens: int
     cache_write_tokens: int
@@ -113,7 +121,7 @@ class ResponseView(WireType, frozen=True):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    status: ResponseStatus
     background: bool
     completed_at: int | None
     error: ResponseFailure | None
@@ -122,7 +130,7 @@ class ResponseView(WireType, frozen=True):
     max_output_tokens: int | None
     max_tool_calls: int | None
     model: str
-    output: list[MessageItem | FunctionCallItem]
+    output: list[OutputItem]
     parallel_tool_calls: bool
     previous_response_id: str | None
     prompt_cache_key: str | None
@@ -133,7 +141,7 @@ class ResponseView(WireType, frozen=True):
     temperature: float
     text: TextView
     tool_choice: str | dict[str, Any]
-    tools: list[FunctionToolView | NamespaceToolView]
+    tools: list[ToolView]
     top_logprobs: int
     top_p: float
     presence_penalty: float
@@ -152,7 +160,7 @@ class ResponseDeleted(WireType, frozen=True):
 
 class InputItems(WireType, frozen=True):
     object: Literal["list"]
-    data: list[MessageItem | FunctionCallItem | FunctionCallOutputItem]
+    data: list[InputItemView]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -174,7 +182,7 @@ class ResponseEvent(WireType, frozen=True):
 class OutputItemEvent(WireType, frozen=True):
     type: str
     output_index: int
-    item: MessageItem | FunctionCallItem
+    item: OutputItem
     sequence_number: int
 
 
@@ -233,3 +241,15 @@ class ResponseErrorEvent(WireType, frozen=True):
     param: str | None
     error: Error
     sequence_number: int
+
+
+#: What has a place in the sequence of a response's events.
+SequenceEvent = (
+    ResponseEvent
+    | OutputItemEvent
+    | ContentPartEvent
+    | TextDeltaEvent
+    | TextDoneEvent
+    | ArgumentsDeltaEvent
+    | ArgumentsDoneEvent
+)

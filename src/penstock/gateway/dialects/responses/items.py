@@ -11,10 +11,33 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET
 
 from penstock.core.errors import ContextLengthExceeded, ErrorInfo, InvalidRequest
 from penstock.core.events import Ended
 from penstock.core.job import Job, Message, Priority, Status, ToolCall, Usage
+from penstock.gateway.dialects.answers import ChatTokenLogprob, ReasoningTokens
+from penstock.gateway.dialects.responses.answers import (
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    IncompleteDetails,
+    InputItemView,
+    InputText,
+    InputTokensDetails,
+    ItemStatus,
+    MessageItem,
+    NamespaceToolView,
+    OutputItem,
+    OutputText,
+    ReasoningView,
+    ResponseFailure,
+    ResponseStatus,
+    ResponseUsage,
+    ResponseView,
+    TextFormatView,
+    TextView,
+    ToolView,
+)
 
 PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}
 _ITEM_ID = re.compile(r"^(?:msg|fc|fco)_([0-9a-f]{32})_(?:in)?\d+$")
@@ -34,21 +57,15 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True):
     arguments: str = ""
     output: str = ""
 
-    def view(self) -> dict[str, Any]:
+    def view(self) -> InputItemView:
         """As clients see it among the input items of a response."""
         if self.type == "message":
             own = self.role == "assistant"
-            parts = [text_part(text) if own else {"type": "input_text", "text": text} for text in self.content]
-            return message_item(self.id, parts, role=self.role)
+            parts = [text_part(text) if own else InputText(text) for text in self.content]
+            return MessageItem(self.id, "completed", parts, self.role)
         if self.type == "function_call":
             return call_item(self.id, self.call_id, self.name, self.arguments, namespace=self.namespace)
-        return {
-            "id": self.id,
-            "type": "function_call_output",
-            "status": "completed",
-            "call_id": self.call_id,
-            "output": self.output,
-        }
+        return FunctionCallOutputItem(self.id, "completed", self.call_id, self.output)
 
 
 class View(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="object", tag="response"):
@@ -62,9 +79,9 @@ class View(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="object", 
     background: bool = False
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[ToolView, ...] = ()
     tool_choice: str | dict[str, Any] = "auto"
-    format: dict[str, Any] = {}
+    format: TextFormatView | None = None
     """What the text has to be, where that is not just text."""
     metadata: dict[str, str] = {}
     user: str | None = None
@@ -108,18 +125,18 @@ def input_items(job: Job, view: View) -> list[Item]:
     ]
 
 
-def output_items(output: Iterable[dict[str, Any]]) -> list[Item]:
+def output_items(output: Iterable[OutputItem]) -> list[Item]:
     """A response's *output* as items of the conversation that goes on."""
     return [
-        Item("message", item["id"], "assistant", tuple(part["text"] for part in item["content"]))
-        if item["type"] == "message"
+        Item("message", item.id, "assistant", tuple(part.text for part in item.content))
+        if isinstance(item, MessageItem)
         else Item(
             "function_call",
-            item["id"],
-            call_id=item["call_id"],
-            name=item["name"],
-            namespace=item.get("namespace", ""),
-            arguments=item["arguments"],
+            item.id,
+            call_id=item.call_id,
+            name=item.name,
+            namespace=item.namespace or "",
+            arguments=item.arguments,
         )
         for item in output
     ]
@@ -136,10 +153,10 @@ def flat(namespace: str, name: str) -> str:
 def named(view: View) -> dict[str, tuple[str, str]]:
     """The namespace and name of each function that has one, by what the model knows it by."""
     return {
-        flat(tool["name"], function["name"]): (tool["name"], function["name"])
+        flat(tool.name, function.name): (tool.name, function.name)
         for tool in view.tools
-        if tool["type"] == "namespace"
-        for function in tool["tools"]
+        if isinstance(tool, NamespaceToolView)
+        for function in tool.tools
     }
 
 
@@ -185,119 +202,108 @@ def messages(instructions: str | None, items: Sequence[Item]) -> tuple[Message, 
 # ---------------------------------------------------------------------------------------------- for clients
 
 
-def text_part(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    return {"type": "output_text", "annotations": [], "logprobs": logprobs or [], "text": text}
-
-
-def message_item(
-    id: str, content: list[dict[str, Any]], status: str = "completed", *, role: str = "assistant"
-) -> dict[str, Any]:
-    return {"id": id, "type": "message", "status": status, "content": content, "role": role}
+def text_part(text: str, logprobs: Sequence[ChatTokenLogprob] = ()) -> OutputText:
+    return OutputText([], list(logprobs), text)
 
 
 def call_item(
-    id: str, call_id: str, name: str, arguments: str, status: str = "completed", *, namespace: str = ""
-) -> dict[str, Any]:
-    return {
-        "id": id,
-        "type": "function_call",
-        "status": status,
-        "arguments": arguments,
-        "call_id": call_id,
-        "name": name,
-        **({"namespace": namespace} if namespace else {}),
-    }
+    id: str, call_id: str, name: str, arguments: str, status: ItemStatus = "completed", *, namespace: str = ""
+) -> FunctionCallItem:
+    return FunctionCallItem(
+        id=id, status=status, call_id=call_id, name=name, namespace=namespace or UNSET, arguments=arguments
+    )
 
 
-def status_of(job: Job) -> str:
+def status_of(job: Job) -> ResponseStatus:
     """How far a response is whose end is not known yet. One that begins again after a crash has begun."""
     return "queued" if job.status is Status.QUEUED and job.attempt == 0 else "in_progress"
 
 
 #: Ends that leave a response incomplete, as they are called there.
-_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_INCOMPLETE: dict[str | None, Literal["max_output_tokens", "content_filter"]] = {
+    "length": "max_output_tokens",
+    "content_filter": "content_filter",
+}
 
 
-def ended_status(ended: Ended) -> str:
+def ended_status(ended: Ended) -> Literal["completed", "incomplete", "cancelled", "failed"]:
     if ended.status is Status.COMPLETED:
         return "incomplete" if ended.finish_reason in _INCOMPLETE else "completed"
     return "cancelled" if ended.status is Status.CANCELLED else "failed"
 
 
-def _incomplete(ended: Ended | None) -> dict[str, Any]:
-    reason = ended.finish_reason if ended is not None else None
-    return {"reason": _INCOMPLETE[reason or "length"]}
-
-
 def response_object(
     job: Job,
     view: View,
-    status: str,
-    output: Sequence[dict[str, Any]] = (),
+    status: ResponseStatus,
+    output: Sequence[OutputItem] = (),
     ended: Ended | None = None,
     ended_at: float | None = None,
-) -> dict[str, Any]:
+) -> ResponseView:
     """A response as clients see it; *ended_at* (seconds since the epoch) is when it ended."""
     sampling = job.request.sampling
-    return {
-        "id": response_id(job.id),
-        "object": "response",
-        "created_at": int(job.created_at),
-        "status": status,
-        "background": view.background,
-        "completed_at": int(ended_at) if status == "completed" and ended_at is not None else None,
-        "error": _error(ended.error) if status == "failed" and ended is not None and ended.error is not None else None,
-        "incomplete_details": _incomplete(ended) if status == "incomplete" else None,
-        "instructions": view.instructions,
-        "max_output_tokens": view.max_output_tokens,
-        "max_tool_calls": view.max_tool_calls,
-        "model": job.request.model,
-        "output": output,
-        "parallel_tool_calls": job.request.parallel_tool_calls,
-        "previous_response_id": view.previous_response_id,
-        "prompt_cache_key": view.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": view.safety_identifier,
-        "service_tier": "flex" if job.priority is Priority.BATCH else "default",
-        "store": view.store,
-        "temperature": sampling.temperature,
-        "text": {"format": view.format or {"type": "text"}, "verbosity": "medium"},
-        "tool_choice": view.tool_choice,
-        "tools": view.tools,
-        "top_logprobs": sampling.logprobs or 0,
-        "top_p": sampling.top_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "truncation": "disabled",
-        "usage": _usage(ended.usage) if ended is not None else None,
-        "user": view.user,
-        "metadata": view.metadata,
-    }
+    failure = ended.error if ended is not None and status == "failed" else None
+    reason = _INCOMPLETE.get(ended.finish_reason, "max_output_tokens") if ended is not None else "max_output_tokens"
+    return ResponseView(
+        id=response_id(job.id),
+        object="response",
+        created_at=int(job.created_at),
+        status=status,
+        background=view.background,
+        completed_at=int(ended_at) if status == "completed" and ended_at is not None else None,
+        error=_failure(failure) if failure is not None else None,
+        incomplete_details=IncompleteDetails(reason) if status == "incomplete" else None,
+        instructions=view.instructions,
+        max_output_tokens=view.max_output_tokens,
+        max_tool_calls=view.max_tool_calls,
+        model=job.request.model,
+        output=list(output),
+        parallel_tool_calls=job.request.parallel_tool_calls,
+        previous_response_id=view.previous_response_id,
+        prompt_cache_key=view.prompt_cache_key,
+        reasoning=ReasoningView(None, None),
+        safety_identifier=view.safety_identifier,
+        service_tier="flex" if job.priority is Priority.BATCH else "default",
+        store=view.store,
+        temperature=sampling.temperature,
+        text=TextView(view.format or TextFormatView(type="text"), "medium"),
+        tool_choice=view.tool_choice,
+        tools=list(view.tools),
+        top_logprobs=sampling.logprobs or 0,
+        top_p=sampling.top_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        truncation="disabled",
+        usage=_usage(ended.usage) if ended is not None else None,
+        user=view.user,
+        metadata=view.metadata,
+    )
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.total_tokens,
-    }
+def _usage(usage: Usage) -> ResponseUsage:
+    return ResponseUsage(
+        usage.prompt_tokens,
+        InputTokensDetails(0, 0),
+        usage.completion_tokens,
+        ReasoningTokens(0),
+        usage.total_tokens,
+    )
 
 
 def as_told(error: ErrorInfo) -> ErrorInfo:
     """An error by the name that this API has for a conversation."""
-    return msgspec.structs.replace(error.shown, param="input") if error.param == "messages" else error.shown
+    return msgspec.structs.replace(error, param="input") if error.param == "messages" else error
 
 
-def _error(error: ErrorInfo) -> dict[str, Any]:
+def _failure(error: ErrorInfo) -> ResponseFailure:
     """OpenAI's codes are a closed list; what we know besides is in the message, the type and the job."""
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt", "context_length_exceeded"]
     if error.code == ContextLengthExceeded.code:
-        code = ContextLengthExceeded.code  # it is none of the list, but what OpenAI sends and clients look for
+        code = "context_length_exceeded"  # it is none of the list, but what OpenAI sends and clients look for
     elif error.type == "invalid_request_error":
         code = "invalid_prompt"
     elif error.type == "rate_limit_error":
         code = "rate_limit_exceeded"
     else:
         code = "server_error"
-    return {"code": code, "message": error.message, "type": error.type, "param": as_told(error).param}
+    return ResponseFailure(code, error.message, error.type, as_told(error).param)

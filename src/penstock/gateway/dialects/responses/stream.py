@@ -8,20 +8,37 @@ runs nor when anything happened makes a difference, so any reader of any gateway
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 import msgspec
 
+from penstock.api.errors import Error
 from penstock.core.errors import LogRewound, PenstockError
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens
 from penstock.core.job import Job
 from penstock.core.tools import CallDelta, Piece, ToolParser, call_id
+from penstock.gateway.dialects.answers import ChatTokenLogprob, logprob_view
+from penstock.gateway.dialects.responses.answers import (
+    ArgumentsDeltaEvent,
+    ArgumentsDoneEvent,
+    ContentPartEvent,
+    FunctionCallItem,
+    ItemStatus,
+    MessageItem,
+    OutputItem,
+    OutputItemEvent,
+    ResponseErrorEvent,
+    ResponseEvent,
+    ResponseStatus,
+    ResponseView,
+    SequenceEvent,
+    TextDeltaEvent,
+    TextDoneEvent,
+)
 from penstock.gateway.dialects.responses.items import (
     View,
     call_item,
     ended_status,
     item_id,
-    message_item,
     named,
     response_object,
     status_of,
@@ -47,13 +64,13 @@ class _Item(msgspec.Struct):
     """The number of the call among the reply's calls."""
     texts: list[str] = []
     """Of the message, or of the call's arguments."""
-    logprobs: list[dict[str, Any]] = []
+    logprobs: list[ChatTokenLogprob] = []
 
-    def view(self, status: str) -> dict[str, Any]:
+    def view(self, status: ItemStatus) -> OutputItem:
         text = "".join(self.texts)
         if self.name:
             return call_item(self.id, self.call_id, self.name, text, status, namespace=self.namespace)
-        return message_item(self.id, [text_part(text, self.logprobs)], status)
+        return MessageItem(self.id, status, [text_part(text, self.logprobs)], "assistant")
 
 
 class EventSequence:
@@ -66,12 +83,12 @@ class EventSequence:
         self._parser = ToolParser(job.request) if job.request.callable_tools else None
         self._named = named(view)
         self._item: _Item | None = None
-        self._unsaid: list[dict[str, Any]] = []
+        self._unsaid: list[ChatTokenLogprob] = []
         """Log-probabilities of tokens whose text the parser still holds."""
         self._begun = False
         self.next = 0
         """The number of the next event."""
-        self.output: list[dict[str, Any]] = []
+        self.output: list[OutputItem] = []
         """The items that are complete."""
 
     # ------------------------------------------------------------------------------------ from the log
@@ -113,9 +130,8 @@ class EventSequence:
         blocks += self._close("completed" if status == "completed" else "incomplete")
         # There is no event of its own for a response that was cancelled: OpenAI's stream fails with that status.
         kind = f"response.{status}" if status != "cancelled" else "response.failed"
-        return blocks + self._event(
-            kind, response=response_object(self._job, self._view, status, self.output, ended, ended_at)
-        )
+        response = response_object(self._job, self._view, status, self.output, ended, ended_at)
+        return blocks + self._event(ResponseEvent(kind, response, self.next))
 
     # ------------------------------------------------------------------------------------ items
 
@@ -150,12 +166,7 @@ class EventSequence:
         item.texts.append(text)
         item.logprobs += logprobs
         return blocks + self._event(
-            "response.output_text.delta",
-            item_id=item.id,
-            output_index=item.index,
-            content_index=0,
-            delta=text,
-            logprobs=logprobs,
+            TextDeltaEvent("response.output_text.delta", item.id, item.index, 0, text, logprobs, self.next)
         )
 
     def _message(self) -> str:
@@ -165,12 +176,10 @@ class EventSequence:
         blocks = self._close("completed")
         index = len(self.output)
         self._item = item = _Item(item_id(self._job.id, "message", index), index)
-        blocks += self._event(
-            "response.output_item.added", output_index=index, item=message_item(item.id, [], "in_progress")
-        )
-        return blocks + self._event(
-            "response.content_part.added", item_id=item.id, output_index=index, content_index=0, part=text_part("")
-        )
+        message = MessageItem(item.id, "in_progress", [], "assistant")
+        blocks += self._event(OutputItemEvent("response.output_item.added", index, message, self.next))
+        part = text_part("")
+        return blocks + self._event(ContentPartEvent("response.content_part.added", item.id, index, 0, part, self.next))
 
     def _call(self, piece: CallDelta) -> str:
         self._unsaid = []  # tokens of a call have no place for theirs
@@ -187,67 +196,44 @@ class EventSequence:
                 call_id=call_id(self._job.id, 0, piece.index),
                 call=piece.index,
             )
-            blocks += self._event("response.output_item.added", output_index=index, item=self._item.view("in_progress"))
+            call = self._item.view("in_progress")
+            blocks += self._event(OutputItemEvent("response.output_item.added", index, call, self.next))
         item = self._item
         if piece.arguments:
             item.texts.append(piece.arguments)
-            blocks += self._event(
-                "response.function_call_arguments.delta",
-                item_id=item.id,
-                output_index=item.index,
-                delta=piece.arguments,
-            )
+            kind = "response.function_call_arguments.delta"
+            blocks += self._event(ArgumentsDeltaEvent(kind, item.id, item.index, piece.arguments, self.next))
         return blocks
 
-    def _close(self, status: str) -> str:
+    def _close(self, status: ItemStatus) -> str:
         """Complete the item that is open, if any."""
         item, self._item = self._item, None
         if item is None:
             return ""
         view = item.view(status)
         self.output.append(view)
-        place = {"item_id": item.id, "output_index": item.index}
-        if item.name:
-            blocks = self._event(
-                "response.function_call_arguments.done", **place, arguments=view["arguments"], name=item.name
-            )
+        if isinstance(view, FunctionCallItem):
+            kind = "response.function_call_arguments.done"
+            blocks = self._event(ArgumentsDoneEvent(kind, item.id, item.index, view.arguments, item.name, self.next))
         else:
-            (part,) = view["content"]
-            place["content_index"] = 0
-            blocks = self._event(
-                "response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"]
-            ) + self._event("response.content_part.done", **place, part=part)
-        return blocks + self._event("response.output_item.done", output_index=item.index, item=view)
+            part = text_part("".join(item.texts), item.logprobs)
+            kind = "response.output_text.done"
+            blocks = self._event(TextDoneEvent(kind, item.id, item.index, 0, part.text, part.logprobs, self.next))
+            kind = "response.content_part.done"
+            blocks += self._event(ContentPartEvent(kind, item.id, item.index, 0, part, self.next))
+        return blocks + self._event(OutputItemEvent("response.output_item.done", item.index, view, self.next))
 
     # ------------------------------------------------------------------------------------ writing
 
-    def _lifecycle(self, kind: str, status: str) -> str:
-        return self._event(kind, response=response_object(self._job, self._view, status))
+    def _lifecycle(self, kind: str, status: ResponseStatus) -> str:
+        return self._event(ResponseEvent(kind, response_object(self._job, self._view, status), self.next))
 
-    def _event(self, kind: str, **fields: Any) -> str:
-        number = self.next
+    def _event(self, event: SequenceEvent) -> str:
+        """The block of *event*, whose number is the next one; nothing where the reader has seen it."""
         self.next += 1
-        if number <= self._after:
+        if event.sequence_number <= self._after:
             return ""
-        return (
-            f"id: {number}\nevent: {kind}\ndata: {ascii_json({'type': kind, **fields, 'sequence_number': number})}\n\n"
-        )
-
-
-def logprob_view(text: str, logprob: Logprob, count: int) -> dict[str, Any]:
-    """A token with its *count* alternatives, itself among them. *text*: what it completed, for logs that have nothing
-    of the token itself."""
-
-    def entry(text: str, data: bytes | None, logprob: float) -> dict[str, Any]:
-        return {"token": text, "bytes": list(data or text.encode()), "logprob": logprob}
-
-    top = logprob.top
-    if len(top) > count > 0:  # the chosen one stands behind the likeliest
-        top = (*top[: count - 1], top[-1])
-    return {
-        **entry(text if logprob.text is None else logprob.text, logprob.data, logprob.logprob),
-        "top_logprobs": [entry(each.text, each.data, each.logprob) for each in top],
-    }
+        return f"id: {event.sequence_number}\nevent: {event.type}\ndata: {ascii_json(event)}\n\n"
 
 
 def error_event(error: PenstockError, number: int) -> str:
@@ -255,9 +241,8 @@ def error_event(error: PenstockError, number: int) -> str:
 
     As OpenAI writes it, and with an ``error`` as everywhere else, which makes its SDKs raise.
     """
-    info = msgspec.to_builtins(error.info)
-    data = {"type": "error", "code": error.code, "message": error.message, "param": error.param, "error": info}
-    return f"event: error\ndata: {ascii_json({**data, 'sequence_number': number})}\n\n"
+    event = ResponseErrorEvent("error", error.code, error.message, error.param, Error.of(error.info), number)
+    return f"event: error\ndata: {ascii_json(event)}\n\n"
 
 
 async def render(
@@ -319,7 +304,7 @@ async def last_number(job: Job, view: View, events: AsyncIterator[Event]) -> int
     return sequence.next - 1
 
 
-def whole(job: Job, view: View, completion: Completion, ended_at: float | None) -> dict[str, Any]:
+def whole(job: Job, view: View, completion: Completion, ended_at: float | None) -> ResponseView:
     """The response of a job whose log was folded, as the last event of its stream has it."""
     sequence = EventSequence(job, view, NOTHING)
     logprobs, ended = completion.logprobs[0], completion.ended
