@@ -31,7 +31,7 @@ from penstock.engines.child import notices
 from penstock.engines.child.backend import load_backend
 from penstock.engines.frames import Notice
 from penstock.engines.upstream.backend import UpstreamBackend
-from penstock.engines.upstream.dialects import Told
+from penstock.engines.upstream.dialects import UpstreamError
 from penstock.engines.upstream.options import ServerAddress, addresses
 from penstock.engines.upstream.replicas import BROKEN, TRIP, Replica
 from penstock.engines.upstream.stream import MAX_LINE, Lines, StreamError
@@ -1359,7 +1359,7 @@ async def test_refusals_are_the_clients(
     error = error_of(outputs)
     assert error.code == kind.code
     assert not outputs[-1].retryable
-    assert error.param == Told.read(value).param or kind is ModelNotFound
+    assert error.param == UpstreamError.read(value).param or kind is ModelNotFound
     assert len(servers[0].bodies) == 1
 
 
