@@ -22,11 +22,11 @@ from penstock.core.errors import InvalidRequest
 PREFIX = "PENSTOCK_"
 FILE = "penstock.toml"
 
-#: Variables with our prefix that are no settings of a server: where the file is, where converted models are kept,
+#: Variables with our prefix that are not settings of a server: where the file is, where converted models are kept,
 #: which server the command line talks to.
 OTHER_VARIABLES = frozenset({"config", "cache", "url"})
 
-#: The model in the box.
+#: The bundled model.
 BUNDLED = "millrace"
 
 
@@ -44,7 +44,7 @@ class ModelSettings(BaseModel):
     standby: int = Field(0, ge=0, le=16)
 
     def without_secrets(self) -> ModelSettings:
-        """For people and logs: an API key, and a password in an address, are left out."""
+        """For people and logs: without API keys and passwords in addresses."""
         shown = {name: "***" if name == "key" else value for name, value in self.options.items()}
         return self.model_copy(update={"options": shown, "path": self.path and without_passwords(self.path)})
 
@@ -160,7 +160,7 @@ class Settings(BaseSettings):
     @field_validator("broker")
     @classmethod
     def _broker_can_be_used(cls, value: str) -> str:
-        """Told without the value: it may hold a password."""
+        """The message leaves out the value, which may hold a password."""
         try:
             broker_type(value)
         except InvalidRequest as error:

@@ -31,7 +31,7 @@ from penstock.gateway.files.routes import FILES
 from penstock.gateway.files.store import FileStore
 from penstock.gateway.gateway import Gateway
 from penstock.gateway.http import Resource
-from penstock.gateway.operator.health import METRICS
+from penstock.gateway.operator.health import METRICS, STATS
 from penstock.gateway.operator.models import MODELS
 from penstock.gateway.operator.models import OPERATIONS as MODEL_OPERATIONS
 from penstock.observability.broker import observed
@@ -303,7 +303,7 @@ def build_app(
         assert crew is not None
         return worker_app(metrics.render, lambda: crew.ready, create_app(front, resources, operations=MODEL_OPERATIONS))
     metrics.watch(lambda: front.catalogue.stats, lambda: len(front.streams), lambda: jobs.tokens_read)
-    resources |= {METRICS: metrics.render, FILES: batches.store.files, BATCHES: batches}
+    resources |= {METRICS: metrics.render, STATS: metrics.stats, FILES: batches.store.files, BATCHES: batches}
     return create_app(front, resources, middleware=[metrics.http])
 
 

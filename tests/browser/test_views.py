@@ -15,6 +15,8 @@ from tests.support.api import ended, poll, submit
 from tests.support.browser import Visit, is_over, job_of, shown
 from tests.support.server import PATIENCE, Server, model
 
+pytestmark = pytest.mark.asyncio(loop_scope="session")  # the browser's
+
 Open = Callable[..., Awaitable[Visit]]
 
 #: Roles that a person acts on: each needs a name.
@@ -289,9 +291,9 @@ async def test_now_shows_what_happens(server: Server, http: httpx.AsyncClient, v
         await http.post(f"/v1/jobs/{job}/cancel")
     await expect(tile("Running")).to_have_text("0")
     await tab.page.get_by_role("tab", name="Jobs").click()
-    asked = len(tab.sent("GET", "/metrics"))
+    asked = len(tab.sent("GET", "/v1/stats"))
     await tab.page.evaluate("new Promise((resolve) => setTimeout(resolve, 3000))")
-    assert len(tab.sent("GET", "/metrics")) <= asked + 1, "nobody looks, nothing is scraped"
+    assert len(tab.sent("GET", "/v1/stats")) <= asked + 1, "nobody looks, nothing is asked"
 
 
 async def test_the_theme_is_a_choice_that_stays(server: Server, visit: Open) -> None:

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.markup import escape
 
 ROOT = Path(__file__).resolve().parents[2]
-BROKER = "penstock/brokers/embedded/broker.py"
-STORE = "penstock/brokers/embedded/store.py"
+EMBEDDED = "penstock/brokers/embedded/"
+BROKER, QUEUE, LOG, ROWS = (EMBEDDED + f"{name}.py" for name in ("broker", "queue", "log", "rows"))
+STORE = EMBEDDED + "store.py"
 WORKER = "penstock/worker/worker.py"
 PLACEMENT = "penstock/worker/placement.py"
 STANDBY = "penstock/engines/host/standby.py"
@@ -50,14 +51,14 @@ HOLDS = 'job and job.s == "running" and tonumber(job.a) == attempt and job.t == 
 
 FENCED = "if running is None or running.attempt != lease.attempt or running.tenant != lease.tenant:"
 
-PUBLISHED = "published.append((self._live[lease.job], tokens))"
-CLOSED = "self._live.pop(job).publish(ended)\n\n        tx.then.append(then)\n"
+WRITTEN = "self._logs.write(tx, runs, now)"
+CLOSED = "self._logs.close(job, ended)\n\n        tx.then.append(then)\n"
 FAIR = "ORDER BY priority, lanes.counter, lanes.served LIMIT 1"
 FIFO = (
     "ORDER BY priority, (SELECT min(seq) FROM jobs WHERE jobs.tenant = lanes.tenant AND jobs.model = lanes.model "
     "AND jobs.priority = lanes.priority AND status = 'queued') LIMIT 1"
 )
-OF_TENANT = "jobs WHERE id = ? AND tenant = ?"
+OF_TENANT = '"id = ? AND tenant = ?", job, tenant)'
 BLAMED = "beside = len(blamed)"
 UNIQUE = "CREATE UNIQUE INDEX IF NOT EXISTS jobs_key"
 
@@ -92,7 +93,7 @@ MUTANTS = [
     ),
     Mutant(
         "delivery before commit",
-        ((BROKER, PUBLISHED, "self._live[lease.job].publish(tokens)"),),
+        ((BROKER, WRITTEN, WRITTEN + "\n        self._logs.publish(runs)\n        runs.clear()"),),
         ("tests/unit/brokers/test_write_ahead.py",),
     ),
     Mutant(
@@ -135,12 +136,12 @@ MUTANTS = [
     ),
     Mutant(
         "fairness replaced by FIFO",
-        ((BROKER, FAIR, FIFO),),
+        ((QUEUE, FAIR, FIFO),),
         (CONTRACT, "-k", "backlogged or weights or flood or one_claim_shares"),
     ),
     Mutant(
         "priority classes ignored",
-        ((BROKER, FAIR, FAIR.replace("priority, ", "")),),
+        ((QUEUE, FAIR, FAIR.replace("priority, ", "")),),
         (CONTRACT, "-k", "priority"),
     ),
     Mutant(
@@ -157,8 +158,8 @@ MUTANTS = [
     Mutant(
         "tenant check dropped on reading",
         (
-            (BROKER, OF_TENANT, "jobs WHERE id = ? AND ? <> ''"),
-            (BROKER, "if live is None or live.tenant != tenant:", "if live is None:"),
+            (ROWS, OF_TENANT, OF_TENANT.replace("tenant = ?", "? <> ''")),
+            (LOG, "if live is None or live.tenant != tenant:", "if live is None:"),
         ),
         (CONTRACT, "-k", "foreign or tenant"),
     ),
@@ -218,8 +219,8 @@ MUTANTS = [
     Mutant(
         "redis: tenant check dropped on reading",
         (
-            (LUA + "read.lua", "if own[1] ~= ARGV[3] then", "if not own[1] then"),
-            (LUA + "get.lua", "if not job or job.t ~= ARGV[3] then", "if not job then"),
+            (LUA + "read.lua", "if owner ~= tenant then", "if not owner then"),
+            (LUA + "get.lua", "if not job or job.t ~= tenant then", "if not job then"),
         ),
         (REDIS_CONTRACT, "-k", "TestRedisBroker and (foreign or tenant)"),
     ),
@@ -238,8 +239,9 @@ MUTANTS = [
         (
             (
                 REDIS + "broker.py",
-                'words = await shard.run("append", _pack(rows), _EXPIRED, *blobs)',
-                'shard.post("append", _pack(rows), _EXPIRED, *blobs)\n        words = [b"ok"] * len(rows)',
+                "verdicts = await shard.run(scripts.Append(appends=rows, expired=_EXPIRED, blobs=blobs))",
+                "shard.post(scripts.Append(appends=rows, expired=_EXPIRED, blobs=blobs))\n"
+                '        verdicts = [b"ok"] * len(rows)',
             ),
         ),
         (REDIS_CONTRACT, "-k", "TestRedisBroker and (durable or Append or older_attempt)"),
@@ -261,7 +263,7 @@ MUTANTS = [
     ),
     Mutant(
         "redis: nobody is woken",
-        ((LUA + "lib.lua", 'local first = call("ZPOPMIN", idle)', "local first = {}"),),
+        ((LUA + "lib.lua", 'local claimant = call("ZPOPMIN", idle)[1]', "local claimant"),),
         ("tests/integration/test_redis_broker.py",),
     ),
     Mutant(
@@ -363,8 +365,8 @@ MUTANTS = [
     Mutant(
         "jobs of batches take every slot",
         (
-            (BROKER, "Priority.BATCH if free > claimant.reserve else Priority.NORMAL", "Priority.BATCH"),
-            (BROKER, "reserve = claimant.reserve if priority == Priority.BATCH else 0", "reserve = 0"),
+            (QUEUE, "Priority.BATCH if free > demand.reserve else Priority.NORMAL", "Priority.BATCH"),
+            (QUEUE, "reserve = demand.reserve if row.priority == Priority.BATCH else 0", "reserve = 0"),
         ),
         (CONTRACT, "-k", "reserve"),
     ),
@@ -390,12 +392,12 @@ MUTANTS = [
     ),
     Mutant(
         "a start does not wait for replicas",
-        ((REDIS + "link.py", "self._check_replicas(await ask(", "(await ask("),),
+        ((REDIS + "connection.py", "self._check_replicas(await run_once(", "(await run_once("),),
         ("tests/integration/test_redis_broker.py", "-k", "start_without_confirmation"),
     ),
     Mutant(
         "replicas that do not confirm are not waited for",
-        ((REDIS + "link.py", "self._check_replicas(reply)  # else", "pass  # else"),),
+        ((REDIS + "connection.py", "self._check_replicas(reply)  # else", "pass  # else"),),
         ("tests/integration/test_redis_broker.py", "-k", "survives_the_master or joins_later"),
     ),
     Mutant(

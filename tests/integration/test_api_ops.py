@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
+from penstock.api.stats import Stats
 from penstock.testing.oracle import check_log
 from tests.support.api import check_error, ended, poll, running, submit, until
 from tests.support.clock import SteppedClock
@@ -126,6 +128,24 @@ def samples(text: str) -> dict[str, dict[str, float]]:
 
 
 class TestMetrics:
+    async def test_the_figures_of_the_page(self, server: Server, http: httpx.AsyncClient) -> None:
+        before = msgspec.json.decode((await http.get("/v1/stats")).content, type=Stats)
+        await ended(http, await submit(http, max_tokens=7))
+        after = msgspec.json.decode((await http.get("/v1/stats")).content, type=Stats)
+        assert after.tokens >= before.tokens + 7
+        assert before.time_to_first_token is not None
+        assert after.time_to_first_token is not None
+        for earlier, later in (
+            (before.time_to_first_token, after.time_to_first_token),
+            (before.request_duration, after.request_duration),
+        ):
+            assert earlier.bounds == later.bounds
+            assert len(later.counts) == len(later.bounds) + 1
+            assert sum(later.counts) >= sum(earlier.counts) + 1
+        assert after.uptime > before.uptime
+        assert after.cpu_seconds >= before.cpu_seconds > 0
+        assert after.memory_bytes > 1e6
+
     async def test_every_name_is_there_and_counts(self, server: Server, http: httpx.AsyncClient) -> None:
         before = samples((await http.get("/metrics")).text)
         await ended(http, await submit(http, max_tokens=7))

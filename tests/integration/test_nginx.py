@@ -370,7 +370,7 @@ class TestRequests:
 
     @pytest.mark.parametrize(
         "path",
-        ["/metrics", "/health", "/docs", "/openapi.json", "//metrics", "/v1/../metrics",
+        ["/v1/stats", "/metrics", "/health", "/docs", "/openapi.json", "//metrics", "/v1/../metrics",
          "/v1/%2e%2e/metrics",
          "/v1/x%2f..%2f..%2fmetrics", "/static/../metrics", "/static/%2e%2e/metrics", "/metrics/"],
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
-from penstock.brokers.redis import RedisBroker, RedisOptions, link
+from penstock.brokers.redis import RedisBroker, RedisOptions, connection
 from penstock.brokers.redis.server import Server, Tier
 from penstock.core.errors import (
     BrokerUnavailable,
@@ -290,7 +290,7 @@ class TestLostReplies:
         broker = await connect(gate.url)
 
         def is_script(words: Words) -> bool:
-            return words[0] == b"EVALSHA" and words[1].decode() == link_sha(verb)
+            return words[0] == b"EVALSHA" and words[1].decode() == script_sha(verb)
 
         first = job(deadline_at=None, idempotency_key="k", fingerprint=b"f")
         async with asyncio.timeout(PATIENCE):
@@ -312,7 +312,7 @@ class TestLostReplies:
         assert problems(await store(shared, broker)) == []
 
 
-def link_sha(script: str) -> str:
+def script_sha(script: str) -> str:
     from penstock.brokers.redis.scripts import SHA
 
     return SHA[script]
@@ -327,7 +327,7 @@ class TestFaults:
     async def test_under_load(
         self, make_redis: Any, connect: OpenBroker, fault: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(link, "REPLY_TIMEOUT", 0.6)
+        monkeypatch.setattr(connection, "REPLY_TIMEOUT", 0.6)
         server = make_redis()
         gateway, *workers = [await connect(server.url, policy={"lease_ttl": 1.0}) for _ in range(3)]
 
@@ -376,9 +376,9 @@ class TestFaults:
                 isinstance(each, BrokerUnavailable) for each in await asyncio.gather(*calls, return_exceptions=True)
             )
         # What nobody waits for any more takes no memory, however long it lasts.
-        assert len(broker._shards[0].link._queue) < 50
+        assert len(broker._shards[0].commands._queue) < 50
         await asyncio.to_thread(server.start)
-        await eventually(lambda: broker._shards[0].link.up.is_set() and broker._shards[0].inbox.up.is_set())
+        await eventually(lambda: broker._shards[0].commands.up.is_set() and broker._shards[0].subscriber.up.is_set())
         [lease] = await claim(broker)
         assert lease.job.id == queued.id
         await broker.append([tokens(lease, 1, finish=STOP)])
@@ -392,7 +392,7 @@ class TestFaults:
         reader = Reader(broker, queued)
         await asyncio.sleep(0.5)
         await asyncio.to_thread(server.start)
-        await eventually(lambda: broker._shards[0].link.up.is_set())
+        await eventually(lambda: broker._shards[0].commands.up.is_set())
         [lease] = await claim(broker)
         await broker.append([tokens(lease, 1, finish=STOP)])
         check_log(await reader.end())
@@ -440,7 +440,7 @@ class TestTheServerIsAsked:
             with pytest.raises(BrokerUnavailable, match="appendfsync always"):
                 await broker.submit(job())
             client.config_set("appendfsync", "always")
-        await eventually(lambda: broker._shards[0].link.up.is_set())
+        await eventually(lambda: broker._shards[0].commands.up.is_set())
         await broker.submit(job())
 
     async def test_a_user_who_may_not_ask_for_the_configuration(self, shared: RedisServer, connect: OpenBroker) -> None:
@@ -739,7 +739,7 @@ class TestALostEnd:
             await broker.append([tokens(lease, 1, 3)])
             await readers[0].until(3)
         await asyncio.to_thread(ledger.server.restart)
-        await eventually(lambda: broker._shards[0].link.up.is_set() and broker._shards[0].inbox.up.is_set())
+        await eventually(lambda: broker._shards[0].commands.up.is_set() and broker._shards[0].subscriber.up.is_set())
         position = 1 if when == "queued" else 4
         if when == "requeued":
             await broker.release([Release(lease.key)])
@@ -994,7 +994,7 @@ class TestNews:
 
     async def test_a_waiting_claim_is_woken(self, shared: RedisServer, connect: OpenBroker, monkeypatch: Any) -> None:
         """Not by its poll: that one comes too late here."""
-        monkeypatch.setattr("penstock.brokers.redis.broker.CLAIM_POLL", 2 * PATIENCE)
+        monkeypatch.setattr("penstock.brokers.redis.claims.CLAIM_POLL", 2 * PATIENCE)
         worker, gateway = await connect(shared.url), await connect(shared.url)
         async with asyncio.timeout(PATIENCE):
             for _ in range(3):
@@ -1025,7 +1025,7 @@ class TestNews:
         slow = broker.tail("acme", queued.id)
         assert isinstance(await anext(slow), Tokens)
         await ledger.lose()
-        await eventually(lambda: broker._shards[0].link.up.is_set())
+        await eventually(lambda: broker._shards[0].commands.up.is_set())
         await asyncio.sleep(1.2)
         fresh = Reader(broker, queued)
         await asyncio.sleep(0.1)
@@ -1052,7 +1052,7 @@ class TestCluster:
     async def test_a_slot_that_moves_takes_its_readers_along(
         self, cluster: RedisCluster, connect: OpenBroker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("penstock.brokers.redis.broker.CLAIM_POLL", 2 * PATIENCE)
+        monkeypatch.setattr("penstock.brokers.redis.claims.CLAIM_POLL", 2 * PATIENCE)
         broker = await connect(cluster.url)
         queued = await broker.submit(job())
         reader = Reader(broker, queued)
@@ -1063,7 +1063,7 @@ class TestCluster:
         await broker.append([tokens(lease, 2)])
         await reader.until(2)
         # Whoever listens does so where the keys are now: woken, not by polling.
-        await eventually(lambda: broker._shards[0].inbox.up.is_set())
+        await eventually(lambda: broker._shards[0].subscriber.up.is_set())
         waiting = asyncio.create_task(claim(broker, 1, 2 * PATIENCE))
         await asyncio.sleep(0.5)
         other = await connect(cluster.url)

@@ -19,9 +19,9 @@ from tests.support.http import PATIENCE
 from tests.support.server import Server, model, wait_for
 from tests.support.sse import Event, Parser
 
-STREAMS = 32
-TOKENS = 300
-PROMPTS = [[263 + 7 * i, 300 + i, 411] for i in range(8)]
+STREAMS = 12
+TOKENS = 200
+PROMPTS = [[263 + 7 * i, 300 + i, 411] for i in range(4)]
 
 
 def before(folder: Path, replicas: list[Server], **options: object) -> Server:
@@ -80,7 +80,7 @@ async def read(client: httpx.AsyncClient, body: dict[str, Any], middle: Middle) 
 async def test_a_replica_dies_in_the_middle_of_all_streams(front: Server, replicas: list[Server], kind: str) -> None:
     asked: list[dict[str, Any]] = [{"prompt": ids} for ids in PROMPTS]
     if kind == "chat":
-        asked = [{"messages": [{"role": "user", "content": f"Tell me of a fox, {i}."}]} for i in range(8)]
+        asked = [{"messages": [{"role": "user", "content": f"Tell me of a fox, {i}."}]} for i in range(4)]
     bodies = [{**each, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True} for each in asked]
     async with httpx.AsyncClient(base_url=front.url, timeout=PATIENCE, trust_env=False) as client:
         undisturbed = [(await client.post("/v1/generate", json=body)).json()["text"] for body in bodies]

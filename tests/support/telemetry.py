@@ -19,5 +19,8 @@ class Recorder:
     def event(self, name: str, facts: Mapping[str, Fact]) -> None:
         self.events.append((name, facts))
 
+    def happened(self, name: str) -> list[Mapping[str, Fact]]:
+        return [facts for event, facts in self.events if event == name]
+
     def named(self, name: str) -> list[Ended]:
         return [span for span in self.spans if span.name == name]

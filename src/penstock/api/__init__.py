@@ -31,9 +31,11 @@ from penstock.api.jobs import (
     UsageView,
 )
 from penstock.api.models import ModelList, ModelView
+from penstock.api.stats import Distribution, Stats
 
 __all__ = [
     "Deleted",
+    "Distribution",
     "DoneEvent",
     "Error",
     "ErrorBody",
@@ -48,6 +50,7 @@ __all__ = [
     "Links",
     "ModelList",
     "ModelView",
+    "Stats",
     "Submitted",
     "Timings",
     "TokenEvent",

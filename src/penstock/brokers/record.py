@@ -1,15 +1,19 @@
-"""What every broker stores and answers alike: a job's details, how jobs end, cursors."""
+"""What every broker stores and answers alike: a job's details, how jobs end, what is refused, cursors."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
-from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound
+from penstock.core.errors import ErrorInfo, ExpiredResult, InvalidRequest, LogRewound, NotFound, Overloaded
+from penstock.core.events import Ended, Tokens
 from penstock.core.job import Job, OnDisconnect, Request
+from penstock.core.ports import QueuePolicy
 
-#: A worker that has not claimed or appended for so many lease times is not counted as alive.
+#: Silence after which a worker is not counted as alive, in lease times.
 WORKER_TTL = 3
 #: Ids stay known as expired for this long after their retention.
 TOMBSTONE_TTL = 24 * 3600.0
@@ -41,6 +45,76 @@ class Details(msgspec.Struct, array_like=True):
     @classmethod
     def of(cls, job: Job) -> Details:
         return cls(job.request, job.request_id, job.metadata, job.on_disconnect, job.view, job.keep, job.trace)
+
+
+_tokens = msgspec.msgpack.Decoder(Tokens)
+
+
+def stored_job(details: Details, ended: Ended | None, **fields: Any) -> Job:
+    """The job of *details*, of its terminal event where it has ended, and of what each store keeps in *fields*."""
+    return Job(
+        request=details.request,
+        request_id=details.request_id,
+        metadata=details.metadata,
+        on_disconnect=details.on_disconnect,
+        view=details.view,
+        keep=details.keep,
+        trace=details.trace,
+        finish_reasons=ended.finish_reasons if ended is not None else (),
+        error=ended.error if ended is not None else None,
+        **fields,
+    )
+
+
+def prefix(runs: Iterable[bytes]) -> tuple[list[int], list[str], list[int] | None]:
+    """(ids, texts, choices) of a log so far, of its stored *runs*: what a later attempt continues from.
+
+    Where runs overlap, the first one counts, as for every reader. Choices are None where there was only one.
+    """
+    ids: list[int] = []
+    texts: list[str] = []
+    choices: list[int] = []
+    several = False
+    for blob in runs:
+        run = _tokens.decode(blob).after(len(ids))
+        ids += run.ids
+        texts += run.texts
+        choices += run.choices or [0] * len(run.ids)
+        several = several or run.choices is not None
+    return ids, texts, choices if several else None
+
+
+def queue_is_full(count: int, drain_rate: float) -> Overloaded:
+    """*count* jobs wait in all, and *drain_rate* jobs end a second."""
+    return Overloaded(
+        f"The queue is full ({count} jobs). Try again later.", retry_after=_until_there_is_room(count, drain_rate)
+    )
+
+
+def tenant_is_full(count: int, drain_rate: float) -> Overloaded:
+    """*count* jobs of the tenant wait, and *drain_rate* jobs end a second, whoever's they are."""
+    return Overloaded(
+        f"You have {count} jobs waiting, the most one tenant may have. Try again later.",
+        retry_after=_until_there_is_room(count, drain_rate),
+    )
+
+
+def _until_there_is_room(count: int, drain_rate: float) -> float:
+    """Seconds until about a tenth of *count* jobs have ended, within reason."""
+    return min(60.0, max(1.0, (count // 10 or 1) / drain_rate)) if drain_rate else 5.0
+
+
+def unknown() -> NotFound:
+    return NotFound("No such job.")
+
+
+def result_expired() -> ExpiredResult:
+    return ExpiredResult("This job ended, and its result has expired.")
+
+
+def max_silence(policy: QueuePolicy) -> float:
+    """Seconds without a claim or an append after which a worker is not counted as alive."""
+    return WORKER_TTL * max(policy.lease_ttl, 2.0)
 
 
 def rewound(after: int, head: int) -> LogRewound:

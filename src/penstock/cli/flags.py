@@ -1,4 +1,4 @@
-"""Flags into settings: which command has which, and ``penstock config``, which prints what comes of them."""
+"""Flags become settings: which command has which, and ``penstock config``, which prints the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from penstock.cli.common import Json, print_json, stdout, table
 from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.settings import BUNDLED, ModelSettings, Settings, explain, load_settings, without_passwords
 
-#: Which settings have a flag, by panel of the help page. The others are structures: environment or file.
+#: Settings that have a flag, by panel of the help page. The others are structures: environment or file only.
 PANELS: dict[str, tuple[str, ...]] = {
     "Address": ("host", "port", "insecure_public", "allowed_hosts", "allowed_origins"),
     "Data": ("data_dir",),
@@ -192,7 +192,7 @@ def add_options(models: Sequence[ModelSettings], options: Sequence[str]) -> list
     chosen = [model.model_dump() for model in models]
     for text in options:
         key, equals, value = text.partition("=")
-        # Names may have dots ("qwen2.5"), keys don't; the longest name that fits is meant.
+        # Names may have dots ("qwen2.5"), keys have none: take the longest name that fits.
         name, _, key = key.rpartition(".")
         targets = [each for each in chosen if not name or each["name"] == name]
         if not equals or not key:
@@ -225,7 +225,7 @@ def add_standby(models: list[dict[str, Any]], wishes: Sequence[str]) -> list[dic
 
 
 def _called(models: list[dict[str, Any]], name: str, what: str, *, every: str) -> list[dict[str, Any]]:
-    """The entries that *name* means: a model's name, or *every*."""
+    """The entries of the model *name*, or all if it is *every*."""
     found = [each for each in models if each["name"] == name]
     if not found and name != every:
         served = ", ".join(each["name"] for each in models)

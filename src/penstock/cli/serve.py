@@ -1,4 +1,4 @@
-"""The commands that serve: ``penstock serve``, ``gateway`` and ``worker``, which are one function with other parts."""
+"""The commands that serve, ``penstock serve``, ``gateway`` and ``worker``: one function that runs different parts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gateway(*, model: GatewayModels = None, config: ConfigFile = None, **flags: 
     """
     settings, _ = settle(None, model, None, config, flags)
     if "models" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"models": []})  # the default is what a worker serves
+        settings = settings.model_copy(update={"models": []})  # the default model is for workers
     _run(_shared(settings, "gateway"), gateway=True, workers=False)
 
 
@@ -87,7 +87,7 @@ def _shared(settings: Settings, command: str) -> Settings:
 
 
 def _run(settings: Settings, *, gateway: bool, workers: bool) -> None:
-    # Only here: the other commands need none of the server.
+    # Imported here, since the other commands need nothing of the server.
     from penstock.observability.logs import configure
     from penstock.wiring import run
 

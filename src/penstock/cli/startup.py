@@ -1,4 +1,4 @@
-"""What a person sees while a gateway or a worker starts."""
+"""What a gateway or a worker shows while it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penstock.settings import Settings, without_passwords
 
 
 class Startup:
-    """Tells on stderr what happens until every model is ready: bars on a terminal, plain lines elsewhere."""
+    """Shows the progress on stderr until every model is ready: bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, settings: Settings, *, gateway: bool = True, workers: bool = True) -> None:
         self._settings = settings
@@ -80,7 +80,7 @@ class Startup:
 
     def progress(self, model: str, what: str, fraction: float | None) -> None:
         if model not in self._loading:
-            return  # an engine that is started again: the log tells
+            return  # a restarted engine is in the log
         self._progress.update(
             self._bars[model],
             description=f"{model}: {what}",

@@ -31,6 +31,8 @@ class ProtocolError(PenstockError):
 
 
 class ErrorBody(msgspec.Struct):
+    """A failure as any server may answer it: a proxy's often has fewer fields than `penstock.api.ErrorBody`."""
+
     error: ErrorInfo
 
 

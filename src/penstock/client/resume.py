@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ from penstock.api import DoneEvent, ErrorEvent, TokenEvent
 from penstock.client.errors import ProtocolError
 from penstock.client.results import End, Token
 from penstock.client.sse import ServerEvent
+from penstock.core.aio import Backoff
 from penstock.core.errors import LogRewound, PenstockError
 from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Status
@@ -94,11 +94,11 @@ class Patience:
         self._limit = limit
         self._clock = clock
         self._failing_since: float | None = None
-        self._failures = 0
+        self._backoff = Backoff(BACKOFF, BACKOFF_MAX)
 
     def progress(self) -> None:
         self._failing_since = None
-        self._failures = 0
+        self._backoff.reset()
 
     def pause(self, error: PenstockError, asked: float = 0.0) -> float:
         """Seconds to wait after *error*, at least those that the server *asked* for. Raises *error* when it is over.
@@ -111,6 +111,4 @@ class Patience:
         left = self._limit - (now - self._failing_since)
         if left <= 0 or asked > left:
             raise error
-        jitter = random.uniform(0, min(BACKOFF_MAX, BACKOFF * 2 ** min(self._failures, 10)))
-        self._failures += 1
-        return min(asked + jitter, left)
+        return min(asked + self._backoff.next(), left)

@@ -282,7 +282,7 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Broker(Protocol):
-    """Stores jobs, queue and logs. Twelve verbs; a thirteenth needs an ADR (docs/adr/0003-broker-verbs.md).
+    """Stores jobs, queue and logs. Thirteen verbs; another one needs an ADR (docs/adr/0003-broker-verbs.md).
 
     Every verb may raise `BrokerUnavailable`. Tenants are part of every key: a foreign id is `NotFound`.
     """
@@ -324,6 +324,11 @@ class Broker(Protocol):
         job that does not fit yet. Jobs of the batch class leave ``worker.reserve`` of *limit* free, or all where they
         take more than is beside it. Registers the worker.
         """
+        ...
+
+    async def register(self, worker: WorkerInfo) -> None:
+        """Say that *worker* is alive and how it stands, while it claims nothing. One that does neither for a while is
+        not counted any more."""
         ...
 
     async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:

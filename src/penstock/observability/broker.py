@@ -8,8 +8,8 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, cast
 
-from penstock.core.ports import Broker
-from penstock.core.telemetry import Telemetry
+from penstock.core.ports import Broker, Lease
+from penstock.core.telemetry import Span, Telemetry
 from penstock.observability.wrapper import Wrapper
 
 #: What of the `Broker` protocol is called, and not only once in its life.
@@ -20,12 +20,26 @@ VERBS = tuple(
 )
 
 
+def _claimed(span: Span, leases: list[Lease]) -> None:
+    span.note(jobs=len(leases))
+    for lease in leases:
+        span.link(lease.job.trace)
+
+
+#: What a span tells besides, from what was answered.
+_NOTES: dict[str, Callable[[Span, Any], None]] = {
+    "submit": lambda span, job: span.note(job=job.id, trace=job.trace),
+    "claim": _claimed,
+    "append": lambda span, verdicts: span.note(jobs=len(verdicts)),
+}
+
+
 class _Observed(Wrapper[Broker]):
     def __init__(self, broker: Broker, telemetry: Telemetry) -> None:
         super().__init__(broker)
         for verb in VERBS:
             kind = _answering if inspect.iscoroutinefunction(getattr(Broker, verb)) else _streaming
-            setattr(self, verb, kind(getattr(broker, verb), f"broker.{verb}", telemetry))
+            setattr(self, verb, kind(getattr(broker, verb), verb, telemetry))
 
 
 def observed(broker: Broker, telemetry: Telemetry) -> Broker:
@@ -33,23 +47,33 @@ def observed(broker: Broker, telemetry: Telemetry) -> Broker:
     return cast("Broker", _Observed(broker, telemetry))
 
 
-def _answering(call: Callable[..., Awaitable[Any]], name: str, telemetry: Telemetry) -> Callable[..., Awaitable[Any]]:
+def _answering(call: Callable[..., Awaitable[Any]], verb: str, telemetry: Telemetry) -> Callable[..., Awaitable[Any]]:
+    name, note = f"broker.{verb}", _NOTES.get(verb)
+
     @functools.wraps(call)
     async def observe(*args: Any, **kwargs: Any) -> Any:
-        with telemetry.span(name):
-            return await call(*args, **kwargs)
+        with telemetry.span(name) as span:
+            answer = await call(*args, **kwargs)
+            if note is not None:
+                note(span, answer)
+            return answer
 
     return observe
 
 
 def _streaming(
-    call: Callable[..., AsyncGenerator[Any]], name: str, telemetry: Telemetry
+    call: Callable[..., AsyncGenerator[Any]], verb: str, telemetry: Telemetry
 ) -> Callable[..., AsyncGenerator[Any]]:
-    @functools.wraps(call)
-    async def observe(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+    name = f"broker.{verb}"
+
+    async def read(items: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
         with telemetry.span(name):
-            async with contextlib.aclosing(call(*args, **kwargs)) as items:
+            async with contextlib.aclosing(items):
                 async for item in items:
                     yield item
+
+    @functools.wraps(call)
+    def observe(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        return read(call(*args, **kwargs))  # called now: `arrivals` tells what comes from the call on
 
     return observe

@@ -1,4 +1,8 @@
-"""How each job went, told as the event ``job.ended`` by who saw its end; and the count of tokens that readers got."""
+"""How each job went, told by who saw it: ``job.attempt`` when an attempt is over, ``job.ended`` when the job is.
+
+A job's wait in the queue and its attempts are spans of its trace. They are told as events when they are over: the
+process that sees one end need not have seen it begin.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,18 @@ import msgspec
 from penstock.core.errors import NotFound
 from penstock.core.events import Event, Tokens
 from penstock.core.job import Job, Status
-from penstock.core.ports import Append, Broker, Clock, Lease, Release, SystemClock, Verdict, WorkerInfo, elapsed
+from penstock.core.ports import (
+    Append,
+    Broker,
+    Clock,
+    Lease,
+    LeaseKey,
+    Release,
+    SystemClock,
+    Verdict,
+    WorkerInfo,
+    elapsed,
+)
 from penstock.core.telemetry import Fact, Telemetry
 from penstock.observability.wrapper import Wrapper
 
@@ -41,6 +56,7 @@ class JobRecord(msgspec.Struct, kw_only=True, rename=_NAMES):
     total_time: float
     time_to_first_token: float | None
     time_per_token: float | None
+    trace: str | None = None
 
     @property
     def facts(self) -> Mapping[str, Fact]:
@@ -55,6 +71,8 @@ class _Progress(msgspec.Struct):
     """*ahead*: by how many seconds the store's clock, which wrote the job's times, was ahead of ours."""
 
     lease: Lease
+    since: float
+    """Our clock, when it was claimed."""
     ahead: float
     tokens: int
     prompt_tokens: int
@@ -89,7 +107,7 @@ class JobWatch(Wrapper[Broker]):
             if lease.attempt == 1 and job.started_at is not None:  # that is this moment
                 self._ahead = job.started_at - now
             self._progress[job.id] = _Progress(
-                lease, self._ahead, job.tokens, job.prompt_tokens or 0, job.first_token_at
+                lease, now, self._ahead, job.tokens, job.prompt_tokens or 0, job.first_token_at
             )
         return leases
 
@@ -97,8 +115,7 @@ class JobWatch(Wrapper[Broker]):
         verdicts = await self._wrapped.append(appends)
         at = self._clock.now()
         for append in appends:
-            progress = self._progress.get(append.lease.job)
-            if progress is None:
+            if (progress := self._held(append.lease)) is None:
                 continue
             now = at + progress.ahead
             if append.ids:
@@ -108,7 +125,7 @@ class JobWatch(Wrapper[Broker]):
                 progress.prompt_tokens = append.prompt_tokens
             verdict = verdicts[append.lease.job]
             if verdict is Verdict.LOST:
-                del self._progress[append.lease.job]
+                self._attempt_over(append.lease, "lost")
             elif verdict is Verdict.CANCELLED or verdict is Verdict.EXPIRED:
                 self._end(progress, Status(verdict.value), verdict.value, now)
             elif append.finish is not None:
@@ -120,7 +137,8 @@ class JobWatch(Wrapper[Broker]):
     async def release(self, releases: Sequence[Release]) -> None:
         await self._wrapped.release(releases)
         for release in releases:
-            self._progress.pop(release.lease.job, None)
+            failed = "crashed" if release.crashed_beside is not None else "retried" if release.retry else "released"
+            self._attempt_over(release.lease, failed)
             if release.retry is not None or release.crashed_beside is not None:
                 await self._see(release.lease.tenant, release.lease.job)
 
@@ -142,13 +160,35 @@ class JobWatch(Wrapper[Broker]):
         found = await self._wrapped.get(tenant, job)
         if found.status.terminal:
             progress = _Progress(
-                Lease(found, found.attempt), 0.0, found.tokens, found.prompt_tokens or 0, found.first_token_at
+                Lease(found, found.attempt), 0.0, 0.0, found.tokens, found.prompt_tokens or 0, found.first_token_at
             )
             self._end(progress, found.status, found.error.code if found.error else None, found.ended_at or 0.0)
 
+    def _held(self, key: LeaseKey) -> _Progress | None:
+        """The attempt *key*, if it runs here: an earlier one of the same job may still be heard of."""
+        progress = self._progress.get(key.job)
+        return progress if progress is not None and progress.lease.attempt == key.attempt else None
+
+    def _attempt_over(self, key: LeaseKey, outcome: str) -> None:
+        """Tell of the attempt that ran here, if it did. *outcome*: the job's status, or why it may run again."""
+        if (progress := self._held(key)) is None:
+            return
+        del self._progress[key.job]
+        lease = progress.lease
+        self._telemetry.event(
+            "job.attempt",
+            job=key.job,
+            tenant=lease.job.tenant,
+            attempt=lease.attempt,
+            outcome=outcome,
+            seconds=elapsed(progress.since, self._clock.now()),
+            trace=lease.job.trace,
+            **{_NAMES["model"]: lease.job.request.model},
+        )
+
     def _end(self, progress: _Progress, status: Status, error: str | None, now: float) -> None:
         job = progress.lease.job
-        self._progress.pop(job.id, None)
+        self._attempt_over(progress.lease.key, status.value)
         started = job.started_at or now
         # What a log has instead of tokens, where its job is not to generate, counts as none and has no first one.
         generated = progress.tokens if job.request.task == "generate" else 0
@@ -169,6 +209,7 @@ class JobWatch(Wrapper[Broker]):
             total_time=elapsed(job.created_at, now),
             time_to_first_token=elapsed(job.created_at, first) if first is not None else None,
             time_per_token=elapsed(first, now) / later if first is not None and later > 0 else None,
+            trace=job.trace,
         )
         self._telemetry.event("job.ended", **record.facts)
 

@@ -21,12 +21,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from penstock.api.stats import Stats
 from penstock.core.job import Status
 from penstock.core.ports import WORKER_STATES, Engine, Lease, Output, QueueStats, WorkerInfo
 from penstock.core.telemetry import Fact
 from penstock.observability.broker import VERBS
 from penstock.observability.jobs import JobRecord
-from penstock.observability.stats import Distribution, Stats, total
+from penstock.observability.stats import distribution, total
 from penstock.observability.telemetry import Ended
 from penstock.observability.wrapper import Wrapper
 
@@ -92,6 +93,7 @@ class Metrics:
         self.queue_wait = Histogram(
             "llm_queue_wait_seconds", "From submit to the first claim", buckets=_LATENCY, registry=back
         )
+        self.attempts = Counter("penstock_attempts", "Attempts at jobs that are over", ["outcome"], registry=back)
         self.verbs = Histogram(
             "penstock_broker_verb_seconds",
             "Duration of calls to the broker",
@@ -135,8 +137,8 @@ class Metrics:
             running=queue.jobs.get(Status.RUNNING, 0) if queue is not None else 0,
             streams=self._streams(),
             tokens=total(self.worker_tokens) if self._worker else self._tokens_read(),
-            time_to_first_token=Distribution.of(self.first_token, _LATENCY) if self._worker else None,
-            request_duration=Distribution.of(self.duration if self._worker else self.latency, _LATENCY),
+            time_to_first_token=distribution(self.first_token, _LATENCY) if self._worker else None,
+            request_duration=distribution(self.duration if self._worker else self.latency, _LATENCY),
             cpu_seconds=cpu.user + cpu.system,
             memory_bytes=self._process.memory_info().rss,
         )
@@ -190,6 +192,8 @@ class Metrics:
     def event(self, name: str, facts: Mapping[str, Fact]) -> None:
         if name == "job.ended":
             self._job_ended(JobRecord.of(facts))
+        elif name == "job.attempt":
+            self.attempts.labels(facts["outcome"]).inc()
 
     def _job_ended(self, record: JobRecord) -> None:
         self.duration.labels(record.model).observe(record.total_time)

@@ -403,7 +403,7 @@ class ModelManager:
     async def _announce(self, model: Model) -> None:
         """Say how it stands, for as long as it has no worker that says so itself."""
         with contextlib.suppress(PenstockError):
-            await self._broker.claim(model.info, [], 0, 0)
+            await self._broker.register(model.info)
 
     async def _announce_loop(self) -> None:
         while True:

@@ -355,9 +355,9 @@ class Worker:
             await self._admit()
 
     async def _register(self) -> None:
-        """Say that we are alive, and in which state: a claim for nothing, for when there is no slot to claim for."""
+        """Say that we are alive, and in which state, while there is no slot to claim for."""
         with contextlib.suppress(BrokerUnavailable):
-            await self._broker.claim(self.info, [], 0, 0)
+            await self._broker.register(self.info)
 
     async def _handle_engine_death(self, error: EngineDied) -> None:
         """Give every job back as a suspect (of those on trial and those cleared: the ones on trial), and start a new

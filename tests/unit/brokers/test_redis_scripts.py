@@ -6,6 +6,7 @@ import contextlib
 import random
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from importlib import resources
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ import redis
 from tests.support.redis import RedisServer
 from tests.support.redis_store import BOOKKEEPING, CONSTANT, Store, differences, dump, problems
 
-from penstock.brokers.redis import RedisBroker, RedisOptions
+from penstock.brokers.redis import RedisBroker, RedisOptions, scripts
 from penstock.brokers.redis.scripts import SHA, SOURCES
 from penstock.core.errors import ErrorInfo, ExpiredResult, NotFound, Overloaded
 from penstock.core.job import Job, Priority, Request, Status, new_job_id
@@ -203,8 +204,10 @@ class Walk:
     async def read(self) -> None:
         if self.jobs:
             chosen = self.random.choice(self.jobs)
-            inbox = self.random.choice(["", "one", "two"])
-            await self.broker._shards[0].run("read", chosen.tenant, chosen.id, 0, 10, inbox)
+            inbox = self.random.choice([None, b"one", b"two"])
+            read = scripts.Read(tenant=chosen.tenant, id=chosen.id, after=0, max_runs=10, inbox=inbox)
+            with contextlib.suppress(NotFound):
+                await self.broker._shards[0].run(read)
 
 
 class TestTheStore:
@@ -285,9 +288,9 @@ class Twice:
         self.sent: dict[str, int] = {}
         self.found: list[str] = []
         self.said: list[tuple[str, list[Any]]] = []
-        link = broker._shards[0].link
-        self._call: Callable[..., Any] = link.call
-        link.call = self.call  # type: ignore[method-assign]
+        commands = broker._shards[0].commands
+        self._call: Callable[..., Any] = commands.call
+        commands.call = self.call  # type: ignore[method-assign]
 
     async def call(self, command: Any) -> Any:
         if command[0] != "EVALSHA":
@@ -327,10 +330,12 @@ class TestSentAgain:
         open_ = [
             chosen.id for chosen in walk.jobs if store.client.hget(f"{store.base}job:{chosen.id}", "s") == b"queued"
         ]
-        await shard.run("read", walk.jobs[-1].tenant, walk.jobs[-1].id, 0, 10, "inbox")
-        await shard.run("follow", "inbox", msgpack(open_), msgpack([]))
-        await shard.run("follow", "inbox", msgpack(open_[1:]), msgpack(open_[:1]))
-        await shard.link.call(shard._command("enter", "another server", 1, "fast", 1))
+        last = walk.jobs[-1]
+        with contextlib.suppress(NotFound):
+            await shard.run(scripts.Read(tenant=last.tenant, id=last.id, after=0, max_runs=10, inbox=b"inbox"))
+        await shard.run(scripts.Follow(inbox=b"inbox", ids=open_, left=[]))
+        await shard.run(scripts.Follow(inbox=b"inbox", ids=open_[1:], left=open_[:1]))
+        await shard.run(scripts.Enter(run_id="another server", can_lose=True, shards=1))
         assert twice.found == []
         assert set(SHA) - set(twice.sent) <= {"get", "list", "stats"}  # which only read
 
@@ -527,3 +532,54 @@ class TestScripts:
             assert source.count(b'call("TIME")') == 1, name
             assert b"os.time" not in source
             assert b"math.random" not in source
+
+
+FILES = {script.name: script for script in scripts.Script.__subclasses__()}
+
+
+class TestArguments:
+    """What a script is given has a name on both sides, and no number on either."""
+
+    @staticmethod
+    def source(name: str) -> str:
+        return (resources.files("penstock.brokers.redis") / "lua" / f"{name}.lua").read_text()
+
+    def test_every_file_is_a_script(self) -> None:
+        files = {path.name for path in (resources.files("penstock.brokers.redis") / "lua").iterdir()}
+        assert files == {f"{name}.lua" for name in FILES} | {"lib.lua"}
+
+    def test_scripts_know_no_numbers(self) -> None:
+        for name in (*FILES, "lib"):
+            assert "ARGV" not in self.source(name), name
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_every_argument_is_used(self, name: str) -> None:
+        code = re.sub("--.*", "", self.source(name))
+        assert [field for field in FILES[name].__struct_fields__ if not re.search(rf"\b{field}\b", code)] == []
+
+    def test_every_kind_of_argument_arrives_as_what_it_is(self, client: redis.Redis) -> None:
+        class Kinds(scripts.Script[None]):
+            text: str
+            blob: bytes
+            number: int
+            real: float
+            yes: bool
+            no: bool
+            some: list[str]
+            given: float | None
+            missing: float | None
+            no_text: str | None
+            blobs: scripts.Blobs
+
+        prelude, encoders = scripts.arguments(Kinds)
+        values = ("", b"\xff", 2**53, 0.1, True, False, ["a", "b"], 1e-7, None, None, [b"x", b"y"])
+        words = [word for encode, value in zip(encoders, values, strict=True) for word in encode(value)]
+        body = """
+            return { text, blob, string.format("%.0f", number), string.format("%.17g", real), tostring(yes),
+                     tostring(no), some[2], string.format("%.17g", given), tostring(missing), tostring(no_text),
+                     blobs(2), tostring(blobs(3)) }"""
+        answer = client.eval("\n".join((*prelude, body)), 0, "", "", *words)
+        assert answer == [
+            b"", b"\xff", b"9007199254740992", b"0.10000000000000001", b"true",
+            b"false", b"b", b"9.9999999999999995e-08", b"nil", b"nil", b"y", b"nil",
+        ]  # fmt: skip

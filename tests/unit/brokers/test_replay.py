@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from penstock.brokers.embedded import EmbeddedBroker
-from penstock.brokers.embedded.broker import READ_AT_ONCE
+from penstock.brokers.embedded.log import READ_AT_ONCE
 from penstock.core.events import Ended, Tokens
 from penstock.core.job import Job, Request, fingerprint, new_job_id
 from penstock.core.ports import Append, Finish, WorkerInfo

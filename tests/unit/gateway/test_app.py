@@ -568,7 +568,7 @@ class TestTooLong:
         gateway = Served(broker, GatewayConfig(models=("m",), hold=0.0))
         async with gateway.running():
             info = ModelInfo(name="m", engine="synthetic", context_length=20)
-            await broker.claim(WorkerInfo(id="w", models=(info,)), [], 0, 0)
+            await broker.register(WorkerInfo(id="w", models=(info,)))
             await gateway.catalogue.refresh()
             yield gateway
         await broker.close()

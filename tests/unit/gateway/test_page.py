@@ -12,6 +12,7 @@ from penstock.gateway.operator.page import TYPES, assets
 UPLOT = {
     "1.6.32": {
         "uPlot.esm.js": "5dd9b3281aa64b461b42d9945f6adb2649d346502b12281a9ae0d46599a80eba",
+        "uPlot.esm.d.ts": "af44374f6e808be4f7f3fa5888b9c7574dca9f8a15a66d54b6763535802c8080",
         "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
         "LICENSE": "8f989229699b4fe2f1a0432d0e9edc338a8a911e250e2d1b01ecd770a5f5b1bd",
     }
@@ -30,6 +31,6 @@ def test_the_chart_library_is_untouched_and_its_version_noted() -> None:
 def test_only_kinds_that_a_browser_needs_are_served() -> None:
     served = assets()
     assert {"index.html", "style.css", "icon.svg", "js/main.js", "vendor/uplot/uPlot.esm.js"} <= set(served)
-    assert not any(path.endswith(("LICENSE", ".md")) for path in served)
+    assert not any(path.endswith(("LICENSE", ".md", ".ts", ".json")) for path in served)
     assert all(asset.type in TYPES.values() for asset in served.values())
     assert len({asset.etag for asset in served.values()}) == len(served)

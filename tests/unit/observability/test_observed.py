@@ -7,21 +7,23 @@ import contextlib
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from tests.support.telemetry import Recorder
 
 from penstock.brokers.embedded import EmbeddedBroker
-from penstock.core.errors import NotFound
+from penstock.core.errors import ErrorInfo, NotFound
 from penstock.core.events import Event
 from penstock.core.job import Job, Request, new_job_id
-from penstock.core.ports import Append, Broker, Finish, Query, Release, WorkerInfo
+from penstock.core.ports import Append, Broker, Finish, Lease, Query, Release, WorkerInfo
+from penstock.core.trace import TraceContext
 from penstock.observability.broker import VERBS, observed
 from penstock.observability.jobs import JobRecord, JobWatch
 from penstock.observability.metrics import Metrics
 from penstock.observability.telemetry import Publisher
 
+TRACE = str(TraceContext.new())
 WORKER = WorkerInfo(id="w", slots=8)
 
 
@@ -72,6 +74,7 @@ async def test_each_verb_of_the_port_has_spans(broker: Broker, told: Recorder) -
             await broker.submit(new_job(user="u"))
     leases = await broker.claim(WORKER, ["m"], 1, 0)
     await broker.release([Release(lease.key) for lease in leases])
+    await broker.register(WORKER)
     await broker.cancel("t", leases[0].job.id)
     await broker.forget("t", job.id)
     await broker.list(Query(tenant="t"))
@@ -79,6 +82,13 @@ async def test_each_verb_of_the_port_has_spans(broker: Broker, told: Recorder) -
     await broker.sweep()
     found = {span.name for span in told.spans if span.name.startswith("broker.")}
     assert found == {f"broker.{verb}" for verb in VERBS}
+
+
+async def test_arrivals_tell_what_comes_from_the_call_on(broker: Broker) -> None:
+    async with contextlib.aclosing(broker.arrivals("t", "u")) as arrivals:
+        job = await broker.submit(new_job(user="u"))
+        async with asyncio.timeout(10):
+            assert await anext(arrivals) == job.id
 
 
 def test_verbs_are_those_of_the_port() -> None:
@@ -90,7 +100,7 @@ def test_verbs_are_those_of_the_port() -> None:
 async def test_what_is_no_verb_is_the_brokers_own(broker: Broker) -> None:
     assert broker.durability == EmbeddedBroker.durability  # type: ignore[attr-defined]
     with pytest.raises(AttributeError):
-        _ = broker.thirteenth  # type: ignore[attr-defined]
+        _ = broker.another  # type: ignore[attr-defined]
 
 
 async def test_a_refusal_is_raised_and_told(broker: Broker, told: Recorder) -> None:
@@ -128,8 +138,7 @@ async def test_verbs_and_commits_are_counted(broker: Broker, metrics: Metrics) -
 
 async def test_the_end_of_a_job_is_an_event_in_opentelemetrys_words(broker: Broker, told: Recorder) -> None:
     job = await finish(broker, tokens=5)
-    ((name, facts),) = told.events
-    assert name == "job.ended"
+    (facts,) = told.happened("job.ended")
     assert facts["gen_ai.request.model"] == "m"
     assert facts["gen_ai.usage.input_tokens"] == 7
     assert facts["gen_ai.usage.output_tokens"] == 5
@@ -144,8 +153,67 @@ async def test_a_job_that_nobody_ran_ends_once_when_it_is_cancelled(broker: Brok
     for _ in range(2):
         await broker.cancel("t", job.id)
     await broker.forget("t", job.id)
-    ((_, facts),) = told.events
+    (facts,) = told.happened("job.ended")
     assert (facts["job"], facts["error.type"]) == (job.id, "cancelled")
+
+
+async def claimed(broker: Broker, **fields: object) -> Lease:
+    await broker.submit(new_job(**fields))
+    (lease,) = await broker.claim(WORKER, ["m"], 1, 0)
+    return lease
+
+
+@pytest.mark.parametrize(
+    ("release", "outcome"),
+    [
+        ({}, "released"),
+        ({"retry": ErrorInfo("The engine coughed.")}, "retried"),
+        ({"crashed_beside": 3}, "crashed"),
+    ],
+)
+async def test_an_attempt_that_is_given_back_is_over(
+    broker: Broker, told: Recorder, release: dict[str, Any], outcome: str
+) -> None:
+    lease = await claimed(broker, trace=TRACE)
+    await broker.release([Release(lease.key, **release)])
+    (facts,) = told.happened("job.attempt")
+    assert (facts["job"], facts["attempt"], facts["outcome"], facts["trace"]) == (lease.job.id, 1, outcome, TRACE)
+    assert told.happened("job.ended") == []
+
+
+async def test_a_job_has_as_many_attempts_as_it_took_and_one_end(
+    broker: Broker, told: Recorder, metrics: Metrics
+) -> None:
+    first = await claimed(broker)
+    await broker.append([Append(first.key, 1, [1], ["a"])])
+    await broker.release([Release(first.key)])
+    (second,) = await broker.claim(WORKER, ["m"], 1, 0)
+    await broker.append([Append(first.key, 2, [9], ["?"])])  # late: the lease is not its any more
+    await broker.append([Append(second.key, 2, [2], ["b"], finish=Finish(("stop",)))])
+    assert [(facts["attempt"], facts["outcome"]) for facts in told.happened("job.attempt")] == [
+        (1, "released"),
+        (2, "completed"),
+    ]
+    (facts,) = told.happened("job.ended")
+    assert facts["gen_ai.usage.output_tokens"] == 2
+    assert metrics.registry.get_sample_value("penstock_attempts_total", {"outcome": "released"}) == 1
+
+
+async def test_a_lease_that_was_lost_is_told_once(broker: Broker, told: Recorder) -> None:
+    lease = await claimed(broker)
+    await broker.forget("t", lease.job.id)
+    for _ in range(2):
+        await broker.append([Append(lease.key, 1, [1], ["a"])])
+    assert [facts["outcome"] for facts in told.happened("job.attempt")] == ["lost"]
+
+
+async def test_spans_and_events_carry_the_jobs_trace(broker: Broker, told: Recorder) -> None:
+    lease = await claimed(broker, trace=TRACE)
+    await broker.append([Append(lease.key, 1, [1], ["a"], finish=Finish(("stop",)))])
+    (submit,), (claim,) = told.named("broker.submit"), told.named("broker.claim")
+    assert submit.facts == {"job": lease.job.id, "trace": TRACE}
+    assert (claim.facts, claim.links) == ({"jobs": 1}, (TRACE,))
+    assert [facts["trace"] for name in ("job.attempt", "job.ended") for facts in told.happened(name)] == [TRACE, TRACE]
 
 
 async def test_tokens_count_for_each_reader(watch: JobWatch) -> None:

@@ -8,11 +8,12 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from penstock.api.stats import Distribution, Stats
 from penstock.core.job import Priority, Status
 from penstock.core.ports import QueueStats
 from penstock.observability.jobs import JobRecord
 from penstock.observability.metrics import Metrics
-from penstock.observability.stats import Distribution, Stats, total
+from penstock.observability.stats import distribution, total
 
 BOUNDS = (0.1, 1, 5)
 
@@ -25,16 +26,16 @@ def test_a_distribution_counts_each_observation_once() -> None:
     observed = histogram()
     for seconds in (0.1, 0.5, 0.6, 7.0, 9.0):
         observed.observe(seconds)
-    assert Distribution.of(observed, BOUNDS) == Distribution([0.1, 1.0, 5.0], [1, 2, 0, 2])
+    assert distribution(observed, BOUNDS) == Distribution([0.1, 1.0, 5.0], [1, 2, 0, 2])
 
 
 def test_it_is_one_over_all_labels() -> None:
     observed = histogram("model")
-    assert Distribution.of(observed, BOUNDS) == Distribution([0.1, 1, 5], [0, 0, 0, 0])
+    assert distribution(observed, BOUNDS) == Distribution([0.1, 1, 5], [0, 0, 0, 0])
     observed.labels("a").observe(0.5)
     observed.labels("b").observe(0.5)
     observed.labels("b").observe(3.0)
-    assert Distribution.of(observed, BOUNDS) == Distribution([0.1, 1.0, 5.0], [0, 2, 1, 0])
+    assert distribution(observed, BOUNDS) == Distribution([0.1, 1.0, 5.0], [0, 2, 1, 0])
 
 
 def test_a_counter_too() -> None:

@@ -8,7 +8,7 @@ import msgspec
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
-from penstock.brokers.redis.link import Command, ask
+from penstock.brokers.redis.connection import Command, run_once
 from penstock.brokers.redis.options import Durability
 from penstock.core.errors import InvalidRequest
 
@@ -52,7 +52,7 @@ class Server(msgspec.Struct, frozen=True):
 
 async def inspect(connection: AbstractConnection, tier: Tier) -> Server:
     """What the server is. Raises `InvalidRequest`, saying what to set, unless it keeps what *tier* promises."""
-    info = fields(await ask(connection, "INFO"))
+    info = fields(await run_once(connection, "INFO"))
     version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2])
     if version < (7, 0):
         raise InvalidRequest(f"Redis {info.get('redis_version')} is too old: Penstock needs 7.0 or newer, or Valkey.")
@@ -94,7 +94,7 @@ async def _inspect_durability(connection: AbstractConnection, tier: Tier, info: 
 
 async def _setting(connection: AbstractConnection, name: str) -> str:
     try:
-        reply: Any = await ask(connection, "CONFIG", "GET", name)
+        reply: Any = await run_once(connection, "CONFIG", "GET", name)
         return str(reply[1].decode())
     except (ResponseError, IndexError) as error:
         raise InvalidRequest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import structlog
@@ -12,16 +12,22 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, NoPermissionError
 
 from penstock.brokers.live import LiveLog
-from penstock.brokers.record import rewound
-from penstock.brokers.redis.link import BROKEN, Address, Command, Inbox, Link, Word, ask
-from penstock.brokers.redis.scripts import SHA, SOURCES
+from penstock.brokers.record import result_expired, rewound
+from penstock.brokers.redis import scripts
+from penstock.brokers.redis.connection import (
+    BROKEN,
+    Address,
+    Command,
+    CommandConnection,
+    Subscriber,
+    run_once,
+)
+from penstock.brokers.redis.scripts import SHA, SOURCES, Answer, Script
 from penstock.brokers.redis.server import Tier, inspect
 from penstock.core.errors import (
     BrokerUnavailable,
-    ExpiredResult,
     InvalidRequest,
     LogRewound,
-    NotFound,
     PenstockError,
 )
 from penstock.core.events import Ended, Event, Tokens
@@ -34,13 +40,27 @@ log = structlog.get_logger("penstock.redis")
 REPAIR_INTERVAL = 1.0
 #: Runs that one read of a log answers with, ids that one look at heads asks for.
 PAGE = 512
-#: Scripts that change nothing which has to be durable.
-READS = frozenset({"follow", "get", "list", "read", "stats"})
 
 _pack = msgspec.msgpack.Encoder().encode
 _events = msgspec.msgpack.Decoder(list[tuple[str, Tokens | None, Ended | None]])
 _tokens = msgspec.msgpack.Decoder(Tokens)
 _ended = msgspec.msgpack.Decoder(Ended)
+
+
+class LogPart(NamedTuple):
+    """The next events of a log.
+
+    ``open``: its job has not ended. ``floor``: see `scripts.Head`. ``more``: there may be some.
+    """
+
+    events: list[Event]
+    open: bool
+    floor: int
+    more: bool
+
+    @property
+    def ends(self) -> bool:
+        return bool(self.events) and isinstance(self.events[-1], Ended)
 
 
 class FollowedLog(LiveLog):
@@ -73,7 +93,7 @@ class FollowedLog(LiveLog):
 
 
 class Shard:
-    """Everything of one shard. *inbox_id* names this process among those that follow logs or wait for jobs."""
+    """Everything of one shard. *inbox* names this process among those that follow logs or wait for jobs."""
 
     def __init__(
         self,
@@ -81,13 +101,13 @@ class Shard:
         number: int,
         shards: int,
         prefix: str,
-        inbox_id: str,
+        inbox: str,
         policy: QueuePolicy,
         tier: Tier,
         clock: Clock | None,
         timeout: float,
         telemetry: Telemetry,
-        on_ring: Callable[[int, str], None],
+        on_notified: Callable[[int, str], None],
         on_arrival: Callable[[bytes, str], None],
     ) -> None:
         self.number = number
@@ -96,20 +116,15 @@ class Shard:
         self._tier = tier
         self._clock = clock
         self._telemetry = telemetry
-        self._on_ring = on_ring
+        self._on_notified = on_notified
         self._on_arrival = on_arrival
-        self._policy = _pack(
-            [
-                policy.lease_ttl, policy.result_ttl, policy.max_attempts, policy.max_losses, policy.input_cost,
-                policy.output_cost, policy.max_running_per_tenant, int(tier.name == "replicated"), number, shards,
-            ]
-        )  # fmt: skip
-        self.inbox_id = inbox_id.encode()
-        self._own_channel = self.base + b"inbox:" + self.inbox_id
-        self.link = Link(address, self._greet, timeout=timeout)
+        self._policy = _pack(scripts.Policy.of(policy, defer=tier.name == "replicated", shard=number, shards=shards))
+        self._inbox = inbox.encode()
+        self._own_channel = self.base + b"inbox:" + self._inbox
+        self.commands = CommandConnection(address, self._greet, timeout=timeout)
         self._address = address
         self._timeout = timeout
-        self.inbox = Inbox(address, on_message=self._hear, on_up=self._resync, on_down=self._doubt)
+        self.subscriber = Subscriber(address, on_message=self._hear, on_up=self._resync, on_down=self._doubt)
         self._followed: dict[str, FollowedLog] = {}
         self._left: set[str] = set()
         self._doubts = 0
@@ -129,67 +144,68 @@ class Shard:
         except (AuthenticationError, NoPermissionError) as error:
             raise InvalidRequest(f"Redis at {self._address.urls} refuses this user or password: {error}") from None
         except BROKEN as error:
-            self.link.failure = error
-            raise self.link.unavailable() from error
-        self.link.start()
-        self.inbox.subscribe(self._own_channel)
-        self.inbox.start()
+            self.commands.failure = error
+            raise self.commands.unavailable() from error
+        self.commands.start()
+        self.subscriber.subscribe(self._own_channel)
+        self.subscriber.start()
         self._repairing = asyncio.create_task(self._repair(), name="redis: repair")
         try:
             async with asyncio.timeout(self._timeout):
-                while not self.link.up.is_set():
-                    await _first_of(self.link.up, self.link.failed)
-                    if isinstance(self.link.failure, InvalidRequest):
-                        raise self.link.failure
-                    self.link.failed.clear()
-                await self.inbox.up.wait()
+                while not self.commands.up.is_set():
+                    await _first_of(self.commands.up, self.commands.failed)
+                    if isinstance(self.commands.failure, InvalidRequest):
+                        raise self.commands.failure
+                    self.commands.failed.clear()
+                await self.subscriber.up.wait()
         except TimeoutError:
-            raise self.link.unavailable() from None
+            raise self.commands.unavailable() from None
 
     async def close(self) -> None:
         tasks = [task for task in (self._repairing, *self._tasks) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.inbox.close()
-        await self.link.close()
+        await self.subscriber.close()
+        await self.commands.close()
 
     async def _greet(self, connection: AbstractConnection) -> None:
         """Every new connection: is this (still) the server that we were promised? Load the scripts, enter the shard."""
         server = await inspect(connection, self._tier)
         for source in SOURCES.values():
-            await ask(connection, "SCRIPT", "LOAD", source)
-        entering = (server.run_id, int(self._tier.name != "strict"), self._tier.name, self._shards)
-        _, shards = await ask(connection, *self._command("enter", *entering))
-        if int(shards) != self._shards:
+            await run_once(connection, "SCRIPT", "LOAD", source)
+        can_lose = self._tier.name != "strict"
+        enter = scripts.Enter(run_id=server.run_id, can_lose=can_lose, shards=self._shards)
+        reply, _ = await run_once(connection, *self._command(enter))
+        entered = enter.parse(reply)
+        if entered.shards != self._shards:
             raise InvalidRequest(
-                f"Other processes have split this queue into {int(shards)} shards; this one is set to {self._shards}. "
+                f"Other processes have split this queue into {entered.shards} shards; "
+                f"this one is set to {self._shards}. "
                 "Give all of them the same number (--shards), or another --broker-prefix."
             )
         self._doubt()
-        await self.link.wait_for_replicas(connection, self._tier.replicas, server.waiting(self._tier))
+        await self.commands.wait_for_replicas(connection, self._tier.replicas, server.waiting(self._tier))
         self._resync()
 
     # ------------------------------------------------------------------------------------ scripts
 
-    def _command(self, script: str, *arguments: Word) -> Command:
+    def _command(self, script: Script[Any]) -> Command:
         now = "" if self._clock is None else repr(self._clock.now())
-        return ["EVALSHA", SHA[script], 1, self.base, now, self._policy, *arguments]
+        return ["EVALSHA", SHA[script.name], 1, self.base, now, self._policy, *script.words()]
 
-    async def run(self, script: str, *arguments: Word) -> Any:
-        """The answer of a script, once what it wrote is as durable as the tier promises."""
-        with self._telemetry.span("store.read" if script in READS else "store.commit", script=script):
-            result, deferred = await self.link.call(self._command(script, *arguments))
+    async def run(self, script: Script[Answer]) -> Answer:
+        """What the script answers, once what it wrote is as durable as the tier promises."""
+        with self._telemetry.span("store.read" if script.only_reads else "store.commit", script=script.name):
+            reply, deferred = await self.commands.call(self._command(script))
         if deferred:
             for inbox, message in zip(deferred[::2], deferred[1::2], strict=True):
-                self.link.send(["SPUBLISH", self.base + b"inbox:" + inbox, message])
-        return result
+                self.commands.send(["SPUBLISH", self.base + b"inbox:" + inbox, message])
+        return script.parse(reply)
 
-    def post(self, script: str, *arguments: Word) -> None:
+    def post(self, script: Script[Any]) -> None:
         """Run a script whose answer nobody needs."""
-        self.link.send(self._command(script, *arguments)).add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )
+        self.commands.send(self._command(script)).add_done_callback(lambda done: done.cancelled() or done.exception())
 
     # ------------------------------------------------------------------------------------ following
 
@@ -198,7 +214,7 @@ class Shard:
             self._on_arrival(channel, message.decode())
         elif message[:1] == b"r":
             claimant, _, model = message[1:].decode().partition("/")
-            self._on_ring(int(claimant), model)
+            self._on_notified(int(claimant), model)
         else:
             for job, tokens, ended in _events.decode(message[1:]):
                 followed = self._followed.get(job)
@@ -248,20 +264,19 @@ class Shard:
     async def _look_at(self, ids: list[str], left: set[str]) -> None:
         doubts = self._doubts
         before = {job: self._followed[job].head for job in ids if job in self._followed}
-        epoch, answers = await self.run("follow", self.inbox_id, _pack(list(before)), _pack(list(left)))
-        for job, (head, *rest) in zip(before, answers, strict=True):
+        answer = await self.run(scripts.Follow(inbox=self._inbox, ids=[*before], left=[*left]))
+        for job, (head, status, claimed_in, floor) in zip(before, answer.heads, strict=True):
             followed = self._followed.get(job)
             if followed is None or followed.ended:
                 continue
             if head < 0:
-                followed.fail(ExpiredResult("This job ended, and its result has expired."))
+                followed.fail(result_expired())
                 continue
-            status, claimed_in, floor = rest
-            if _is_rewound(followed, before[job], head, int(claimed_in), int(floor)):
+            if _is_rewound(followed, before[job], head, claimed_in, floor):
                 followed.fail(lost(before[job], head))
                 continue
             if doubts == self._doubts:
-                followed.epoch = int(epoch)
+                followed.epoch = answer.epoch
                 followed.doubted = False
             if head > followed.head or status not in (b"queued", b"running") or followed.missed:
                 self.catch_up(job, followed)
@@ -293,30 +308,26 @@ class Shard:
         finally:
             followed.catching_up = None
 
-    async def read(
-        self, tenant: str, job: str, after: int, *, follow: bool = False
-    ) -> tuple[list[Event], bool, int, bool]:
-        """(events beyond *after*, open, floor, more): a page of a log; with *follow*, its news come from now on.
+    async def read(self, tenant: str, job: str, after: int, *, follow: bool = False) -> LogPart:
+        """The next part of a log beyond *after*; with *follow*, its news come from now on.
 
         Raises `NotFound`, `ExpiredResult`, `LogRewound`.
         """
-        kind, *rest = await self.run("read", tenant, job, after, PAGE, self.inbox_id if follow else b"")
-        if kind == b"rewound":
-            raise rewound(after, int(rest[0]))
-        if kind != b"log":
-            raise missing(kind)
-        _, status, epoch, floor, runs = rest
+        inbox = self._inbox if follow else None
+        page = await self.run(scripts.Read(tenant=tenant, id=job, after=after, max_runs=PAGE, inbox=inbox))
+        if isinstance(page, scripts.Beyond):
+            raise rewound(after, page.head)
         followed = self._followed.get(job)
         if follow and followed is not None and followed.epoch < 0:
-            followed.epoch = int(epoch)
+            followed.epoch = page.epoch
         events: list[Event] = []
         position = after
-        for field, blob in runs:
-            event: Event = _tokens.decode(blob) if field == b"t" else _ended.decode(blob)
+        for kind, blob in page.runs:
+            event: Event = _tokens.decode(blob) if kind == b"t" else _ended.decode(blob)
             if isinstance(event, Tokens):
                 event, position = event.after(position), event.last
             events.append(event)
-        return events, status in (b"queued", b"running"), int(floor), len(runs) == PAGE
+        return LogPart(events, page.status in (b"queued", b"running"), page.floor, len(page.runs) == PAGE)
 
     def follow(self, tenant: str, job: str, after: int) -> FollowedLog:
         """The log as this process follows it, with one more reader."""
@@ -342,12 +353,6 @@ async def _first_of(*events: asyncio.Event) -> None:
     finally:
         for task in waiting:
             task.cancel()
-
-
-def missing(kind: bytes) -> NotFound:
-    if kind == b"expired":
-        return ExpiredResult("This job ended, and its result has expired.")
-    return NotFound("No such job.")
 
 
 def _is_rewound(followed: FollowedLog, ours: int, head: int, claimed_in: int, floor: int) -> bool:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from penstock.api.errors import Error
+from penstock.api.stats import Stats
 from penstock.core.ports import QueueStats, WorkerInfo
 from penstock.gateway.catalogue import Catalogue
 from penstock.gateway.http import Call, Resource, json_reply
@@ -29,6 +30,8 @@ from penstock.gateway.operator.models import MODELS
 
 #: Renders what is counted: the bytes, and their media type.
 METRICS: Resource[Callable[[], tuple[bytes, str]]] = Resource("Nothing is counted here.")
+#: The figures that the page draws, with the queue as the catalogue saw it last.
+STATS: Resource[Callable[[], Stats]] = Resource("Nothing is counted here.")
 
 
 async def healthz(call: Call) -> ASGIApp:
@@ -107,6 +110,12 @@ async def metrics(call: Call) -> ASGIApp:
     return Response(body, media_type=content_type)
 
 
+async def stats(call: Call) -> ASGIApp:
+    """What the page draws, from the sources of the metrics."""
+    await call.catalogue.refresh()
+    return json_reply(call.use(STATS)())
+
+
 OPERATIONS = [
     Operation(method="GET", path="/healthz", handler=healthz, summary="Liveness", answers={200: Live}, scope="public"),
     Operation(
@@ -126,4 +135,12 @@ OPERATIONS = [
         scope="viewer",
     ),
     Operation(method="GET", path="/metrics", handler=metrics, scope="viewer"),
+    Operation(
+        method="GET",
+        path="/v1/stats",
+        handler=stats,
+        summary="The figures of one process",
+        answers={200: Stats},
+        scope="viewer",
+    ),
 ]

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 
 from penstock.core.job import Priority, Request, Status
-from penstock.testing.broker.driver import BRIEF, PATIENCE, Contract, Driver, wide
+from penstock.core.ports import WorkerInfo
+from penstock.testing.broker.driver import BRIEF, PATIENCE, Contract, Driver, model, wide
 from penstock.testing.broker.harness import BrokerHarness, total_order
 
 
@@ -287,8 +288,18 @@ class ClaimContract(Contract):
         async with asyncio.timeout(PATIENCE):
             assert [lease.job.id for lease in await claim] == [second.id]
 
-    async def test_a_claim_of_nothing_only_registers_the_worker(self, d: Driver) -> None:
+    async def test_a_claim_of_nothing_gets_nothing(self, d: Driver) -> None:
         job = await d.submit()
-        assert await d.claim(0, worker="shy") == []
+        assert await d.claim(0) == []
+        assert await d.claim(1, models=()) == []
         assert (await d.get(job)).status is Status.QUEUED
-        assert "shy" in {worker.id for worker in (await d.broker.stats()).workers}
+
+    async def test_a_worker_that_only_registers_is_known_and_gets_nothing(self, d: Driver) -> None:
+        job = await d.submit()
+        await d.broker.register(WorkerInfo(id="shy", models=(model(),), slots=8, state="loading"))
+        assert (await d.get(job)).status is Status.QUEUED
+        [known] = (await d.broker.stats()).workers
+        assert (known.id, known.state, known.slots) == ("shy", "loading", 8)
+        await d.broker.register(WorkerInfo(id="shy", models=(model(),), slots=4))
+        [known] = (await d.broker.stats()).workers
+        assert (known.id, known.state, known.slots) == ("shy", "ready", 4)

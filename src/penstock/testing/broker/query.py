@@ -307,7 +307,7 @@ class QueryContract(Contract):
     async def test_stats_tell_a_draining_worker(self, d: Driver) -> None:
         await d.claim(1, worker="w1")
         leaving = WorkerInfo(id="w1", models=(model(),), slots=8, state="draining", seen_at=d.harness.clock.now())
-        await d.broker.claim(leaving, [], 0, 0.0)
+        await d.broker.register(leaving)
         assert [worker.state for worker in (await d.broker.stats()).workers] == ["draining"]
 
     async def test_stats_tell_the_drain_rate(self, d: Driver) -> None:

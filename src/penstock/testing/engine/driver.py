@@ -105,8 +105,8 @@ PERSON = {
 
 def guided_lease(engine: Engine, **fields: Any) -> Lease:
     """A lease of a request whose reply must obey `PERSON`."""
-    wish: dict[str, Any] = {"max_tokens": 200, "response_format": ResponseFormat("json_schema", PERSON)}
-    return lease(engine, **{**wish, **fields})
+    defaults: dict[str, Any] = {"max_tokens": 200, "response_format": ResponseFormat("json_schema", PERSON)}
+    return lease(engine, **{**defaults, **fields})
 
 
 def assert_obeys(text: str) -> None:

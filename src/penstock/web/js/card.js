@@ -1,7 +1,19 @@
 // One conversation on the page. It is drawn at most once a frame, and a text that grew is only appended to.
 
-import { copyWith, count, duration, el, plural, setText, short } from "./ui.js";
+import { $, copyWith, count, duration, el, plural, setText, short } from "./ui.js";
 
+/** @import { Card, End } from "./types.js" */
+/** @import { Run } from "./runs.js" */
+
+/**
+ * @typedef {object} CardActions
+ * @property {(run: Run) => void} stop
+ * @property {(card: Card) => void} remove
+ * @property {(card: Card) => void} reuse
+ * @property {(card: Card, text: string) => void} reply
+ */
+
+/** @type {Record<string, string>} */
 const ENDS = {
   completed: "Done",
   failed: "Failed",
@@ -13,6 +25,7 @@ const ENDS = {
 
 export class CardView {
   #card;
+  /** @type {TurnView[]} */
   #turns = [];
   #status = el("span", { class: "chip" });
   #log = el("div", { class: "log", tabindex: "0", role: "group" });
@@ -20,17 +33,21 @@ export class CardView {
   #stop;
   #copy;
   #buttons;
+  /** @type {HTMLFormElement | null} */
   #followUp = null;
 
-  /** `actions`: `stop(run)`, `remove(card)`, `reuse(card)`, `reply(card, text)`. */
+  /**
+   * @param {Card} card
+   * @param {CardActions} actions
+   */
   constructor(card, actions) {
     const { record } = card;
     const title = `${record.kind === "chat" ? "Chat" : "Completion"} with ${record.model}`;
     const id = `title-${record.key}`;
     this.#card = card;
     this.#log.setAttribute("aria-label", `${title}: text`);
-    this.#stop = el("button", { type: "button", class: "quiet danger", text: "Stop", onclick: () => actions.stop(card.runs.at(-1)) });
-    this.#copy = el("button", { type: "button", class: "quiet", text: "Copy", onclick: () => copyWith(this.#copy, card.runs.at(-1).text) });
+    this.#stop = el("button", { type: "button", class: "quiet danger", text: "Stop", onclick: () => actions.stop(latest(card)) });
+    this.#copy = el("button", { type: "button", class: "quiet", text: "Copy", onclick: () => copyWith(this.#copy, latest(card).text) });
     this.#buttons = el("div", { class: "buttons" },
       this.#stop,
       this.#copy,
@@ -50,6 +67,7 @@ export class CardView {
     for (const button of this.#buttons.children) button.setAttribute("aria-describedby", id);
   }
 
+  /** @param {CardActions} actions */
   #addFollowUp(actions) {
     const field = el("input", { type: "text", name: "text", placeholder: "Follow up…", "aria-label": "Follow up" });
     const button = el("button", { type: "submit", class: "quiet", text: "Send" });
@@ -68,7 +86,7 @@ export class CardView {
     const atEnd = this.#log.scrollHeight - this.#log.scrollTop - this.#log.clientHeight < 24;
     runs.forEach((run, index) => (this.#turns[index] ??= this.#addTurn(run)).draw());
     if (atEnd) this.#log.scrollTop = this.#log.scrollHeight;
-    const run = runs.at(-1);
+    const run = latest(this.#card);
     const [state, words] = standing(run);
     this.element.dataset.state = state;
     setText(this.#status, words);
@@ -78,18 +96,19 @@ export class CardView {
     this.#stop.disabled = run.stopping;
     this.#copy.disabled = run.text === "";
     setText(this.#stop, run.stopping ? "Stopping…" : "Stop");
-    const link = this.#buttons.querySelector("a");
+    const link = $("a", this.#buttons);
     link.hidden = !run.turn.job;
     if (run.turn.job) link.href = `#jobs/${run.turn.job}`;
     if (this.#followUp) {
       // Not while a reply is written, unless somebody is in it already; nor where there is nothing to go on from.
-      const able = !run.live && run.turn.end.status !== "refused";
+      const able = !run.live && run.turn.end?.status !== "refused";
       this.#followUp.hidden = !able && !this.#followUp.contains(document.activeElement);
-      this.#followUp.querySelector("button").disabled = !able;
+      $("button", this.#followUp).disabled = !able;
     }
     this.element.dataset.kind = record.kind;
   }
 
+  /** @param {Run} run */
   #addTurn(run) {
     const turn = new TurnView(run);
     this.#log.append(...turn.elements);
@@ -104,6 +123,7 @@ class TurnView {
   #reply = el("div", { class: "reply" });
   #note = el("p", { class: "note", hidden: true });
 
+  /** @param {Run} run */
   constructor(run) {
     this.#run = run;
     const prompt = el("div", { class: "prompt", text: run.turn.text });
@@ -128,20 +148,30 @@ class TurnView {
     }
     this.#note.hidden = notes.length === 0;
     setText(this.#note, notes.join(" "));
-    this.#note.classList.toggle("bad", Boolean(turn.end?.error) && turn.end.status !== "cancelled");
+    this.#note.classList.toggle("bad", Boolean(turn.end?.error) && turn.end?.status !== "cancelled");
   }
 }
 
-/** A run's state for the style sheet, and in words. */
+/**
+ * The run that the card stands for: there is one from the beginning.
+ * @param {Card} card
+ */
+const latest = (card) => card.runs[card.runs.length - 1];
+
+/**
+ * A run's state for the style sheet, and in words.
+ * @param {Run} run
+ */
 function standing(run) {
   if (run.phase === "sending") return ["sending", run.stopping ? "Stopping" : run.notice ? "Not sent yet" : "Sending"];
   if (run.phase === "queued") return ["queued", run.position ? `Queued, place ${count(run.position)}` : "Waiting"];
   if (run.phase === "running") return ["running", "Running"];
-  const { status, finish_reason } = run.turn.end;
+  const { status, finish_reason } = /** @type {End} */ (run.turn.end);
   const why = status === "completed" && finish_reason ? `: ${finish_reason}` : "";
   return [status, `${ENDS[status] ?? status}${why}`];
 }
 
+/** @param {Run} run */
 function figures(run) {
   const parts = [];
   if (run.tokens > 0) parts.push(plural(run.tokens, "token"));

@@ -5,7 +5,24 @@ import { el, setText } from "./ui.js";
 
 const HEIGHT = 150;
 
-/** A colour of the style sheet as a canvas takes it. */
+/**
+ * @typedef {object} Line
+ * @property {string} label
+ * @property {string} colour a custom property of the style sheet
+ * @property {boolean} [fill]
+ *
+ * @typedef {object} ChartOptions
+ * @property {string} title
+ * @property {Line[]} series
+ * @property {(value: number) => string} format
+ * @property {number[]} [steps] between the lines of the grid, if not every one will do
+ * @property {number} span seconds that are shown
+ */
+
+/**
+ * A colour of the style sheet as a canvas takes it.
+ * @param {string} name
+ */
 function colour(name) {
   const probe = el("span");
   probe.style.color = `var(${name})`;
@@ -21,13 +38,13 @@ export class Chart {
   #steps;
   #place = el("div", { class: "plot", "aria-hidden": "true" });
   #values;
+  /** @type {uPlot | null} */
   #plot = null;
+  /** @type {uPlot.AlignedData} */
   #data;
   #span;
 
-  /**
-   * `series`: `{label, colour}` with a custom property as colour; `format(value)` writes a value; `steps` between
-   * the lines of the grid, if not every one will do; `span`: seconds. */
+  /** @param {ChartOptions} options */
   constructor({ title, series, format, steps, span }) {
     this.#series = series;
     this.#format = format;
@@ -47,7 +64,7 @@ export class Chart {
     new ResizeObserver(() => this.#fit()).observe(this.#place);
   }
 
-  /** `data`: times (seconds since the epoch), then the values of each series, null where there is none. */
+  /** @param {uPlot.AlignedData} data times, then the values of each series, null where there is none */
   update(data) {
     this.#data = data;
     if (this.#plot) {
@@ -76,6 +93,7 @@ export class Chart {
     }
   }
 
+  /** @param {number} width */
   #make(width) {
     const [line, muted] = [colour("--line"), colour("--muted")];
     const axis = { stroke: muted, grid: { stroke: line, width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
@@ -92,19 +110,26 @@ export class Chart {
           { ...axis, size: 58, space: 34, incrs: this.#steps, values: (_, values) => values.map((value) => this.#format(value)) },
         ],
         series: [{}, ...this.#series.map((series) => this.#line(series))],
-        hooks: { setCursor: [({ cursor }) => this.#say(cursor.idx)] },
+        hooks: { setCursor: [({ cursor }) => this.#say(cursor.idx ?? null)] },
       },
       this.#data,
       this.#place,
     );
   }
 
+  /**
+   * @param {Line} line
+   * @returns {uPlot.Series}
+   */
   #line({ colour: name, fill }) {
     const stroke = colour(name);
     return { stroke, width: 1.75, points: { show: true, size: 4, fill: stroke, filter: alone }, spanGaps: false, fill: fill ? faded(stroke) : undefined };
   }
 
-  /** The values at an index; null: the latest. */
+  /**
+   * The values at an index; null: the latest.
+   * @param {number | null} index
+   */
   #say(index) {
     const at = index ?? this.#data[0].length - 1;
     this.#values.forEach((place, series) => {
@@ -114,19 +139,24 @@ export class Chart {
   }
 }
 
-/** Only a value between two gaps needs a point: no line leads to it. */
+/**
+ * Only a value between two gaps needs a point: no line leads to it.
+ * @param {uPlot} plot
+ * @param {number} series
+ */
 function alone({ data }, series) {
-  const values = data[series];
-  return values.flatMap((value, at) => (value != null && values[at - 1] == null && values[at + 1] == null ? [at] : []));
+  return Array.from(data[series]).flatMap((value, at, values) => (value != null && values[at - 1] == null && values[at + 1] == null ? [at] : []));
 }
 
+/** @param {string} stroke */
 function faded(stroke) {
-  const [red, green, blue] = stroke.match(/[\d.]+/g);
+  const [red, green, blue] = stroke.match(/[\d.]+/g) ?? [];
   return `rgba(${red}, ${green}, ${blue}, 0.12)`;
 }
 
+/** @param {number} seconds */
 function time(seconds) {
   const date = new Date(seconds * 1000);
-  const two = (number) => String(number).padStart(2, "0");
+  const two = (/** @type {number} */ number) => String(number).padStart(2, "0");
   return `${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
 }

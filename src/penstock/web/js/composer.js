@@ -4,6 +4,8 @@ import { call } from "./api.js";
 import { setSetting, setting } from "./store.js";
 import { $, el } from "./ui.js";
 
+/** @import { Beginning, ModelView, Params } from "./types.js" */
+
 const NUMBERS = [
   "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p", "presence_penalty", "frequency_penalty",
   "repetition_penalty", "deadline",
@@ -11,23 +13,24 @@ const NUMBERS = [
 
 export class Composer {
   #form = $("#composer");
+  /** @type {ModelView[]} */
   #models = [];
   #send;
 
-  /** `send(record, text)` is called for each prompt that is to run; see `Runs.start`. */
+  /** @param {(record: Beginning, text: string) => void} send is called for each prompt that is to run: `Runs.start` */
   constructor(send) {
     this.#send = send;
-    this.#form.addEventListener("submit", (event) => {
+    this.#form.addEventListener("submit", (/** @type {SubmitEvent} */ event) => {
       event.preventDefault();
       this.#submit();
     });
-    this.#form.addEventListener("keydown", (event) => {
+    this.#form.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
         event.preventDefault();
         this.#form.requestSubmit();
       }
     });
-    this.#form.addEventListener("change", ({ target }) => {
+    this.#form.addEventListener("change", (/** @type {{target: HTMLInputElement}} */ { target }) => {
       if (target.name === "model") setSetting("model", target.value);
       this.#adapt();
     });
@@ -35,7 +38,11 @@ export class Composer {
     this.#adapt();
   }
 
-  /** Puts a request into the form again. */
+  /**
+   * Puts a request into the form again.
+   * @param {{kind?: string, model?: string, system?: string, params?: Params}} record
+   * @param {string} text
+   */
   fill({ kind, model, system = "", params = {} }, text, lines = false) {
     const { elements } = this.#form;
     elements.kind.value = kind;
@@ -54,6 +61,7 @@ export class Composer {
   }
 
   async refreshModels() {
+    /** @type {ModelView[]} */
     let models;
     try {
       models = (await call("GET", "v1/models")).data;
@@ -61,7 +69,7 @@ export class Composer {
       return; // the connection's state says it; asked again when it is back
     }
     const select = this.#form.elements.model;
-    const wanted = select.value || setting("model");
+    const wanted = select.value || setting("model", null);
     const shown = models.map(({ id, state }) => el("option", { value: id, text: state === "ready" ? id : `${id} (${state})` }));
     if (models.length === 0) shown.push(el("option", { value: "", text: "None yet" }));
     this.#models = models;
@@ -87,14 +95,14 @@ export class Composer {
     const unsupported = new Set(model?.unsupported ?? []);
     for (const name of [...NUMBERS, "stop", "ignore_eos"]) {
       elements[name].disabled = unsupported.has(name);
-      elements[name].title = unsupported.has(name) ? `The engine ${model.engine} cannot honour this` : "";
+      elements[name].title = unsupported.has(name) ? `The engine ${model?.engine} cannot honour this` : "";
     }
   }
 
   #submit() {
     const { elements } = this.#form;
     const text = elements.prompt.value;
-    const prompts = elements.lines.checked ? text.split("\n").filter((line) => line.trim()) : text.trim() ? [text] : [];
+    const prompts = elements.lines.checked ? text.split("\n").filter((/** @type {string} */ line) => line.trim()) : text.trim() ? [text] : [];
     if (prompts.length === 0 || !elements.model.value) {
       this.#say(elements.model.value ? null : "No model is known yet: the server has none, or cannot be reached.");
       return; // also the second click of two: the first one took the prompt out of the form
@@ -119,6 +127,7 @@ export class Composer {
 
   #params() {
     const { elements } = this.#form;
+    /** @type {Params} */
     const params = {};
     for (const name of NUMBERS) {
       if (!elements[name].disabled && elements[name].value !== "") params[name] = Number(elements[name].value);
@@ -130,6 +139,7 @@ export class Composer {
     return params;
   }
 
+  /** @param {string | null} message */
   #say(message) {
     const place = $("#composer-error");
     place.hidden = !message;
@@ -138,5 +148,7 @@ export class Composer {
 }
 
 // A stop string may hold a line break: it is written as \n.
+/** @param {string} text */
 const escaped = (text) => text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n");
+/** @param {string} text */
 const unescaped = (text) => text.replace(/\\(\\|n)/g, (_, letter) => (letter === "n" ? "\n" : "\\"));

@@ -5,6 +5,8 @@ import { Gap, Log } from "./log.js";
 import { readLog } from "./sse.js";
 import { announce, clock, copyWith, count, duration, el, isEnded, plural, setText } from "./ui.js";
 
+/** @import { AttemptStart, JobView, LogToken, TokenEvent } from "./types.js" */
+
 /** Tokens that the list of them shows: the latest. A page with a million elements helps nobody. */
 const SHOWN = 2000;
 /** Seconds between looks at a job that has not ended. */
@@ -16,12 +18,19 @@ export class Detail {
   #id = "";
   #over = new AbortController();
 
+  /**
+   * @param {HTMLElement} place
+   * @param {() => void} listChanged is called when the list is not what it was
+   */
   constructor(place, listChanged) {
     this.#place = place;
     this.#listChanged = listChanged;
   }
 
-  /** Opens the job `id`; "" closes. */
+  /**
+   * Opens the job `id`; "" closes.
+   * @param {string} id
+   */
   show(id) {
     if (id === this.#id) return;
     this.#over.abort();
@@ -33,16 +42,21 @@ export class Detail {
     if (id) this.#open(id, this.#over.signal);
   }
 
+  /**
+   * @param {string} id
+   * @param {AbortSignal} signal
+   */
   async #open(id, signal) {
     const title = el("h2", { tabindex: "-1" }, "Job ", el("code", { text: id }));
     const close = el("a", { class: "quiet button", href: "#jobs", text: "Close" });
     const facts = el("div", {});
     const problem = el("p", { class: "error", role: "alert" });
-    const say = (message) => {
+    const say = (/** @type {string} */ message) => {
       facts.after(problem);
       setText(problem, message);
     };
     const log = new LogView();
+    /** @type {(text: string, action: (event: any) => void, kind?: string) => HTMLButtonElement} */
     const act = (text, action, kind = "") => el("button", { type: "button", class: `quiet ${kind}`, text, onclick: action });
     const cancel = act("Cancel", () => this.#cancel(id, say, cancel), "danger");
     const remove = act("Delete", () => this.#delete(id, say), "danger");
@@ -62,6 +76,7 @@ export class Detail {
     let looks = 0;
     const look = async () => {
       const number = ++looks;
+      /** @type {JobView} */
       const job = await patiently(() => call("GET", `v1/jobs/${id}`, { signal }), log, signal);
       if (number === looks) {
         facts.replaceChildren(...describe(job, log.firstAt));
@@ -91,7 +106,11 @@ export class Detail {
     }
   }
 
-  /** Looks again and again, also while nothing is written: the place in the queue changes, and the attempt. */
+  /**
+   * Looks again and again, also while nothing is written: the place in the queue changes, and the attempt.
+   * @param {() => Promise<JobView>} look
+   * @param {AbortSignal} over
+   */
   async #watch(look, over) {
     while (true) {
       await pause(EVERY, over);
@@ -105,6 +124,11 @@ export class Detail {
     }
   }
 
+  /**
+   * @param {string} id
+   * @param {(message: string) => void} say
+   * @param {HTMLButtonElement} button
+   */
   async #cancel(id, say, button) {
     button.disabled = true;
     try {
@@ -117,6 +141,10 @@ export class Detail {
     this.#listChanged();
   }
 
+  /**
+   * @param {string} id
+   * @param {(message: string) => void} say
+   */
   async #delete(id, say) {
     if (!confirm("Delete this job, its log and its result? One that runs is cancelled.")) return;
     try {
@@ -130,7 +158,13 @@ export class Detail {
   }
 }
 
-/** What `ask` answers; asked again as long as the failure is a passing one, which the log's state shows meanwhile. */
+/**
+ * What `ask` answers; asked again as long as the failure is a passing one, which the log's state shows meanwhile.
+ * @template T
+ * @param {() => Promise<T>} ask
+ * @param {LogView} log
+ * @param {AbortSignal} signal
+ */
 async function patiently(ask, log, signal) {
   for (let failures = 0; ; failures++) {
     try {
@@ -143,8 +177,13 @@ async function patiently(ask, log, signal) {
   }
 }
 
-/** What is known of a job, its timeline and its error. */
+/**
+ * What is known of a job, its timeline and its error.
+ * @param {JobView} job
+ * @param {number | null} firstSeen
+ */
 function describe(job, firstSeen) {
+  /** @type {[string, Node | string][]} */
   const parts = [
     ["Status", el("span", { class: "chip", "data-state": job.status, text: job.status })],
     ["Model", job.model],
@@ -165,22 +204,28 @@ function describe(job, firstSeen) {
   ];
 }
 
-/** Created, started, first token, ended: as a bar in proportion, and as a list. */
+/**
+ * Created, started, first token, ended: as a bar in proportion, and as a list.
+ * @param {JobView} job
+ * @param {number | null} firstSeen
+ */
 function timeline(job, firstSeen) {
   const end = job.ended_at ?? Date.now() / 1000;
   const afterwards = job.timings?.time_to_first_token;
   const first = afterwards !== null && afterwards !== undefined ? job.created_at + afterwards : job.ended_at ? null : firstSeen;
   const moments = [
-    ["created", "Created", job.created_at],
-    ["started", "Started", job.started_at],
-    ["first", "First token", first],
-    ["ended", "Ended", job.ended_at],
-  ].filter(([, , at]) => at !== null && at !== undefined);
+    { kind: "created", name: "Created", at: job.created_at },
+    { kind: "started", name: "Started", at: job.started_at },
+    { kind: "first", name: "First token", at: first },
+    { kind: "ended", name: "Ended", at: job.ended_at },
+  ].flatMap(({ at, ...rest }) => (at === null ? [] : [{ at, ...rest }]));
+  /** @type {Record<string, string>} */
   const names = { created: "waited", started: "until the first token", first: "wrote" };
   const bar = el("div", { class: "timeline", role: "img" });
+  /** @type {string[]} */
   const spoken = [];
-  moments.forEach(([kind, , at], index) => {
-    const until = moments[index + 1]?.[2] ?? end;
+  moments.forEach(({ kind, at }, index) => {
+    const until = moments[index + 1]?.at ?? end;
     if (kind === "ended" || (kind === "created" && moments.length === 2 && job.ended_at)) return;
     const part = el("span", { class: `part ${kind}` });
     part.style.flexGrow = String(Math.max(0.0001, until - at));
@@ -188,10 +233,10 @@ function timeline(job, firstSeen) {
     spoken.push(`${names[kind]} ${duration(Math.max(0, until - at))}`);
   });
   bar.setAttribute("aria-label", `Timeline: ${spoken.join(", ")}`);
-  const list = moments.map(([kind, name, at], index) => el("li", { class: kind },
+  const list = moments.map(({ kind, name, at }, index) => el("li", { class: kind },
     el("span", { text: name }),
     el("time", { datetime: new Date(at * 1000).toISOString(), text: clock(at) }),
-    el("small", { text: index ? `+${duration(Math.max(0, at - moments[0][2]))}` : "" }),
+    el("small", { text: index ? `+${duration(Math.max(0, at - moments[0].at))}` : "" }),
   ));
   return el("div", { class: "times" }, bar, el("ol", {}, ...list));
 }
@@ -207,9 +252,11 @@ class LogView {
   #text = el("div", { class: "log whole", tabindex: "0", role: "group", "aria-label": "Log" });
   /** Was it opened before its first token? Only then does the arrival of that say when it was written. */
   isNew = false;
+  /** @type {number | null} */
   firstAt = null;
 
   constructor() {
+    /** @type {(name: string, label: string, checked: boolean) => HTMLElement} */
     const way = (name, label, checked) => el("label", {},
       el("input", { type: "radio", name: "log-as", value: name, checked, onchange: () => this.#show(name) }), el("span", { text: label }));
     this.element = el("div", { class: "log-view" },
@@ -227,12 +274,17 @@ class LogView {
     return this.#log.texts.join("\n\n");
   }
 
+  /**
+   * @param {number} position
+   * @param {TokenEvent} data
+   */
   token(position, data) {
     if (!this.#log.add(position, data)) return;
     if (position === 1 && this.isNew) this.firstAt = Date.now() / 1000;
     this.#schedule();
   }
 
+  /** @param {string} message */
   rewound(message) {
     this.#log.reset();
     this.#note.hidden = false;
@@ -245,11 +297,13 @@ class LogView {
     this.#schedule();
   }
 
+  /** @param {"live" | "waiting"} state */
   state(state) {
     this.element.dataset.connection = state;
     this.#schedule();
   }
 
+  /** @param {string} [as] */
   #show(as) {
     if (as) this.#asTokens = as === "tokens";
     this.#drawn = 0;
@@ -275,8 +329,10 @@ class LogView {
     if (ended && tokens.length === 0) setText(this.#text, "(nothing)");
   }
 
+  /** @param {LogToken[]} tokens */
   #drawText(tokens) {
     for (const { position, token, attempt, index } of tokens.slice(this.#drawn)) {
+      /** @type {any} */
       let part = this.#text.lastElementChild;
       if (part?.dataset.attempt !== String(attempt) || part.dataset.index !== String(index)) {
         if (position > 1 && part?.dataset.attempt !== String(attempt)) this.#text.append(mark(attempt, position));
@@ -288,6 +344,7 @@ class LogView {
     this.#drawn = tokens.length;
   }
 
+  /** @param {LogToken[]} tokens */
   #drawTokens(tokens) {
     for (const { position, token, token_id, attempt, index } of tokens.slice(Math.max(this.#drawn, tokens.length - SHOWN))) {
       if (position > 1 && tokens[position - 2].attempt !== attempt) this.#text.append(mark(attempt, position));
@@ -297,16 +354,24 @@ class LogView {
         title: `Position ${position}, token ${token_id}, attempt ${attempt}${choice}`,
       }));
     }
-    while (this.#text.childElementCount > SHOWN * 1.2) this.#text.firstElementChild.remove();
+    while (this.#text.childElementCount > SHOWN * 1.2) this.#text.firstElementChild?.remove();
     this.#drawn = tokens.length;
   }
 }
 
+/**
+ * @param {number} attempt
+ * @param {number} index
+ */
 function attemptPart(attempt, index) {
   const part = el("span", { class: "part", "data-attempt": String(attempt), "data-index": String(index) });
   part.append(document.createTextNode(""));
   return part;
 }
 
+/**
+ * @param {number} attempt
+ * @param {number} position
+ */
 const mark = (attempt, position) =>
   el("span", { class: "mark", text: `attempt ${attempt} from ${count(position)}` });

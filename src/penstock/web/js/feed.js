@@ -2,6 +2,17 @@
 
 import { backoff } from "./api.js";
 
+/** @import { ConnectionState, ErrorEvent, JobCompleteEvent, UserTokenEvent } from "./types.js" */
+
+/**
+ * @typedef {object} FeedListener
+ * @property {(data: UserTokenEvent) => void} token
+ * @property {(data: JobCompleteEvent) => void} end
+ * @property {(data: ErrorEvent) => void} rewound
+ * @property {() => void} open the stream is (again) there
+ * @property {(state: ConnectionState) => void} state
+ */
+
 /** How the connection stands, and what people read about it. */
 export const STATES = {
   connecting: "Connecting…",
@@ -13,18 +24,21 @@ export const STATES = {
 export class Feed {
   #user;
   #on;
+  /** @type {EventSource | null} */
   #source = null;
+  /** @type {string | null} */
   #cursor = null;
   #failures = 0;
   #timer = 0;
   #closed = false;
   #online = () => this.reopen();
   #offline = () => this.#tell("offline");
+  /** @type {ConnectionState} */
   state = "connecting";
 
   /**
-   * Streams of `user`. `on.token(data)`, `on.end(data)` and `on.rewound(data)` get what the events say,
-   * `on.open()` is called whenever the stream is (again) there, `on.state(state)` when `STATES` change.
+   * @param {string} user whose streams these are
+   * @param {FeedListener} on is told what the events say
    */
   constructor(user, on) {
     this.#user = user;
@@ -56,7 +70,7 @@ export class Feed {
     if (this.#cursor) query.set("after", this.#cursor);
     const source = new EventSource(`v1/events?${query}`);
     this.#source = source;
-    const take = (handle) => (event) => {
+    const take = (/** @type {(data: any) => void} */ handle) => (/** @type {MessageEvent} */ event) => {
       if (source !== this.#source) return; // what an earlier connection still had in hand
       if (event.lastEventId) this.#cursor = event.lastEventId;
       handle(JSON.parse(event.data));
@@ -79,7 +93,7 @@ export class Feed {
   /** The browser reconnects by itself after a cut, but gives up after an answer that is no stream (a 502, a 503). */
   #lost() {
     this.#tell(navigator.onLine ? "waiting" : "offline");
-    if (this.#source.readyState !== EventSource.CLOSED) return;
+    if (this.#source?.readyState !== EventSource.CLOSED) return;
     this.#failures += 1;
     // A cursor that is refused again and again (400) may be another server's. Anew is always right: positions
     // already known are skipped, and what ended meanwhile is asked for.
@@ -88,6 +102,7 @@ export class Feed {
     this.#timer = setTimeout(() => this.#open(), backoff(this.#failures) * 1000);
   }
 
+  /** @param {ConnectionState} state */
   #tell(state) {
     this.state = state;
     this.#on.state(state);

@@ -5,6 +5,8 @@ import { Detail } from "./detail.js";
 import { setSetting, setting } from "./store.js";
 import { $, ago, count, duration, el, fillRows } from "./ui.js";
 
+/** @import { JobPage, JobSummary, ModelView } from "./types.js" */
+
 /** Seconds between looks at the page that is shown. */
 const EVERY = 2;
 const LIMIT = "25";
@@ -12,7 +14,9 @@ const LIMIT = "25";
 export class Jobs {
   #user;
   #filters = $("#filters");
+  /** @type {(string | null)[]} */
   #cursors = [null]; // of the pages up to the one that is shown
+  /** @type {string | null} */
   #next = null;
   #timer = 0;
   #look = 0;
@@ -20,11 +24,11 @@ export class Jobs {
   #detail = new Detail($("#detail"), () => this.refresh());
   #open = "";
 
-  /** `user()` says who "mine" is. */
+  /** @param {() => string} user says who "mine" is */
   constructor(user) {
     this.#user = user;
     this.#filters.elements.whose.value = setting("whose", "mine");
-    this.#filters.addEventListener("submit", (event) => event.preventDefault());
+    this.#filters.addEventListener("submit", (/** @type {SubmitEvent} */ event) => event.preventDefault());
     this.#filters.addEventListener("change", () => {
       setSetting("whose", this.#filters.elements.whose.value);
       this.#first();
@@ -33,7 +37,10 @@ export class Jobs {
     $("#older").addEventListener("click", () => this.#turn(() => this.#cursors.push(this.#next)));
   }
 
-  /** Shows the list, and the job with this id, if any. */
+  /**
+   * Shows the list, and the job with this id, if any.
+   * @param {string} id
+   */
   show(id) {
     this.#shown = true;
     this.#open = id;
@@ -58,6 +65,7 @@ export class Jobs {
     this.refresh();
   }
 
+  /** @param {() => void} change */
   #turn(change) {
     change();
     this.refresh();
@@ -66,6 +74,7 @@ export class Jobs {
   async #models() {
     const select = this.#filters.elements.model;
     try {
+      /** @type {{data: ModelView[]}} */
       const { data } = await call("GET", "v1/models");
       const chosen = select.value;
       select.replaceChildren(el("option", { value: "", text: "Any" }), ...data.map(({ id }) => el("option", { value: id, text: id })));
@@ -102,6 +111,7 @@ export class Jobs {
     this.#timer = setTimeout(() => this.refresh(), EVERY * 1000);
   }
 
+  /** @param {JobPage} page */
   #draw({ data, next_cursor: next }) {
     this.#next = next;
     $("#newer").disabled = this.#cursors.length === 1;
@@ -111,12 +121,17 @@ export class Jobs {
     this.#empty(data.length ? null : this.#cursors.length > 1 ? "Nothing more." : "No jobs like these.");
   }
 
+  /** @param {string | null} message */
   #empty(message) {
     $("#no-jobs").hidden = message === null;
     $("#no-jobs").textContent = message ?? "";
   }
 }
 
+/**
+ * @param {JobSummary} job
+ * @param {boolean} open
+ */
 function row(job, open) {
   const until = job.ended_at ?? (job.started_at ? Date.now() / 1000 : null);
   const took = job.started_at && until ? duration(Math.max(0, until - job.started_at)) : "–";

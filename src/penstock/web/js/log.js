@@ -1,5 +1,7 @@
 // The fold of one job's log: whatever order of streams, replays and reconnects it comes by, each position counts once.
 
+/** @import { AttemptStart, LogToken } from "./types.js" */
+
 /** A position came before the one in front of it: something was missed. */
 export class Gap extends Error {}
 
@@ -8,15 +10,16 @@ export class Log {
   head = 0;
   /** The text of each choice. */
   texts = [""];
-  /** Where each attempt begins: `{attempt, from}`. */
+  /** @type {AttemptStart[]} Where each attempt begins. */
   attempts = [];
-  /** The tokens themselves, where they are kept. */
-  tokens = null;
-  /** The terminal event's data. */
+  /** @type {LogToken[]} The tokens themselves, where they are kept. */
+  tokens = [];
+  /** @type {any} The terminal event's data. */
   ended = null;
+  #keepTokens;
 
   constructor({ keepTokens = false } = {}) {
-    if (keepTokens) this.tokens = [];
+    this.#keepTokens = keepTokens;
   }
 
   get text() {
@@ -27,7 +30,11 @@ export class Log {
     return this.attempts.at(-1)?.attempt ?? 0;
   }
 
-  /** Takes a token; false if it is known already. Throws `Gap`. */
+  /**
+   * Takes a token; false if it is known already. Throws `Gap`.
+   * @param {number} position
+   * @param {{token: string, token_id: number, attempt: number, index?: number}} token
+   */
   add(position, { token, token_id, attempt, index = 0 }) {
     if (position <= this.head) return false;
     if (position !== this.head + 1) throw new Gap(`position ${position} came after ${this.head}`);
@@ -35,10 +42,11 @@ export class Log {
     while (this.texts.length <= index) this.texts.push("");
     this.texts[index] += token;
     if (attempt !== this.attempt) this.attempts.push({ attempt, from: position });
-    this.tokens?.push({ position, token, token_id, attempt, index });
+    if (this.#keepTokens) this.tokens.push({ position, token, token_id, attempt, index });
     return true;
   }
 
+  /** @param {any} data */
   end(data) {
     this.ended ??= data;
   }
@@ -48,7 +56,7 @@ export class Log {
     this.head = 0;
     this.texts = [""];
     this.attempts = [];
-    if (this.tokens) this.tokens = [];
+    this.tokens = [];
     this.ended = null;
   }
 }

@@ -9,14 +9,18 @@ import { setSetting, setting, userId } from "./store.js";
 import { startTabs } from "./tabs.js";
 import { $, announce, setText } from "./ui.js";
 
+/** @import { ConnectionState } from "./types.js" */
+
 const playground = new Playground();
 const jobs = new Jobs(() => userId());
 const now = new Now();
+/** @type {Runs | null} */
 let runs = null;
 
 // ---------------------------------------------------------------------------------------------- the user
 
 const user = $("#user");
+/** @type {ConnectionState | null} */
 let state = null;
 
 function connect() {
@@ -27,6 +31,7 @@ function connect() {
   jobs.userChanged();
 }
 
+/** @param {ConnectionState} next */
 function showState(next) {
   const connection = $("#connection");
   connection.dataset.state = next;
@@ -42,7 +47,7 @@ user.addEventListener("change", () => {
   announce(`These are the jobs of ${userId()}`);
 });
 
-addEventListener("pagehide", () => runs.close());
+addEventListener("pagehide", () => runs?.close());
 addEventListener("pageshow", ({ persisted }) => persisted && connect());
 
 // ---------------------------------------------------------------------------------------------- the theme
@@ -50,6 +55,7 @@ addEventListener("pageshow", ({ persisted }) => persisted && connect());
 const THEMES = ["system", "light", "dark"];
 const theme = $("#theme");
 
+/** @param {string} name */
 function showTheme(name) {
   if (name === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;

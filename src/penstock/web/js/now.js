@@ -1,27 +1,47 @@
-// The view of what happens now: tiles, charts, models and workers, from /health and /metrics.
+// The view of what happens now: tiles, charts, models and workers, from /health and /v1/stats.
 
-import { ApiError, call, text } from "./api.js";
+import { ApiError, call } from "./api.js";
 import { Chart } from "./chart.js";
-import { Scrape, quantile, rate } from "./prometheus.js";
+import { quantile, rate } from "./figures.js";
 import { $, announce, ago, bytes, count, duration, el, fillRows, setText, short } from "./ui.js";
 
-/** Seconds between scrapes, seconds over which rates and quantiles are taken, and seconds that are shown. */
+/** @import { Distribution, Health, Stats } from "./types.js" */
+
+/**
+ * A point of every line; null where there is nothing to tell.
+ * @typedef {object} Point
+ * @property {number} running
+ * @property {number} queued
+ * @property {number} streams
+ * @property {number | null} tokens a second
+ * @property {(number | null)[]} ttft by quantile
+ * @property {(number | null)[]} latency by quantile
+ * @property {number | null} cpu percent of one core
+ * @property {number} memory of the server
+ * @property {number} engines memory of all engines
+ */
+
+/** @typedef {{at: number, stats: Stats, point: Point}} Look */
+
+/** Seconds between looks, seconds over which rates and quantiles are taken, and seconds that are shown. */
 const EVERY = 2;
 const OVER = 20;
 const SPAN = 300;
 
-const TTFT = "gen_ai_server_time_to_first_token_seconds";
-const DURATION = "gen_ai_server_request_duration_seconds";
 const QUANTILES = [
   { label: "p50", colour: "--chart-1", q: 0.5 },
   { label: "p95", colour: "--chart-2", q: 0.95 },
   { label: "p99", colour: "--chart-3", q: 0.99 },
 ];
 
+/** @type {Record<string, string>} What can be done with a model, by its state. */
+const ACTIONS = { ready: "unload", unloaded: "load", failed: "load" };
+
 /** Steps of a grid for what is counted, and for bytes. */
 const WHOLE = [1, 10, 100, 1000, 10_000, 100_000].flatMap((ten) => [ten, 2 * ten, 5 * ten]);
 const BINARY = Array.from({ length: 40 }, (_, power) => 2 ** power);
 
+/** @type {Record<string, Omit<import("./chart.js").ChartOptions, "span">>} */
 const CHARTS = {
   jobs: { title: "Jobs", format: count, steps: WHOLE, series: [
     { label: "running", colour: "--chart-1", fill: true },
@@ -40,11 +60,15 @@ const CHARTS = {
 };
 
 export class Now {
+  /** @type {Record<string, Chart>} */
   #charts = {};
+  /** @type {Record<string, HTMLElement>} */
   #tiles = {};
-  #history = []; // {at, scrape, point}
+  /** @type {(Look | {at: number, stats: null, point: null})[]} null: a gap */
+  #history = [];
   #timer = 0;
   #shown = false;
+  /** @type {Set<string>} */
   #busy = new Set(); // models that are being loaded or unloaded
 
   constructor() {
@@ -76,35 +100,40 @@ export class Now {
     for (const chart of Object.values(this.#charts)) chart.recolour();
   }
 
-  /** Looks as long as somebody does: a scrape has its price. */
+  /** Looks as long as somebody does: a look has its price. */
   async #look() {
     clearTimeout(this.#timer);
     if (!this.#shown || document.hidden) return;
     try {
-      const [health, metrics] = await Promise.all([call("GET", "health"), text("metrics")]);
-      this.#take(health, new Scrape(metrics));
+      const [health, stats] = await Promise.all([call("GET", "health"), call("GET", "v1/stats")]);
+      this.#take(health, stats);
       this.#say(null);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       const hidden = error.status === 404 || error.status === 403;
-      this.#say(hidden ? "This view needs /health and /metrics, which are not public here. Open it on the gateway itself." : error.message);
+      this.#say(hidden ? "This view needs /health and /v1/stats, which are not public here. Open it on the gateway itself." : error.message);
     }
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => this.#look(), EVERY * 1000);
   }
 
+  /** @param {string | null} message */
   #say(message) {
     $("#now-error").hidden = message === null;
     setText($("#now-error"), message ?? "");
   }
 
-  #take(health, scrape) {
+  /**
+   * @param {Health} health
+   * @param {Stats} stats
+   */
+  #take(health, stats) {
     const at = Date.now() / 1000;
-    const point = this.#measure(at, health, scrape);
+    const point = this.#measure(at, health, stats);
     const last = this.#history.at(-1);
     // A pause (another view, a sleeping laptop) is a gap in the lines, not a slope.
-    if (last && at - last.at > 4 * EVERY) this.#history.push({ at: at - 0.001, scrape: null, point: {} });
-    this.#history.push({ at, scrape, point });
+    if (last && at - last.at > 4 * EVERY) this.#history.push({ at: at - 0.001, stats: null, point: null });
+    this.#history.push({ at, stats, point });
     while (at - this.#history[0].at > SPAN + OVER) this.#history.shift();
     this.#draw(point);
     this.#drawModels(health);
@@ -113,30 +142,42 @@ export class Now {
     setText($("#store"), `Store: ${kind}${durability ? `, ${durability}` : ""}. Figures are taken over the last ${OVER} seconds, every ${EVERY} seconds while this view is open.`);
   }
 
-  /** One point of every line. */
-  #measure(at, health, scrape) {
-    const { at: then, scrape: before } = this.#history.find((each) => each.scrape && at - each.at <= OVER) ?? { scrape: null };
-    const recent = this.#history.findLast((each) => each.scrape) ?? { scrape: null };
-    const tokens = scrape.has("llm_worker_tokens_generated_total") ? "llm_worker_tokens_generated_total" : "llm_gateway_tokens_generated_total";
-    const of = (name, q) => (before && scrape.has(`${name}_bucket`) ? quantile(q, before.buckets(name), scrape.buckets(name)) : null);
-    // A gateway without workers in its process knows its own requests only.
-    const whole = scrape.has(`${DURATION}_bucket`) ? DURATION : "llm_gateway_request_latency_seconds";
-    const engines = (health.workers ?? []).reduce((sum, { memory_bytes: memory }) => sum + (memory ?? 0), 0);
+  /**
+   * One point of every line.
+   * @param {number} at
+   * @param {Health} health
+   * @param {Stats} stats
+   * @returns {Point}
+   */
+  #measure(at, health, stats) {
+    const before = this.#history.find((each) => each.stats && at - each.at <= OVER)?.stats;
+    const last = this.#history.at(-1);
+    // Between two looks, not over the whole window: the line is to follow what happens.
+    const recent = last && at - last.at < 4 * EVERY ? last.stats : null;
+    const grown = (/** @type {"tokens" | "cpu_seconds"} */ name) =>
+      recent ? rate(recent[name], stats[name], stats.uptime - recent.uptime) : null;
+    const quantiles = (/** @type {"time_to_first_token" | "request_duration"} */ name) => QUANTILES.map(({ q }) => {
+      const [earlier, later] = [before?.[name], stats[name]];
+      return earlier && later ? quantile(q, earlier, later) : null;
+    });
+    const cpu = grown("cpu_seconds");
     return {
-      running: scrape.sum("llm_jobs", ({ status }) => status === "running") ?? 0,
-      queued: health.queue?.queued ?? scrape.sum("llm_queue_depth") ?? 0,
-      // Between two looks, not over the whole window: the line is to follow what happens.
-      tokens: recent.scrape && at - recent.at < 4 * EVERY ? rate(recent.scrape.sum(tokens), scrape.sum(tokens), at - recent.at) : null,
-      ttft: QUANTILES.map(({ q }) => of(TTFT, q)),
-      latency: QUANTILES.map(({ q }) => of(whole, q)),
-      streams: scrape.sum("llm_sse_connections"),
-      cpu: scrape.sum("llm_process_cpu_percent"),
-      memory: [scrape.sum("llm_process_memory_bytes"), engines],
+      running: stats.running,
+      queued: stats.queued,
+      streams: stats.streams,
+      tokens: grown("tokens"),
+      ttft: quantiles("time_to_first_token"),
+      latency: quantiles("request_duration"),
+      cpu: cpu === null ? null : 100 * cpu,
+      memory: stats.memory_bytes,
+      engines: (health.workers ?? []).reduce((sum, { memory_bytes: memory }) => sum + (memory ?? 0), 0),
     };
   }
 
+  /** @param {Point} point */
   #draw(point) {
-    const show = (name, value, format) => setText(this.#tiles[name], value === null || value === undefined ? "–" : format(value));
+    /** @type {(name: string, value: number | null, format: (value: number) => string) => void} */
+    const show = (name, value, format) => setText(this.#tiles[name], value === null ? "–" : format(value));
     show("queued", point.queued, count);
     show("running", point.running, count);
     show("tokens", point.tokens, short);
@@ -144,20 +185,24 @@ export class Now {
     show("latency", point.latency[1], duration);
     show("streams", point.streams, count);
     show("cpu", point.cpu, (value) => `${short(value)} %`);
-    show("memory", point.memory[0] + point.memory[1], bytes);
-    const column = (value) => this.#history.map(({ point: each }) => value(each) ?? null);
+    show("memory", point.memory + point.engines, bytes);
     const times = this.#history.map(({ at }) => at);
-    const update = (name, ...values) => this.#charts[name].update([times, ...values.map(column)]);
+    /** @type {(name: string, ...values: ((point: Point) => number | null)[]) => void} */
+    const update = (name, ...values) => {
+      const columns = values.map((value) => this.#history.map(({ point: each }) => each && value(each)));
+      this.#charts[name].update([times, ...columns]);
+    };
     update("jobs", (each) => each.running, (each) => each.queued);
     update("tokens", (each) => each.tokens);
-    update("ttft", ...QUANTILES.map((_, index) => (each) => each.ttft?.[index]));
-    update("latency", ...QUANTILES.map((_, index) => (each) => each.latency?.[index]));
+    update("ttft", ...QUANTILES.map((_, index) => (/** @type {Point} */ each) => each.ttft[index]));
+    update("latency", ...QUANTILES.map((_, index) => (/** @type {Point} */ each) => each.latency[index]));
     update("cpu", (each) => each.cpu);
-    update("memory", (each) => each.memory?.[0], (each) => each.memory?.[1]);
+    update("memory", (each) => each.memory, (each) => each.engines);
   }
 
   // -------------------------------------------------------------------------------------------- models, workers
 
+  /** @param {Health} health */
   #drawModels({ models, manageable }) {
     fillRows($("#models tbody"), models.map(({ id, state, queued, info }) => el("tr", { "data-key": id },
       el("th", { scope: "row", text: id }),
@@ -169,8 +214,12 @@ export class Now {
     )));
   }
 
+  /**
+   * @param {string} id
+   * @param {string} state
+   */
   #manageButton(id, state) {
-    const action = { ready: "unload", unloaded: "load", failed: "load" }[state];
+    const action = ACTIONS[state];
     if (!action) return null;
     return el("button", {
       type: "button", class: "quiet", text: action === "load" ? "Load" : "Unload", disabled: this.#busy.has(id),
@@ -178,6 +227,10 @@ export class Now {
     });
   }
 
+  /**
+   * @param {string} id
+   * @param {string} action
+   */
   async #manage(id, action) {
     this.#busy.add(id);
     this.#look();
@@ -192,6 +245,7 @@ export class Now {
     this.#look();
   }
 
+  /** @param {Health} health */
   #drawWorkers({ workers = [] }) {
     fillRows($("#workers tbody"), workers.map((worker) => el("tr", { "data-key": worker.id },
       el("th", { scope: "row", text: worker.id }),

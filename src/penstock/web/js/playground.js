@@ -4,9 +4,15 @@ import { CardView } from "./card.js";
 import { Composer } from "./composer.js";
 import { $, announce, count, plural, setText, short } from "./ui.js";
 
+/** @import { Card } from "./types.js" */
+/** @import { Run, Runs } from "./runs.js" */
+
 export class Playground {
-  #runs = null;
+  /** @type {Runs | null} */
+  #shown = null;
+  /** @type {Map<string, CardView>} */
   #views = new Map(); // by card key
+  /** @type {Set<Card>} */
   #changed = new Set();
   #frame = 0;
   #composer;
@@ -19,8 +25,8 @@ export class Playground {
     });
     $("#stop-all").addEventListener("click", () => this.#runs.all().forEach((run) => this.#runs.stop(run)));
     $("#clear").addEventListener("click", () => this.#clear());
-    for (const button of document.querySelectorAll("[data-prompt]")) {
-      const { kind, prompt, lines } = button.dataset;
+    for (const button of /** @type {NodeListOf<HTMLButtonElement>} */ (document.querySelectorAll("[data-prompt]"))) {
+      const { kind, prompt = "", lines } = button.dataset;
       button.addEventListener("click", () => this.#composer.fill({ kind }, prompt, lines !== undefined));
     }
   }
@@ -28,15 +34,24 @@ export class Playground {
   /** What `Runs` is to call. */
   get listener() {
     return {
-      changed: (card) => this.#change(card),
-      removed: (card) => this.#remove(card),
-      ended: (run) => this.#say(run),
+      changed: (/** @type {Card} */ card) => this.#change(card),
+      removed: (/** @type {Card} */ card) => this.#remove(card),
+      ended: (/** @type {Run} */ run) => this.#say(run),
     };
   }
 
-  /** Shows the conversations of (another) user. */
+  /** The conversations that are shown: there are some as soon as anything can be clicked. */
+  get #runs() {
+    if (this.#shown === null) throw new Error("nothing is shown yet");
+    return this.#shown;
+  }
+
+  /**
+   * Shows the conversations of (another) user.
+   * @param {Runs} runs
+   */
   show(runs) {
-    this.#runs = runs;
+    this.#shown = runs;
     this.#views.clear();
     this.#changed.clear();
     $("#cards").replaceChildren();
@@ -50,6 +65,7 @@ export class Playground {
 
   // -------------------------------------------------------------------------------------------- drawing
 
+  /** @param {Card} card */
   #change(card) {
     this.#changed.add(card);
     this.#schedule();
@@ -98,6 +114,7 @@ export class Playground {
     $("#no-cards").hidden = this.#runs.cards.size > 0;
   }
 
+  /** @param {Card} card */
   #remove(card) {
     const view = this.#views.get(card.record.key);
     if (view) {
@@ -117,9 +134,10 @@ export class Playground {
     }
   }
 
+  /** @param {Run} run */
   #say(run) {
     const what = run.turn.text.length > 60 ? `${run.turn.text.slice(0, 60)}…` : run.turn.text;
-    const { status, error } = run.turn.end;
+    const { status, error } = run.turn.end ?? {};
     const end = status === "completed" ? `is complete: ${plural(run.tokens, "token")}` : `ended: ${error?.message ?? status}`;
     announce(`The reply to “${what}” ${end}`);
   }

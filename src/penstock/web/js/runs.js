@@ -7,6 +7,17 @@ import { Gap, Log } from "./log.js";
 import { forgetCard, hearCards, loadCards, saveCard } from "./store.js";
 import { isEnded } from "./ui.js";
 
+/** @import { Beginning, Card, CardRecord, ConnectionState, End, JobCompleteEvent, JobSummary, JobView } from "./types.js" */
+/** @import { ErrorEvent, Turn, UserTokenEvent } from "./types.js" */
+
+/**
+ * @typedef {object} RunsListener
+ * @property {(card: Card) => void} changed
+ * @property {(card: Card) => void} removed
+ * @property {(run: Run) => void} ended of each end that was seen
+ * @property {(state: ConnectionState) => void} state of the connection
+ */
+
 /** Milliseconds of silence after which a run is asked for: what the feed should have told may have gone missing. */
 const SILENCE = 5000;
 /** Seconds after which a refused prompt is sent again at the latest: the server may say a minute, but somebody is watching. */
@@ -16,21 +27,29 @@ const RATE_OVER = 3000;
 
 /** One turn of a conversation and the job that answers it. `turn` is what is remembered of it. */
 export class Run {
-  /** "sending" (not yet accepted), "queued", "running", "ended" */
+  /** @type {"sending" | "queued" | "running" | "ended"} "sending": not yet accepted */
   phase = "sending";
   log = new Log();
-  /** Place in the queue, as far as it is known. */
+  /** @type {number | null} Place in the queue, as far as it is known. */
   position = null;
   /** What a person should know while it waits. */
   notice = "";
   stopping = false;
-  /** Ends the wait before the submit is tried again. */
+  /** @type {AbortController | null} Ends the wait before the submit is tried again. */
   retry = null;
   heardAt = 0;
+  /** @type {number | null} When its first token was seen here, in milliseconds. */
   firstAt = null;
+  /** @type {number | null} When it was sent, in milliseconds; not known after a reload. */
+  sentAt = null;
+  /** @type {{at: number, head: number}[]} */
   #samples = [];
   #stuckAt = -1;
 
+  /**
+   * @param {Card} card
+   * @param {Turn} turn
+   */
   constructor(card, turn) {
     this.card = card;
     this.turn = turn;
@@ -63,11 +82,12 @@ export class Run {
   /** Tokens a second: of the last moments while it runs, of the whole once it has ended. */
   get rate() {
     if (!this.live) return this.turn.end?.timings?.tokens_per_second ?? null;
-    const [first, last] = [this.#samples[0], this.#samples.at(-1)];
-    if (!first || last.at - first.at < 400) return null;
+    const [first, last] = [this.#samples.at(0), this.#samples.at(-1)];
+    if (!first || !last || last.at - first.at < 400) return null;
     return (1000 * (last.head - first.head)) / (last.at - first.at);
   }
 
+  /** @param {number} now */
   sample(now) {
     if (this.log.head === 0) return;
     this.#samples.push({ at: now, head: this.log.head });
@@ -79,7 +99,10 @@ export class Run {
     this.#samples = [];
   }
 
-  /** The server has tokens that did not come: true the second time that nothing has come in between. */
+  /**
+   * The server has tokens that did not come: true the second time that nothing has come in between.
+   * @param {number} tokens
+   */
   isStuck(tokens) {
     if (tokens <= this.log.head) return false;
     const stuck = this.#stuckAt === this.log.head;
@@ -89,17 +112,22 @@ export class Run {
 }
 
 export class Runs {
-  /** Conversations by their key: `{record, runs}`, the oldest first. `record` is what is remembered. */
+  /** @type {Map<string, Card>} Conversations by their key, the oldest first. */
   cards = new Map();
   #user;
   #on;
   #feed;
+  /** @type {Map<string, Log>} */
   #logs = new Map(); // by job, also of jobs that no answer has named yet
+  /** @type {Map<string, Run>} */
   #runs = new Map(); // by job
   #over = new AbortController();
   #unhear;
 
-  /** `on.changed(card)`, `on.removed(card)`, `on.state(state)` of the connection, `on.ended(run)` for each end seen. */
+  /**
+   * @param {string} user
+   * @param {RunsListener} on
+   */
   constructor(user, on) {
     this.#user = user;
     this.#on = on;
@@ -129,7 +157,11 @@ export class Runs {
 
   // -------------------------------------------------------------------------------------------- what people do
 
-  /** Starts a conversation. `record`: `{kind: "chat" | "completion", model, system, params}`. */
+  /**
+   * Starts a conversation.
+   * @param {Beginning} record
+   * @param {string} text
+   */
   start(record, text) {
     const newest = Math.max(0, ...[...this.cards.values()].map((card) => card.record.created));
     const created = Math.max(Date.now(), newest + 1); // several started in one millisecond keep their order
@@ -138,8 +170,13 @@ export class Runs {
     return card;
   }
 
-  /** The next turn of a conversation. */
+  /**
+   * The next turn of a conversation.
+   * @param {Card} card
+   * @param {string} text
+   */
   reply(card, text) {
+    /** @type {Turn} */
     const turn = { key: randomId("turn_", 16), text, job: null, reply: null, end: null };
     card.record.turns.push(turn);
     const run = new Run(card, turn);
@@ -149,7 +186,10 @@ export class Runs {
     this.#send(run);
   }
 
-  /** Cancels a run; one whose submit is not answered yet as soon as it is. */
+  /**
+   * Cancels a run; one whose submit is not answered yet as soon as it is.
+   * @param {Run} run
+   */
   async stop(run) {
     if (!run.live) return;
     run.stopping = true;
@@ -158,12 +198,14 @@ export class Runs {
     else run.retry?.abort(); // ask at once whether there is a job to cancel
   }
 
-  /** Forgets a conversation here; what still runs is cancelled. */
+  /**
+   * Forgets a conversation here; what still runs is cancelled.
+   * @param {Card} card
+   */
   remove(card) {
     for (const run of card.runs) {
       this.stop(run);
-      this.#runs.delete(run.turn.job);
-      this.#logs.delete(run.turn.job);
+      this.#drop(run);
     }
     this.cards.delete(card.record.key);
     forgetCard(this.#user, card.record);
@@ -172,6 +214,7 @@ export class Runs {
 
   // -------------------------------------------------------------------------------------------- submit, cancel
 
+  /** @param {Run} run */
   async #send(run) {
     let failures = 0;
     while (!this.#over.signal.aborted) {
@@ -203,12 +246,16 @@ export class Runs {
     }
   }
 
+  /**
+   * @param {Run} run
+   * @param {JobSummary} job as far as it is told to who submits it
+   */
   #accepted(run, job) {
     run.turn.job = job.id;
     run.notice = "";
     run.phase = "queued";
     run.position = job.position_in_queue;
-    if (this.cards.has(run.card.record.key)) this.#follow(run);
+    if (this.cards.has(run.card.record.key)) this.#follow(run, job.id);
     if (run.stopping) this.#cancel(run);
     if (isEnded(job.status)) this.#ask(run);
     if (!this.all().some(({ phase }) => phase === "sending")) {
@@ -216,9 +263,12 @@ export class Runs {
     }
   }
 
-  /** From now on what the feed says of its job is this run's; some of it may have come before the answer did. */
-  #follow(run) {
-    const job = run.turn.job;
+  /**
+   * From now on what the feed says of its job is this run's; some of it may have come before the answer did.
+   * @param {Run} run
+   * @param {string} job
+   */
+  #follow(run, job) {
     run.log = this.#logs.get(job) ?? run.log;
     run.heardAt = Date.now();
     this.#logs.set(job, run.log);
@@ -228,6 +278,17 @@ export class Runs {
     if (run.log.ended) this.#settle(run, run.log.ended);
   }
 
+  /**
+   * Lets go of a run's job and its log.
+   * @param {Run} run
+   */
+  #drop(run) {
+    if (run.turn.job === null) return;
+    this.#runs.delete(run.turn.job);
+    this.#logs.delete(run.turn.job);
+  }
+
+  /** @param {Run} run */
   async #cancel(run) {
     for (let failures = 0; run.live && !this.#over.signal.aborted; failures++) {
       try {
@@ -243,6 +304,7 @@ export class Runs {
 
   // -------------------------------------------------------------------------------------------- what the feed says
 
+  /** @param {UserTokenEvent} event */
   #token({ job_id: job, position, ...token }) {
     let log = this.#logs.get(job);
     if (!log) this.#logs.set(job, (log = new Log()));
@@ -257,6 +319,7 @@ export class Runs {
     if (run) this.#begun(run);
   }
 
+  /** @param {Run} run */
   #begun(run) {
     run.heardAt = Date.now();
     run.firstAt ??= run.heardAt;
@@ -265,6 +328,7 @@ export class Runs {
     this.#changed(run);
   }
 
+  /** @param {JobCompleteEvent} data */
   #end(data) {
     const run = this.#runs.get(data.job_id);
     if (run) this.#settle(run, data);
@@ -275,6 +339,7 @@ export class Runs {
     } else this.#logs.delete(data.job_id);
   }
 
+  /** @param {ErrorEvent} event */
   #rewound({ job_id: job }) {
     this.#logs.get(job)?.reset();
     const run = this.#runs.get(job);
@@ -292,28 +357,38 @@ export class Runs {
     }
   }
 
-  /** A run's end, from its terminal event. */
+  /**
+   * A run's end, from its terminal event.
+   * @param {Run} run
+   * @param {JobCompleteEvent} data
+   */
   #settle(run, data) {
     const { status, finish_reason, error, usage } = data;
     this.#finish(run, { status, finish_reason, error, usage, attempts: run.log.attempts });
     this.#ask(run); // the server's own timings
   }
 
+  /**
+   * @param {Run} run
+   * @param {End} end
+   */
   #finish(run, end) {
     if (!run.live) return;
     run.phase = "ended";
     run.notice = "";
     run.turn.reply = run.log.text;
     run.turn.end = end;
-    this.#runs.delete(run.turn.job);
-    this.#logs.delete(run.turn.job);
+    this.#drop(run);
     this.#save(run.card);
     if (this.cards.has(run.card.record.key)) this.#on.ended(run);
   }
 
   // -------------------------------------------------------------------------------------------- what it asks for
 
-  /** Ask for a run's job: how it stands, or, once it has ended, everything. */
+  /**
+   * Ask for a run's job: how it stands, or, once it has ended, everything.
+   * @param {Run} run
+   */
   async #ask(run) {
     try {
       this.#learn(run, await call("GET", `v1/jobs/${run.turn.job}`, { signal: this.#over.signal }));
@@ -325,6 +400,10 @@ export class Runs {
     }
   }
 
+  /**
+   * @param {Run} run
+   * @param {JobView} job
+   */
   #learn(run, job) {
     run.heardAt = Date.now();
     if (!isEnded(job.status)) {
@@ -337,8 +416,8 @@ export class Runs {
     const { status, finish_reason, error, usage, timings } = job;
     const attempts = run.attempts.length ? run.attempts : [{ attempt: job.attempt, from: 1 }];
     if (run.live) this.#finish(run, { status, finish_reason, error, usage, timings, attempts });
-    run.turn.reply = job.result.text;
-    run.turn.end.timings = timings;
+    run.turn.reply = job.result?.text ?? "";
+    if (run.turn.end) run.turn.end.timings = timings;
     this.#save(run.card);
   }
 
@@ -354,8 +433,10 @@ export class Runs {
     }
   }
 
+  /** @param {Run[]} live */
   async #askForPlaces(live) {
     const query = new URLSearchParams({ status: "queued", user_id: this.#user, limit: "500" });
+    /** @type {JobSummary[]} */
     let waiting;
     try {
       waiting = (await call("GET", `v1/jobs?${query}`, { signal: this.#over.signal })).data;
@@ -364,8 +445,9 @@ export class Runs {
     }
     const places = new Map(waiting.map((job) => [job.id, job.position_in_queue]));
     for (const run of live.filter(({ phase }) => phase === "queued")) {
-      run.position = places.get(run.turn.job) ?? null;
-      if (places.has(run.turn.job)) run.heardAt = Date.now();
+      const job = run.turn.job ?? "";
+      run.position = places.get(job) ?? null;
+      if (places.has(job)) run.heardAt = Date.now();
       this.#changed(run);
     }
   }
@@ -383,7 +465,9 @@ export class Runs {
 
   // -------------------------------------------------------------------------------------------- what is remembered
 
+  /** @param {CardRecord} record */
   #adopt(record) {
+    /** @type {Card} */
     const card = { record, runs: [] };
     card.runs = record.turns.map((turn) => new Run(card, turn));
     this.cards.set(record.key, card);
@@ -396,7 +480,11 @@ export class Runs {
     return card;
   }
 
-  /** Another tab of this user has started, continued, ended or removed a conversation. */
+  /**
+   * Another tab of this user has started, continued, ended or removed a conversation.
+   * @param {string} key
+   * @param {CardRecord | null} record
+   */
   #heard(key, record) {
     const card = this.cards.get(key);
     if (!record) {
@@ -404,29 +492,35 @@ export class Runs {
       if (card) this.#on.removed(card);
     } else if (!card) {
       if (record.turns.every(({ job, end }) => job || end)) this.#on.changed(this.#adopt(record));
-    } else if (record.turns.length > card.runs.length && record.turns.at(-1).job) {
+    } else if (record.turns.length > card.runs.length && record.turns.at(-1)?.job) {
       for (const turn of record.turns.slice(card.runs.length)) {
         card.record.turns.push(turn);
         const run = new Run(card, turn);
         card.runs.push(run);
-        if (run.live) this.#follow(run);
+        if (run.live && turn.job) this.#follow(run, turn.job);
       }
       this.#on.changed(card);
     }
   }
 
+  /** @param {Card} card */
   #save(card) {
     if (!this.cards.has(card.record.key)) return; // removed meanwhile
     saveCard(this.#user, card.record);
     this.#on.changed(card);
   }
 
+  /** @param {Run} run */
   #changed(run) {
     if (this.cards.has(run.card.record.key)) this.#on.changed(run.card);
   }
 }
 
-/** What is submitted for a run: the same whenever it is asked, for the idempotency key's sake. */
+/**
+ * What is submitted for a run: the same whenever it is asked, for the idempotency key's sake.
+ * @param {Run} run
+ * @param {string} user
+ */
 function body(run, user) {
   const { kind, model, system, params, turns } = run.card.record;
   const shared = { model, user_id: user, ...params };

@@ -2,9 +2,13 @@
 
 import { ApiError, backoff, pause, request } from "./api.js";
 
+/** @typedef {{id?: string, event?: string, data: any}} ServerEvent */
+
 /**
- * Events of `path`: `{id, event, data}`, from behind position `after` to the terminal event. Comes back behind the
- * last position after a cut; `onState("live" | "waiting")` says how it stands. Throws `ApiError` for what will not pass.
+ * Events of `path`, from behind position `after` to the terminal event. Comes back behind the
+ * last position after a cut; `onState` says how it stands. Throws `ApiError` for what will not pass.
+ * @param {string} path
+ * @param {{after?: number, signal: AbortSignal, onState?: (state: "live" | "waiting") => void}} options
  */
 export async function* readLog(path, { after = 0, signal, onState = () => {} }) {
   let failures = 0;
@@ -13,6 +17,7 @@ export async function* readLog(path, { after = 0, signal, onState = () => {} }) 
       const response = await request("GET", path, { headers: { "last-event-id": String(after) }, signal });
       if (response.status === 204) return;
       onState("live");
+      if (response.body === null) return;
       for await (const event of parse(response.body)) {
         failures = 0;
         if (event.id) after = Number(event.id);
@@ -28,17 +33,22 @@ export async function* readLog(path, { after = 0, signal, onState = () => {} }) 
   }
 }
 
-/** Blocks of an event stream. Ours: one `data` line each, lines end with a line feed. */
-async function* parse(stream) {
+/**
+ * Blocks of an event stream. Ours: one `data` line each, lines end with a line feed.
+ * @param {ReadableStream<Uint8Array<ArrayBuffer>>} stream
+ * @returns {AsyncGenerator<ServerEvent>}
+ */
+export async function* parse(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  /** @type {Record<string, string>} */
   let block = {};
   try {
     while (true) {
       const { done, value } = await reader.read();
       if (done) return;
       const lines = (rest + value).split("\n");
-      rest = lines.pop();
+      rest = lines.pop() ?? "";
       for (const line of lines) {
         if (line === "") {
           if (block.data !== undefined) yield { id: block.id, event: block.event, data: JSON.parse(block.data) };

@@ -2,10 +2,13 @@
 
 import { $ } from "./ui.js";
 
-/** `views`: by the id of their panel, each with `show(rest)` (what the address says behind the name) and `hide()`. */
+/** @import { View } from "./types.js" */
+
+/** @param {Record<string, View>} views by the id of their panel */
 export function startTabs(views) {
   const names = Object.keys(views);
-  const tab = (name) => $(`#tab-${name}`);
+  const tab = (/** @type {string} */ name) => $(`#tab-${name}`);
+  /** @type {string | null} */
   let open = null;
 
   function follow() {
@@ -25,9 +28,11 @@ export function startTabs(views) {
 
   for (const name of names) {
     tab(name).addEventListener("click", () => (location.hash = name));
-    tab(name).addEventListener("keydown", (event) => {
+    tab(name).addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       const at = names.indexOf(name);
-      const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: names.length - 1 }[event.key];
+      /** @type {Record<string, number>} */
+      const ways = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: names.length - 1 };
+      const to = ways[event.key];
       if (to === undefined) return;
       event.preventDefault();
       const next = names[(to + names.length) % names.length];

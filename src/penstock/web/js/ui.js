@@ -1,16 +1,22 @@
 // Elements, numbers and words: what every view needs. Text from outside is only ever set as text.
 
+/** @typedef {string | number | boolean | null | undefined | ((event: any) => void)} Attribute */
+
 /**
  * An element. In `attributes`: "class", "text", functions (listeners, as `onclick`), booleans (set or left out),
  * anything else as an attribute.
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
+ * @param {Record<string, Attribute>} [attributes]
+ * @param {(Node | string | null | undefined)[]} children
  */
 export function el(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
-    if (name === "text") element.textContent = value;
+    if (name === "text") element.textContent = String(value);
     else if (typeof value === "function") element.addEventListener(name.slice(2), value);
-    else element.setAttribute(name, value === true ? "" : value);
+    else element.setAttribute(name, value === true ? "" : String(value));
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
   return element;
@@ -19,6 +25,8 @@ export function el(tag, attributes = {}, ...children) {
 /**
  * Makes the rows of `body` what `rows` are, by their `data-key`. What has not changed is left alone, so that a focus, a
  * selection and a click that is half done outlive a refresh.
+ * @param {HTMLTableSectionElement} body
+ * @param {HTMLTableRowElement[]} rows
  */
 export function fillRows(body, rows) {
   const wanted = new Set(rows.map(({ dataset }) => dataset.key));
@@ -29,23 +37,37 @@ export function fillRows(body, rows) {
     if (row !== body.rows[place]) body.insertBefore(row, body.rows[place] ?? null);
     if (row === fresh) return;
     for (const name of ["aria-current", "data-state"]) {
-      if (fresh.hasAttribute(name)) row.setAttribute(name, fresh.getAttribute(name));
+      const value = fresh.getAttribute(name);
+      if (value !== null) row.setAttribute(name, value);
       else row.removeAttribute(name);
     }
     [...fresh.cells].forEach((cell, at) => row.cells[at].isEqualNode(cell) || row.cells[at].replaceWith(cell));
   });
 }
 
+/**
+ * The page's own element, of whatever kind `index.html` says: one that is not there is a fault of ours.
+ * @param {string} selector
+ * @param {ParentNode} within
+ * @returns {any}
+ */
 export const $ = (selector, within = document) => within.querySelector(selector);
 
-/** Sets text only where it changes: assistive technology and selections notice every write. */
+/**
+ * Sets text only where it changes: assistive technology and selections notice every write.
+ * @param {Node} element
+ * @param {string} text
+ */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
 let announcing = 0;
 
-/** Say one thing to who does not see the page. Never tokens: a stream of them would drown everything else. */
+/**
+ * Say one thing to who does not see the page. Never tokens: a stream of them would drown everything else.
+ * @param {string} text
+ */
 export function announce(text) {
   const region = $("#announcer");
   region.textContent = "";
@@ -53,7 +75,10 @@ export function announce(text) {
   announcing = requestAnimationFrame(() => (region.textContent = text)); // an equal text is said again
 }
 
-/** Copies text; false where the browser does not let this page. */
+/**
+ * Copies text; false where the browser does not let this page.
+ * @param {string} text
+ */
 export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
@@ -63,7 +88,11 @@ export async function copy(text) {
   }
 }
 
-/** What a copy button does: copies, and says on itself for a moment whether that worked. */
+/**
+ * What a copy button does: copies, and says on itself for a moment whether that worked.
+ * @param {HTMLButtonElement} button
+ * @param {string} text
+ */
 export async function copyWith(button, text) {
   const label = button.textContent;
   const done = await copy(text);
@@ -76,18 +105,19 @@ export async function copyWith(button, text) {
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
-/** 1,234 */
+/** @param {number} number as 1,234 */
 export const count = (number) => whole.format(number);
 
-/** A number in three digits or so: 0.42, 7.3, 48, 1,234 */
+/** @param {number} number in three digits or so: 0.42, 7.3, 48, 1,234 */
 export function short(number) {
   if (number >= 100) return whole.format(number);
   return number >= 10 ? number.toFixed(0) : number >= 1 || number === 0 ? trim(number.toFixed(1)) : number.toFixed(2);
 }
 
+/** @param {string} text */
 const trim = (text) => text.replace(/\.0$/, "");
 
-/** Seconds as 850 µs, 12 ms, 1.4 s, 3 min 5 s. */
+/** @param {number} seconds as 850 µs, 12 ms, 1.4 s, 3 min 5 s */
 export function duration(seconds) {
   if (seconds === 0) return "0 s";
   if (seconds < 0.001) return `${Math.max(0, Math.round(seconds * 1e6))} µs`;
@@ -97,7 +127,7 @@ export function duration(seconds) {
   return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
 }
 
-/** Bytes as 812 KiB, 96 MiB, 1.5 GiB. */
+/** @param {number} number of bytes, as 812 KiB, 96 MiB, 1.5 GiB */
 export function bytes(number) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
@@ -108,7 +138,7 @@ export function bytes(number) {
   return `${short(number)} ${units[unit]}`;
 }
 
-/** Seconds since the epoch as "12 s ago". */
+/** @param {number} time as "12 s ago" */
 export function ago(time) {
   const seconds = Math.max(0, Date.now() / 1000 - time);
   if (seconds < 1) return "now";
@@ -118,13 +148,18 @@ export function ago(time) {
   return new Date(time * 1000).toLocaleDateString();
 }
 
-/** Seconds since the epoch as 20:15:03.127 */
+/** @param {number} time as 20:15:03.127 */
 export function clock(time) {
   const date = new Date(time * 1000);
-  const pad = (number, digits = 2) => String(number).padStart(digits, "0");
+  const pad = (/** @type {number} */ number, digits = 2) => String(number).padStart(digits, "0");
   return `${pad(date.getHours())}:${pad(date.getMinutes())}:${pad(date.getSeconds())}.${pad(date.getMilliseconds(), 3)}`;
 }
 
+/**
+ * @param {number} number
+ * @param {string} word
+ */
 export const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 
+/** @param {string} status */
 export const isEnded = (status) => ["completed", "failed", "cancelled", "expired"].includes(status);

@@ -1,26 +1,19 @@
--- Lease jobs that fill up to *limit* slots. ARGV: 3 request id, 4 worker id ("" to register none), 5 what it says of itself, 6 what it takes
--- (models, and MODEL\0suspects where it may run them), 7 limit,
--- 8 claimant (inbox/n), 9 how many jobs it runs ("" when it does not wait), 10 the error of an expired job,
--- 11 how much of the limit jobs of the batch class leave, 12 the worker's slots.
--- Answers {the leases, {attempt, record, log} each; does a job wait for more slots than are left (1/0)}. Sent twice (same
--- request), it answers the same leases.
+-- Answers {the leases, {attempt, record, log} each; does a job wait for more slots than are left (1/0)}.
 local now, lease_now = tick()
-local request, limit, claimant = ARGV[3], tonumber(ARGV[7]), ARGV[8]
-local free, reserve, slots = limit, tonumber(ARGV[11]), tonumber(ARGV[12])
-local models = cmsgpack.unpack(ARGV[6])
+local free = limit
 local meta = base .. "meta"
 -- Seconds within which a claimant that was woken is expected.
 local CALLED = 0.25
 
-if ARGV[4] ~= "" then
-  call("HSET", base .. "workers", ARGV[4], ARGV[5])
-  call("ZADD", base .. "alive", lease_now, ARGV[4])
-end
+if worker then register(worker, registration) end
 
 local function lease(job, attempt)
   local log = {}
   if job.h ~= "0" then
-    for i, entry in ipairs(call("XRANGE", base .. "log:" .. job.id, "-", "+")) do log[i] = entry[2][2] end
+    for i, entry in ipairs(call("XRANGE", base .. "log:" .. job.id, "-", "+")) do
+      local _, run = unpack(entry)
+      log[i] = run[2] -- behind its field
+    end
   end
   return { attempt, record(job.id), log }
 end
@@ -29,8 +22,9 @@ local before = call("GET", base .. "reply:" .. request)
 if before then
   local leases = {}
   for _, given in ipairs(cmsgpack.unpack(before)) do
-    local job = load(given[1])
-    if job and job.s == "running" and tonumber(job.a) == given[2] then leases[#leases + 1] = lease(job, given[2]) end
+    local id, attempt = unpack(given)
+    local job = load(id)
+    if job and job.s == "running" and tonumber(job.a) == attempt then leases[#leases + 1] = lease(job, attempt) end
   end
   return { { leases, 0 }, {} }
 end
@@ -38,19 +32,19 @@ end
 -- The tenant served least among those in a class: (tenant, counter, when it was last picked). Scores are lower bounds of
 -- the counters: raise the ones at the top until the first is true. Ties go to the longest unserved.
 local function top(priority, model)
-  local lanes = lanes_key(priority, model)
+  local tenants = ready_tenants_key(priority, model)
   while true do
-    local first = call("ZRANGE", lanes, 0, 0, "WITHSCORES")
-    if not first[1] then return nil end
-    local score = tonumber(first[2])
+    local first, lowest = unpack(call("ZRANGE", tenants, 0, 0, "WITHSCORES"))
+    if not first then return nil end
+    local score = tonumber(lowest)
     local best, best_served
-    for _, tenant in ipairs(call("ZRANGE", lanes, first[2], first[2], "BYSCORE", "LIMIT", 0, 16)) do
-      local own = call("HMGET", base .. "tenant:" .. tenant, "c", "s", "r")
-      local value, served, running = tonumber(own[1] or 0), tonumber(own[2] or 0), tonumber(own[3] or 0)
+    for _, tenant in ipairs(call("ZRANGE", tenants, lowest, lowest, "BYSCORE", "LIMIT", 0, 16)) do
+      local value, served, running = unpack(call("HMGET", base .. "tenant:" .. tenant, "c", "s", "r"))
+      value, served, running = tonumber(value or 0), tonumber(served or 0), tonumber(running or 0)
       if value > score then
-        call("ZADD", lanes, "XX", value, tenant)
+        call("ZADD", tenants, "XX", value, tenant)
       elseif MAX_RUNNING > 0 and running >= MAX_RUNNING then
-        call("ZREM", lanes, tenant)
+        call("ZREM", tenants, tenant)
         call("HSET", base .. "tenant:" .. tenant, "pk", 1)
       elseif not best or served < best_served then
         best, best_served = tenant, served
@@ -75,7 +69,7 @@ local function next_job()
       end
     end
     if best then
-      return load(call("ZRANGE", lane_key(priority, best_model, best), 0, 0)[1])
+      return load(call("ZRANGE", ready_queue_key(priority, best_model, best), 0, 0)[1])
     end
   end
 end
@@ -106,7 +100,7 @@ while #leases < limit and free > 0 do
   if not job then break end
   local kept = job.p == "2" and reserve or 0
   if job.dl and tonumber(job.dl) <= now then
-    end_queued(job, "expired", ARGV[10], now)
+    end_queued(job, "expired", expired, now)
   elseif math.min(tonumber(job.n or 1), slots - kept) > free - kept then
     held = 1 -- it is waited for: what would overtake it now, others would tomorrow
     break
@@ -136,9 +130,9 @@ end
 
 if #leases > 0 then
   call("SET", base .. "reply:" .. request, pack(given), "EX", 30)
-elseif ARGV[9] ~= "" then
+elseif running then
   for _, model in ipairs(models) do
-    call("ZADD", base .. "idle:" .. model, ARGV[9], claimant)
+    call("ZADD", base .. "idle:" .. model, running, claimant)
     call("EXPIRE", base .. "idle:" .. model, 60)
   end
 end

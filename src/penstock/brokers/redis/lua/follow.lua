@@ -1,21 +1,21 @@
--- How the jobs stand that a process follows, and that it goes on following them. ARGV: 3 inbox, 4 ids, 5 ids it no longer
--- follows. Answers the epoch, and {head, status, epoch of its last claim, floor} for each id, or {-1} for one that is gone.
-local inbox = ARGV[3]
-for _, id in ipairs(cmsgpack.unpack(ARGV[5])) do
+-- Answers the epoch, and {head, status, epoch of its last claim, floor} for each id, or {-1} for one that is gone.
+for _, id in ipairs(left) do
   local readers = call("HGET", base .. "job:" .. id, "rs")
   if readers then call("HSET", base .. "job:" .. id, "rs", without(readers, inbox)) end
 end
 local heads = {}
-for i, id in ipairs(cmsgpack.unpack(ARGV[4])) do
-  local own = call("HMGET", base .. "job:" .. id, "h", "s", "ep", "fl", "rs")
-  if not own[1] then
+for i, id in ipairs(ids) do
+  local key = base .. "job:" .. id
+  local head, status, claimed_in, floor, readers = unpack(call("HMGET", key, "h", "s", "ep", "fl", "rs"))
+  if not head then
     heads[i] = { -1 }
   else
-    local readers = own[5] or ""
-    if (own[2] == "queued" or own[2] == "running") and not string.find("," .. readers .. ",", "," .. inbox .. ",", 1, true) then
-      call("HSET", base .. "job:" .. id, "rs", readers == "" and inbox or readers .. "," .. inbox)
+    local others = readers or ""
+    local open = status == "queued" or status == "running"
+    if open and not string.find("," .. others .. ",", "," .. inbox .. ",", 1, true) then
+      call("HSET", key, "rs", others == "" and inbox or others .. "," .. inbox)
     end
-    heads[i] = { tonumber(own[1]), own[2], own[3] or "0", own[4] or "-1" }
+    heads[i] = { tonumber(head), status, claimed_in or "0", floor or "-1" }
   end
 end
 return { { call("HGET", base .. "meta", "epoch") or "0", heads }, {} }

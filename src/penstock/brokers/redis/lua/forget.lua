@@ -1,13 +1,12 @@
--- Drop a job now, whatever its state; nothing where there is none. ARGV: 3 tenant, 4 id, 5 the error of a cancelled job.
 local now = tick()
-local job = load(ARGV[4])
-if job and job.t == ARGV[3] then
+local job = load(id)
+if job and job.t == tenant then
   if job.s == "running" then
-    end_running(job, "cancelled", nil, ARGV[5], now)
+    end_running(job, "cancelled", nil, cancelled, now)
   elseif job.s == "queued" then
-    end_queued(job, "cancelled", ARGV[5], now)
+    end_queued(job, "cancelled", cancelled, now)
   end
-  call("ZREM", base .. "ended", job.id)
-  drop(load(job.id))
+  call("ZREM", base .. "ended", id)
+  drop(load(id))
 end
 return deliver(0)

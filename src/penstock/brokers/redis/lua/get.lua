@@ -1,6 +1,6 @@
--- One job. ARGV: 3 tenant, 4 id. Answers {"job", record, position in the queue or 0} | {"expired"} | {"unknown"}.
-local job = load(ARGV[4])
-if not job or job.t ~= ARGV[3] then
-  return absent(ARGV[4], ARGV[3])
+-- Answers {"job", record, position in the queue or 0} | {"expired"} | {"unknown"}.
+local job = load(id)
+if not job or job.t ~= tenant then
+  return absent(id, tenant)
 end
-return { { "job", record(job.id), job.s == "queued" and queue_position(job) or 0 }, {} }
+return { { "job", record(id), job.s == "queued" and queue_position(job) or 0 }, {} }

@@ -1,8 +1,9 @@
--- What the transitions share. Prepended to every script (see scripts.py); KEYS[1] is the prefix of all keys of a shard,
--- with its hash tag, so that a shard lives in one slot. ARGV[1]: the time ("" for Redis TIME), ARGV[2]: the policy.
+-- What the transitions share. Prepended to every script (see scripts.py, which also writes the locals that hold what a
+-- script is given; CLOCK is nil for Redis' own time). KEYS[1] is the prefix of all keys of a shard, with its hash tag, so
+-- that a shard lives in one slot. A script answers {its answer, {inbox, message, …} that the caller is to deliver}.
 --
 -- clock          hash  raw, lease: the wall clock as last seen, the lease clock (see tick)
--- meta           hash  epoch, run_id, tier, shards (see enter.lua); seq, served, last, lost
+-- meta           hash  epoch, run_id, shards (see enter.lua); seq, served, last, lost
 -- job:ID         hash  t tenant, u user, m model, p priority, w weight, es estimated prompt tokens, ik idempotency key,
 --                      fp fingerprint, dl deadline, q seq, s status, a attempt, h head (last position), rd 1 when it may
 --                      be claimed, hd 1 when it goes before the others, re retries, cr crashes, da deaths alone,
@@ -14,12 +15,12 @@
 -- gone:ID        string  tenant: the job's retention is over
 -- key:N:TENANT:K string  id of the job that was submitted under this idempotency key
 -- tenant:T       hash  c virtual token counter, s when it was last picked, n queued, r running, by bytes,
---                      pk 1 when lanes were taken out of lanes:P:M because the tenant runs all it may
--- lane:P:N:M:T   zset  ids that a tenant has ready in a class, by order of service. Suspects of an engine's death wait in
---                      lanes of their own (M is then MODEL\0suspects): not every worker may take them
--- lanes:P:M      zset  tenants with a lane in this class that may run more, by counter (a lower bound, see top)
+--                      pk 1 when it was taken out of lanes:P:M because it runs all it may
+-- lane:P:N:M:T   zset  a ready queue: ids that a tenant has ready in a class, by order of service. Suspects of an engine's
+--                      death wait in queues of their own (M is then MODEL\0suspects): not every worker may take them
+-- lanes:P:M      zset  tenants with a ready queue in this class that may run more, by counter (a lower bound, see top)
 -- waiting        zset  tenants with queued jobs, by counter (a lower bound)
--- classes:T      set   P:M of the tenant's lanes
+-- classes:T      set   P:M of the tenant's ready queues
 -- leases, deadlines, delayed, ended   zset  ids by what the sweep looks for (ended: by the end, plus what "ke" adds to the TTL)
 -- list:T, user:N:T:U                  zset  ids by seq
 -- depth, ready   hash  queued jobs, and those that may be claimed, by class
@@ -32,11 +33,6 @@
 local call = redis.call
 local pack = cmsgpack.pack
 local base = KEYS[1]
-local P = cmsgpack.unpack(ARGV[2])
-local LEASE_TTL, RESULT_TTL, MAX_ATTEMPTS, MAX_LOSSES = P[1], P[2], P[3], P[4]
-local INPUT_COST, OUTPUT_COST, MAX_RUNNING = P[5], P[6], P[7]
-local DEFER = P[8] == 1 -- the caller delivers, once replicas have what is delivered
-local SHARD, SHARDS = P[9], P[10]
 
 local NIL = "\192"
 -- The head of a tenant's queue: added to the seq of jobs that were requeued (a double holds integers up to 2^53).
@@ -56,15 +52,13 @@ local clock_now = 0 -- the lease clock, once `tick` has looked at it
 
 -- (wall clock, lease clock) in seconds. The wall clock takes no small step back; a big one is taken for the truth.
 local function tick()
-  local wall
-  if ARGV[1] == "" then
-    local time = call("TIME")
-    wall = tonumber(time[1]) + tonumber(time[2]) / 1e6
-  else
-    wall = tonumber(ARGV[1])
+  local wall = CLOCK
+  if not wall then
+    local seconds, microseconds = unpack(call("TIME"))
+    wall = tonumber(seconds) + tonumber(microseconds) / 1e6
   end
-  local seen = call("HMGET", base .. "clock", "raw", "lease")
-  local raw, lease = tonumber(seen[1] or wall), tonumber(seen[2] or 0)
+  local raw, lease = unpack(call("HMGET", base .. "clock", "raw", "lease"))
+  raw, lease = tonumber(raw or wall), tonumber(lease or 0)
   local passed = wall - raw
   if passed < 0 and passed > -1 then
     clock_now = lease
@@ -77,20 +71,20 @@ end
 
 -- ------------------------------------------------------------------------------------------------- telling readers
 
-local outbox = {} -- inbox → {events}, {ids}
+local news = {} -- inbox → {events = msgpack each, ids = of their jobs}
 
 -- Note an event for every process that follows the job; `deliver` sends one message to each of them.
 local function tell(id, readers, tokens, ended)
   if not readers or readers == "" then return end
   local event = "\147" .. pack(id) .. (tokens or NIL) .. (ended or NIL)
   for inbox in string.gmatch(readers, "[^,]+") do
-    local to = outbox[inbox]
-    if not to then
-      to = { {}, {} }
-      outbox[inbox] = to
+    local own = news[inbox]
+    if not own then
+      own = { events = {}, ids = {} }
+      news[inbox] = own
     end
-    to[1][#to[1] + 1] = event
-    to[2][#to[2] + 1] = id
+    own.events[#own.events + 1] = event
+    own.ids[#own.ids + 1] = id
   end
 end
 
@@ -106,19 +100,27 @@ end
 -- it says so.
 local function deliver(result)
   local deferred = {}
-  for inbox, to in pairs(outbox) do
-    local message = "e\221" .. struct.pack(">I4", #to[1]) .. table.concat(to[1])
+  for inbox, own in pairs(news) do
+    local message = "e\221" .. struct.pack(">I4", #own.events) .. table.concat(own.events)
     if DEFER then
       deferred[#deferred + 1] = inbox
       deferred[#deferred + 1] = message
     elseif call("SPUBLISH", base .. "inbox:" .. inbox, message) == 0 then
-      for _, id in ipairs(to[2]) do
+      for _, id in ipairs(own.ids) do
         local readers = call("HGET", base .. "job:" .. id, "rs")
         if readers then call("HSET", base .. "job:" .. id, "rs", without(readers, inbox)) end
       end
     end
   end
   return { result, deferred }
+end
+
+-- ------------------------------------------------------------------------------------------------- workers
+
+-- A worker is alive, and says this of itself.
+local function register(worker, registration)
+  call("HSET", base .. "workers", worker, registration)
+  call("ZADD", base .. "alive", clock_now, worker)
 end
 
 -- ------------------------------------------------------------------------------------------------- queue and fairness
@@ -131,11 +133,11 @@ local function waits_for(job)
   return job.m
 end
 
-local function lane_key(priority, model, tenant)
+local function ready_queue_key(priority, model, tenant)
   return base .. "lane:" .. priority .. ":" .. #model .. ":" .. model .. ":" .. tenant
 end
 
-local function lanes_key(priority, model) return base .. "lanes:" .. class(priority, model) end
+local function ready_tenants_key(priority, model) return base .. "lanes:" .. class(priority, model) end
 
 local function list_keys(job)
   local keys = { base .. "list:" .. job.t }
@@ -153,45 +155,45 @@ local function add(hash, field, by)
 end
 
 -- Wake the claimant with the least to do. One that has died does not hear it; one that no longer waits passes it on.
-local function ring(model)
+local function notify(model)
   local idle = base .. "idle:" .. model
   while true do
-    local first = call("ZPOPMIN", idle)
-    if not first[1] then return end
-    local inbox, claimant = string.match(first[1], "^(.-)/(.*)$")
-    if call("SPUBLISH", base .. "inbox:" .. inbox, "r" .. claimant .. "/" .. model) > 0 then
-      call("ZADD", base .. "called:" .. model, clock_now, first[1])
+    local claimant = call("ZPOPMIN", idle)[1]
+    if not claimant then return end
+    local inbox, worker = string.match(claimant, "^(.-)/(.*)$")
+    if call("SPUBLISH", base .. "inbox:" .. inbox, "r" .. worker .. "/" .. model) > 0 then
+      call("ZADD", base .. "called:" .. model, clock_now, claimant)
       call("EXPIRE", base .. "called:" .. model, 60)
       return
     end
   end
 end
 
-local function enter_lane(job)
+local function enter_ready_queue(job)
   local model = waits_for(job)
-  call("ZADD", lane_key(job.p, model, job.t), job.hd == "1" and job.q + AHEAD or job.q, job.id)
-  call("ZADD", lanes_key(job.p, model), counter(job.t), job.t)
+  call("ZADD", ready_queue_key(job.p, model, job.t), job.hd == "1" and job.q + AHEAD or job.q, job.id)
+  call("ZADD", ready_tenants_key(job.p, model), counter(job.t), job.t)
   call("SADD", base .. "classes:" .. job.t, class(job.p, model))
   add("ready", class(job.p, model), 1)
-  ring(model)
+  notify(model)
 end
 
 -- The smallest counter among tenants with queued jobs, or nil. Their scores are lower bounds: raise those at the top.
 local function smallest_waiting()
   while true do
-    local first = call("ZRANGE", base .. "waiting", 0, 0, "WITHSCORES")
-    if not first[1] then return nil end
-    local true_counter = counter(first[1])
-    if true_counter <= tonumber(first[2]) then return true_counter end
-    call("ZADD", base .. "waiting", "XX", true_counter, first[1])
+    local tenant, score = unpack(call("ZRANGE", base .. "waiting", 0, 0, "WITHSCORES"))
+    if not tenant then return nil end
+    local true_counter = counter(tenant)
+    if true_counter <= tonumber(score) then return true_counter end
+    call("ZADD", base .. "waiting", "XX", true_counter, tenant)
   end
 end
 
 -- Count a job in. A tenant that arrives with nothing waiting is lifted (VTC, algorithm 2, lines 6-13).
 local function enter_queue(job, arriving, ready)
   local key = base .. "tenant:" .. job.t
-  local own = call("HMGET", key, "c", "n")
-  local value, queued = tonumber(own[1] or 0), tonumber(own[2] or 0)
+  local value, queued = unpack(call("HMGET", key, "c", "n"))
+  value, queued = tonumber(value or 0), tonumber(queued or 0)
   if queued == 0 then
     if arriving then
       local floor = smallest_waiting()
@@ -210,23 +212,22 @@ local function enter_queue(job, arriving, ready)
   call("HINCRBY", key, "n", 1)
   add("depth", class(job.p, job.m), 1)
   add("counts", "queued", 1)
-  if ready then enter_lane(job) end
+  if ready then enter_ready_queue(job) end
 end
 
--- Forget an idle tenant in a day.
-local function rest(tenant)
+local function forget_when_idle(tenant)
   local key = base .. "tenant:" .. tenant
-  local own = call("HMGET", key, "n", "r")
-  if tonumber(own[1] or 0) == 0 and tonumber(own[2] or 0) == 0 then call("EXPIRE", key, TENANT_TTL) end
+  local queued, running = unpack(call("HMGET", key, "n", "r"))
+  if tonumber(queued or 0) == 0 and tonumber(running or 0) == 0 then call("EXPIRE", key, TENANT_TTL) end
 end
 
 local function leave_queue(job)
   if job.rd == "1" then
     local model = waits_for(job)
-    local lane = lane_key(job.p, model, job.t)
-    call("ZREM", lane, job.id)
-    if call("EXISTS", lane) == 0 then
-      call("ZREM", lanes_key(job.p, model), job.t)
+    local queue = ready_queue_key(job.p, model, job.t)
+    call("ZREM", queue, job.id)
+    if call("EXISTS", queue) == 0 then
+      call("ZREM", ready_tenants_key(job.p, model), job.t)
       call("SREM", base .. "classes:" .. job.t, class(job.p, model))
     end
     add("ready", class(job.p, model), -1)
@@ -236,22 +237,22 @@ local function leave_queue(job)
   if call("HINCRBY", base .. "tenant:" .. job.t, "n", -1) == 0 then
     call("ZREM", base .. "waiting", job.t)
     call("HSET", base .. "meta", "last", job.t)
-    rest(job.t)
+    forget_when_idle(job.t)
   end
   add("depth", class(job.p, job.m), -1)
   add("counts", "queued", -1)
 end
 
--- Count a job out of the running ones; lanes of a tenant that ran all it may come back.
+-- Count a job out of the running ones; the ready queues of a tenant that ran all it may come back.
 local function leave_running(job)
   call("ZREM", base .. "leases", job.id)
   call("HINCRBY", base .. "tenant:" .. job.t, "r", -1)
   add("counts", "running", -1)
-  rest(job.t)
+  forget_when_idle(job.t)
   if call("HDEL", base .. "tenant:" .. job.t, "pk") == 1 then
     for _, each in ipairs(call("SMEMBERS", base .. "classes:" .. job.t)) do
       call("ZADD", base .. "lanes:" .. each, counter(job.t), job.t)
-      ring(string.match(each, "^%d+:(.*)$"))
+      notify(string.match(each, "^%d+:(.*)$"))
     end
   end
 end
@@ -298,21 +299,21 @@ end
 -- above, the tenant's own jobs ahead, and of every other tenant at most as many plus one.
 local function queue_position(job)
   local model = waits_for(job)
-  local own = call("ZRANK", lane_key(job.p, model, job.t), job.id)
+  local own = call("ZRANK", ready_queue_key(job.p, model, job.t), job.id)
   if not own then return 0 end
   local ahead = 0
   for priority = 0, tonumber(job.p) - 1 do
     ahead = ahead + tonumber(call("HGET", base .. "ready", class(priority, model)) or 0)
   end
-  local lanes = lanes_key(job.p, model)
-  local others = call("ZCARD", lanes) - 1
+  local tenants = ready_tenants_key(job.p, model)
+  local others = call("ZCARD", tenants) - 1
   if others > 64 then -- too many to ask each
     local all = tonumber(call("HGET", base .. "ready", class(job.p, model)) or 0)
     return 1 + own + ahead + math.min(others * (own + 1), all - own - 1)
   end
-  for _, tenant in ipairs(call("ZRANGE", lanes, 0, -1)) do
+  for _, tenant in ipairs(call("ZRANGE", tenants, 0, -1)) do
     if tenant ~= job.t then
-      ahead = ahead + math.min(own + 1, call("ZCARD", lane_key(job.p, model, tenant)))
+      ahead = ahead + math.min(own + 1, call("ZCARD", ready_queue_key(job.p, model, tenant)))
     end
   end
   return 1 + own + ahead
@@ -371,7 +372,7 @@ local function drop(job)
   end
   add("counts", job.s, -1)
   call("HINCRBY", base .. "tenant:" .. job.t, "by", -tonumber(job.by))
-  rest(job.t)
+  forget_when_idle(job.t)
   call("UNLINK", base .. "job:" .. job.id, base .. "req:" .. job.id, base .. "log:" .. job.id)
 end
 

@@ -1,8 +1,7 @@
--- A snapshot. ARGV: 3 seconds of silence after which a worker counts as dead. Answers {counts, depth, workers, ends a minute,
--- leases lost, wall clock}; a worker is {what it said, seconds since}.
+-- Answers {counts, depth, workers, ends a minute, leases lost, wall clock}; a worker is {what it said, seconds since}.
 local now, lease_now = tick()
 local workers = {}
-for i, id in ipairs(call("ZRANGE", base .. "alive", lease_now - tonumber(ARGV[3]), "+inf", "BYSCORE")) do
+for i, id in ipairs(call("ZRANGE", base .. "alive", lease_now - max_silence, "+inf", "BYSCORE")) do
   local silent = lease_now - tonumber(call("ZSCORE", base .. "alive", id))
   workers[i] = { call("HGET", base .. "workers", id) or "", string.format("%.17g", silent) }
 end

@@ -1,35 +1,31 @@
--- Store a job and queue it. ARGV: 3 id, 4 tenant, 5 user, 6 model, 7 priority, 8 estimated prompt tokens, 9 deadline ("" for
--- none), 10 the caller's clock, 11 idempotency key, 12 fingerprint, 13 weight, 14 request, 15 max queued, 16 max queued per
--- tenant, 17 max bytes per tenant, 18 is Redis nearly full (1/0), 19 seconds to keep it
--- after its end ("": the policy's), 20 choices. Answers {"new", created at, position} | {"old", record, position} | {"mismatch"} |
+-- Answers {"new", created at, position} | {"old", record, position} | {"mismatch"} |
 -- {"memory" | "full" | "tenant" | "bytes", how many, ends in the last minute}. Sent twice (same id), it answers "old".
 local now = tick()
-local id, tenant, model = ARGV[3], ARGV[4], ARGV[6]
 
 local function known(job_id)
   return { "old", record(job_id), queue_position(load(job_id)) }
 end
 
-local key = ARGV[11] ~= "" and idempotency_key(tenant, ARGV[11])
+local first_key = key and idempotency_key(tenant, key)
 if call("EXISTS", base .. "job:" .. id) == 1 then return { known(id), {} } end
-if key then
-  local first = call("GET", key)
+if first_key then
+  local first = call("GET", first_key)
   local print = first and call("HGET", base .. "job:" .. first, "fp")
   if print then
-    if print ~= ARGV[12] then return { { "mismatch" }, {} } end
+    if print ~= fingerprint then return { { "mismatch" }, {} } end
     return { known(first), {} }
   end
 end
 
 local function refuse(why, count) return { { why, count, ends_a_minute(now) }, {} } end
 
-if ARGV[18] == "1" then return refuse("memory", 0) end
-local limits = { tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17]) }
+if memory_full then return refuse("memory", 0) end
 local queued = tonumber(call("HGET", base .. "counts", "queued") or 0)
-if limits[1] > 0 and queued >= limits[1] then return refuse("full", queued) end
-local own = call("HMGET", base .. "tenant:" .. tenant, "n", "by")
-if limits[2] > 0 and tonumber(own[1] or 0) >= limits[2] then return refuse("tenant", tonumber(own[1])) end
-if limits[3] > 0 and tonumber(own[2] or 0) >= limits[3] then return refuse("bytes", tonumber(own[2])) end
+if max_queued > 0 and queued >= max_queued then return refuse("full", queued) end
+local own_queued, own_bytes = unpack(call("HMGET", base .. "tenant:" .. tenant, "n", "by"))
+own_queued, own_bytes = tonumber(own_queued or 0), tonumber(own_bytes or 0)
+if max_queued_per_tenant > 0 and own_queued >= max_queued_per_tenant then return refuse("tenant", own_queued) end
+if max_bytes_per_tenant > 0 and own_bytes >= max_bytes_per_tenant then return refuse("bytes", own_bytes) end
 
 -- Order of arrival: the time in µs, but never the same twice, nor the same in two shards.
 local meta = base .. "meta"
@@ -38,29 +34,31 @@ local last = tonumber(call("HGET", meta, "seq") or 0)
 if seq <= last then seq = last + SHARDS end
 call("HSET", meta, "seq", seq)
 
-local bytes = #ARGV[14] + 1024
-local job = { id = id, t = tenant, u = ARGV[5], m = model, p = ARGV[7], q = seq, hd = "0", rd = "1" }
+local bytes = #details + 1024
+local job = { id = id, t = tenant, u = user, m = model, p = priority, q = seq, hd = "0", rd = "1" }
 local fields = {
-  "id", id, "t", tenant, "u", job.u, "m", model, "p", job.p, "w", ARGV[13], "es", ARGV[8], "fp", ARGV[12], "q", seq,
+  "id", id, "t", tenant, "u", user, "m", model, "p", priority, "w", weight, "es", estimate, "fp", fingerprint, "q", seq,
   "s", "queued", "a", 0, "h", 0, "rd", 1, "hd", 0, "ca", now, "by", bytes, "ep", call("HGET", meta, "epoch") or 0,
 }
-if ARGV[9] ~= "" then
-  local deadline = tonumber(ARGV[9]) + (now - tonumber(ARGV[10]))
-  fields[#fields + 1], fields[#fields + 2] = "dl", deadline
-  call("ZADD", base .. "deadlines", deadline, id)
+local function set(name, value) fields[#fields + 1], fields[#fields + 2] = name, value end
+
+if deadline then
+  local by_our_clock = deadline + (now - caller_now)
+  set("dl", by_our_clock)
+  call("ZADD", base .. "deadlines", by_our_clock, id)
 end
-if ARGV[20] ~= "1" then fields[#fields + 1], fields[#fields + 2] = "n", ARGV[20] end
-if ARGV[19] ~= "" then fields[#fields + 1], fields[#fields + 2] = "ke", ARGV[19] end
-if key then
-  fields[#fields + 1], fields[#fields + 2] = "ik", ARGV[11]
-  call("SET", key, id)
+if choices ~= 1 then set("n", choices) end
+if keep then set("ke", keep) end
+if first_key then
+  set("ik", key)
+  call("SET", first_key, id)
 end
 call("HSET", base .. "job:" .. id, unpack(fields))
-call("SET", base .. "req:" .. id, ARGV[14])
+call("SET", base .. "req:" .. id, details)
 for _, list in ipairs(list_keys(job)) do call("ZADD", list, seq, id) end
 call("HINCRBY", base .. "tenant:" .. tenant, "by", bytes)
 enter_queue(job, true, true)
-if job.u ~= "" then
-  call("SPUBLISH", base .. "arrivals:" .. #tenant .. ":" .. tenant .. ":" .. job.u, id)
+if user ~= "" then
+  call("SPUBLISH", base .. "arrivals:" .. #tenant .. ":" .. tenant .. ":" .. user, id)
 end
 return { { "new", string.format("%.17g", now), queue_position(job) }, {} }

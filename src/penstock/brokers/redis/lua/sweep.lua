@@ -1,8 +1,5 @@
--- Requeue jobs with dead leases, expire deadlines, wake delayed retries, drop what retention ended. ARGV: 3 how many of each
--- at most, 4 the error of an expired job, 5 of a poisoned one, 6 seconds of silence after which a worker counts as dead,
--- 7 seconds that ids stay known as expired. Answers how many jobs it touched.
 local now, lease_now = tick()
-local limit, touched = ARGV[3], 0
+local touched = 0
 
 local function due(zset, until_) return call("ZRANGE", base .. zset, "-inf", until_, "BYSCORE", "LIMIT", 0, limit) end
 
@@ -12,9 +9,9 @@ for _, id in ipairs(due("deadlines", now)) do
     call("ZREM", base .. "deadlines", id)
   else
     if job.s == "running" then
-      end_running(job, "expired", nil, ARGV[4], now)
+      end_running(job, "expired", nil, expired, now)
     else
-      end_queued(job, "expired", ARGV[4], now)
+      end_queued(job, "expired", expired, now)
     end
     touched = touched + 1
   end
@@ -27,7 +24,7 @@ for _, id in ipairs(due("leases", lease_now)) do
   else
     local losses = tonumber(job.lo or 0) + 1
     if losses > MAX_LOSSES then
-      end_running(job, "failed", nil, ARGV[5], now)
+      end_running(job, "failed", nil, poisoned, now)
     else
       call("HSET", base .. "job:" .. id, "lo", losses)
       call("HINCRBY", base .. "meta", "lost", 1)
@@ -42,7 +39,7 @@ for _, id in ipairs(due("delayed", lease_now)) do
   local job = load(id)
   if job and job.s == "queued" and job.rd == "0" then
     call("HSET", base .. "job:" .. id, "rd", 1)
-    enter_lane(job)
+    enter_ready_queue(job)
     touched = touched + 1
   end
 end
@@ -51,7 +48,7 @@ for _, id in ipairs(due("ended", now - RESULT_TTL)) do
   call("ZREM", base .. "ended", id)
   local job = load(id)
   if job then
-    call("SET", base .. "gone:" .. id, job.t, "EX", ARGV[7])
+    call("SET", base .. "gone:" .. id, job.t, "EX", tombstone_ttl)
     drop(job)
     touched = touched + 1
   else
@@ -59,7 +56,7 @@ for _, id in ipairs(due("ended", now - RESULT_TTL)) do
   end
 end
 
-local horizon = lease_now - tonumber(ARGV[6])
+local horizon = lease_now - max_silence
 for _, worker in ipairs(call("ZRANGE", base .. "alive", "-inf", horizon, "BYSCORE")) do
   call("ZREM", base .. "alive", worker)
   call("HDEL", base .. "workers", worker)

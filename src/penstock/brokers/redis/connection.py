@@ -1,4 +1,6 @@
-"""Connections that mend themselves: `Link` for scripts, `Inbox` for news. One of each per shard and process.
+"""Connections that reconnect by themselves: `CommandConnection` for scripts, `Subscriber` for news.
+
+Each process has one of each per shard.
 
 redis-py opens the connections (TLS, ACLs, sockets, the protocol); what is here is what its pool does not do: all calls
 of a process share one connection and travel together, a call that was sent is never cancelled, one whose reply was lost
@@ -124,9 +126,9 @@ class Address:
 
     async def _owner(self, connection: AbstractConnection) -> tuple[str, int] | None:
         """(host, port) of the key's node in a cluster; None when there is no cluster."""
-        if b"cluster_enabled:1" not in await ask(connection, "INFO", "cluster"):
+        if b"cluster_enabled:1" not in await run_once(connection, "INFO", "cluster"):
             return None
-        for first, last, owner, *_ in await ask(connection, "CLUSTER", "SLOTS"):
+        for first, last, owner, *_ in await run_once(connection, "CLUSTER", "SLOTS"):
             if first <= self._slot <= last:
                 return owner[0].decode(), owner[1]
         raise ClusterDownError(f"slot {self._slot} is served by nobody")
@@ -157,7 +159,7 @@ async def _open(arguments: dict[str, Any]) -> AbstractConnection:
     return connection
 
 
-async def ask(connection: AbstractConnection, *command: Word) -> Any:
+async def run_once(connection: AbstractConnection, *command: Word) -> Any:
     """One command and its reply, on a connection that nobody else uses yet."""
     async with asyncio.timeout(REPLY_TIMEOUT):
         await connection.send_packed_command([_packed(command)], check_health=False)
@@ -198,8 +200,11 @@ class _Wait:
         self.sent_at = sent_at
 
 
-class _Mender:
+class ReconnectingConnection:
     """Keeps one connection: connect, work until it breaks, wait a little, connect again."""
+
+    #: What it is for, in logs.
+    role = ""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -211,7 +216,7 @@ class _Mender:
         self.failed = asyncio.Event()
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=f"redis: {type(self).__name__.lower()}")
+        self._task = asyncio.create_task(self._run(), name=f"redis: {self.role}")
 
     async def close(self) -> None:
         self._closing = True
@@ -229,7 +234,7 @@ class _Mender:
             except* (*BROKEN, InvalidRequest) as group:
                 self._broken(first_of(group))
             except* Exception as group:  # a fault of ours must not end the connection for good
-                log.exception("redis_failed", connection=type(self).__name__.lower())
+                log.exception("redis_failed", connection=self.role)
                 self._broken(first_of(group))
             finally:
                 self.up.clear()
@@ -242,22 +247,24 @@ class _Mender:
 
     def _broken(self, error: BaseException) -> None:
         if self.up.is_set() or self.failure is None:
-            log.warning("redis_lost", connection=type(self).__name__.lower(), error=str(error) or type(error).__name__)
+            log.warning("redis_lost", connection=self.role, error=str(error) or type(error).__name__)
         self.failure = error
         self.failed.set()
 
     def _healthy(self) -> None:
         self._delay = 0.0
         if self.failure is not None:
-            log.info("redis_found", connection=type(self).__name__.lower())
+            log.info("redis_found", connection=self.role)
         self.failure = None
 
     async def _work(self, connection: AbstractConnection) -> None:
         raise NotImplementedError
 
 
-class Link(_Mender):
+class CommandConnection(ReconnectingConnection):
     """Calls to one shard, in order, over one connection; *greet* prepares each new one."""
+
+    role = "commands"
 
     def __init__(
         self,
@@ -285,7 +292,7 @@ class Link(_Mender):
         self._waits = [_packed(command) for command in commands]
         self._replicas = count
         for command in commands:
-            self._check_replicas(await ask(connection, *command))
+            self._check_replicas(await run_once(connection, *command))
 
     def _check_replicas(self, reply: Any) -> None:
         if isinstance(reply, Exception):
@@ -410,8 +417,10 @@ def _translate(error: ResponseError) -> Exception:
     return BrokerUnavailable(f"Redis refused: {error}", retry_after=2.0)
 
 
-class Inbox(_Mender):
+class Subscriber(ReconnectingConnection):
     """Messages of sharded channels. *on_up* runs when (again) everything subscribed to is heard, *on_down* when not."""
+
+    role = "news"
 
     def __init__(
         self,

@@ -1,0 +1,3 @@
+tick()
+notify(model)
+return { 0, {} }

@@ -1,0 +1,3 @@
+tick()
+register(worker, registration)
+return { 0, {} }
