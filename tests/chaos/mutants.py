@@ -425,7 +425,7 @@ MUTANTS = [
                 "if error.garbled and replica.failed(why):  # whether",
             ),
         ),
-        ("tests/unit/engines/test_upstream.py", "-k", "garbled or no_reply"),
+        ("tests/unit/engines/upstream", "-k", "garbled or no_reply"),
     ),
     Mutant(
         "null is not the default",
