@@ -26,7 +26,7 @@ from penstock.engines.upstream import answers
 from penstock.engines.upstream.dialects import UpstreamError, read_models
 from penstock.engines.upstream.stream import Lines, StreamError, UpstreamReply
 from penstock.gateway import feed, http
-from penstock.gateway.batches.store import check_input
+from penstock.gateway.batches.input import check_input
 
 DEEP = 20_000
 
