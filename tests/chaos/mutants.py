@@ -418,7 +418,13 @@ MUTANTS = [
     ),
     Mutant(
         "the death of an engine is no event",
-        (("penstock/engines/host/process.py", "            if self._watchdog is not None:\n                self._died", "            if False:\n                self._died"),),
+        (
+            (
+                "penstock/engines/host/process.py",
+                "            if self._watchdog is not None:\n                self._died",
+                "            if False:\n                self._died",
+            ),
+        ),
         ("tests/unit/engines/host/test_process.py",),
     ),
     Mutant(
