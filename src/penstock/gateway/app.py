@@ -20,13 +20,12 @@ from penstock.gateway.middleware import Frame, HostCheck, Middleware, OriginChec
 from penstock.gateway.operation import Endpoint, Operation
 from penstock.gateway.operator import health, models, page
 
-#: Every route there is: what clients of all kinds ask for, files and batches, what operators ask for, the page. The
-#: first path that fits is meant: ``/v1/models/{model:path}/load`` has to come before ``/v1/models/{model:path}``.
+#: Every route there is: what clients of all kinds ask for, files and batches, what operators ask for, the page.
 OPERATIONS: list[Operation] = [
-    *models.OPERATIONS,
     *DIALECTS,
     *files.OPERATIONS,
     *batches.OPERATIONS,
+    *models.OPERATIONS,
     *health.OPERATIONS,
     *page.OPERATIONS,
 ]
