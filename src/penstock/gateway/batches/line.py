@@ -124,7 +124,7 @@ class LineRunner:
             fingerprint=fingerprint([batch.endpoint, bytes(line.body)]),
             request_id=f"{batch.id}.{number}",
             metadata={"batch_id": batch.id, "custom_id": line.custom_id},
-            keep=RESULT_RETENTION,
+            retain_for=RESULT_RETENTION,
         )
         try:
             job = await self._submit_once(body, operation, submission)
