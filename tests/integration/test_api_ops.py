@@ -128,6 +128,15 @@ def samples(text: str) -> dict[str, dict[str, float]]:
 
 
 class TestMetrics:
+    async def test_an_engine_that_dies_and_loads_again_is_counted(self, make_server: Callable[..., Server]) -> None:
+        server = make_server()
+        psutil.Process(server.engine_pid()).kill()
+        async with client(server) as http:
+            await ended(http, await submit(http))  # by the next engine
+            found = samples((await http.get("/metrics")).text)
+        assert found["penstock_engine_deaths_total"]['{model="synthetic"}'] == 1
+        assert found["penstock_engine_load_seconds_count"]['{model="synthetic"}'] == 2
+
     async def test_the_figures_of_the_page(self, server: Server, http: httpx.AsyncClient) -> None:
         before = msgspec.json.decode((await http.get("/v1/stats")).content, type=Stats)
         await ended(http, await submit(http, max_tokens=7))
