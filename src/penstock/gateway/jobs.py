@@ -42,6 +42,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     request_id: str | None = None
+    trace: str | None = None
     metadata: dict[str, str] = {}
     on_disconnect: OnDisconnect = "continue"
     view: bytes = b""
@@ -143,6 +144,7 @@ class Jobs:
             idempotency_key=submission.idempotency_key,
             fingerprint=submission.fingerprint,
             request_id=submission.request_id,
+            trace=submission.trace,
             metadata=submission.metadata,
             on_disconnect=submission.on_disconnect,
             view=submission.view,
