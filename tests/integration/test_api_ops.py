@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from penstock.api.stats import Stats
+from penstock.core.trace import TraceContext
 from penstock.testing.oracle import check_log
 from tests.support.api import check_error, ended, poll, running, submit, until
 from tests.support.clock import SteppedClock
@@ -570,6 +571,20 @@ class TestLogs:
         for entry in (files / "app.log").read_text().splitlines():
             json.loads(entry)
         assert "engine_died" in (files / "errors.log").read_text()
+
+    async def test_what_is_told_of_a_job_has_the_trace_of_its_request(self, make_server: Callable[..., Server]) -> None:
+        trace = TraceContext.new()
+        server = make_server(rate=0, settings={"log_level": "debug"})
+        async with client(server) as http:
+            body = {"prompt": "x", "max_tokens": 3}
+            reply = await http.post("/v1/jobs", json=body, headers={"traceparent": str(trace)})
+            await ended(http, reply.json()["id"])
+        assert server.terminate() == 0
+        (attempt,) = [line for line in server.log_lines() if line["event"] == "job.attempt"]
+        told = TraceContext.parse(attempt["trace"])
+        assert told is not None
+        assert told.trace_id == trace.trace_id
+        assert (attempt["outcome"], attempt["attempt"]) == ("completed", 1)
 
     def test_the_help_is_quick_to_come(self) -> None:
         done = subprocess.run(
