@@ -148,7 +148,7 @@ class Jobs:
             metadata=submission.metadata,
             on_disconnect=submission.on_disconnect,
             view=submission.view,
-            keep=submission.keep,
+            retain_for=submission.keep,
             deadline_at=self._clock.now() + deadline if deadline is not None else None,
         )
         stored = await self._broker.submit(job)

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from penstock.core.aio import Backoff, wait_for_event
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import Lease, ModelInfo, Output
 from penstock.core.telemetry import Telemetry
@@ -93,8 +94,6 @@ class Standby:
     ) -> None:
         self.spec = spec
         self.wanted = wanted
-        self.used_at = time.monotonic()
-        """When it last had work."""
         self._make = make
         self._warm = warm
         self._on_progress = on_progress
@@ -122,7 +121,6 @@ class Standby:
 
     async def start(self) -> None:
         """Make a spare the active process, or load the model. Raises `ModelLoadError`."""
-        self.used_at = time.monotonic()
         spare = next((spare for spare in self._spares if spare.alive), None)
         if spare is not None:
             self._spares.remove(spare)
@@ -140,16 +138,13 @@ class Standby:
                 self._warm.fill(self.spec.engine)
 
     def add(self, key: int, lease: Lease) -> None:
-        self.used_at = time.monotonic()
         self._active.add(key, lease)
 
     def abort(self, key: int) -> None:
         self._active.abort(key)
 
     async def step(self) -> list[Output]:
-        outputs = await self._active.step()
-        self.used_at = time.monotonic()
-        return outputs
+        return await self._active.step()
 
     async def close(self) -> None:
         await self._active.close()
@@ -191,7 +186,7 @@ class Standby:
             self._filler = None
 
     async def _fill(self) -> None:
-        backoff = LOOK
+        backoff = Backoff(LOOK, MAX_BACKOFF, jitter=0)
         while True:
             for dead in [spare for spare in self._spares if not spare.alive]:
                 self._spares.remove(dead)
@@ -200,17 +195,15 @@ class Standby:
             if len(self._spares) < self._keep and time.monotonic() >= self._quiet_until:
                 try:
                     await self._load_spare()
-                    backoff = LOOK
+                    backoff.reset()
                     continue
                 except ModelLoadError as error:
+                    pause = backoff.next()
                     self._telemetry.event(
-                        "engine.spare_failed", model=self.spec.model, error=error.message, retry_in=backoff
+                        "engine.spare_failed", model=self.spec.model, error=error.message, retry_in=pause
                     )
-                    pause, backoff = backoff, min(MAX_BACKOFF, 2 * backoff)
             self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._changed.wait()
+            await wait_for_event(self._changed, pause)
 
     async def _load_spare(self) -> None:
         spare = self._make()

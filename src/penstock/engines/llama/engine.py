@@ -54,7 +54,7 @@ SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separat
 #: What a grammar begins with, for llama.cpp, that its library for schemas reads.
 LARK = "%llguidance"
 #: An id for a token that llama.cpp did not tell: part of a character that never became one.
-UNTOLD = -1
+UNKNOWN_ID = -1
 #: How many of the likeliest next tokens are looked at first for one that a schema allows.
 CANDIDATES = 256
 #: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
@@ -163,7 +163,7 @@ class GgufText(TextModel):
         return dict(sorted(names.items(), key=lambda item: -len(item[0])))
 
     def detokenizer(self, *, continuing: bool = False) -> Detokenizer:
-        return _Untold(super().detokenizer(continuing=continuing))
+        return _UnknownIds(super().detokenizer(continuing=continuing))
 
     @cached_property
     def letter(self) -> int:
@@ -180,7 +180,7 @@ class GgufText(TextModel):
             return []
         data, last = text.encode(), self._bytes[last_token]
         found = self._split(data[: len(data) - len(last)], count) if data.endswith(last) else None
-        return found or [UNTOLD] * count
+        return found or [UNKNOWN_ID] * count
 
     def _split(self, data: bytes, count: int) -> list[int] | None:
         """*count* tokens that together are *data*, if there are such."""
@@ -209,7 +209,7 @@ _DECODERS: dict[str, Any] = {
 }
 
 
-class _Untold:
+class _UnknownIds:
     """A `Detokenizer` that knows tokens without an id: they were no characters."""
 
     def __init__(self, inner: Detokenizer) -> None:
@@ -321,7 +321,7 @@ class _ChoiceThread:
         self._reply = reply
         self._guide = guide
         #: The reply so far, for a prompt that ends with it.
-        self._said = [text if id == UNTOLD else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
+        self._said = [text if id == UNKNOWN_ID else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
         #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and it has no way to
         #: forbid texts, or an end for a while.
         sampling = request.sampling
@@ -375,7 +375,7 @@ class _ChoiceThread:
         choice, timings = chunk["choices"][0], chunk["timings"]
         swallowed = timings["predicted_n"] - self._seen
         self._seen += swallowed
-        ids: list[int] = [UNTOLD] * swallowed
+        ids: list[int] = [UNKNOWN_ID] * swallowed
         entry = None
         if choice["logprobs"] is not None:
             entry = choice["logprobs"]["content"][-1]
@@ -464,7 +464,7 @@ class _ChoiceThread:
             text = reply.push(token)
             taken.append(token)
             texts.append(text)
-            self._said.append(text if token == UNTOLD else token)
+            self._said.append(text if token == UNKNOWN_ID else token)
             if reply.finish is not None:
                 break
         logprobs = None if logprobs is None else logprobs[: len(taken)]
