@@ -161,7 +161,7 @@ class TestDockerfile:
         assert "openvino" in modules
         program = (
             f"import sys; sys.modules.update(dict.fromkeys({modules!r})); "
-            "import penstock.cli, penstock.cli.serve, penstock.wiring, penstock.brokers.redis; "
+            "import penstock.cli, penstock.cli.serve, penstock.wiring.process, penstock.brokers.redis; "
             "print(sum(name.startswith('penstock') for name in sys.modules))"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -26,7 +26,7 @@ from penstock.engines.upstream import answers
 from penstock.engines.upstream.dialects import Told, read_models
 from penstock.engines.upstream.stream import Lines, Reply, StreamError
 from penstock.gateway import feed, http
-from penstock.gateway.batches.store import check_input
+from penstock.gateway.batches.input import check_input
 
 DEEP = 20_000
 

@@ -91,12 +91,12 @@ def _shared(settings: Settings, command: str) -> Settings:
 def _run(settings: Settings, *, gateway: bool, workers: bool) -> None:
     # Imported here, since the other commands need nothing of the server.
     from penstock.observability.logs import configure
-    from penstock.wiring import run
+    from penstock.wiring.process import run
 
     configure(settings.log.level, settings.log.format, settings.log.dir)
     startup = Startup(settings, gateway=gateway, workers=workers)
     with startup, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(run(settings, startup, gateway=gateway, workers=workers))
+        runner.run(run(settings, startup, api=gateway, workers=workers))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -467,7 +467,7 @@ class ModelControl(Protocol):
 
     def workers(self) -> list[WorkerInfo]: ...
 
-    def nudge(self, model: str) -> None:
+    def notify(self, model: str) -> None:
         """A job for *model* was queued in this process. A hint: it is seen in the queue anyway, a moment later."""
         ...
 

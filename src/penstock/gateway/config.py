@@ -52,9 +52,9 @@ class GatewayConfig(HttpSettings, frozen=True, kw_only=True):
     """What kind of broker is behind it, for ``/health``."""
     models: tuple[str, ...] = ()
     """Models that are configured to be served, whether or not a worker has them up yet; the first is the default."""
-    hold: float = 0.25
+    first_event_wait: float = 0.25
     """How long a stream's headers wait for its first event, so that an early refusal is still an HTTP error."""
-    hold_long_prompt: float = 30.0
+    first_event_wait_long_prompt: float = 30.0
     """… where the prompt may be more than the context holds, which an engine says only when it has a slot."""
     drain_timeout: float = 5.0
     """How long JSON replies are waited for after `Gateway.drain`; then they are 503 and their jobs go on."""

@@ -25,6 +25,9 @@ _FILES = 5
 _jobs = structlog.get_logger("penstock.job")
 _events = structlog.get_logger("penstock.event")
 
+#: Events that are only logged for who looks for them: the worker and its manager say the same in lines of their own.
+QUIET = frozenset({"engine.died", "engine.loaded", "engine.restarted", "engine.started", "job.attempt"})
+
 
 def configure(level: str, format: str, directory: Path | None) -> None:
     """Route structlog and the standard library's logging (uvicorn, libraries) to the same handlers."""
@@ -82,7 +85,7 @@ def configure(level: str, format: str, directory: Path | None) -> None:
 
 
 class EventLog:
-    """Events as lines of the ordinary log; what lasts is not logged."""
+    """Events as lines of the ordinary log, a warning where one has an ``error``; spans are not logged."""
 
     def span(self, span: Ended) -> None:
         pass
@@ -90,6 +93,8 @@ class EventLog:
     def event(self, name: str, facts: Mapping[str, Fact]) -> None:
         if name == "job.ended":
             _log_job(JobRecord.of(facts))
+        elif name in QUIET:
+            _events.debug(name, **facts)
         elif "error" in facts:
             _events.warning(name, **facts)
         else:

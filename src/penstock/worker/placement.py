@@ -55,7 +55,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         Meta(ge=0, description="Seconds that jobs wait for memory before a busy model makes room for theirs."),
     ] = 30.0
     """… once that is up for as long."""
-    look_interval: float = 0.2
+    poll_interval: float = 0.2
     """Between two looks at the queue."""
     attempts: int = 3
     """How often loading a model is tried before its jobs fail."""
@@ -289,7 +289,7 @@ class _Plan:
             pause = self._policy.defer_ready
         else:
             before = sum(state == "unloaded" and id < model.id for state, id in _elsewhere(model, self._queue))
-            pause = 2 * self._policy.look_interval * before
+            pause = 2 * self._policy.poll_interval * before
         return self._now - max(_since(model), model.elsewhere_since) < pause
 
     def _serve(self, model: ModelState) -> None:

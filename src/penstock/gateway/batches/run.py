@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from penstock.api.errors import Error, ErrorBody
+from penstock.core.aio import wait_for_event
 from penstock.core.errors import (
     BrokerUnavailable,
     InsufficientStorage,
@@ -35,18 +36,10 @@ from penstock.core.errors import (
 from penstock.core.events import Ended, fold
 from penstock.core.job import Job, Priority, Status, fingerprint
 from penstock.gateway.batches.answers import LineNotRun, LineResponse, LineResult
-from penstock.gateway.batches.store import (
-    ENVELOPE,
-    Batch,
-    BatchStore,
-    Line,
-    LineError,
-    Outcome,
-    check_input,
-    decode_line,
-    read_lines,
-)
-from penstock.gateway.files.store import LineLog, StoredFile, in_thread, new_id
+from penstock.gateway.batches.input import MAX_ENVELOPE, Line, LineError, check_input, decode_line, read_lines
+from penstock.gateway.batches.store import Batch, BatchStore, Outcome
+from penstock.gateway.files.disk import AppendOnlyFile, in_thread
+from penstock.gateway.files.store import StoredFile, new_id
 from penstock.gateway.http import decode
 from penstock.gateway.identity import Identity
 from penstock.gateway.jobs import Jobs, Submission
@@ -58,23 +51,23 @@ log = structlog.get_logger("penstock.batches")
 T = TypeVar("T")
 
 #: Seconds before something that the disk refused is tried again.
-RETRY = 5.0
+DISK_RETRY_INTERVAL = 5.0
 #: Seconds between two saves of a batch's counts.
-PROGRESS = 1.0
+SAVE_INTERVAL = 1.0
 #: Seconds for which a line's job outlives its end if nobody takes its result: no runner is away for longer.
-KEEP = 3 * 86400.0
+RESULT_RETENTION = 3 * 86400.0
 #: Results that go to the disk together, at most.
-GROUP = 1024
+MAX_WRITE = 1024
 #: Seconds between two tries of a line that a full queue does not take. It is one line that tries, so not the many
 #: seconds that clients are told.
-KNOCK = 0.5
+RETRY_INTERVAL = 0.5
 #: Lines that are read at once.
 CHUNK = 32
 #: Batches of one tenant and model whose files are open at once; the others are in progress, too, but wait.
-PLACES = 32
+MAX_OPEN = 32
 
 #: What a submit may meet that passes by itself: a model that was there when the batch was checked may come back.
-PASSING = (RateLimited, InsufficientStorage, NoWorker, ModelNotFound)
+TRANSIENT = (RateLimited, InsufficientStorage, NoWorker, ModelNotFound)
 
 _NOT_RUN = {
     "cancelled": ("batch_cancelled", "The batch was cancelled before this request was executed."),
@@ -103,7 +96,7 @@ class _Response(msgspec.Struct, frozen=True):
     body: _Reply
 
 
-class _Result(msgspec.Struct, frozen=True):
+class _LoggedResult(msgspec.Struct, frozen=True):
     """What an output's line tells a runner that comes later. Its id is made of the job's and the line's number."""
 
     id: str
@@ -122,10 +115,10 @@ class _Result(msgspec.Struct, frozen=True):
         return (self.response and self.response.body.usage) or _Usage()
 
 
-_result = msgspec.json.Decoder(_Result)
+_result = msgspec.json.Decoder(_LoggedResult)
 
 
-class _Written(msgspec.Struct, frozen=True):
+class _Result(msgspec.Struct, frozen=True):
     """A line's result on its way to the disk."""
 
     text: bytes
@@ -133,7 +126,7 @@ class _Written(msgspec.Struct, frozen=True):
     slot: bool = True
 
 
-class Means(NamedTuple):
+class RunContext(NamedTuple):
     """What batches are run with. *operations*: what can be run, by endpoint."""
 
     jobs: Jobs
@@ -141,43 +134,43 @@ class Means(NamedTuple):
     operations: Mapping[str, Batchable]
 
 
-class Lane:
+class ModelSlots:
     """What a tenant's batches for one model share: a model that is away holds up no other's."""
 
     def __init__(self, window: int) -> None:
         self.slots = asyncio.Semaphore(window)
-        self.turn = asyncio.Lock()
-        self.places = asyncio.Semaphore(PLACES)
-        self.exits = asyncio.Semaphore(PLACES)
+        self.submit_lock = asyncio.Lock()
+        self.open_runs = asyncio.Semaphore(MAX_OPEN)
+        self.closing_runs = asyncio.Semaphore(MAX_OPEN)
         """The places of those that are over."""
 
 
-class Lanes:
+class TenantSlots:
     """What all of a tenant's batches share. *window*: jobs of one model at once; of all models, twice as many."""
 
     def __init__(self, window: int) -> None:
         self.window = window
         self.slots = asyncio.Semaphore(2 * window)
-        self._lanes: dict[str | None, Lane] = {}
+        self._models: dict[str | None, ModelSlots] = {}
 
-    def of(self, model: str | None) -> Lane:
-        return self._lanes.setdefault(model, Lane(self.window))
+    def of(self, model: str | None) -> ModelSlots:
+        return self._models.setdefault(model, ModelSlots(self.window))
 
 
-class Run:
+class BatchRun:
     """One batch in this process's hands."""
 
     task: asyncio.Task[None] | None = None
 
-    def __init__(self, means: Means, lanes: Lanes, tenant: str, id: str) -> None:
-        jobs, self.store, self.operations = means
+    def __init__(self, context: RunContext, tenant_slots: TenantSlots, tenant: str, id: str) -> None:
+        jobs, self.store, self.operations = context
         self.jobs = jobs.of(Identity(tenant))
-        self.lanes = lanes
+        self.tenant_slots = tenant_slots
         self.tenant = tenant
         self.id = id
         self.batch: Batch
-        self._lane: Lane
-        self._folder = self.store.place(tenant, id)
+        self._model_slots: ModelSlots
+        self._folder = self.store.folder_of(tenant, id)
         self._clock = self.store.clock
         self._over = asyncio.Event()
         self._outcome: Outcome = "completed"
@@ -187,11 +180,11 @@ class Run:
         self._jobs: set[str] = set()
         self._slots = 0
         self._place: asyncio.Semaphore | None = None
-        self._results: asyncio.Queue[_Written | None] = asyncio.Queue(GROUP)
-        self._logs: dict[bool, LineLog] = {}
+        self._results: asyncio.Queue[_Result | None] = asyncio.Queue(MAX_WRITE)
+        self._logs: dict[bool, AppendOnlyFile] = {}
         self._saved_at = 0.0
 
-    def heed(self, batch: Batch) -> None:
+    def apply_cancellation(self, batch: Batch) -> None:
         """What *batch*, as it is in the store, says of going on."""
         if batch.status == "cancelling":
             self.stop("cancelled")
@@ -208,7 +201,7 @@ class Run:
         batch = self.batch = await in_thread(self.store.get, self.tenant, self.id)
         if batch.ended:
             return  # by who had the lock before
-        self.heed(batch)
+        self.apply_cancellation(batch)
         try:
             if batch.state == "validating":
                 await self._validate()
@@ -256,13 +249,13 @@ class Run:
 
     async def _process(self) -> None:
         batch = self.batch
-        self._lane = self.lanes.of(batch.model)
-        place = self._lane.places
+        self._model_slots = self.tenant_slots.of(batch.model)
+        place = self._model_slots.open_runs
         if not await self._acquire(place):  # it is over: what is left to do takes no time
-            place = self._lane.exits
+            place = self._model_slots.closing_runs
             await place.acquire()
         self._place = place
-        await self._forget(await self._patiently(self._open))
+        await self._forget(await self._retry_on_disk_error(self._open))
         log.info("batch_runs", batch_id=self.id, tenant=self.tenant, lines=batch.total, done=len(self._done))
         known = batch.submitted
         async with asyncio.TaskGroup() as group:
@@ -274,7 +267,7 @@ class Run:
                         continue
                     if await self._slot(anyway=number <= known):
                         if number > batch.submitted:
-                            batch.submitted = number + self.lanes.window
+                            batch.submitted = number + self.tenant_slots.window
                             await self._save()
                         lines.create_task(self._line(number, text))
                     else:
@@ -296,12 +289,12 @@ class Run:
         batch.completed = batch.failed = batch.prompt_tokens = batch.completion_tokens = 0
         jobs: list[str] = []
         for succeeded, name in ((True, "output.jsonl"), (False, "errors.jsonl")):
-            latest: deque[str] = deque(maxlen=GROUP)
+            latest: deque[str] = deque(maxlen=MAX_WRITE)
 
             def learn(line: bytes, succeeded: bool = succeeded, latest: deque[str] = latest) -> None:
                 latest.append(self._count(line, succeeded))
 
-            self._logs[succeeded] = LineLog(self._folder / name, learn)
+            self._logs[succeeded] = AppendOnlyFile(self._folder / name, learn)
             jobs += latest
         return jobs
 
@@ -317,7 +310,7 @@ class Run:
         return result.job
 
     async def _read(self) -> AsyncGenerator[tuple[int, bytes], None]:
-        lines = read_lines(self._folder / "input.jsonl", self.jobs.config.max_body + ENVELOPE)
+        lines = read_lines(self._folder / "input.jsonl", self.jobs.config.max_body + MAX_ENVELOPE)
         try:
             while chunk := await in_thread(_some, lines):
                 for each in chunk:
@@ -327,21 +320,21 @@ class Run:
 
     async def _slot(self, *, anyway: bool) -> bool:
         """Wait for a place in the window; False if the batch is over before (*anyway*: also then)."""
-        if not await self._acquire(self._lane.slots, anyway=anyway):
+        if not await self._acquire(self._model_slots.slots, anyway=anyway):
             return False
         taken = False
         try:
-            taken = await self._acquire(self.lanes.slots, anyway=anyway)
+            taken = await self._acquire(self.tenant_slots.slots, anyway=anyway)
         finally:
             if not taken:
-                self._lane.slots.release()
+                self._model_slots.slots.release()
         self._slots += taken
         return taken
 
     def _free(self) -> None:
         self._slots -= 1
-        self._lane.slots.release()
-        self.lanes.slots.release()
+        self._model_slots.slots.release()
+        self.tenant_slots.slots.release()
 
     async def _acquire(self, semaphore: asyncio.Semaphore, *, anyway: bool = False) -> bool:
         """Wait for *semaphore*; False if the batch is over before (*anyway*: also then)."""
@@ -404,22 +397,21 @@ class Run:
             fingerprint=fingerprint([self.batch.endpoint, bytes(line.body)]),
             request_id=f"{self.id}.{number}",
             metadata={"batch_id": self.id, "custom_id": line.custom_id},
-            keep=KEEP,
+            keep=RESULT_RETENTION,
         )
         try:
             job = await self._offer(operation, body, submission, deadline)
-        except PASSING:
-            async with (
-                self._lane.turn
-            ):  # one line knocks again and again, and when it is let in so may the next ones be
+        except TRANSIENT:
+            # One line tries again and again, and when it is let in so may the next ones be.
+            async with self._model_slots.submit_lock:
                 while True:
                     if self._over.is_set():
                         raise _NotRunError from None
                     try:
                         job = await self._offer(operation, body, submission, deadline)
                         break
-                    except PASSING as error:
-                        await self._pause(min(KNOCK, error.retry_after or KNOCK))
+                    except TRANSIENT as error:
+                        await self._pause(min(RETRY_INTERVAL, error.retry_after or RETRY_INTERVAL))
         self._jobs.add(job.id)
         if self._over.is_set():
             await self._cancel(job.id)
@@ -477,11 +469,11 @@ class Run:
             except PenstockError:
                 return  # gone
 
-    def _answer(self, number: int, line: Line, job: Job | None, status: int, body: Any) -> _Written:
+    def _answer(self, number: int, line: Line, job: Job | None, status: int, body: Any) -> _Result:
         response = LineResponse(status, f"{self.id}.{number}", body)
         return self._written(number, line, job, response, None, succeeded=status == 200)
 
-    def _not_run(self, number: int, line: Line, job: Job | None, *, slot: bool = True) -> _Written:
+    def _not_run(self, number: int, line: Line, job: Job | None, *, slot: bool = True) -> _Result:
         self._cut = True
         code, message = _NOT_RUN[self._outcome]
         return self._written(number, line, job, None, LineNotRun(code, message), succeeded=False, slot=slot)
@@ -496,10 +488,10 @@ class Run:
         *,
         succeeded: bool,
         slot: bool = True,
-    ) -> _Written:
+    ) -> _Result:
         owner = job.id.removeprefix("job_") if job is not None else self.id.removeprefix("batch_")
         value = LineResult(f"batch_req_{owner}{number:06x}", line.custom_id, response, error)
-        return _Written(ascii_json(value).encode() + b"\n", succeeded, slot)
+        return _Result(ascii_json(value).encode() + b"\n", succeeded, slot)
 
     # ------------------------------------------------------------------------------------ to the disk
 
@@ -507,25 +499,25 @@ class Run:
         """Results to the disk, as many at once as have come meanwhile; then their jobs are of no use any more."""
         while True:
             group = [await self._results.get()]
-            while len(group) < GROUP and not self._results.empty():
+            while len(group) < MAX_WRITE and not self._results.empty():
                 group.append(self._results.get_nowait())
             results = [each for each in group if each is not None]
             jobs = []
             for succeeded, log_file in self._logs.items():
                 lines = [each.text for each in results if each.succeeded is succeeded]
-                await self._patiently(log_file.append, lines)
+                await self._retry_on_disk_error(log_file.append, lines)
                 jobs += [self._count(line, succeeded) for line in lines]
             await self._forget(jobs)
             for each in results:
                 if each.slot:
                     self._free()
-            if time.monotonic() - self._saved_at > PROGRESS:
+            if time.monotonic() - self._saved_at > SAVE_INTERVAL:
                 await self._save()
             if group[-1] is None:
                 return
 
     async def _forget(self, jobs: Iterable[str]) -> None:
-        """What is not reached now goes after `KEEP`."""
+        """What is not reached now goes after `RESULT_RETENTION`."""
         forgetting = (self.jobs.forget(job) for job in jobs)
         for outcome in await asyncio.gather(*forgetting, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, PenstockError):
@@ -536,7 +528,7 @@ class Run:
     async def _finish(self) -> None:
         batch = self.batch
         assert batch.outcome is not None
-        await self._patiently(self._adopt)
+        await self._retry_on_disk_error(self._publish)
         await self._enter(batch.outcome)
         await self._clean()
         log.info(
@@ -544,7 +536,7 @@ class Run:
             failed=batch.failed,
         )  # fmt: skip
 
-    def _adopt(self) -> None:
+    def _publish(self) -> None:
         """The outputs become files. Done again after a crash in between, to the same end."""
         batch, files = self.batch, self.store.files
         made = batch.moments["finalizing"]
@@ -563,7 +555,7 @@ class Run:
                     created_at=made,
                     expires_at=made + kept,
                 )
-                files.adopt(self.tenant, source, file)
+                files.publish(self.tenant, source, file)
 
     # ------------------------------------------------------------------------------------ all of them
 
@@ -573,7 +565,7 @@ class Run:
 
     async def _save(self) -> None:
         self._saved_at = time.monotonic()
-        await self._patiently(self.store.save, self.tenant, self.batch)
+        await self._retry_on_disk_error(self.store.save, self.tenant, self.batch)
 
     async def _clean(self) -> None:
         with contextlib.suppress(OSError):  # it goes with the batch
@@ -581,19 +573,16 @@ class Run:
 
     async def _pause(self, seconds: float) -> bool:
         """Wait, or until the batch is over; is it?"""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_spread(seconds)):
-                await self._over.wait()
-        return self._over.is_set()
+        return await wait_for_event(self._over, _spread(seconds))
 
-    async def _patiently(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def _retry_on_disk_error(self, work: Callable[..., T], *arguments: Any) -> T:
         """Do it in a thread, again and again while the disk refuses: a full one has space again some day."""
         while True:
             try:
                 return await in_thread(work, *arguments)
             except OSError as error:
                 log.warning("batch_waits_for_the_disk", batch_id=self.id, tenant=self.tenant, error=str(error))
-                await asyncio.sleep(RETRY)
+                await asyncio.sleep(DISK_RETRY_INTERVAL)
 
 
 def _some(lines: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:

@@ -81,7 +81,7 @@ async def create(call: Call) -> ASGIApp:
     headers = {"x-penstock-job": job.id}
     if view.background:
         return json_reply(await _object(call, job, view), headers=headers)
-    completion = await call.jobs.fold(job, call.gone)
+    completion = await call.jobs.fold(job, call.disconnected)
     answer = whole(job, view, completion, await _ended_at(call, job))
     await _delivered(call, job, view)
     return json_reply(answer, headers=headers)
