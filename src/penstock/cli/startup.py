@@ -71,9 +71,9 @@ class Startup:
         return f" listens on {url}" if self._models else f" gateway listens on {url}"
 
     def _broker(self) -> str:
-        if self._settings.embedded:
+        if self._settings.broker.embedded:
             return ""
-        return f", broker {without_passwords(self._settings.broker)} ({self._settings.durability})"
+        return f", broker {without_passwords(self._settings.broker.url)} ({self._settings.broker.durability})"
 
     def _tell_stop(self) -> None:
         say("  stop     Ctrl-C")
@@ -120,5 +120,5 @@ class Startup:
         chat = "penstock chat" if self._url == URL else f"penstock chat --url {self._url}"
         say(f"  try it   curl -N {self._url}/v1/generate -d {shlex.quote(body)}")
         say(f"  talk     {chat}")
-        if self._settings.embedded:
-            say(f"  data in  {self._settings.data_dir}")
+        if self._settings.broker.embedded:
+            say(f"  data in  {self._settings.broker.data_dir}")

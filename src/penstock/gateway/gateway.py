@@ -33,7 +33,7 @@ class Gateway:
             self.catalogue,
             self.streams,
             clock=clock,
-            on_submit=models.nudge if models is not None else lambda model: None,
+            on_submit=models.notify if models is not None else lambda model: None,
         )
 
     @contextlib.asynccontextmanager

@@ -114,7 +114,7 @@ class Model:
     def ready(self) -> bool:
         return self.state.phase is Phase.READY and self.info.state == "ready"
 
-    def look(self, queue: QueueStats | None, now: float) -> None:
+    def observe(self, queue: QueueStats | None, now: float) -> None:
         """Bring its state up to date with its worker, its spares and *queue*."""
         waited = self.state.waiting_since is not None
         self.state = msgspec.structs.replace(
@@ -126,12 +126,12 @@ class Model:
             used_at=max(self.state.used_at, self.worker.used_at if self.worker is not None else 0.0),
         ).seen(queue, now)
         if waited and self.state.waiting_since is None:
-            self.tell(detail="")
+            self.report(detail="")
         if self.about.standby != self.process.spares:
-            self.tell(standby=self.process.spares)
+            self.report(standby=self.process.spares)
 
-    def tell(self, **facts: Any) -> None:
-        """Change what is told of it, and wake whoever watches."""
+    def report(self, **facts: Any) -> None:
+        """Change what others are told of it, and wake whoever watches."""
         self.about = msgspec.structs.replace(self.about, **facts)
         if self.worker is not None:
             self.worker.about = self.about
@@ -187,7 +187,7 @@ class ModelManager:
                 await self._begin()
                 others = [
                     tasks.create_task(self._announce_loop(), name="models: announce"),
-                    tasks.create_task(self._look_loop(), name="models: look"),
+                    tasks.create_task(self._reconcile_loop(), name="models: reconcile"),
                 ]
                 await self._stopping.wait()
                 for task in others:
@@ -214,7 +214,7 @@ class ModelManager:
     def stop(self) -> None:
         self._stopping.set()
         for model in self.models.values():
-            model.tell()
+            model.report()
 
     @property
     def ready(self) -> bool:
@@ -239,20 +239,20 @@ class ModelManager:
         for model in self.models.values():
             if model.state.required and model.worker is None:
                 model.state = msgspec.structs.replace(model.state, required=False)
-                model.tell(on_demand=True)
+                model.report(on_demand=True)
                 log.warning("model_deferred", model=model.name, needs=model.state.need)
                 self._on_deferred(model.name)
 
     # ------------------------------------------------------------------------------------ look, decide, do
 
-    async def _look_loop(self) -> None:
+    async def _reconcile_loop(self) -> None:
         while True:
             self._changed.clear()
-            await self._look()
-            pause = self._policy.look_interval if self._some_unloaded() else ALL_LOADED_INTERVAL
+            await self._reconcile()
+            pause = self._policy.poll_interval if self._some_unloaded() else ALL_LOADED_INTERVAL
             await wait_for_event(self._changed, pause)
 
-    async def _look(self) -> None:
+    async def _reconcile(self) -> None:
         if self._memory.budget and self._clock.now() - self._measured_at > MEASURE_INTERVAL:
             self._measured_at = self._clock.now()
             self._memory = Memory(self._memory.budget, await asyncio.to_thread(self._measure_overhead))
@@ -261,12 +261,12 @@ class ModelManager:
         queue = await self._queue() if self._some_unloaded() else None
         now = self._clock.now()
         for model in self.models.values():
-            model.look(queue, now)
+            model.observe(queue, now)
         states = [model.state for model in self.models.values()]
         for action in plan(states, queue, self._memory, now, self._policy):
-            await self._do(action)
+            await self._execute(action)
 
-    async def _do(self, action: Action) -> None:
+    async def _execute(self, action: Action) -> None:
         model = self.models[action.model]
         match action:
             case Load():
@@ -279,12 +279,12 @@ class ModelManager:
                 await self._refuse(model)
             case Fail():
                 model.state = model.state.failed(self._clock.now(), self._policy)
-                self._tell_failure(model, self._too_large(model))
+                self._report_failure(model, self._too_large(model))
             case Wait(holders=holders):
                 need, budget = _size(model.state.need), _size(self._memory.budget)
                 why = f"waits for memory: it needs {need}, and {', '.join(holders)} hold the budget of {budget}"
                 if model.about.detail != why:
-                    model.tell(detail=why)
+                    model.report(detail=why)
 
     def _some_unloaded(self) -> bool:
         return any(model.worker is None for model in self.models.values())
@@ -309,7 +309,7 @@ class ModelManager:
     def _load(self, model: Model) -> None:
         model.state = model.state.loading(self._clock.now())
         model.worker = self._make_worker(model, lambda: self._up(model))
-        model.tell(detail="", error=None)
+        model.report(detail="", error=None)
         task = self._tasks.create_task(self._serve(model, model.worker), name=f"model: {model.name}")
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
@@ -323,7 +323,7 @@ class ModelManager:
             await worker.run()
         except ModelLoadError as failure:
             error = failure
-        model.look(None, self._clock.now())
+        model.observe(None, self._clock.now())
         model.worker, model.fraction = None, None
         self._ended(model, error)
         await self._announce(model)
@@ -338,19 +338,19 @@ class ModelManager:
             model.state = model.state.load_failed(now, self._policy)
         if model.state.phase is Phase.FAILED:
             error = error or self._too_large(model)
-            self._tell_failure(model, error)
+            self._report_failure(model, error)
             if required:
                 self._give_up(error)
         elif error is not None:
             pause = model.state.retry_at - now
-            model.tell(error=error.info, detail=f"loading it failed: tried again in {pause:.1f} s", memory=0)
+            model.report(error=error.info, detail=f"loading it failed: tried again in {pause:.1f} s", memory=0)
             log.warning("model_load_failed", model=model.name, error=error.message, retry_in=pause)
         else:
-            model.tell(detail="", memory=0)
+            model.report(detail="", memory=0)
             log.info("model_unloaded", model=model.name)
 
-    def _tell_failure(self, model: Model, error: ModelLoadError) -> None:
-        model.tell(error=error.info, detail="", memory=0)
+    def _report_failure(self, model: Model, error: ModelLoadError) -> None:
+        model.report(error=error.info, detail="", memory=0)
         log.error("model_failed", model=model.name, error=error.message)
 
     def _up(self, model: Model) -> None:
@@ -359,7 +359,7 @@ class ModelManager:
         at_start = model.state.required
         model.state = model.state.loaded(self._clock.now())
         model.fraction = None
-        model.tell(on_demand=True, detail="")
+        model.report(on_demand=True, detail="")
         self._tasks.create_task(self._settle(model, at_start), name=f"measure: {model.name}")
 
     async def _settle(self, model: Model, at_start: bool) -> None:
@@ -377,7 +377,7 @@ class ModelManager:
     def _unload(self, model: Model) -> None:
         if self._end_worker(model, "unloading"):
             log.info("model_unloading", model=model.name)
-            model.tell()
+            model.report()
 
     def _end_worker(self, model: Model, as_state: str) -> bool:
         """Let its worker end; False if it has none, or is about to."""
@@ -390,7 +390,7 @@ class ModelManager:
     async def _measure(self, model: Model) -> None:
         if measured := await asyncio.to_thread(model.process.measure):
             model.state = msgspec.structs.replace(model.state, need=measured)
-            model.tell(memory=model.state.held)
+            model.report(memory=model.state.held)
 
     def _too_large(self, model: Model) -> ModelLoadError:
         return ModelLoadError(
@@ -416,14 +416,14 @@ class ModelManager:
         """An engine tells how loading goes."""
         model = self.models[name]
         model.fraction = fraction
-        model.tell(detail=what)
+        model.report(detail=what)
 
     # ------------------------------------------------------------------------------------ ModelControl
 
     def workers(self) -> list[WorkerInfo]:
         return [model.info for model in self.models.values()]
 
-    def nudge(self, name: str) -> None:
+    def notify(self, name: str) -> None:
         model = self.models.get(name)
         if model is not None and model.worker is None and model.state.waiting_since is None:
             self._changed.set()
@@ -454,14 +454,14 @@ class ModelManager:
                 return
 
     async def _watch(self, model: Model) -> AsyncIterator[LoadProgress]:
-        told = None
+        reported = None
         while not self._stopping.is_set():
             changed = model.changed
             now = LoadProgress(model.info.state, model.about.detail, model.fraction)
-            if now != told:
+            if now != reported:
                 yield now
-                told = now
-            await wait_for_event(changed, self._policy.look_interval)  # not all that changes a worker's state says so
+                reported = now
+            await wait_for_event(changed, self._policy.poll_interval)  # not all that changes a worker's state says so
         raise BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
 
     def _find(self, name: str) -> Model:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from penstock.core.aio import Backoff
 from penstock.core.ports import WORKER_STATES, QueueStats
@@ -43,13 +44,18 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """The operator's numbers, and ours. Times in seconds."""
+    """The operator's numbers, which have a description, and ours. Times in seconds."""
 
-    idle_unload: float = 0.0
-    """Models on demand are unloaded when they were idle for so long; 0: never."""
-    swap_after: float = 30.0
-    """Busy models make room for one whose jobs have waited for so long, once they are up for as long."""
-    look_interval: float = 0.2
+    idle_unload: Annotated[
+        float,
+        Meta(ge=0, description="Seconds without a job after which a model on demand is unloaded; 0: never."),
+    ] = 0.0
+    swap_after: Annotated[
+        float,
+        Meta(ge=0, description="Seconds that jobs wait for memory before a busy model makes room for theirs."),
+    ] = 30.0
+    """… once that is up for as long."""
+    poll_interval: float = 0.2
     """Between two looks at the queue."""
     attempts: int = 3
     """How often loading a model is tried before its jobs fail."""
@@ -283,7 +289,7 @@ class _Plan:
             pause = self._policy.defer_ready
         else:
             before = sum(state == "unloaded" and id < model.id for state, id in _elsewhere(model, self._queue))
-            pause = 2 * self._policy.look_interval * before
+            pause = 2 * self._policy.poll_interval * before
         return self._now - max(_since(model), model.elsewhere_since) < pause
 
     def _serve(self, model: ModelState) -> None:

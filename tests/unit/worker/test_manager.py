@@ -25,7 +25,7 @@ from penstock.worker.worker import Worker
 MB = 1_000_000
 
 
-POLICY = Policy(look_interval=0.02, first_retry=0)
+POLICY = Policy(poll_interval=0.02, first_retry=0)
 
 
 class Host:

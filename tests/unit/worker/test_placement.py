@@ -153,7 +153,7 @@ class TestDemand:
         for place, id in enumerate(ids):
             queue = queued("m", workers=[other("m", "unloaded", each) for each in ids])
             waiting = model("m", id=id).seen(queue, NOW)
-            pause = 2 * POLICY.look_interval * place
+            pause = 2 * POLICY.poll_interval * place
             assert decide([waiting], queue, now=NOW + pause + 0.01) == [Load("m")]
             if place:
                 assert decide([waiting], queue, now=NOW + pause - 0.1) == []
@@ -345,7 +345,7 @@ class Machine:
     def __init__(self, needs: Sequence[int], spares: Sequence[int], *, budget: int, load: int, drain: int) -> None:
         self.now = 0.0
         self.memory = Memory(budget)
-        self.policy = Policy(swap_after=10, look_interval=0.5)
+        self.policy = Policy(swap_after=10, poll_interval=0.5)
         self.load_time, self.drain_time = load, drain
         self.models = {
             name: model(name, need=need, least=need, wanted_spares=count)

@@ -94,8 +94,6 @@ class Standby:
     ) -> None:
         self.spec = spec
         self.wanted = wanted
-        self.used_at = time.monotonic()
-        """When it last had work."""
         self._make = make
         self._warm = warm
         self._on_progress = on_progress
@@ -123,7 +121,6 @@ class Standby:
 
     async def start(self) -> None:
         """Make a spare the active process, or load the model. Raises `ModelLoadError`."""
-        self.used_at = time.monotonic()
         spare = next((spare for spare in self._spares if spare.alive), None)
         if spare is not None:
             self._spares.remove(spare)
@@ -141,16 +138,13 @@ class Standby:
                 self._warm.fill(self.spec.engine)
 
     def add(self, key: int, lease: Lease) -> None:
-        self.used_at = time.monotonic()
         self._active.add(key, lease)
 
     def abort(self, key: int) -> None:
         self._active.abort(key)
 
     async def step(self) -> list[Output]:
-        outputs = await self._active.step()
-        self.used_at = time.monotonic()
-        return outputs
+        return await self._active.step()
 
     async def close(self) -> None:
         await self._active.close()

@@ -397,7 +397,7 @@ class BatchRun:
             fingerprint=fingerprint([self.batch.endpoint, bytes(line.body)]),
             request_id=f"{self.id}.{number}",
             metadata={"batch_id": self.id, "custom_id": line.custom_id},
-            keep=RESULT_RETENTION,
+            retain_for=RESULT_RETENTION,
         )
         try:
             job = await self._offer(operation, body, submission, deadline)
