@@ -9,12 +9,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PORT ?= 8000
 TORCH ?= torch
 ARGS ?=
-# Files of tests run beside each other: they wait more than they work. WORKERS=0 for one after the other.
-WORKERS ?= 3
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Files of tests run beside each other: they wait more than they work. WORKERS=0 for one after the other. Slow files
+# begin first (see testpaths in pyproject.toml).
+WORKERS ?= 4
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Images set it, and then each of the hundreds of processes that tests start compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines sdks run demo test test-unit test-contract test-integration test-chaos test-valkey test-vllm check check-web fmt lint bench benchmark bench-peers peers models loadtest mutants comply clients test-browser screenshots clean
+.PHONY: help setup engines sdks run demo test test-long test-unit test-contract test-integration test-chaos test-valkey test-vllm check check-web fmt lint bench benchmark bench-peers peers models loadtest mutants comply clients test-browser screenshots clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -57,8 +60,11 @@ run: $(STAMP) ## Serve the bundled model on port 8000 (PORT=… changes it, ARGS
 demo: $(STAMP) ## A stream that survives kill -9 of its server, shown
 	$(BIN)/python examples/survive_kill.py
 
-test: setup ## All tests
+test: setup ## All tests but the long ones
 	$(PYTEST) $(ARGS)
+
+test-long: setup ## The long ones: storms, every target of the benchmarks, more examples
+	$(PYTEST) -m "long or hypothesis" --hypothesis-profile long $(ARGS)
 
 test-unit: setup ## Tests without processes
 	$(PYTEST) tests/unit $(ARGS)

@@ -17,8 +17,12 @@ from tests.support.server import Server
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # No clock decides about a test. The first text that Hypothesis makes in a fresh clone takes it a second, for instance.
-settings.register_profile("penstock", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("penstock")
+TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+#: The same examples in every run, new ones in CI, and what a night can do (--hypothesis-profile long, soak).
+settings.register_profile("short", TIMELESS, max_examples=40, derandomize=True, database=None)
+settings.register_profile("long", TIMELESS, max_examples=300)
+settings.register_profile("soak", TIMELESS, max_examples=8000)
+settings.load_profile("short")
 
 # A shell starts its background jobs deaf to Ctrl-C, and what they start inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -130,10 +130,10 @@ class PenstockEngine:
     """Penstock's backend, driven as its child process drives it, without that process."""
 
     def __init__(self, folder: Path, precision: str, slots: int) -> None:
-        from penstock.engines.openvino.engine import load
+        from penstock.engines.child.backend import load_backend
 
-        self._backend = load(
-            "bench", str(folder), {"precision": precision, "slots": str(slots)}, lambda what, part: None
+        self._backend = load_backend(
+            "openvino", "bench", str(folder), {"precision": precision, "slots": str(slots)}, lambda what, part: None
         )
         self._admitted = 0
 
@@ -237,7 +237,7 @@ def find_ir(folder: Path) -> Path:
     """The folder's own IR, or the one that Penstock builds from its safetensors: both sides must run the same graph."""
     if (folder / "openvino_model.xml").exists():
         return folder
-    from penstock.engines.models import resolve
+    from penstock.engines.openvino.files import resolve
 
     return resolve(folder.name, str(folder), lambda what, part: None).ir.parent
 

@@ -29,6 +29,7 @@ TARGETS = load_targets()
 SCENARIOS = {name: Scenario.load(name) for name in scenario_names()}
 #: What each engine of Penstock that has to be installed besides imports.
 LIBRARIES = {"transformers": "torch", "llama": "xllamacpp"}
+LONG = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,11 @@ def load_of(target: Target, found: dict[str, str]) -> Scenario:
     return Scenario("smoke", "", workload, [1], [target.name], requests=2, warmup=1, verify=True, variables=found)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+#: One of each kind: the others are these with other options.
+QUICK = frozenset({"backend", "penstock", "penstock-llama", "fleet", "canned", "penstock-upstream"})
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else LONG) for name in TARGETS])
 def test_a_target_starts_and_answers(name: str, models: Path) -> None:
     target = TARGETS[name]
     found = variables(models, target)
@@ -91,6 +96,7 @@ def test_a_target_starts_and_answers(name: str, models: Path) -> None:
     assert result.tokens == 2 * scenario.cell_workload(0).max_tokens
 
 
+@LONG
 @pytest.mark.parametrize("arm", [*(("batch", arm) for arm in batch.ARMS), *(("cold", arm) for arm in cold_start.ARMS)])
 def test_the_servers_of_a_measurement_start_and_answer(arm: tuple[str, str], models: Path) -> None:
     module = batch if arm[0] == "batch" else cold_start
@@ -136,6 +142,7 @@ def test_a_command_runs_to_its_end(line: str, models: Path, tmp_path: Path) -> N
     assert (tmp_path / "out.json").exists()
 
 
+@LONG
 def test_fairness_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fairness, "TENANTS", tuple(replace(tenant, jobs=100) for tenant in fairness.TENANTS))
     run = fairness.measure(default_variables() | {"rate": "5"}, fairness.WEIGHTS["unequal"], 1.0)

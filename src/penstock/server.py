@@ -1,4 +1,4 @@
-"""What a process that serves needs: an address, HTTP on it, and to be told when it is over."""
+"""What a serving process needs: an address, HTTP on it, and the signal to stop."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from penstock.api.errors import Error, ErrorBody
 from penstock.core.errors import InvalidRequest, PenstockError
 
-#: Connections that wait to be accepted.
+#: Connections that may wait to be accepted.
 BACKLOG = 4096
-#: Bytes that the head of a request may have (and its trailers, and whatever else is no body).
+#: Largest head of a request in bytes; also the limit of trailers and of everything else that is not a body.
 MAX_HEAD = 64 << 10
-#: Requests that may wait behind the one that is being answered (pipelining), and the bytes of body of each.
+#: Pipelined requests that may wait while one is answered, and the largest body of each in bytes.
 MAX_PIPELINED = 16
 MAX_PIPELINED_BODY = HIGH_WATER_LIMIT
-#: Seconds between two looks at a connection that its client has half closed, and between two probes of it.
+#: Seconds between two checks of a connection that its client has half closed, and between two probes of it.
 LOOK_INTERVAL = 0.5
 PROBE_INTERVAL = 10.0
 
 
 class Address:
-    """A place to listen, claimed at once, so that a taken port is told before anything slow happens.
+    """A place to listen, bound at once, so that a port in use is reported before anything slow begins.
 
-    It is `open` only when there is something behind it: until then a proxy is refused, and goes elsewhere.
+    `open` starts listening once something can answer. Until then connections are refused, so a proxy goes elsewhere.
     """
 
     def __init__(self, host: str, port: int, *, flag: str) -> None:
@@ -93,7 +93,7 @@ class _Exchange(RequestResponseCycle):
     """A request and its answer."""
 
     broken = False
-    """The rest of its body will never come."""
+    """Will the rest of its body never come?"""
     _until_close = False
 
     async def receive(self) -> Any:
@@ -101,7 +101,7 @@ class _Exchange(RequestResponseCycle):
         return {"type": "http.disconnect"} if message is None or self.broken else message
 
     async def send(self, message: Any) -> None:
-        """HTTP/1.0 knows no chunks: a body of unknown length lasts until the connection is closed (RFC 9112, 6.3)."""
+        """HTTP/1.0 has no chunks: a body of unknown length ends with the connection (RFC 9112, 6.3)."""
         if self.scope["http_version"] == "1.0":
             if message["type"] == "http.response.start":
                 self._until_close = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
@@ -128,12 +128,12 @@ class _Exchange(RequestResponseCycle):
 
 
 class _Connection(HttpToolsProtocol):
-    """uvicorn's, where it keeps to the RFCs and watches its client.
+    """uvicorn's connection, made to keep to the RFCs and to watch its client.
 
-    It never stops reading because a request waits behind another: a client that leaves is noticed all the same. What
-    is pipelined beyond `MAX_PIPELINED` is not taken, and unanswered when the connection closes: such clients ask again
-    (RFC 9112, 9.3.2). An ``Upgrade`` is ignored, body and all that follows included (RFC 9110, 7.8). A client that
-    has only closed its side gets its answer. What cannot be read as HTTP is refused by the app, in its own shape: it
+    It goes on reading while requests wait, so it notices a client that leaves. Requests pipelined beyond
+    `MAX_PIPELINED` stay unanswered when the connection closes, and clients send them again (RFC 9112, 9.3.2). An
+    ``Upgrade`` is ignored: the request with its body, and all that follows, is read as HTTP (RFC 9110, 7.8). A client
+    that has only closed its side gets its answer. The app refuses bytes that are not HTTP in its own error shape: it
     finds the error in its scope, as ``penstock.refusal``.
     """
 
@@ -141,9 +141,9 @@ class _Connection(HttpToolsProtocol):
     scope: Any
     _answering: _Exchange | None = None
     _deaf = False
-    """Nothing more is taken from this client."""
+    """Is everything else from this client ignored?"""
     _unread = 0
-    """Bytes that came since the last head or piece of a body was complete."""
+    """Bytes received since the last complete head or piece of a body."""
     _looking: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------------------------ what comes
@@ -162,7 +162,7 @@ class _Connection(HttpToolsProtocol):
             self._refuse(f"The head of the request is longer than {MAX_HEAD} bytes.", 431)
 
     def _feed(self, data: bytes) -> bytes:
-        """Read *data*. A request that asks for an upgrade is to be read again, without the wish: it is what is left."""
+        """Parse *data*; what has to be parsed again: a request for an upgrade, without the header that asks for it."""
         try:
             self.parser.feed_data(data)
             return b""
@@ -209,7 +209,7 @@ class _Connection(HttpToolsProtocol):
         self._take(self.parser.should_keep_alive() and version == "1.1")
 
     def _take(self, keep_alive: bool) -> None:
-        """The request of `scope` is to be answered: now, or behind those that came before."""
+        """Answer the request of `scope`: now, or after those that came before."""
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop_taking()
             return
@@ -257,12 +257,12 @@ class _Connection(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------ what is wrong with it
 
     def _refuse(self, message: str, status: int = 400) -> None:
-        """What comes now cannot be read, nor what follows: say so, after what was asked before is answered."""
+        """Answer with an error once all requests before are answered: this one, and what follows, cannot be parsed."""
         if self._deaf:
             return
         self._deaf = True
         if self._drop_incomplete():
-            return  # it was the body of a request that says so itself
+            return  # it was in the body of a request, whose own answer says so
         error = InvalidRequest(message)
         error.status = status
         super().on_message_begin()
@@ -273,7 +273,7 @@ class _Connection(HttpToolsProtocol):
         self.cycle.more_body = False
 
     def _stop_taking(self) -> None:
-        """The connection ends with the answer to the last request that is complete by now."""
+        """Close the connection after the answer to the last request that is complete by now."""
         self._deaf = True
         self._drop_incomplete()
         if self._answering is not None:
@@ -281,7 +281,7 @@ class _Connection(HttpToolsProtocol):
             last.keep_alive = False
 
     def _drop_incomplete(self) -> bool:
-        """The rest of the request that is being read will not come. True if its answer is under way, or was given."""
+        """Drop the request that is being read: its rest will not come. True if its answer has begun or was given."""
         if self._answering is None or not self.cycle.more_body:
             return False
         if self.cycle is not self._answering:
@@ -301,7 +301,7 @@ class _Connection(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------ the client leaves
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. Whether it still listens is seen when something is sent to it."""
+        """The client sends no more. Only sending it something shows whether it still listens."""
         if self._idle or self.scheme == "https":
             return False
         self._stop_taking()
@@ -309,8 +309,8 @@ class _Connection(HttpToolsProtocol):
         return True
 
     def _look(self, since_probe: float) -> None:
-        """Has what was sent been refused (RST)? Before an answer begins, that something is ``100 Continue``, which
-        every client of HTTP/1.1 passes over; one of 1.0 is found by TCP's own probes."""
+        """Has the client reset the connection (RST)? To find out before the answer begins, send ``100 Continue``, which
+        every client of HTTP/1.1 ignores. For HTTP/1.0, TCP's keep-alive probes find out."""
         sock = self.transport.get_extra_info("socket")
         if self.transport.is_closing() or self._answering is None or sock is None:
             return
@@ -321,7 +321,7 @@ class _Connection(HttpToolsProtocol):
             since_probe = PROBE_INTERVAL
             if self._answering.scope["http_version"] == "1.0":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):  # which not every system has
+                for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):  # not on every system
                     if hasattr(socket, option):
                         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), round(PROBE_INTERVAL))
             elif not self._answering.response_started:

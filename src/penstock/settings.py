@@ -1,6 +1,9 @@
-"""Everything an operator can set, in one place: flag > ``PENSTOCK_*`` > ``penstock.toml`` > default.
+"""Everything an operator can set, in sections: flag > ``PENSTOCK_*`` > ``penstock.toml`` > default.
 
-Unknown keys are refused with the nearest known name. `penstock config` prints what is in force and where it came from.
+A setting is a field with a description in one of the sections of `Settings`. The name of its flag and of its variable
+is the field's, or the one that ``name=`` gives it; ``penstock.toml`` has it in its section (``[queue] max_queued``) or
+by that name alone. Unknown names are refused with the nearest known one. `penstock config` prints what is in force and
+where it came from.
 """
 
 from __future__ import annotations
@@ -8,205 +11,56 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
+import msgspec
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-from pydantic_settings.sources import TomlConfigSettingsSource
+from msgspec import Meta, Struct, field
 
 from penstock.brokers.registry import EMBEDDED, broker_type
 from penstock.core.errors import InvalidRequest
+from penstock.core.ports import QueuePolicy
+from penstock.gateway.config import HttpSettings
+from penstock.worker.placement import Policy
 
 PREFIX = "PENSTOCK_"
 FILE = "penstock.toml"
 
-#: Variables with our prefix that are no settings of a server: where the file is, where converted models are kept,
+#: Variables with our prefix that are not settings of a server: where the file is, where converted models are kept,
 #: which server the command line talks to.
 OTHER_VARIABLES = frozenset({"config", "cache", "url"})
 
-#: The model in the box.
+#: The bundled model.
 BUNDLED = "millrace"
 
 
-class ModelSettings(BaseModel):
-    """One served model: ``[[models]]`` in the file, ``--model NAME[=PATH]`` with ``--engine`` and ``--option``,
-    ``--on-demand`` and ``--standby``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(min_length=1, max_length=200)
-    engine: str = "openvino"
-    path: str | None = None
-    options: dict[str, str] = {}
-    load: Literal["start", "demand"] = "start"
-    standby: int = Field(0, ge=0, le=16)
-
-    def without_secrets(self) -> ModelSettings:
-        """For people and logs: an API key, and a password in an address, are left out."""
-        shown = {name: "***" if name == "key" else value for name, value in self.options.items()}
-        return self.model_copy(update={"options": shown, "path": self.path and without_passwords(self.path)})
+# ---------------------------------------------------------------------------------------------- types of values
 
 
-class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", nested_model_default_partial_update=False)
+class BrokerAddress(str):
+    """A message leaves it out, since it may hold a password."""
 
-    # Where it listens and where it keeps its data.
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    insecure_public: bool = Field(
-        False, description="Allow an address that other machines reach, without authentication."
-    )
-    allowed_hosts: list[str] = Field(
-        [], description="Host names clients may use; default: the loopback names, or all when public."
-    )
-    allowed_origins: list[str] = Field(
-        [], description="Origins of other web pages that may use the API, like https://app.example.org; * for all."
-    )
-    data_dir: Path = Field(
-        default_factory=lambda: Path(platformdirs.user_data_dir("penstock", appauthor=False)),
-        description="Jobs, queue and logs of the embedded broker.",
-    )
-    metrics_host: str = Field("127.0.0.1", description="Address where a worker answers /metrics and /healthz.")
-    metrics_port: int = Field(9100, ge=0, le=65535, description="Port of a worker's metrics; 0 picks a free one.")
-
-    # The broker: what gateways and workers share.
-    broker: str = Field(
-        EMBEDDED, description="Where jobs, queue and logs are kept: embedded (in data_dir), or Redis by its URL."
-    )
-    durability: Literal["strict", "fast", "replicated"] = Field(
-        "strict", description="What a crash of Redis may cost. The server must be set up for it."
-    )
-    broker_prefix: str = Field("penstock", pattern=r"^[\w.:-]{1,64}$", description="Beginning of every key in Redis.")
-    shards: int = Field(1, ge=1, le=1024, description="Parts that the queue is cut into, for a Redis Cluster.")
-    replicas: int = Field(1, ge=1, description="Replicas that must have a write (durability replicated).")
-    broker_timeout: float = Field(5.0, gt=0, description="Seconds a request waits for Redis before it gets a 503.")
-
-    # What it serves.
-    models: list[ModelSettings] = Field(
-        [ModelSettings(name=BUNDLED)], min_length=1, description="The models served; the first is the default."
-    )
-    hang_timeout: float = Field(
-        30.0, gt=0, description="Seconds of silence after which an engine process is killed and restarted."
-    )
-    load_timeout: float = Field(900.0, gt=0, description="Seconds that loading a model may take.")
-    memory_budget: str = Field(
-        "0", description="Memory for all engine processes, as 8GB or 8GiB: idle models make room; 0: no limit."
-    )
-    idle_unload: float = Field(
-        0.0, ge=0, description="Seconds without a job after which a model on demand is unloaded; 0: never."
-    )
-    batch_reserve: float = Field(
-        0.25, ge=0, lt=1, description="Share of an engine's slots that jobs of batch priority leave free for others."
-    )
-    swap_after: float = Field(
-        30.0, ge=0, description="Seconds that jobs wait for memory before a busy model makes room for theirs."
-    )
-    warm_processes: int = Field(
-        0, ge=0, le=16, description="Processes per engine that wait for a model, so that loading one is faster."
-    )
-
-    # The queue.
-    max_queued: int = Field(10_000, ge=0, description="Jobs that may wait in all; 0: no limit.")
-    max_queued_per_tenant: int = Field(1_000, ge=0, description="Jobs that may wait per tenant; 0: no limit.")
-    max_bytes_per_tenant: int = Field(
-        1 << 30, ge=0, description="Bytes of requests and logs that one tenant may have in Redis; 0: no limit."
-    )
-    max_running_per_tenant: int = Field(0, ge=0, description="Jobs that may run at once per tenant; 0: no limit.")
-    tenant_weights: dict[str, float] = Field({}, description="Fair share per tenant (default 1.0).")
-    lease_ttl: float = Field(5.0, gt=0, description="Seconds a worker may be silent before its jobs go to another.")
-    result_ttl: float = Field(3600.0, gt=0, description="Seconds that results and logs are kept after the end.")
-    max_attempts: int = Field(3, ge=0, description="Retries of failures that a retry can cure.")
-
-    # Files and batches.
-    files_dir: Path | None = Field(
-        None, description="Uploaded files and batches (default: files in data_dir). The same for all gateways."
-    )
-    max_file: int = Field(200 << 20, gt=0, description="Largest upload in bytes.")
-    max_file_bytes_per_tenant: int = Field(
-        10 << 30, ge=0, description="Bytes of files that one tenant may have when it uploads another; 0: no limit."
-    )
-    file_ttl: float = Field(30 * 86400.0, gt=0, description="Seconds that files and ended batches are kept.")
-    batch_window: int = Field(
-        256, ge=1, description="Lines of a tenant's batches for one model that are in the queue at once."
-    )
-
-    # HTTP.
-    max_body: int = Field(1 << 20, gt=0, description="Largest request body in bytes.")
-    default_max_tokens: int = Field(
-        2048, gt=0, description="Tokens an OpenAI chat request gets that does not say how many."
-    )
-    heartbeat: float = Field(10.0, gt=0, description="Seconds of silence after which a stream carries a ping.")
-    send_deadline: float = Field(
-        30.0, gt=0, description="Seconds a reader may take nothing before it is dropped (it can resume)."
-    )
-    disconnect_grace: float = Field(
-        10.0, ge=0, description="Seconds that a job without readers lives on, where its route cancels at all."
-    )
-    drain_timeout: float = Field(
-        5.0, ge=0, description="Seconds that running jobs get to finish at shutdown; the others continue after it."
-    )
-
-    # Logs.
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
-    log_format: Literal["auto", "json", "console"] = Field(
-        "auto", description="JSON lines, or text for people; auto: text on a terminal."
-    )
-    log_dir: Path | None = Field(
-        None, description="Also write llm_requests.log, errors.log and app.log here (rotating)."
-    )
-
-    @field_validator("broker")
-    @classmethod
-    def _broker_can_be_used(cls, value: str) -> str:
-        """Told without the value: it may hold a password."""
-        try:
-            broker_type(value)
-        except InvalidRequest as error:
-            raise ValueError(error.message) from None
-        return value
-
-    @field_validator("allowed_origins")
-    @classmethod
-    def _origins_are_origins(cls, value: list[str]) -> list[str]:
-        for origin in value:
-            if origin != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", origin):
-                raise ValueError(f"{origin!r} is no origin: write https://name or http://name:port, without a path")
-        return value
-
-    @field_validator("memory_budget", mode="before")
-    @classmethod
-    def _budget_is_a_size(cls, value: Any) -> str:
-        parse_size(str(value))
-        return str(value)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _file())
-
-    @property
-    def loopback(self) -> bool:
-        return _is_loopback(self.host)
-
-    @property
-    def metrics_loopback(self) -> bool:
-        return _is_loopback(self.metrics_host)
-
-    @property
-    def embedded(self) -> bool:
-        return self.broker == EMBEDDED
+    def __new__(cls, value: object) -> BrokerAddress:
+        if value != EMBEDDED:
+            try:
+                broker_type(str(value))
+            except InvalidRequest as error:
+                raise ValueError(error.message) from None
+        return super().__new__(cls, value)
 
 
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+class Size(str):
+    """A size as people write it: 500MB, 8GB (10^9 bytes), 8GiB (2^30), or 0 for no limit."""
+
+    def __new__(cls, value: object) -> Size:
+        size = super().__new__(cls, value)
+        size.bytes = parse_size(size)
+        return size
+
+    bytes: int
 
 
 _UNITS = {"": 1, "b": 1} | {
@@ -217,7 +71,7 @@ _UNITS = {"": 1, "b": 1} | {
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size like 500MB, 8GB (10^9) or 8GiB (2^30). Raises `ValueError`."""
+    """Bytes of a `Size`. Raises `ValueError`."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if found is None or found[2] not in _UNITS or (not found[2] and 0 < float(found[1]) < 1e6):
         raise ValueError(f"{text!r} is no size: write 500MB, 8GB (10^9 bytes), 8GiB (2^30), or 0 for no limit")
@@ -225,58 +79,283 @@ def parse_size(text: str) -> int:
     return size
 
 
-def without_passwords(urls: str) -> str:
-    """*urls* for people and logs."""
-    hidden = re.sub(r"(?<=://)([^:@,/]*:)?[^,]*@", lambda found: f"{found[1] or ''}***@", urls)
-    return re.sub(r"(?<=[?&]password=)[^&,]*", "***", hidden)
+# ---------------------------------------------------------------------------------------------- sections
+
+
+class ServerSettings(Struct, frozen=True, kw_only=True):
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 picks a free one.")] = 8000
+    insecure_public: Annotated[
+        bool, Meta(description="Allow an address that other machines reach, without authentication.")
+    ] = False
+    drain_timeout: Annotated[
+        float,
+        Meta(ge=0, description="Seconds that running jobs get to finish at shutdown; the others continue after it."),
+    ] = 5.0
+
+    @property
+    def loopback(self) -> bool:
+        return _is_loopback(self.host)
+
+
+class MetricsSettings(Struct, frozen=True, kw_only=True):
+    host: Annotated[str, Meta(description="Address where a worker answers /metrics and /healthz.")] = field(
+        default="127.0.0.1", name="metrics_host"
+    )
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port of a worker's metrics; 0 picks a free one.")] = field(
+        default=9100, name="metrics_port"
+    )
+
+    @property
+    def loopback(self) -> bool:
+        return _is_loopback(self.host)
+
+
+class BrokerSettings(Struct, frozen=True, kw_only=True):
+    """What gateways and workers share. Beside ``url``, the options of brokers; each takes those that it knows."""
+
+    url: Annotated[
+        BrokerAddress,
+        Meta(description="Where jobs, queue and logs are kept: embedded (in data_dir), or Redis by its URL."),
+    ] = field(default=BrokerAddress(EMBEDDED), name="broker")
+    data_dir: Annotated[Path, Meta(description="Jobs, queue and logs of the embedded broker.")] = field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("penstock", appauthor=False))
+    )
+    durability: Annotated[
+        Literal["strict", "fast", "replicated"],
+        Meta(description="What a crash of Redis may cost. The server must be set up for it."),
+    ] = "strict"
+    prefix: Annotated[str, Meta(pattern=r"^[\w.:-]{1,64}$", description="Beginning of every key in Redis.")] = field(
+        default="penstock", name="broker_prefix"
+    )
+    shards: Annotated[
+        int, Meta(ge=1, le=1024, description="Parts that the queue is cut into, for a Redis Cluster.")
+    ] = 1
+    replicas: Annotated[int, Meta(ge=1, description="Replicas that must have a write (durability replicated).")] = 1
+    timeout: Annotated[float, Meta(gt=0, description="Seconds a request waits for Redis before it gets a 503.")] = (
+        field(default=5.0, name="broker_timeout")
+    )
+
+    @property
+    def embedded(self) -> bool:
+        return self.url == EMBEDDED
+
+
+class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One served model: ``[[models]]`` in the file, ``--model NAME[=PATH]`` with ``--engine`` and ``--option``,
+    ``--on-demand`` and ``--standby``."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=200)]
+    engine: str = "openvino"
+    path: str | None = None
+    options: dict[str, str] = {}
+    load: Literal["start", "demand"] = "start"
+    standby: Annotated[int, Meta(ge=0, le=16)] = 0
+
+    def without_secrets(self) -> ModelSettings:
+        """For people and logs: without API keys and passwords in addresses."""
+        shown = {name: "***" if name == "key" else value for name, value in self.options.items()}
+        return msgspec.structs.replace(self, options=shown, path=self.path and without_passwords(self.path))
+
+
+class EngineSettings(Struct, frozen=True, kw_only=True):
+    hang_timeout: Annotated[
+        float, Meta(gt=0, description="Seconds of silence after which an engine process is killed and restarted.")
+    ] = 30.0
+    load_timeout: Annotated[float, Meta(gt=0, description="Seconds that loading a model may take.")] = 900.0
+    warm_processes: Annotated[
+        int,
+        Meta(ge=0, le=16, description="Processes per engine that wait for a model, so that loading one is faster."),
+    ] = 0
+
+
+class WorkerSettings(Policy, frozen=True, kw_only=True):
+    """Which models are loaded, and how full their slots get."""
+
+    memory_budget: Annotated[
+        Size,
+        Meta(description="Memory for all engine processes, as 8GB or 8GiB: idle models make room; 0: no limit."),
+    ] = Size("0")
+    batch_reserve: Annotated[
+        float,
+        Meta(ge=0, lt=1, description="Share of an engine's slots that jobs of batch priority leave free for others."),
+    ] = 0.25
+
+
+class FileSettings(Struct, frozen=True, kw_only=True):
+    """Files and batches."""
+
+    dir: Annotated[
+        Path | None,
+        Meta(description="Uploaded files and batches (default: files in data_dir). The same for all gateways."),
+    ] = field(default=None, name="files_dir")
+    max_file: Annotated[int, Meta(gt=0, description="Largest upload in bytes.")] = 200 << 20
+    max_bytes_per_tenant: Annotated[
+        int,
+        Meta(ge=0, description="Bytes of files that one tenant may have when it uploads another; 0: no limit."),
+    ] = field(default=10 << 30, name="max_file_bytes_per_tenant")
+    ttl: Annotated[float, Meta(gt=0, description="Seconds that files and ended batches are kept.")] = field(
+        default=30 * 86400.0, name="file_ttl"
+    )
+    batch_window: Annotated[
+        int, Meta(ge=1, description="Lines of a tenant's batches for one model that are in the queue at once.")
+    ] = 256
+
+
+class LogSettings(Struct, frozen=True, kw_only=True):
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What is logged.")] = field(
+        default="info", name="log_level"
+    )
+    format: Annotated[
+        Literal["auto", "json", "console"],
+        Meta(description="JSON lines, or text for people; auto: text on a terminal."),
+    ] = field(default="auto", name="log_format")
+    dir: Annotated[
+        Path | None, Meta(description="Also write llm_requests.log, errors.log and app.log here (rotating).")
+    ] = field(default=None, name="log_dir")
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    server: ServerSettings = ServerSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    models: Annotated[
+        list[ModelSettings], Meta(min_length=1, description="The models served; the first is the default.")
+    ] = field(default_factory=lambda: [ModelSettings(name=BUNDLED)])
+    engine: EngineSettings = EngineSettings()
+    worker: WorkerSettings = WorkerSettings()
+    queue: QueuePolicy = QueuePolicy()
+    files: FileSettings = FileSettings()
+    http: HttpSettings = HttpSettings()
+    log: LogSettings = LogSettings()
+
+    sources: dict[str, str] = {}
+    """Where each setting came from that has not its default: ``flag``, a variable, or the file."""
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of the setting *name*."""
+        setting = SETTINGS[name]
+        return getattr(getattr(self, setting.section), setting.key) if setting.section else getattr(self, setting.key)
+
+
+class Setting(Struct, frozen=True, kw_only=True):
+    """One thing that can be set, as the section has it."""
+
+    name: str
+    section: str
+    """Empty for one that is a section of its own."""
+    key: str
+    type: Any
+    """With its bounds."""
+    description: str
+    default: Any
+
+    @property
+    def plain_type(self) -> Any:
+        return get_args(self.type)[0]
+
+    @property
+    def structured(self) -> bool:
+        """Is it a list or a table, which is JSON in a variable?"""
+        return get_origin(self.plain_type) in (list, dict)
+
+
+def _settings(kind: type[Struct], section: str = "") -> Iterator[Setting]:
+    for each in msgspec.structs.fields(kind):
+        meta = next((part for part in get_args(each.type) if isinstance(part, Meta)), None)
+        if meta is not None and meta.description is not None:
+            default = each.default if each.default_factory is msgspec.NODEFAULT else each.default_factory()
+            yield Setting(
+                name=each.encode_name, section=section, key=each.name, type=each.type, description=meta.description,
+                default=default,
+            )  # fmt: skip
+        elif isinstance(each.type, type) and issubclass(each.type, Struct):
+            yield from _settings(each.type, each.name)
+
+
+#: All of them by name, in the order of their sections.
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _settings(Settings)}
+
+
+# ---------------------------------------------------------------------------------------------- where they come from
 
 
 def load_settings(flags: dict[str, Any] | None = None) -> Settings:
     """The settings in force. Raises `InvalidRequest` with a message that says what to change."""
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
-    known = {*Settings.model_fields}
-    for name in os.environ:
-        if name.startswith(PREFIX) and name.removeprefix(PREFIX).lower() not in known | OTHER_VARIABLES:
-            raise _unknown(f"environment variable {name}", name.removeprefix(PREFIX).lower(), known, PREFIX)
-    path = _file()
-    if PREFIX + "CONFIG" in os.environ and not path.is_file():
-        raise InvalidRequest(f"PENSTOCK_CONFIG names {path}, which is not a file.")
-    try:
-        for name in TomlConfigSettingsSource(Settings, path)():
-            if name not in known:
-                raise _unknown(f"key {name!r} in {path}", name, known)
-        return Settings(**given)
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
-        ]
-        raise InvalidRequest("These settings don't work:\n  " + "\n  ".join(lines)) from error
-    except ValueError as error:  # a broken file, or a variable that should be JSON
-        raise InvalidRequest(f"The settings cannot be read: {error}") from error
-
-
-def explain(settings: Settings, flags: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    """(name, value, where it came from) of every setting."""
-    environment = EnvSettingsSource(Settings)()
-    path = _file()
-    file = TomlConfigSettingsSource(Settings, path)()
-    rows = []
-    for name in Settings.model_fields:
-        if flags.get(name) is not None:
-            source = "flag"
-        elif name in environment:
-            source = f"{PREFIX}{name.upper()}"
-        elif name in file:
-            source = str(path)
+    path = Path(os.environ.get(PREFIX + "CONFIG", FILE))
+    given: dict[str, tuple[str, Any]] = {name: (str(path), value) for name, value in _from_file(path).items()}
+    given |= {name: (f"{PREFIX}{name.upper()}", value) for name, value in _from_environment().items()}
+    given |= {name: ("flag", value) for name, value in (flags or {}).items() if value is not None}
+    sections: dict[str, dict[str, Any]] = {}
+    problems = []
+    for name, (source, value) in given.items():
+        setting = SETTINGS[name]
+        try:
+            found = _convert(setting, value, text=source.startswith(PREFIX))
+        except msgspec.MsgspecError as error:
+            problems.append(_problem(name, str(error)))
         else:
-            source = "default"
-        rows.append((name, getattr(settings, name), source))
-    return rows
+            sections.setdefault(setting.section, {})[setting.key] = found
+    if problems:
+        raise InvalidRequest("These settings don't work:\n  " + "\n  ".join(problems))
+    kinds = {each.name: each.type for each in msgspec.structs.fields(Settings)}
+    alone = sections.pop("", {})
+    parts = {section: kinds[section](**values) for section, values in sections.items()}
+    return Settings(**parts, **alone, sources={name: source for name, (source, _) in given.items()})
 
 
-def _file() -> Path:
-    return Path(os.environ.get(PREFIX + "CONFIG", FILE))
+def _from_file(path: Path) -> dict[str, Any]:
+    """What the settings file says, by name."""
+    if not path.is_file():
+        if PREFIX + "CONFIG" in os.environ:
+            raise InvalidRequest(f"PENSTOCK_CONFIG names {path}, which is not a file.")
+        return {}
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"The settings cannot be read: {path}: {error}") from error
+    sections = {setting.section for setting in SETTINGS.values()}
+    found = {}
+    for name, value in values.items():
+        if name in sections and isinstance(value, dict):
+            keys = {setting.key: setting.name for setting in SETTINGS.values() if setting.section == name}
+            for key, each in value.items():
+                if key not in keys:
+                    raise _unknown(f"key {key!r} of [{name}] in {path}", key, {*keys})
+                if keys[key] in values and keys[key] != name:  # [broker] is the section, not its url
+                    raise InvalidRequest(f"{path} has {keys[key]} twice, and once as {key} of [{name}].")
+                found[keys[key]] = each
+        elif name in SETTINGS:
+            found[name] = value
+        else:
+            raise _unknown(f"key {name!r} in {path}", name, {*SETTINGS})
+    return found
+
+
+def _from_environment() -> dict[str, str]:
+    names = {name.removeprefix(PREFIX).lower(): name for name in os.environ if name.startswith(PREFIX)}
+    for name, variable in names.items():
+        if name not in SETTINGS and name not in OTHER_VARIABLES:
+            raise _unknown(f"environment variable {variable}", name, {*SETTINGS}, PREFIX)
+    return {name: os.environ[variable] for name, variable in names.items() if name in SETTINGS}
+
+
+_SWITCHES = dict.fromkeys(("yes", "y", "on", "t"), True) | dict.fromkeys(("no", "n", "off", "f"), False)
+
+
+def _convert(setting: Setting, value: Any, *, text: bool) -> Any:
+    """*value* as the setting's type, from JSON if it is *text* of a list or table. Raises `msgspec.MsgspecError`."""
+    if text and setting.structured:
+        value = msgspec.json.decode(value)
+    if setting.plain_type is bool and isinstance(value, str):
+        value = _SWITCHES.get(value.lower(), value)
+    return msgspec.convert(value, setting.type, strict=False, dec_hook=lambda kind, value: kind(value))
+
+
+def _problem(name: str, told: str) -> str:
+    """What msgspec says of a setting, with the place inside of it: models[0].engine."""
+    what, _, place = told.partition(" - at `$")
+    return f"{name}{place.rstrip('`')}: {what}"
 
 
 def _unknown(what: str, name: str, known: set[str], prefix: str = "") -> InvalidRequest:
@@ -284,3 +363,13 @@ def _unknown(what: str, name: str, known: set[str], prefix: str = "") -> Invalid
     suggestion = (prefix + near[0].upper() if prefix else near[0]) if near else None
     hint = f" Did you mean {suggestion}?" if suggestion else " See `penstock config` for all of them."
     return InvalidRequest(f"Unknown {what}.{hint}")
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def without_passwords(urls: str) -> str:
+    """*urls* for people and logs."""
+    hidden = re.sub(r"(?<=://)([^:@,/]*:)?[^,]*@", lambda found: f"{found[1] or ''}***@", urls)
+    return re.sub(r"(?<=[?&]password=)[^&,]*", "***", hidden)

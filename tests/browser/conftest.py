@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import httpx
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser
 
 from tests.support.browser import Visit, chromium, chromium_binary
@@ -32,19 +33,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         shared.stop()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
         yield client
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Browser]:
+    """One for all tests; each visitor has a context of its own in it."""
     async with chromium() as browser:
         yield browser
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Visit]]]:
     """Open the page of a server (its URL) as a new visitor; options are those of a browser context."""
     visits: list[Visit] = []

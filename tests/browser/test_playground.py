@@ -7,12 +7,15 @@ import re
 from collections.abc import Awaitable, Callable
 
 import httpx
+import pytest
 from playwright.async_api import Route, expect
 
 from tests.support.api import poll, submit, text_of
 from tests.support.browser import Visit, is_over, job_of, result, shown
 from tests.support.browser import text_of as page_text
 from tests.support.server import PATIENCE, Server
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")  # the browser's
 
 Open = Callable[..., Awaitable[Visit]]
 

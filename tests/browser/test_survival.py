@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 
 import httpx
+import pytest
 from playwright.async_api import Locator, expect
 
 from penstock.testing.oracle import check_log
@@ -18,6 +19,8 @@ from tests.support.nginx import Nginx
 from tests.support.proxy import Proxy
 from tests.support.server import PATIENCE, Server
 from tests.support.sse import open_stream
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")  # the browser's
 
 Open = Callable[..., Awaitable[Visit]]
 

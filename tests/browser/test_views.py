@@ -15,6 +15,8 @@ from tests.support.api import ended, poll, submit
 from tests.support.browser import Visit, is_over, job_of, shown
 from tests.support.server import PATIENCE, Server, model
 
+pytestmark = pytest.mark.asyncio(loop_scope="session")  # the browser's
+
 Open = Callable[..., Awaitable[Visit]]
 
 #: Roles that a person acts on: each needs a name.

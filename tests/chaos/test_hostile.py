@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,17 @@ from tests.chaos.harness import Plan
 from tests.chaos.hostile import INPUTS, Crowd, storm
 
 
-def plan(seed: int) -> Plan:
-    return Plan(seed, streams=20, tokens=100, faults=())
-
-
-@pytest.mark.skipif(os.environ.get("PENSTOCK_HYPOTHESIS_PROFILE") != "long", reason="minutes: long runs only")
-@pytest.mark.parametrize("name", INPUTS)
-async def test_one_input(tmp_path: Path, seed: int, name: str) -> None:
+async def test_some_of_them(tmp_path: Path, seed: int) -> None:
+    inputs = random.Random(seed).sample(list(INPUTS), 3)
     async with Crowd(tmp_path) as crowd:
-        outcome = await storm(crowd, plan(seed), [name])
+        outcome = await storm(crowd, Plan(seed, streams=10, tokens=40, faults=()), inputs)
     assert not outcome.problems, "\n".join(outcome.problems[:20])
+    assert outcome.statuses == {"completed": outcome.streams}, outcome
 
 
+@pytest.mark.long
 async def test_all_of_them(tmp_path: Path, seed: int) -> None:
     async with Crowd(tmp_path) as crowd:
-        outcome = await storm(crowd, plan(seed), list(INPUTS))
+        outcome = await storm(crowd, Plan(seed, streams=20, tokens=100, faults=()), list(INPUTS))
     assert not outcome.problems, "\n".join(outcome.problems[:20])
     assert outcome.statuses == {"completed": outcome.streams}, outcome

@@ -26,11 +26,14 @@ uvloop = pytest.importorskip("uvloop")
 REPLY_TIMEOUT = 0.3
 
 
-@pytest.mark.parametrize("fault", ["drop", "pause"])
+@pytest.mark.parametrize(
+    ("fault", "times"), [("drop", 12), ("pause", 3), pytest.param("drop", 60, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def test_a_connection_that_breaks_at_any_moment_is_mended(
     run: Callable[[Coroutine[Any, Any, None]], None],
     fault: str,
+    times: int,
     tmp_path: Path,
     seed: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -42,12 +45,12 @@ def test_a_connection_that_breaks_at_any_moment_is_mended(
     server = RedisServer(tmp_path / "redis")
     try:
         server.start()
-        run(break_and_mend(server, fault, random.Random(seed)))
+        run(break_and_mend(server, fault, times, random.Random(seed)))
     finally:
         server.stop()
 
 
-async def break_and_mend(server: RedisServer, fault: str, dice: random.Random) -> None:
+async def break_and_mend(server: RedisServer, fault: str, times: int, dice: random.Random) -> None:
     async def call_on() -> None:
         nonlocal calls, pause
         while True:
@@ -63,7 +66,7 @@ async def break_and_mend(server: RedisServer, fault: str, dice: random.Random) -
         broker = RedisBroker(proxy.url if fault == "drop" else server.url, RedisOptions(timeout=PATIENCE))
         await broker.open()
         calling = [asyncio.create_task(call_on()) for _ in range(8)]
-        for number in range(60 if fault == "drop" else 8):
+        for number in range(times):
             await asyncio.sleep(dice.choice([0, 0.001, 0.01, 0.03]))
             pause = fault == "pause"
             if fault == "drop":

@@ -9,6 +9,8 @@ import asyncio
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.fleet import FAULTS, Fleet
 from tests.chaos.harness import Outcome, Plan, Storm
 from tests.support.server import wait_for
@@ -21,6 +23,17 @@ def check(outcome: Outcome, *, interrupted: int) -> None:
     assert outcome.interrupted >= interrupted, outcome
 
 
+async def test_some_faults(tmp_path: Path, seed: int) -> None:
+    """Of each kind of process one, and the network."""
+    faults = random.Random(seed).sample(["worker-kill", "gateway-kill", "redis-kill", "engine-kill", "worker-drop"], 5)
+    plan = Plan(seed, streams=12, tokens=150, faults=faults, twins=0.25, cancels=0.1, every=100, overlap=5)
+    async with Fleet(tmp_path, workers=2, rate=100, lease_ttl=1) as fleet:
+        outcome = await Storm(fleet, plan).run()
+        check(outcome, interrupted=1)
+        assert set(outcome.faults) == set(faults)
+
+
+@pytest.mark.long
 async def test_every_kind_of_fault(tmp_path: Path, seed: int) -> None:
     """The stopped worker comes first, and alone: its jobs go to others, and then it wakes up and writes."""
     others = [fault for fault in FAULTS if fault != "worker-stop"]
@@ -48,6 +61,7 @@ async def test_a_drain_waits_for_no_lease(tmp_path: Path, seed: int) -> None:
     print("pauses:", sorted(round(recovery.pause, 2) for recovery in outcome.recoveries))
 
 
+@pytest.mark.long
 async def test_a_cluster_loses_a_node_and_a_worker(tmp_path: Path, seed: int) -> None:
     plan = Plan(seed, streams=18, tokens=400, faults=["worker-kill", "redis-kill"], twins=0.25, every=800, overlap=2)
     async with Fleet(tmp_path, nodes=3, workers=2, rate=100) as fleet:

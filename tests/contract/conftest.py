@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
+from hypothesis import settings
 from tests.support.redis import RedisCluster, RedisServer
 
 pytest.register_assert_rewrite("penstock.testing.broker")
@@ -140,7 +140,7 @@ def make_redis_harness(redis_server: RedisServer) -> Callable[[], BrokerHarness]
 
 @pytest.fixture
 def make_cluster_harness(redis_cluster: RedisCluster) -> Callable[..., BrokerHarness]:
-    """A cluster takes two seconds to be one again: in the normal run a crash is one of the brokers alone."""
-    long = os.environ.get("PENSTOCK_HYPOTHESIS_PROFILE") == "long"
-    restart = redis_cluster.restart if long else lambda: None
+    """A cluster takes two seconds to be one again: except in a soak, a crash is one of the brokers alone."""
+    soak = settings().max_examples == settings.get_profile("soak").max_examples
+    restart = redis_cluster.restart if soak else lambda: None
     return lambda **options: redis_harness(redis_cluster.url, restart, **options)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
 from tests.support.encoder import encoder
+from tests.support.engines import OneProcess
 from tests.support.gguf import bundled_gguf
 from tests.support.torch import NO_TORCH, TORCH
 
@@ -27,74 +26,60 @@ async def started(spec: EngineSpec, **settings: float) -> AsyncIterator[EnginePr
     await engine.close()
 
 
-@pytest.fixture(scope="session")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundled_gguf(tmp_path_factory.mktemp("gguf"))
+class TestSynthetic(OneProcess, EngineContract):
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec() -> EngineSpec:
+        return EngineSpec("synthetic", "synthetic", None, {"rate": "2000", "slots": "64"})
 
 
-@pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return encoder(tmp_path_factory.mktemp("encoder"))
-
-
-class TestSynthetic(EngineContract):
-    @pytest.fixture
-    async def engine(self) -> AsyncIterator[EngineProcess]:
-        async for engine in started(EngineSpec("synthetic", "synthetic", None, {"rate": "2000", "slots": "64"})):
-            yield engine
-
-
-class TestOpenVINO(EngineContract):
+class TestOpenVINO(OneProcess, EngineContract):
     """The model in the box at f32."""
 
-    @pytest.fixture
-    async def engine(self) -> AsyncIterator[EngineProcess]:
-        async for engine in started(EngineSpec("openvino", "millrace")):
-            yield engine
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec() -> EngineSpec:
+        return EngineSpec("openvino", "millrace")
 
 
-class TestOpenVINOEmbedding(TaskContract):
+class TestOpenVINOEmbedding(OneProcess, TaskContract):
     """A small encoder at f32."""
 
-    @pytest.fixture
-    async def engine(self, encoder_folder: Path) -> AsyncIterator[EngineProcess]:
-        async for engine in started(EngineSpec("openvino", "encoder", str(encoder_folder))):
-            yield engine
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
+        return EngineSpec("openvino", "encoder", str(encoder(tmp_path_factory.mktemp("encoder"))))
 
 
-class TestLlama(EngineContract):
+class TestLlama(OneProcess, EngineContract):
     """The model in the box as a GGUF file, in llama.cpp."""
 
-    @pytest.fixture
-    async def engine(self, gguf_file: Path) -> AsyncIterator[EngineProcess]:
-        async for engine in started(EngineSpec("llama", "millrace", str(gguf_file), {"slots": "16", "context": "512"})):
-            yield engine
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
+        path = bundled_gguf(tmp_path_factory.mktemp("gguf"))
+        return EngineSpec("llama", "millrace", str(path), {"slots": "16", "context": "512"})
 
 
-@pytest.mark.asyncio(loop_scope="class")
 @pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
-class TestTransformers(EngineContract):
-    """The model in the box at f32, in torch: one process for all, since its import takes seconds."""
+class TestTransformers(OneProcess, EngineContract):
+    """The model in the box at f32, in torch."""
 
-    options: Mapping[str, str] = {"batching": "continuous"}
-
-    @pytest_asyncio.fixture(scope="class", loop_scope="class")
-    @classmethod
-    async def process(cls) -> AsyncIterator[EngineProcess]:
-        async for engine in started(EngineSpec("transformers", "millrace", None, cls.options)):
-            yield engine
-
-    @pytest_asyncio.fixture(loop_scope="class")
-    async def engine(self, process: EngineProcess) -> EngineProcess:
-        if not process.alive:
-            await process.start()
-        return process
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec() -> EngineSpec:
+        return EngineSpec("transformers", "millrace", None, {"batching": "continuous"})
 
 
-class TestTransformersStatic(TestTransformers):
+@pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
+class TestTransformersStatic(OneProcess, EngineContract):
     """The same through the library's `generate`, in batches that nobody can join."""
 
-    options = {"batching": "static", "slots": "16", "window": "30"}  # noqa: RUF012 (a constant)
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec() -> EngineSpec:
+        options = {"batching": "static", "slots": "16", "window": "30"}
+        return EngineSpec("transformers", "millrace", None, options)
 
 
 class TestProcess:

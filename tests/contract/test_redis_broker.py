@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -21,7 +20,7 @@ class TestRedisCluster(BrokerContract):
     def make_harness(self, make_cluster_harness: Callable[[], BrokerHarness]) -> Callable[[], BrokerHarness]:
         return make_cluster_harness
 
-    @pytest.mark.skipif(os.environ.get("PENSTOCK_HYPOTHESIS_PROFILE") != "long", reason="half a minute: long runs only")
+    @pytest.mark.long
     def test_the_broker_does_what_the_model_does(self, make_harness: Callable[[], BrokerHarness]) -> None:
         super().test_the_broker_does_what_the_model_does(make_harness)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.support.encoder import SIZE, TEXTS, Reference, encoder
+from tests.support.engines import OneProcess
 from tests.support.gguf import encoder_gguf
 from tests.support.llama_server import LlamaServer
 from tests.support.server import Server, model
@@ -19,11 +20,8 @@ from penstock.testing.engine import EngineContract, TaskContract
 from penstock.testing.engine.driver import lease, run, task_lease
 
 
-async def started(url: str, name: str = "millrace") -> AsyncIterator[EngineProcess]:
-    engine = EngineProcess(EngineSpec("upstream", name, url, {"slots": "32"}))
-    await engine.start()
-    yield engine
-    await engine.close()
+def upstream(url: str, name: str = "millrace") -> EngineSpec:
+    return EngineSpec("upstream", name, url, {"slots": "32"})
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +46,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
         yield server
 
 
-class TestUpstreamPenstock(EngineContract):
+class TestUpstreamPenstock(OneProcess, EngineContract):
     """Penstock before Penstock: every token's id is told."""
 
     guided_replies_resume = False
     tells_bytes = False
 
-    @pytest.fixture
-    async def engine(self, penstock: Server) -> AsyncIterator[EngineProcess]:
-        async for engine in started(penstock.url):
-            yield engine
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec(penstock: Server) -> EngineSpec:
+        return upstream(penstock.url)
 
     async def test_every_id_is_told(self, engine: EngineProcess) -> None:
         (result,) = await run(engine, lease(engine, max_tokens=16))
@@ -105,7 +103,7 @@ class TestUpstreamPenstock(EngineContract):
         assert stopped.finish == Finish(("stop",), stops=(stop,))
 
 
-class Embedding(TaskContract):
+class Embedding(OneProcess, TaskContract):
     """A small encoder somewhere else, whose vectors numpy computes as well."""
 
     vector_error = 1e-5
@@ -139,10 +137,10 @@ class Embedding(TaskContract):
 
 
 class TestUpstreamPenstockEmbedding(Embedding):
-    @pytest.fixture
-    async def engine(self, penstock: Server) -> AsyncIterator[EngineProcess]:
-        async for engine in started(penstock.url, "encoder"):
-            yield engine
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec(penstock: Server) -> EngineSpec:
+        return upstream(penstock.url, "encoder")
 
     async def test_fields_are_passed_on(self, engine: EngineProcess) -> None:
         asked = {"inputs": tuple(TEXTS), "input_type": "query"}
@@ -170,10 +168,10 @@ class TestUpstreamLlamaEmbedding(Embedding):
         with LlamaServer(folder, embedding=encoder_gguf(encoder_folder, folder / "encoder.gguf")) as server:
             yield server
 
-    @pytest.fixture
-    async def engine(self, embedding: LlamaServer) -> AsyncIterator[EngineProcess]:
-        async for engine in started(embedding.url):
-            yield engine
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec(embedding: LlamaServer) -> EngineSpec:
+        return upstream(embedding.url)
 
     async def test_what_the_server_would_ignore_is_refused(self, engine: EngineProcess) -> None:
         inputs = ("the mill",)
@@ -191,17 +189,17 @@ class TestUpstreamLlamaEmbedding(Embedding):
             assert not result.ids
 
 
-class TestUpstreamLlama(EngineContract):
+class TestUpstreamLlama(OneProcess, EngineContract):
     """llama.cpp's server, which tells how many tokens it gave, but not which, nor which stop string ended them."""
 
     guided_replies_resume = False
     tells_stops = False
     tells_bytes = False
 
-    @pytest.fixture
-    async def engine(self, llama: LlamaServer) -> AsyncIterator[EngineProcess]:
-        async for engine in started(llama.url):
-            yield engine
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec(llama: LlamaServer) -> EngineSpec:
+        return upstream(llama.url)
 
     @pytest.fixture(autouse=True)
     def _is_up_to_the_server(self, request: pytest.FixtureRequest) -> None:

@@ -151,7 +151,7 @@ class TestErrors:
             ({"engine": "llama", "path": "none.gguf"}, "There is no file none.gguf"),
             ({"engine": "llama", "path": "server.err"}, "is not a GGUF file"),
             ({"engine": "transformers", "path": "."}, "needs config.json and"),
-            ({"engine": "vllm", "max_num_seqs": "many"}, "max_num_seqs is a number"),
+            ({"engine": "vllm", "max_num_seqs": "many"}, "max_num_seqs is a whole number, at least 0"),
             ({"engine": "upstream", "path": "ftp://x"}, "has the form http"),
             ({"engine": "upstream", "path": "http://127.0.0.1:9", "key_env": "NO_SUCH_ONE"}, "NO_SUCH_ONE"),
             ({"engine": "synthetic", "rats": 1}, "has no option 'rats'"),
@@ -337,7 +337,7 @@ class TestStandby:
                     assert len(check_log(await stream.rest(), job=job)) == 100
             assert spare in server.engine_pids()
             events = [line["event"] for line in server.log_lines()]
-            assert "standby_taken" in events
+            assert "engine.spare_taken" in events
             assert "engine_restart_failed" not in events
             await poll(spares, lambda count: count == 1)  # and there is another one
 

@@ -39,7 +39,6 @@ OPERATIONS: list[APIOperation[Any, Any, Any, Any, Any]] = [
 ENDLESS = {"GET /v1/events", "GET /events"}
 #: What this server has no success for: there is no vLLM here, and no compaction anywhere.
 REFUSED = {"POST /generate_vllm", "POST /v1/responses/compact"}
-EXAMPLES = 20
 
 CHAT = [{"role": "user", "content": "Hello."}]
 PROMPT = {"prompt": "The mill", "max_tokens": 3}
@@ -175,6 +174,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(operation, GenerationMode.NEGATIVE, id=f"not {operation.label}")
 
 
+@pytest.mark.hypothesis  # also with more examples: make test-long
 @pytest.mark.parametrize(("operation", "mode"), list(cases()))
 def test_every_answer_is_as_described(
     operation: APIOperation[Any, Any, Any, Any, Any], mode: GenerationMode, box: Server, things: Things
@@ -187,8 +187,8 @@ def test_every_answer_is_as_described(
         checks.append(negative_data_rejection)
 
     @settings(
-        max_examples=EXAMPLES, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        max_examples=max(8, settings().max_examples // 10), derandomize=True, database=None,
+        phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=mode), data=st.data())
     def ask(case: Case, data: st.DataObject) -> None:

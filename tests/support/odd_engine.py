@@ -9,17 +9,20 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import IO, Any
 
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
+from penstock.engines.child import backend
 from penstock.engines.child import main as child
+from penstock.engines.child.notices import notify
 from penstock.engines.child.output_queue import AsyncBackend
 from penstock.engines.frames import Progress
 from penstock.engines.host.process import Child
-from penstock.engines.synthetic import SyntheticBackend
+from penstock.engines.plugin import Plugin
+from penstock.engines.synthetic import SyntheticBackend, SyntheticOptions
 
 #: What an engine may come upon with one request.
 ODDITIES = {
@@ -79,7 +82,8 @@ class Waiting(AsyncBackend):
         yield Output(key, finish=Finish(("length",)))
 
 
-def load(name: str, path: str | None, options: Mapping[str, str], progress: Progress) -> Any:
+def load(name: str, path: str | None, options: SyntheticOptions, progress: Progress) -> Any:
+    notify("odd.loading", half="\ud83d")
     return Waiting(name) if path == "waiting" else Computing(name, options, progress)
 
 
@@ -101,5 +105,7 @@ async def spawn(engine: str, stderr: IO[bytes] | None = None) -> Child:
 
 
 if __name__ == "__main__":
-    child.ENGINES["odd"] = "tests.support.odd_engine"
+    plugin = Plugin(load="tests.support.odd_engine:load", options=SyntheticOptions)
+    for module in (backend, child):
+        module.find_engine = lambda name: plugin  # type: ignore[attr-defined]
     child.main()

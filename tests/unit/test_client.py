@@ -16,7 +16,7 @@ import pytest
 import penstock
 from penstock.api import Links, Submitted, UsageView
 from penstock.client import AsyncClient, Client, End, ProtocolError, Token, Unreachable, resume
-from penstock.client.resume import Patience, ResumePoint
+from penstock.client.resume import ResumePoint, RetryBudget
 from penstock.client.sse import SSEDecoder
 from penstock.core import aio
 from penstock.core.errors import (
@@ -366,39 +366,39 @@ def test_a_resume_point_takes_a_connection_that_overlaps_and_continues() -> None
         take(8)
 
 
-def test_patience_counts_from_the_first_failure_and_starts_anew_with_progress() -> None:
+def test_a_budget_counts_from_the_first_failure_and_starts_anew_with_progress() -> None:
     now = 100.0
-    patience = Patience(10.0, lambda: now)
+    budget = RetryBudget(10.0, lambda: now)
     error = Unreachable("away")
     now = 500.0
-    assert patience.pause(error) <= resume.BACKOFF
+    assert budget.pause(error) <= resume.BACKOFF
     now = 509.0
-    assert patience.pause(error, asked=0.5) >= 0.5
-    patience.progress()
+    assert budget.pause(error, asked=0.5) >= 0.5
+    budget.progress()
     now = 515.0
-    patience.pause(error)
+    budget.pause(error)
     now = 524.999
-    assert patience.pause(error) <= 0.001
+    assert budget.pause(error) <= 0.001
     now = 525.0
     with pytest.raises(Unreachable):
-        patience.pause(error)
+        budget.pause(error)
 
 
-def test_patience_does_not_wait_for_what_comes_too_late_and_can_be_none() -> None:
+def test_a_budget_does_not_wait_for_what_comes_too_late_and_can_be_none() -> None:
     with pytest.raises(Unreachable):
-        Patience(10.0).pause(Unreachable("away"), asked=11)
+        RetryBudget(10.0).pause(Unreachable("away"), asked=11)
     with pytest.raises(Unreachable):
-        Patience(0.0).pause(Unreachable("away"))
+        RetryBudget(0.0).pause(Unreachable("away"))
 
 
 def test_the_backoff_grows_on_top_of_what_the_server_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "BACKOFF", 1.0)
     monkeypatch.setattr(resume, "BACKOFF_MAX", 4.0)
     monkeypatch.setattr(aio.random, "uniform", lambda low, high: high)
-    patience = Patience(60.0, lambda: 0.0)
-    assert [patience.pause(Unreachable("away"), 0.5) for _ in range(4)] == [1.5, 2.5, 4.5, 4.5]
-    patience.progress()
-    assert patience.pause(Unreachable("away"), 0.5) == 1.5
+    budget = RetryBudget(60.0, lambda: 0.0)
+    assert [budget.pause(Unreachable("away"), 0.5) for _ in range(4)] == [1.5, 2.5, 4.5, 4.5]
+    budget.progress()
+    assert budget.pause(Unreachable("away"), 0.5) == 1.5
 
 
 # ---------------------------------------------------------------------------------------------- calls
@@ -431,7 +431,7 @@ def test_failures_are_the_exceptions_of_the_core(call: Call, status: int, code: 
     with pytest.raises(kind) as caught:
         call(script, "submit", "Hi")
     assert (caught.value.param, caught.value.status, caught.value.retry_after) == ("seed", status, 90)
-    assert len(script.requests) == 1  # what is asked to come back after 90 s is not waited for with 60 s of patience
+    assert len(script.requests) == 1  # what is asked to come back after 90 s is not waited for with a budget of 60 s
 
 
 def test_retry_after_may_be_a_date(call: Call) -> None:

@@ -18,7 +18,7 @@ import typer
 from penstock.cli import app
 from penstock.gateway.app import OPERATIONS
 from penstock.server import http_server
-from penstock.settings import PREFIX, Settings, load_settings
+from penstock.settings import PREFIX, SETTINGS, Settings, load_settings
 from tests.support import compose
 from tests.support.compose import DEPLOY
 from tests.support.redis import STRICT
@@ -101,7 +101,7 @@ class TestDockerfile:
         assert script == copied.split()[-1] + "healthcheck.py"
         for name in " ".join(inherited(stages, image, "ENV")).split():
             if name.startswith(PREFIX):
-                assert name.partition("=")[0].removeprefix(PREFIX).lower() in {*Settings.model_fields, "cache"}
+                assert name.partition("=")[0].removeprefix(PREFIX).lower() in {*SETTINGS, "cache"}
 
     def test_nothing_is_built_in_what_is_shipped(self, stages: dict[str, Stage]) -> None:
         for image in IMAGES:
@@ -228,17 +228,17 @@ class TestCompose:
             command, *arguments = service["command"]
             assert command == name
             context = commands.commands[command].make_context(command, arguments)
-            flags = {key: value for key, value in context.params.items() if key in Settings.model_fields}
+            flags = {key: value for key, value in context.params.items() if key in SETTINGS}
             for variable, value in service["environment"].items():
                 assert variable.startswith(PREFIX)
                 monkeypatch.setenv(variable, value)
             settings = load_settings(flags)
-            assert settings.broker == "redis://:secret@redis:6379/0"
-            assert settings.durability == "strict"
-            assert settings.drain_timeout + 2 < seconds(service["stop_grace_period"]), "uvicorn takes 2 s more"
+            assert settings.broker.url == "redis://:secret@redis:6379/0"
+            assert settings.broker.durability == "strict"
+            assert settings.server.drain_timeout + 2 < seconds(service["stop_grace_period"]), "uvicorn takes 2 s more"
             if command == "gateway":
-                assert (settings.host, settings.insecure_public) == ("0.0.0.0", True)
-                assert f"server gateway:{settings.port} " in (DEPLOY / "nginx/upstream.conf").read_text()
+                assert (settings.server.host, settings.server.insecure_public) == ("0.0.0.0", True)
+                assert f"server gateway:{settings.server.port} " in (DEPLOY / "nginx/upstream.conf").read_text()
 
     def test_redis_keeps_what_strict_promises(self) -> None:
         settings = compose.redis_settings(compose.load({"REDIS_PASSWORD": "secret"}))
@@ -313,13 +313,13 @@ class TestNginx:
 
     def test_streams_are_silent_for_less_than_it_waits(self) -> None:
         for waits in re.findall(r"proxy_read_timeout +(\d+)s", (DEPLOY / "nginx/penstock.conf").read_text()):
-            assert int(waits) > 3 * Settings().heartbeat
+            assert int(waits) > 3 * Settings().http.heartbeat
 
     def test_bodies_may_be_as_large_as_the_gateways_take(self) -> None:
         kilobytes = int(directive("client_max_body_size").removesuffix("k"))
-        assert Settings().max_body < kilobytes * 1024 < Settings().max_body * 1.1
+        assert Settings().http.max_body < kilobytes * 1024 < Settings().http.max_body * 1.1
         assert directive("client_body_buffer_size") == directive("client_max_body_size")
-        assert f"larger than {Settings().max_body} bytes" in (DEPLOY / "nginx/penstock.conf").read_text()
+        assert f"larger than {Settings().http.max_body} bytes" in (DEPLOY / "nginx/penstock.conf").read_text()
 
     def test_it_closes_idle_connections_before_the_gateways_do(self) -> None:
         kept = http_server(lambda *_: None, drain_timeout=5).config.timeout_keep_alive  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from penstock.core.errors import InvalidRequest
-from penstock.settings import BUNDLED, Settings, explain, load_settings, without_passwords
+from penstock.settings import BUNDLED, SETTINGS, load_settings, without_passwords
 
 
 @pytest.fixture(autouse=True)
@@ -28,32 +28,87 @@ def write(text: str, name: str = "penstock.toml") -> Path:
 
 
 def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_settings().port == 8000
+    assert load_settings()["port"] == 8000
     write("port = 1")
-    assert load_settings().port == 1
+    assert load_settings()["port"] == 1
     monkeypatch.setenv("PENSTOCK_PORT", "2")
-    assert load_settings().port == 2
-    assert load_settings({"port": 3}).port == 3
-    assert load_settings({"port": None}).port == 2
+    assert load_settings()["port"] == 2
+    assert load_settings({"port": 3})["port"] == 3
+    assert load_settings({"port": None})["port"] == 2
 
 
 def test_every_value_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("port = 1\nheartbeat = 5\nlease_ttl = 7")
     monkeypatch.setenv("PENSTOCK_PORT", "2")
     monkeypatch.setenv("PENSTOCK_HEARTBEAT", "6")
-    flags = {"port": 3}
-    rows = {name: (value, source) for name, value, source in explain(load_settings(flags), flags)}
-    assert list(rows) == list(Settings.model_fields)
-    assert rows["port"] == (3, "flag")
-    assert rows["heartbeat"] == (6.0, "PENSTOCK_HEARTBEAT")
-    assert rows["lease_ttl"] == (7.0, str(path))
-    assert rows["host"] == ("127.0.0.1", "default")
+    settings = load_settings({"port": 3, "max_body": None})
+    assert {name: settings[name] for name in settings.sources} == {"port": 3, "heartbeat": 6.0, "lease_ttl": 7.0}
+    assert settings.sources == {"port": "flag", "heartbeat": "PENSTOCK_HEARTBEAT", "lease_ttl": str(path)}
+    assert settings["host"] == "127.0.0.1"
+
+
+def test_what_has_an_operator_to_set_is_in_the_section_of_its_reader() -> None:
+    settings = load_settings({"max_queued": 5, "heartbeat": 6, "swap_after": 7})
+    assert (settings.queue.max_queued, settings.http.heartbeat, settings.worker.swap_after) == (5, 6.0, 7.0)
+    assert len(SETTINGS) == len({(each.section, each.key) for each in SETTINGS.values()})
+
+
+def test_a_file_may_have_sections() -> None:
+    write(
+        "port = 1\n[queue]\nmax_queued = 2\nweights = { acme = 2 }\n"
+        '[broker]\nurl = "redis://h"\nprefix = "p"\n[log]\nlevel = "debug"'
+    )
+    settings = load_settings()
+    assert (settings.server.port, settings.queue.max_queued, settings.queue.weights) == (1, 2, {"acme": 2.0})
+    assert (settings.broker.url, settings.broker.prefix, settings.log.level) == ("redis://h", "p", "debug")
+    assert set(settings.sources) == {"port", "max_queued", "tenant_weights", "broker", "broker_prefix", "log_level"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[queue]\nmax_queud = 2", r"Unknown key 'max_queud' of \[queue\] in penstock.toml. Did you mean max_queued\?"),
+        ("[queue]\nheartbeat = 2", r"Unknown key 'heartbeat' of \[queue\]"),
+        ("[queues]\nmax_queued = 2", r"Unknown key 'queues'"),
+        ("log_level = 'info'\n[log]\nlevel = 'info'", r"has log_level twice, and once as level of \[log\]"),
+        ("[queue]\nlease_ttl = 0", r"lease_ttl: Expected `float` > 0.0"),
+        ("queue = 5", r"Unknown key 'queue'"),
+    ],
+)
+def test_a_section_that_does_not_work_is_refused(text: str, message: str) -> None:
+    write(text)
+    with pytest.raises(InvalidRequest, match=message):
+        load_settings()
+
+
+def test_everything_that_does_not_work_is_told_at_once() -> None:
+    write("port = -1\nallowed_origins = ['*', 'https://a/b']")
+    with pytest.raises(InvalidRequest) as caught:
+        load_settings({"memory_budget": "8"})
+    assert caught.value.message.splitlines() == [
+        "These settings don't work:",
+        "  port: Expected `int` >= 0",
+        "  allowed_origins[1]: 'https://a/b' is no origin: write https://name or http://name:port, without a path",
+        "  memory_budget: '8' is no size: write 500MB, 8GB (10^9 bytes), 8GiB (2^30), or 0 for no limit",
+    ]
+
+
+@pytest.mark.parametrize(("text", "value"), [("yes", True), ("1", True), ("False", False), ("OFF", False)])
+def test_a_switch_in_the_environment(monkeypatch: pytest.MonkeyPatch, text: str, value: bool) -> None:
+    monkeypatch.setenv("PENSTOCK_INSECURE_PUBLIC", text)
+    assert load_settings()["insecure_public"] is value
+
+
+def test_a_size_is_a_number_too() -> None:
+    write("memory_budget = 0")
+    assert load_settings().worker.memory_budget.bytes == 0
+    assert load_settings({"memory_budget": "2GiB"}).worker.memory_budget.bytes == 2 << 30
 
 
 def test_the_file_may_be_elsewhere_but_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write("port = 1", "other.toml")
     monkeypatch.setenv("PENSTOCK_CONFIG", str(tmp_path / "other.toml"))
-    assert load_settings().port == 1
+    assert load_settings()["port"] == 1
     monkeypatch.setenv("PENSTOCK_CONFIG", str(tmp_path / "none.toml"))
     with pytest.raises(InvalidRequest, match="not a file"):
         load_settings()
@@ -63,7 +118,7 @@ def test_models_and_structures_come_from_the_file_and_the_environment(monkeypatc
     assert [model.name for model in load_settings().models] == [BUNDLED]
     write('tenant_weights = { acme = 2.0 }\n[[models]]\nname = "a"\nengine = "synthetic"\noptions = { rate = "5" }')
     settings = load_settings()
-    assert settings.tenant_weights == {"acme": 2.0}
+    assert settings.queue.weights == {"acme": 2.0}
     [model] = settings.models
     assert (model.name, model.engine, model.path, model.options) == ("a", "synthetic", None, {"rate": "5"})
     monkeypatch.setenv("PENSTOCK_MODELS", json.dumps([{"name": "b"}]))
@@ -88,7 +143,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(monkeypatch: pytest.Mon
 
 def test_an_unknown_key_of_a_model_is_refused_too() -> None:
     write('[[models]]\nname = "a"\nengin = "synthetic"')
-    with pytest.raises(InvalidRequest, match=r"models.0.engin"):
+    with pytest.raises(InvalidRequest, match=r"models\[0\]: .*`engin`"):
         load_settings()
 
 
@@ -124,7 +179,7 @@ def test_a_variable_that_should_be_json_is_said_to_be_unreadable(monkeypatch: py
     [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("10.0.0.1", False)],
 )
 def test_loopback(host: str, loopback: bool) -> None:
-    assert load_settings({"host": host}).loopback is loopback
+    assert load_settings({"host": host}).server.loopback is loopback
 
 
 @pytest.mark.parametrize(
@@ -141,7 +196,7 @@ def test_loopback(host: str, loopback: bool) -> None:
 )
 def test_a_broker_is_embedded_or_a_redis(broker: str) -> None:
     settings = load_settings({"broker": broker})
-    assert (settings.broker, settings.embedded) == (broker, broker == "embedded")
+    assert (settings.broker.url, settings.broker.embedded) == (broker, broker == "embedded")
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,12 @@ class Details(msgspec.Struct, array_like=True):
     metadata: dict[str, str]
     on_disconnect: OnDisconnect
     view: bytes = b""
-    keep: float | None = None
+    retain_for: float | None = None
     trace: str | None = None
 
     @classmethod
     def of(cls, job: Job) -> Details:
-        return cls(job.request, job.request_id, job.metadata, job.on_disconnect, job.view, job.keep, job.trace)
+        return cls(job.request, job.request_id, job.metadata, job.on_disconnect, job.view, job.retain_for, job.trace)
 
 
 _tokens = msgspec.msgpack.Decoder(Tokens)
@@ -58,7 +58,7 @@ def stored_job(details: Details, ended: Ended | None, **fields: Any) -> Job:
         metadata=details.metadata,
         on_disconnect=details.on_disconnect,
         view=details.view,
-        keep=details.keep,
+        retain_for=details.retain_for,
         trace=details.trace,
         finish_reasons=ended.finish_reasons if ended is not None else (),
         error=ended.error if ended is not None else None,

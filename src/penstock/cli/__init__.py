@@ -1,4 +1,4 @@
-"""The ``penstock`` command: one module a group of subcommands, errors told in one place."""
+"""The ``penstock`` command: a module for each group of subcommands; errors are reported here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["app", "main"]
 
 class _Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer's own Context type is private
-        """A failure that we understand is one message and exit code 1, never a traceback; 2 where only other settings
-        or arguments can help.
+        """Report a `PenstockError` in one message, without a traceback. Exit code 1, or 2 if only other settings or
+        arguments can help.
 
-        Ctrl-C (130), a broken pipe (1) and wrong usage (2) are typer's, which does the same for them.
+        typer does the same for Ctrl-C (130), a broken pipe (1) and wrong usage (2).
         """
         try:
             return super().invoke(ctx)

@@ -24,12 +24,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 URL = DEFAULT_URL
 
-#: C0 and C1 controls but tab and line feed: a model's text must not move the cursor or retitle the terminal.
+#: C0 and C1 controls except tab and line feed: a model's text must not move the cursor or retitle the terminal.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def stdout() -> Console:
-    """For results. What is no terminal gets lines of their natural length."""
+    """For results. Lines are only wrapped on a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 250)
 
 
@@ -39,18 +39,18 @@ def stderr() -> Console:
 
 
 def say(text: str, style: str = "") -> None:
-    """A line for the person who watches: on stderr, never interpreted as markup."""
+    """Print a line for people: on stderr, never interpreted as markup."""
     stderr().print(text, style=style, markup=False)
 
 
 def write(text: str) -> None:
-    """Some of a model's text, at once: as it is into a pipe, without control characters onto a terminal."""
+    """Print a piece of a model's text at once: unchanged into a pipe, without control characters on a terminal."""
     sys.stdout.write(_CONTROLS.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON, in ASCII: there are more line ends in Unicode than in JSON."""
+    """Print JSON as one line of ASCII: Unicode has line ends that JSON does not escape."""
     sys.stdout.write(json.dumps(msgspec.to_builtins(value), separators=(",", ":")) + "\n")
     sys.stdout.flush()
 
@@ -63,12 +63,12 @@ def table(*columns: str) -> Table:
 
 
 def connect(url: str, *, give_up: float = 0.0, on_retry: OnRetry | None = None) -> Client:
-    """A client of the server at *url*; by default one that says at once when nobody answers there."""
+    """A client of the server at *url*; by default it fails at once if nobody answers there."""
     return Client(url, give_up=give_up, on_retry=on_retry)
 
 
 def choose_model(served: Sequence[ModelView], wanted: str | None) -> str:
-    """*wanted* if it is served; without a wish the server's default. Raises `ModelNotFound`."""
+    """*wanted* if it is served, or the server's default if that is None. Raises `ModelNotFound`."""
     names = [each.id for each in served]
     name = wanted or (names[0] if names else None)
     if name is None or name not in names:

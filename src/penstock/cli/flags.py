@@ -1,74 +1,75 @@
-"""Flags into settings: which command has which, and ``penstock config``, which prints what comes of them."""
+"""Flags become settings: which command has which, and ``penstock config``, which prints the result."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
+import msgspec
 import typer
 from rich.text import Text
 
 from penstock.cli.common import Json, print_json, stdout, table
-from penstock.core.errors import InvalidRequest
-from penstock.settings import BUNDLED, ModelSettings, Settings, explain, load_settings, without_passwords
+from penstock.core.errors import InvalidRequest, ModelLoadError
+from penstock.settings import BUNDLED, SETTINGS, ModelSettings, Settings, load_settings, without_passwords
 
-#: Which settings have a flag, by panel of the help page. The others are structures: environment or file.
-PANELS: dict[str, tuple[str, ...]] = {
-    "Address": ("host", "port", "insecure_public", "allowed_hosts", "allowed_origins"),
-    "Data": ("data_dir",),
-    "Broker": ("broker", "durability", "broker_prefix", "shards", "replicas", "broker_timeout"),
-    "Metrics": ("metrics_host", "metrics_port"),
-    "Logs": ("log_level", "log_format", "log_dir"),
-    "Admission": ("max_queued", "max_queued_per_tenant", "max_bytes_per_tenant"),
-    "Queue": ("max_running_per_tenant", "lease_ttl", "result_ttl", "max_attempts"),
-    "Files": ("files_dir", "max_file", "max_file_bytes_per_tenant", "file_ttl", "batch_window"),
-    "HTTP": ("max_body", "default_max_tokens", "heartbeat", "send_deadline", "disconnect_grace"),
-    "Engines": ("hang_timeout", "load_timeout"),
-    "Models": ("memory_budget", "idle_unload", "batch_reserve", "swap_after", "warm_processes"),
-    "Shutdown": ("drain_timeout",),
-}
-
+#: What needs a table or more than one flag: environment or file.
 STRUCTURES = frozenset({"models", "tenant_weights"})
 
-#: The panels of each command.
-EVERYWHERE = {"Broker", "Logs", "Queue", "Shutdown"}
-GATEWAY = EVERYWHERE | {"Address", "Admission", "Files", "HTTP"}
-WORKER = EVERYWHERE | {"Metrics", "Engines", "Models"}
-SERVE = GATEWAY | {"Data", "Engines", "Models"}
+#: The sections whose settings are flags of each command, …
+SECTIONS = ("server", "broker", "metrics", "log", "queue", "files", "http", "engine", "worker")
+SERVE = frozenset(SECTIONS) - {"metrics"}
+GATEWAY = SERVE - {"engine", "worker"}
+WORKER = frozenset(SECTIONS) - {"files", "http"}
+#: … and those among them that it has no use for.
+UNUSED: dict[frozenset[str], frozenset[str]] = {
+    GATEWAY: frozenset({"data_dir"}),
+    WORKER: frozenset(
+        {"data_dir", "host", "port", "insecure_public", "max_queued", "max_queued_per_tenant", "max_bytes_per_tenant"}
+    ),
+}
 
 
-def _parameters(panels: Collection[str]) -> list[inspect.Parameter]:
+def _parameters(sections: Collection[str], unused: Collection[str]) -> list[inspect.Parameter]:
     """A command-line option for every setting that can have one, made from the settings themselves."""
     parameters = []
-    for panel, names in PANELS.items():
-        for name in names if panel in panels else ():
-            field = Settings.model_fields[name]
-            default = field.get_default(call_default_factory=True)
-            shown = "" if default in (None, [], False) else f" Default: {default}."
-            option = typer.Option(help=f"{field.description}{shown}", rich_help_panel=panel)
-            parameters.append(
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[field.annotation | None, option],  # type: ignore[operator]
-                )
+    for setting in sorted(SETTINGS.values(), key=lambda each: (*SECTIONS, "").index(each.section)):
+        if setting.section not in sections or setting.name in {*STRUCTURES, *unused}:
+            continue
+        shown = "" if setting.default in (None, (), False) else f" Default: {setting.default}."
+        panel = {"http": "HTTP"}.get(setting.section, setting.section.capitalize())
+        option = typer.Option(help=f"{setting.description}{shown}", rich_help_panel=panel)
+        parameters.append(
+            inspect.Parameter(
+                setting.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_flag_type(setting.plain_type) | None, option],
             )
+        )
     return parameters
 
 
-def with_settings(panels: Collection[str] = PANELS.keys()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace the ``**flags`` of a command with one option per setting of *panels*."""
+def _flag_type(kind: Any) -> Any:
+    """A type that typer knows; what the text must be beside is found out with all other settings."""
+    if get_origin(kind) is tuple:
+        return list[str]
+    return str if isinstance(kind, type) and issubclass(kind, str) else kind
+
+
+def with_settings(
+    sections: frozenset[str] = frozenset(SECTIONS),
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace the ``**flags`` of a command with one option per setting of *sections*."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        parameters = [*own, *_parameters(panels)]
+        parameters = [*own, *_parameters(sections, UNUSED.get(sections, frozenset()))]
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
@@ -137,8 +138,8 @@ def settle(
     flags: dict[str, Any],
     on_demand: Sequence[str] | None = None,
     standby: Sequence[str] | None = None,
-) -> tuple[Settings, dict[str, Any]]:
-    """The settings in force, and the flags among them. Raises `InvalidRequest`, `typer.BadParameter`."""
+) -> Settings:
+    """The settings in force. Raises `InvalidRequest`, `typer.BadParameter`."""
     if file is not None:
         os.environ["PENSTOCK_CONFIG"] = str(file)
     given = {name: value for name, value in flags.items() if value is not None}
@@ -153,18 +154,19 @@ def settle(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InvalidRequest(f"Two models are called {twice!r}: give one of them another name, --model NAME=PATH.")
-    return settings, given
+    return settings
 
 
 def choose_models(engines: Sequence[str], models: Sequence[str]) -> list[dict[str, Any]]:
     """``--engine`` and ``--model`` as entries of the ``models`` setting."""
-    from penstock.engines.child.main import ENGINES
+
+    from penstock.engines.plugin import find_engine
 
     for engine in engines:
-        if engine not in ENGINES:
-            near = difflib.get_close_matches(engine, ENGINES, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise typer.BadParameter(f"There is no engine {engine!r}.{hint} Engines: {', '.join(ENGINES)}.")
+        try:
+            find_engine(engine)
+        except ModelLoadError as error:
+            raise typer.BadParameter(error.message) from error
     if not models:
         if list(engines) == ["synthetic"]:
             models = ["synthetic"]
@@ -189,10 +191,10 @@ def choose_models(engines: Sequence[str], models: Sequence[str]) -> list[dict[st
 
 def add_options(models: Sequence[ModelSettings], options: Sequence[str]) -> list[dict[str, Any]]:
     """``--option [NAME.]KEY=VALUE`` added to the entries of the ``models`` setting."""
-    chosen = [model.model_dump() for model in models]
+    chosen: list[dict[str, Any]] = [msgspec.to_builtins(model) for model in models]
     for text in options:
         key, equals, value = text.partition("=")
-        # Names may have dots ("qwen2.5"), keys don't; the longest name that fits is meant.
+        # Names may have dots ("qwen2.5"), keys have none: take the longest name that fits.
         name, _, key = key.rpartition(".")
         targets = [each for each in chosen if not name or each["name"] == name]
         if not equals or not key:
@@ -225,7 +227,7 @@ def add_standby(models: list[dict[str, Any]], wishes: Sequence[str]) -> list[dic
 
 
 def _called(models: list[dict[str, Any]], name: str, what: str, *, every: str) -> list[dict[str, Any]]:
-    """The entries that *name* means: a model's name, or *every*."""
+    """The entries of the model *name*, or all if it is *every*."""
     found = [each for each in models if each["name"] == name]
     if not found and name != every:
         served = ", ".join(each["name"] for each in models)
@@ -249,20 +251,26 @@ def config(
     **flags: Any,
 ) -> None:
     """Print the settings in force and where each value comes from: flag, environment, file or default."""
-    settings, given = settle(engine, model, option, config, flags, on_demand, standby)
-    plain = {
-        **settings.model_dump(mode="json"),
-        "broker": without_passwords(settings.broker),
-        "models": [each.without_secrets().model_dump(mode="json") for each in settings.models],
+    settings = settle(engine, model, option, config, flags, on_demand, standby)
+    shown_instead = {
+        "broker": without_passwords(settings.broker.url),
+        "models": [each.without_secrets() for each in settings.models],
     }
-    rows = [(name, plain[name], source) for name, _, source in explain(settings, given)]
+    rows = [
+        (
+            name,
+            msgspec.to_builtins(shown_instead.get(name, settings[name]), enc_hook=str),
+            settings.sources.get(name, "default"),
+        )
+        for name in SETTINGS
+    ]
     if json:
         print_json({name: {"value": value, "source": source} for name, value, source in rows})
         return
-    shown = table("SETTING", "VALUE", "SOURCE")
+    rendered = table("SETTING", "VALUE", "SOURCE")
     for name, value, source in rows:
-        shown.add_row(name, Text(_plain(name, value)), Text(source, style="dim" if source == "default" else "green"))
-    stdout().print(shown)
+        rendered.add_row(name, Text(_plain(name, value)), Text(source, style="dim" if source == "default" else "green"))
+    stdout().print(rendered)
 
 
 def _plain(name: str, value: Any) -> str:
@@ -270,7 +278,7 @@ def _plain(name: str, value: Any) -> str:
         return "\n".join(describe(ModelSettings(**each)) for each in value)
     if isinstance(value, dict):
         return ", ".join(f"{key}={each}" for key, each in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
 

@@ -119,7 +119,7 @@ def tail(
 ) -> None:
     """Follow a job's tokens to its end, across whatever happens to the server. Exits with 1 unless it completed."""
     with connect(url) as probe:
-        probe.job(job)  # nobody there, or no such job: say so now; from here on, wait and resume
+        probe.job(job)  # fail at once if nobody answers or there is no such job; after that, wait and resume
     end: End | None = None
     with connect(url, give_up=60.0, on_retry=lambda error, pause: say(f"{error.message} Resuming …", "dim")) as client:
         for event in client.stream(job, after):

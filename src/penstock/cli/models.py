@@ -78,7 +78,7 @@ def _state(view: ModelView) -> Text:
 
 
 class _Progress:
-    """A line that changes on a terminal, a line for each thing that is done elsewhere."""
+    """The progress as one line that changes on a terminal, as a line for each step elsewhere."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""The commands that serve: ``penstock serve``, ``gateway`` and ``worker``, which are one function with other parts."""
+"""The commands that serve, ``penstock serve``, ``gateway`` and ``worker``: one function that runs different parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from msgspec import structs
 
 from penstock.cli.flags import (
     GATEWAY,
@@ -41,7 +43,7 @@ def serve(
 
     Everything below can also be set as PENSTOCK_<NAME> or in penstock.toml; a flag wins over both.
     """
-    settings, _ = settle(engine, model, option, config, flags, on_demand, standby)
+    settings = settle(engine, model, option, config, flags, on_demand, standby)
     _run(settings, gateway=True, workers=True)
 
 
@@ -52,9 +54,9 @@ def gateway(*, model: GatewayModels = None, config: ConfigFile = None, **flags: 
     The models are those that workers say they have. Everything below can also be set as PENSTOCK_<NAME> or in
     penstock.toml; a flag wins over both.
     """
-    settings, _ = settle(None, model, None, config, flags)
-    if "models" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"models": []})  # the default is what a worker serves
+    settings = settle(None, model, None, config, flags)
+    if "models" not in settings.sources:
+        settings = structs.replace(settings, models=[])  # the default model is for workers
     _run(_shared(settings, "gateway"), gateway=True, workers=False)
 
 
@@ -73,12 +75,12 @@ def worker(
 
     Everything below can also be set as PENSTOCK_<NAME> or in penstock.toml; a flag wins over both.
     """
-    settings, _ = settle(engine, model, option, config, flags, on_demand, standby)
+    settings = settle(engine, model, option, config, flags, on_demand, standby)
     _run(_shared(settings, "worker"), gateway=False, workers=True)
 
 
 def _shared(settings: Settings, command: str) -> Settings:
-    if settings.embedded:
+    if settings.broker.embedded:
         raise InvalidRequest(
             f"penstock {command} needs a broker that other processes reach: --broker redis://HOST:6379/0. "
             "For everything in one process there is `penstock serve`."
@@ -87,11 +89,11 @@ def _shared(settings: Settings, command: str) -> Settings:
 
 
 def _run(settings: Settings, *, gateway: bool, workers: bool) -> None:
-    # Only here: the other commands need none of the server.
+    # Imported here, since the other commands need nothing of the server.
     from penstock.observability.logs import configure
     from penstock.wiring.process import run
 
-    configure(settings.log_level, settings.log_format, settings.log_dir)
+    configure(settings.log.level, settings.log.format, settings.log.dir)
     startup = Startup(settings, gateway=gateway, workers=workers)
     with startup, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(run(settings, startup, api=gateway, workers=workers))

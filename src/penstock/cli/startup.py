@@ -1,4 +1,4 @@
-"""What a person sees while a gateway or a worker starts."""
+"""What a gateway or a worker shows while it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penstock.settings import Settings, without_passwords
 
 
 class Startup:
-    """Tells on stderr what happens until every model is ready: bars on a terminal, plain lines elsewhere."""
+    """Shows the progress on stderr until every model is ready: bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, settings: Settings, *, gateway: bool = True, workers: bool = True) -> None:
         self._settings = settings
@@ -71,16 +71,16 @@ class Startup:
         return f" listens on {url}" if self._models else f" gateway listens on {url}"
 
     def _broker(self) -> str:
-        if self._settings.embedded:
+        if self._settings.broker.embedded:
             return ""
-        return f", broker {without_passwords(self._settings.broker)} ({self._settings.durability})"
+        return f", broker {without_passwords(self._settings.broker.url)} ({self._settings.broker.durability})"
 
     def _tell_stop(self) -> None:
         say("  stop     Ctrl-C")
 
     def progress(self, model: str, what: str, fraction: float | None) -> None:
         if model not in self._loading:
-            return  # an engine that is started again: the log tells
+            return  # a restarted engine is in the log
         self._progress.update(
             self._bars[model],
             description=f"{model}: {what}",
@@ -120,5 +120,5 @@ class Startup:
         chat = "penstock chat" if self._url == URL else f"penstock chat --url {self._url}"
         say(f"  try it   curl -N {self._url}/v1/generate -d {shlex.quote(body)}")
         say(f"  talk     {chat}")
-        if self._settings.embedded:
-            say(f"  data in  {self._settings.data_dir}")
+        if self._settings.broker.embedded:
+            say(f"  data in  {self._settings.broker.data_dir}")

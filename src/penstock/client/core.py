@@ -24,7 +24,7 @@ from penstock.client.results import (
     Result,
     Token,
 )
-from penstock.client.resume import Patience, ResumePoint
+from penstock.client.resume import ResumePoint, RetryBudget
 from penstock.client.sse import SSEDecoder
 from penstock.client.wire import Wire
 from penstock.core.errors import PenstockError, error_from_info
@@ -78,7 +78,7 @@ class Core:
 
     async def stream(self, job: JobRef, after: int) -> AsyncGenerator[Token | End, None]:
         point = ResumePoint(after)
-        patience = Patience(self._give_up)
+        budget = RetryBudget(self._give_up)
         ended = False
         while True:
             decoder = SSEDecoder()
@@ -93,7 +93,7 @@ class Core:
                         events = decoder.feed(chunk)
                         if events or decoder.comments > comments:
                             comments = decoder.comments
-                            patience.progress()
+                            budget.progress()
                         for event in events:
                             item = point.take(event)
                             if item is not None:
@@ -108,7 +108,7 @@ class Core:
                 failure = refusal.failure
             if ended:
                 return
-            await self._pause(patience, failure, failure.retry_after or (decoder.retry or 0) / 1000)
+            await self._pause(budget, failure, failure.retry_after or (decoder.retry or 0) / 1000)
 
     def _events_request(self, job: JobRef, point: ResumePoint) -> httpx.Request:
         # Identity: a compressed stream would come in lumps.
@@ -210,7 +210,7 @@ class Core:
 
     async def _call(self, method: str, path: str, kind: type[T], **arguments: Any) -> T:
         """One answer as *kind*, however often it takes to get it: every call of ours may be repeated."""
-        patience = Patience(self._give_up)
+        budget = RetryBudget(self._give_up)
         while True:
             try:
                 async with self._opened(self._wire.http.build_request(method, path, **arguments)) as response:
@@ -220,7 +220,7 @@ class Core:
                 failure: PenstockError = self._unreachable(error)
             except Retryable as refusal:
                 failure = refusal.failure
-            await self._pause(patience, failure, failure.retry_after or 0.0)
+            await self._pause(budget, failure, failure.retry_after or 0.0)
 
     @contextlib.asynccontextmanager
     async def _opened(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
@@ -230,8 +230,8 @@ class Core:
         finally:
             await self._wire.end(response)
 
-    async def _pause(self, patience: Patience, failure: PenstockError, asked: float) -> None:
-        seconds = patience.pause(failure, asked)
+    async def _pause(self, budget: RetryBudget, failure: PenstockError, asked: float) -> None:
+        seconds = budget.pause(failure, asked)
         if self._on_retry is not None:
             self._on_retry(failure, seconds)
         await self._wire.sleep(seconds)

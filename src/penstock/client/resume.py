@@ -87,7 +87,7 @@ class ResumePoint:
         return position
 
 
-class Patience:
+class RetryBudget:
     """How long to wait before the next attempt, and when to give up: after *limit* seconds without any progress."""
 
     def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -92,6 +92,13 @@ class TaskSet:
         task.add_done_callback(self._done)
         return task
 
+    async def join(self, timeout: float) -> None:
+        """Wait until all tasks have ended, those included that an ending one begins, at most *timeout* seconds."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        while self._tasks and (left := until - loop.time()) > 0:
+            await asyncio.wait(list(self._tasks), timeout=left)
+
     async def aclose(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
         while self._tasks:  # also those that an ending one begins

@@ -44,9 +44,9 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=False):
     param: str | None = None
     code: str | None = None
     tokens: int | UnsetType = UNSET
-    """Of a prompt that is too long: how many it has, at least, …"""
+    """Tokens of a prompt that is too long, at least."""
     limit: int | UnsetType = UNSET
-    """… and how many the model's context holds. Every dialect has words of its own for it; clients look for them."""
+    """Tokens that the model's context holds. Each dialect tells both in its own words, which clients look for."""
 
 
 class PenstockError(Exception):
@@ -101,10 +101,10 @@ class ContextLengthExceeded(InvalidRequest):
     def of(
         cls, param: str, tokens: int, limit: int, *, characters: int | None = None, index: int | None = None
     ) -> ContextLengthExceeded:
-        """For what came in the field *param*: ``messages``, a ``prompt``, or (*index*: which of them) an ``input``.
+        """For the field *param*: ``messages``, a ``prompt``, or an ``input`` (*index*: which one).
 
-        In OpenAI's words of then and now, by which clients know it (LiteLLM and aider by the first, LangChain by the
-        last). *characters*: so many, nobody has counted more than that.
+        The message has OpenAI's old and new words, by which clients recognise the error (LiteLLM and aider by the
+        first, LangChain by the last). *characters*: the input's length where nobody counted its tokens exactly.
         """
         what = f"{param} {index}" if index is not None else f"your {param}"
         if characters is not None:
@@ -242,7 +242,7 @@ class EngineTimeout(EngineError):
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What stopped a task group: the rest of it is tasks that were cancelled because of it."""
+    """The error that stopped a task group; its other tasks were cancelled because of it."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -16,7 +16,7 @@ from penstock.core.job import Status, Usage
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """A token that might have been drawn. ``data``: its bytes, where they are no text by themselves."""
+    """A token that might have been drawn. ``data``: its bytes, if they are not text by themselves."""
 
     id: int
     text: str
@@ -27,8 +27,8 @@ class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of the chosen token and of its best alternatives.
 
-    ``text`` and ``data`` are the chosen token's own, as `TopLogprob` has them: what it added to the reply's text may be
-    less (half a character, text that may become a stop string). None in logs of older versions.
+    ``text`` and ``data`` are the chosen token's own, as in `TopLogprob`. The reply's text may have less of it (half a
+    character, text that may become a stop string). None in logs of older versions.
     """
 
     logprob: float
@@ -61,12 +61,12 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
         return self.position + len(self.ids) - 1
 
     def after(self, position: int) -> Tokens:
-        """The part of this run beyond *position* (itself when nothing has to be cut)."""
+        """The part of this run after *position*, or the run itself if that is all of it."""
         skip = position - self.position + 1
         return self if skip <= 0 else self._part(slice(skip, None))
 
     def up_to(self, position: int) -> Tokens:
-        """The part of this run up to and including *position* (itself when nothing has to be cut)."""
+        """The part of this run up to and including *position*, or the run itself if that is all of it."""
         return self if position >= self.last else self._part(slice(0, position - self.position + 1))
 
     def _part(self, part: slice) -> Tokens:
@@ -99,7 +99,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
         return self.finish_reasons[0] if self.finish_reasons else None
 
     def stop(self, choice: int = 0) -> str | None:
-        """The stop string that ended the *choice*, where one did and the engine could tell."""
+        """The stop string that ended the *choice*, if one did and the engine reported it."""
         return self.stops[choice] if self.stops else None
 
 
@@ -114,7 +114,7 @@ class Completion(msgspec.Struct):
     logprobs: list[list[TokenLogprob]]
     ended: Ended | None = None
     pieces: list[list[str]] = []
-    """Of each choice, what every position of the log added to its text."""
+    """For each choice, the text that each of its positions added."""
 
 
 def fold(events: Iterable[Event], n: int = 1) -> Completion:
@@ -138,7 +138,7 @@ def fold(events: Iterable[Event], n: int = 1) -> Completion:
 
 
 class Prefix(msgspec.Struct, array_like=True):
-    """What an earlier attempt logged of one choice: what an engine continues from."""
+    """The tokens of one choice that earlier attempts logged: an engine continues from them."""
 
     ids: list[int] = []
     texts: list[str] = []

@@ -1,7 +1,7 @@
-"""JSON from outside: what others wrote, which may be anything at all.
+"""JSON from outside, which may be anything at all.
 
-Whoever reads it knows one error, `Malformed`. msgspec has four: its own, `UnicodeDecodeError` (bytes that are no
-UTF-8), `UnicodeEncodeError` (half a surrogate in a `str`) and `RecursionError` (nested too deeply).
+Readers handle one error, `Malformed`. msgspec raises four: its own, `UnicodeDecodeError` (bytes that are not UTF-8),
+`UnicodeEncodeError` (half a surrogate in a `str`) and `RecursionError` (nested too deeply).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Malformed(ValueError):
-    """What came is not what it has to be. The message completes "it is …"."""
+    """The input is not what it has to be. The message completes "it is …"."""
 
 
 class Mismatch(Malformed):
-    """It is JSON, and another value than it has to be. The message is msgspec's, with the place."""
+    """The input is JSON, but not of the type that it has to be. The message is msgspec's, with the place."""
 
 
 def decode(raw: bytes | bytearray | memoryview | str, kind: type[T]) -> T:
-    """*raw* as a *kind*. Raises `Malformed`, and nothing else."""
+    """Decode *raw* as a *kind*. Raises only `Malformed`."""
     try:
         found: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
     except msgspec.ValidationError as error:
@@ -42,8 +42,8 @@ def decode(raw: bytes | bytearray | memoryview | str, kind: type[T]) -> T:
 
 
 def loads(raw: bytes | str) -> Any:
-    """The value in *raw*, as forgivingly as can be: with halves of surrogates where it has some (`whole` deals with
-    them), and None for NaN and infinity, which Python's servers write. Raises `Malformed`, and nothing else."""
+    """Decode *raw* as leniently as possible: halves of surrogates stay (`whole` joins them); NaN and infinity, which
+    servers in Python write, become None. Raises only `Malformed`."""
     try:
         return json.loads(raw, parse_constant=lambda name: None)
     except RecursionError as error:
@@ -57,8 +57,8 @@ def loads(raw: bytes | str) -> Any:
 def whole(text: str) -> str:
     """*text* with its surrogates joined to characters; a half without its partner is U+FFFD.
 
-    JSON can write such halves (``"\\ud83d"``), and native code takes none. A request's are found with its body; but the
-    arguments of a past call are JSON within a string, and what a template makes of them goes into a tokenizer.
+    JSON can contain such halves (``"\\ud83d"``), but native code does not accept them. The check of a request's body
+    finds its own, but the arguments of a past call are JSON within a string, and a template passes them to a tokenizer.
     """
     if text.isascii() or _SURROGATE.search(text) is None:
         return text

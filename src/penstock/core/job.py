@@ -295,7 +295,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     deadline_at: float | None = None
     view: bytes = b""
     """What the route that took it needs to show it again. Opaque to everybody else."""
-    keep: float | None = None
+    retain_for: float | None = None
     """Seconds for which it stays readable after its end; None: `QueuePolicy.result_ttl`."""
     trace: str | None = None
     """The trace that it is part of, as a W3C ``traceparent``, so that what a worker does with it joins that trace."""

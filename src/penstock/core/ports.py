@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from penstock.core.errors import ErrorInfo, Unsupported
 from penstock.core.events import Event, Logprob
@@ -262,21 +263,32 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """The operator's numbers that every broker obeys. Times in seconds; a limit of 0 means none."""
+    """The operator's numbers that every broker obeys. Times in seconds; a limit of 0 means none.
 
-    max_queued: int = 10_000
-    max_queued_per_tenant: int = 1_000
-    max_running_per_tenant: int = 0
-    max_bytes_per_tenant: int = 0
-    """Bytes of requests and logs that one tenant may have stored."""
-    weights: dict[str, float] = {}
-    """Fair share per tenant (default 1.0)."""
+    Those with a description are the section ``[queue]`` of the settings.
+    """
+
+    max_queued: Annotated[int, Meta(ge=0, description="Jobs that may wait in all; 0: no limit.")] = 10_000
+    max_queued_per_tenant: Annotated[int, Meta(ge=0, description="Jobs that may wait per tenant; 0: no limit.")] = 1_000
+    max_bytes_per_tenant: Annotated[
+        int,
+        Meta(ge=0, description="Bytes of requests and logs that one tenant may have in Redis; 0: no limit."),
+    ] = 1 << 30
+    max_running_per_tenant: Annotated[
+        int, Meta(ge=0, description="Jobs that may run at once per tenant; 0: no limit.")
+    ] = 0
+    weights: Annotated[dict[str, float], Meta(description="Fair share per tenant (default 1.0).")] = msgspec.field(
+        default={}, name="tenant_weights"
+    )
     input_cost: float = 1.0
     output_cost: float = 2.0
-    lease_ttl: float = 5.0
-    result_ttl: float = 3600.0
-    max_attempts: int = 3
-    """Retries of curable errors beyond losses of workers."""
+    lease_ttl: Annotated[
+        float, Meta(gt=0, description="Seconds a worker may be silent before its jobs go to another.")
+    ] = 5.0
+    result_ttl: Annotated[float, Meta(gt=0, description="Seconds that results and logs are kept after the end.")] = (
+        3600.0
+    )
+    max_attempts: Annotated[int, Meta(ge=0, description="Retries of failures that a retry can cure.")] = 3
     max_losses: int = 16
     """Leases that may run out on a job before it is taken for the cause and quarantined."""
 

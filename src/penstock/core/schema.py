@@ -1,31 +1,31 @@
-"""JSON schemas as documents: what may be done to one without knowing what it says."""
+"""JSON schemas as documents: changes that need not understand what a schema means."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-#: Keywords whose values are instances, or anything else that is no schema.
+#: Keywords whose values are not schemas but instances, or other data.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
-#: Keywords whose values have schemas under names of the author's.
+#: Keywords whose values map names that the author chose to schemas.
 _NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions"})
 _UNIONS = frozenset({"anyOf", "oneOf"})
 _DEFINITIONS = frozenset({"$defs", "definitions"})
-#: Keywords whose schemas are about the same instance as the one that they are in.
+#: Keywords whose schemas apply to the same instance as the schema that they are in.
 _IN_PLACE = _UNIONS | {
     "$ref", "$dynamicRef", "$recursiveRef", "allOf", "not", "if", "then", "else", "dependentSchemas", "dependencies",
 }  # fmt: skip
-#: Keywords that say something of properties beside those that are listed.
+#: Keywords about properties that are not listed.
 _OTHERS = frozenset({"additionalProperties", "unevaluatedProperties", "patternProperties"})
 
-#: Values of ``format`` that grammars are made of. Any other one is an annotation, as JSON Schema 2020-12 has it.
+#: Values of ``format`` that become grammars. All others are annotations, as in JSON Schema 2020-12.
 FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 
 
 def changed(schema: dict[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """*schema*, with each schema in it replaced by what *change* makes of the keyword that it is under, and of it.
+    """*schema*, with each schema directly in it replaced by ``change(keyword, it)``.
 
-    Also under keywords that nobody knows: a reference may lead there. Never what is an instance.
+    This includes schemas under unknown keywords, since a reference may lead there, but never instances.
     """
     result = {}
     for key, value in schema.items():
@@ -53,7 +53,7 @@ def schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def without_unknown_formats(schema: dict[str, Any]) -> dict[str, Any]:
-    """*schema* with those formats only that are in `FORMATS`."""
+    """*schema* with only those formats that are in `FORMATS`."""
     if not any("format" in part for part in schemas(schema)):
         return schema
     result = changed(schema, lambda _, part: without_unknown_formats(part))
@@ -63,16 +63,16 @@ def without_unknown_formats(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def moved(schema: dict[str, Any], place: str, anchors: str) -> dict[str, Any]:
-    """*schema*, a document of its own, as a part of another one: at the pointer *place*, and with *anchors* before the
-    names of its anchors.
+    """*schema*, a whole document, as a part of another one: at the pointer *place*, with *anchors* as the prefix of its
+    anchors' names.
 
-    What has an ``$id`` is a resource of its own wherever it is: what refers into it is relative to that.
+    A schema with an ``$id`` stays as it is: it is a resource of its own, and references in it are relative to it.
     """
     identity = schema.get("$id")
     if isinstance(identity, str) and not identity.startswith("#"):
         return schema
     result = changed(schema, lambda _, part: moved(part, place, anchors))
-    result.pop("$schema", None)  # a part of a document is in that one's dialect
+    result.pop("$schema", None)  # a part has the dialect of its document
     for key in ("$ref", "$dynamicRef"):
         reference = schema.get(key)
         if not isinstance(reference, str) or not reference.startswith("#"):
@@ -82,16 +82,16 @@ def moved(schema: dict[str, Any], place: str, anchors: str) -> dict[str, Any]:
     for key in ("$anchor", "$dynamicAnchor"):
         if isinstance(schema.get(key), str):
             result[key] = anchors + schema[key]
-    if isinstance(identity, str):  # how an anchor was written before there were anchors
+    if isinstance(identity, str):  # how older drafts write an anchor
         del result["$id"]
         result["$anchor"] = anchors + identity[1:]
     return result
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """*schema* where objects have the properties that it lists, and no others unless it says something of others.
+    """*schema* whose objects may only have the properties that it lists, unless it says something about others.
 
-    What is composed of several schemas, each of which sees the others' properties, is left as it is.
+    Objects that several schemas describe together stay as they are: each schema sees the properties of the others.
     """
     composed = any(_composed(part) for part in schemas(schema))
 
@@ -111,7 +111,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lists_all(schema: dict[str, Any]) -> bool:
-    """Are all the properties that it is about listed, also those that it asks for?"""
+    """Does *schema* list all properties that it is about, including those that it requires?"""
     listed = schema.get("properties")
     if not isinstance(listed, dict) or not (_OTHERS | _IN_PLACE).isdisjoint(schema):
         return False
@@ -121,6 +121,6 @@ def _lists_all(schema: dict[str, Any]) -> bool:
 
 
 def _composed(schema: dict[str, Any]) -> bool:
-    """Do several schemas say something of one object's properties?"""
+    """Do several schemas describe the properties of one object?"""
     present = _IN_PLACE & schema.keys()
     return bool(present - _UNIONS - {"$ref"}) or (bool(present) and "properties" in schema) or len(present) > 1

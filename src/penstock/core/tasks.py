@@ -1,4 +1,4 @@
-"""What the log of a job holds whose task is not to generate. It is a log like any other; only its texts are not text.
+"""The log of a job that does another task than to generate. It is a log like any other, but its texts are not prose.
 
 ==========  ========================================================================================================
 embed       an entry for each input, in any order: its id is the input's index (from 0), its text the vector
@@ -21,8 +21,8 @@ from penstock.core.events import Completion
 
 
 class Tokenized(msgspec.Struct, frozen=True):
-    """A prompt's token ids, what the vocabulary calls each of them (None where somebody else's server does not tell),
-    and the text that they stand for, special tokens written out."""
+    """A prompt's token ids, the name of each in the vocabulary (None if an upstream server does not report names), and
+    the text that they stand for, with special tokens spelled out."""
 
     tokens: list[int]
     token_strs: list[str] | None
@@ -37,12 +37,12 @@ class Tokenized(msgspec.Struct, frozen=True):
 
 
 def vector_text(vector: Sequence[float]) -> str:
-    """A vector as the log has it, and as OpenAI's ``encoding_format: base64`` does: float32, little-endian."""
+    """A vector in the form of the log, which is OpenAI's ``encoding_format: base64``: float32, little-endian."""
     return base64.b64encode(_little_endian(array.array("f", vector)).tobytes()).decode()
 
 
 def vector_values(text: str) -> list[float]:
-    """The numbers of such a text."""
+    """The numbers in a text that `vector_text` made."""
     return _little_endian(array.array("f", base64.b64decode(text))).tolist()
 
 

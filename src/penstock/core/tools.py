@@ -7,9 +7,9 @@ A model that *must* call a tool writes ``{"name": …, "arguments": …}`` and n
 - ``{"name": …, "parameters": …}`` as the whole reply, several separated by a semicolon or white space (Llama 3);
 - ``[{"name": …, "arguments": …}, …]`` as the whole reply, with or without ``[TOOL_CALLS]`` before it (Mistral).
 
-What does not name a given tool, or is not JSON, is ordinary text. But for what a server elsewhere told to be a call:
-its arguments stand between the tags as a string where they are no JSON, or the tool is none of those that were given,
-and are taken as they are.
+Anything that does not name a given tool, or is not JSON, is ordinary text. The exception is a call that an upstream
+server reported: if its arguments are not JSON, or its tool was not given, the arguments stand between the tags as a
+string and are taken unchanged.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import msgspec
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Request, ResponseFormat, ToolCall
 
-#: A schema's bounds: bytes of its JSON, and how deep that is nested (parsers downstream stop at 128).
+#: Limits of a schema: bytes of its JSON, and levels of nesting (parsers downstream stop at 128).
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64
-#: An automaton for ``multipleOf`` has as many states as the number is large, in units of its last digit.
+#: Limit of ``multipleOf``, in units of its last digit: its automaton has that many states.
 MAX_MULTIPLE = 10_000
-#: Characters of a regular expression, and how many texts a reply may be chosen from.
+#: Limits of a regular expression, in characters, and of the texts that a reply may be chosen from.
 MAX_PATTERN = 4096
 MAX_CHOICES = 1024
 
@@ -42,7 +42,7 @@ MISTRAL = "[TOOL_CALLS]"
 _decoder = json.JSONDecoder()
 
 
-# ------------------------------------------------------------------------------------------ what may be asked for
+# ------------------------------------------------------------------------------------------ bounds of a request
 
 
 def check_schema(schema: dict[str, Any], param: str) -> None:
@@ -130,8 +130,8 @@ Piece = str | CallDelta
 
 
 class ToolParser:
-    """Splits a reply into text and calls as it comes. How it was cut into pushes makes no difference: after any of
-    them, everything has been given out that does not depend on what follows.
+    """Splits a reply into text and calls as it comes. After each push it has given out everything that does not depend
+    on the text that follows, in whatever pieces the text came.
     """
 
     def __init__(self, request: Request) -> None:
@@ -139,10 +139,10 @@ class ToolParser:
         self._most = None if request.parallel_tool_calls else 1
         self._held = ""
         self.calls = 0
-        """How many calls there were so far."""
+        """Number of calls so far."""
         self._state = self._forced if request.tool_choice == "required" else self._opening
         self._shape = _Shape(self._names)
-        self._scanned = 0  # of a call's text: how far it is known
+        self._scanned = 0  # characters of a call's text whose meaning is known
         self._in_string = False
         self._arguments: list[str] = []  # of the forced call
 
@@ -154,7 +154,7 @@ class ToolParser:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back, once it is known that nothing follows."""
+        """The rest of the reply, which was held back: nothing follows."""
         pieces: list[Piece] = []
         held, self._held = self._held, ""
         state: Any = self._state
@@ -168,10 +168,10 @@ class ToolParser:
             pieces.append(held)
         return [piece for piece in pieces if piece != ""]
 
-    # Each state looks at what is held, adds what can be given out, and says whether there is more to do.
+    # Each state reads the held text, appends what can be given out, and returns whether there is more to do.
 
     def _opening(self, pieces: list[Piece]) -> bool:
-        """Nothing but white space so far: a reply that begins like JSON is a call as a whole, or none."""
+        """Only white space so far. A reply that begins like JSON either is a call as a whole, or has none."""
         start = self._held.lstrip()
         if start:
             self._state = self._whole if start[0] in "{[" else self._text
@@ -190,12 +190,12 @@ class ToolParser:
             self._give(found, pieces)
             self._state, self._scanned, self._in_string = self._call, 0, False
             return True
-        # White space before a call is not part of the text, nor is what may become a call's beginning.
+        # Hold back white space, which is no text if a call follows, and what may become the beginning of a call.
         self._give(len(self._held) - _partial(self._held, BEGIN), pieces)
         return False
 
     def _give(self, end: int, pieces: list[Piece]) -> None:
-        """Give out the text before *end*, but not the white space before that."""
+        """Give out the text before *end*, without the white space at its end."""
         text = self._held[:end].rstrip()
         if text:
             pieces.append(text)
@@ -211,13 +211,13 @@ class ToolParser:
                 self._take(block, block.strip()[len(BEGIN) : -len(END)], pieces, tagged=True)
                 return True
             self._scanned = match.end()
-        # From here on it may turn out differently: half a closing tag, half an escape.
+        # What follows is not known yet: it may be half a closing tag, or half an escape.
         rest = self._held[self._scanned :]
         self._scanned = len(self._held) - max(_partial(rest, END), int(rest.endswith("\\")))
         return False
 
     def _forced(self, pieces: list[Piece]) -> bool:
-        if self._held.lstrip()[:1] not in ("", "{"):  # an engine that has a form of its own for it
+        if self._held.lstrip()[:1] not in ("", "{"):  # an engine that writes enforced calls in its own form
             self._state = self._opening
             return True
         header = _HEADER.match(self._held)
@@ -230,7 +230,7 @@ class ToolParser:
         return True
 
     def _more_arguments(self, pieces: list[Piece]) -> bool:
-        """Of a call that the engine is held to: all but what may be the end of the object around the arguments."""
+        """Give out the arguments of an enforced call, except what may be the end of the object around them."""
         text = self._held.rstrip()
         if text.endswith("}"):
             text = text[:-1].rstrip()
@@ -241,7 +241,7 @@ class ToolParser:
     def _last_arguments(self, held: str, pieces: list[Piece]) -> None:
         try:
             json.loads("".join(self._arguments))
-        except (ValueError, RecursionError):  # cut short, then: what is held is theirs
+        except (ValueError, RecursionError):  # the reply was cut off: what is held belongs to them
             self._more(held, pieces)
 
     def _more(self, text: str, pieces: list[Piece]) -> None:
@@ -250,7 +250,7 @@ class ToolParser:
             pieces.append(CallDelta(0, None, text))
 
     def _take(self, block: str, inside: str, pieces: list[Piece], *, tagged: bool = False) -> None:
-        """*block* is the calls *inside* it, or else it is text."""
+        """Give out the calls in *inside*, or, if it has none, the whole *block* as text."""
         calls = _calls(inside, self._names, tagged=tagged)
         if not calls:
             pieces.append(block)
@@ -265,12 +265,12 @@ _SPACE = " \t\r\n"
 
 
 class _Shape:
-    """Whether a reply that begins like JSON may still be calls as a whole (see `_calls`), character by character.
+    """Reads a reply that begins like JSON, character by character: may the whole of it still be calls (see `_calls`)?
 
-    Each state is what the next character may be, and gives the state behind it; None: it cannot be a call any more.
+    Each state takes the next character and returns the next state, or None if it can no longer be a call.
     """
 
-    #: What a call may begin with.
+    #: Keys that a call may begin with.
     KEYS = ("name", "arguments", "parameters", "id", "type")
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -421,9 +421,9 @@ class _Written(msgspec.Struct):
 
 
 def _calls(text: str, names: frozenset[str], *, tagged: bool) -> list[Call]:
-    """*text* as calls of the tools *names*: one or more objects, or a list of them. Empty if any of it is not.
+    """*text* as calls of the tools *names*: one or more objects, or a list of them. Empty if any part is not a call.
 
-    *tagged*: it stood between `BEGIN` and `END`, where arguments may be a string that is taken as it is.
+    *tagged*: it stood between `BEGIN` and `END`, where arguments may be a string that is taken unchanged.
     """
     found: list[Call] = []
     try:
@@ -445,7 +445,7 @@ def _calls(text: str, names: frozenset[str], *, tagged: bool) -> list[Call]:
 
 
 def _objects(text: str) -> list[str]:
-    """The JSON values that *text* is made of, between them white space or semicolons."""
+    """The JSON values in *text*, which are separated by white space or semicolons."""
     parts = []
     position = 0
     while position < len(text):
@@ -459,7 +459,7 @@ def _objects(text: str) -> list[str]:
 
 
 def _arguments(text: str) -> str | None:
-    """Arguments are an object, or (some models') a string with one in it, or left out; anything else is None."""
+    """Arguments as the JSON of an object. Some models write a string with the JSON in it, or nothing; else None."""
     if text == "null":
         return "{}"
     if text.startswith('"'):
@@ -489,14 +489,14 @@ def join(pieces: Sequence[Piece]) -> tuple[str | None, list[Call]]:
 
 
 def finish_reason(request: Request, reason: str, text: str) -> str:
-    """How a reply with this *text* ended, in the log's words, when for its engine it ended by *reason*."""
+    """The finish reason for the log: *reason* is the engine's own, *text* the whole reply."""
     if reason != "stop" or not request.callable_tools:
         return reason
     return "tool_calls" if parse_tool_calls(text, request)[1] else reason
 
 
 def call_id(job: str, choice: int, index: int) -> str:
-    """The id of a reply's call: the same whenever and by whomever the reply is read."""
+    """The id of a call: a function of where it is, so every reader of the reply sees the same."""
     return "call_" + hashlib.sha256(f"{job}/{choice}/{index}".encode()).hexdigest()[:24]
 
 

@@ -15,6 +15,7 @@ from penstock.core.errors import ErrorInfo
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo, Output
+from penstock.core.telemetry import Fact
 
 _HEADER = struct.Struct("!I")
 
@@ -66,6 +67,13 @@ class Failed(msgspec.Struct, array_like=True, tag=True):
     traceback: str
 
 
+class Notice(msgspec.Struct, array_like=True, tag=True):
+    """Something has happened in the child: an event for the telemetry (`penstock.core.telemetry`)."""
+
+    name: str
+    facts: dict[str, Fact]
+
+
 class Outputs(msgspec.Struct, array_like=True, tag=True):
     outputs: list[Output]
 
@@ -75,7 +83,7 @@ class Pong(msgspec.Struct, array_like=True, tag=True):
 
 
 ToChild = Load | Add | Abort | Ping
-ToParent = Loading | Ready | Failed | Outputs | Pong
+ToParent = Loading | Ready | Failed | Outputs | Notice | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -11,17 +11,36 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 
-from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelLoadError
+import msgspec
+
+from penstock.core.errors import ContextLengthExceeded, ErrorInfo
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.engines.child.backend import Backend
 from penstock.engines.frames import Progress
+from penstock.engines.options import Amount, Count, Positive
+from penstock.engines.plugin import Plugin
 
 CONTEXT = 1_000_000
-OPTIONS = ("rate", "slots", "load_seconds", "memory_mb", "crash", "hang", "fail")
+
+
+class SyntheticOptions(msgspec.Struct, frozen=True):
+    """See above."""
+
+    rate: Amount = 0.0
+    slots: Positive = 256
+    load_seconds: Amount = 0.0
+    memory_mb: Count = 0
+    crash: str = ""
+    hang: str = ""
+    fail: str = ""
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What has the engine misbehave, by how."""
+        return {kind: word for kind in ("crash", "hang", "fail") if (word := getattr(self, kind))}
 
 
 class _Counting:
@@ -39,33 +58,15 @@ class _Counting:
         self.failing = False
 
 
-def check_options(options: Mapping[str, str]) -> tuple[float, int, float, int]:
-    """``rate``, ``slots``, ``load_seconds`` and ``memory_mb``. Raises `ModelLoadError`."""
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise ModelLoadError(f"The synthetic engine has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}.")
-    try:
-        return (
-            float(options.get("rate", "0")),
-            int(options.get("slots", "256")),
-            float(options.get("load_seconds", "0")),
-            int(options.get("memory_mb", "0")),
-        )
-    except ValueError as error:
-        raise ModelLoadError(
-            f"The synthetic engine's rate, slots, load_seconds and memory_mb are numbers: {error}"
-        ) from error
-
-
 class SyntheticBackend(Backend):
-    def __init__(self, name: str, options: Mapping[str, str], progress: Progress) -> None:
-        self.rate, self.slots, load_seconds, memory_mb = check_options(options)
+    def __init__(self, name: str, options: SyntheticOptions, progress: Progress) -> None:
+        self.rate, self.slots = options.rate, options.slots
         begun = time.monotonic()
-        while (passed := time.monotonic() - begun) < load_seconds:
-            progress("sleeping", passed / load_seconds)
-            time.sleep(min(0.05, load_seconds - passed))
-        self._weights = b"\x01" * (memory_mb * 1_000_000)
-        self._words = {word: options[word] for word in ("crash", "hang", "fail") if word in options}
+        while (passed := time.monotonic() - begun) < options.load_seconds:
+            progress("sleeping", passed / options.load_seconds)
+            time.sleep(min(0.05, options.load_seconds - passed))
+        self._weights = b"\x01" * (options.memory_mb * 1_000_000)
+        self._words = options.words
         self._sequences: dict[int, _Counting] = {}
         self.info = ModelInfo(
             name=name,
@@ -148,5 +149,8 @@ class SyntheticBackend(Backend):
         return output
 
 
-def load(name: str, path: str | None, options: Mapping[str, str], progress: Progress) -> SyntheticBackend:
+def load(name: str, path: str | None, options: SyntheticOptions, progress: Progress) -> SyntheticBackend:
     return SyntheticBackend(name, options, progress)
+
+
+PLUGIN = Plugin(load="penstock.engines.synthetic:load", options=SyntheticOptions)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
+from penstock.core.aio import TaskSet, wait_for_event
 from penstock.core.errors import BrokerUnavailable, InvalidRequest, LogRewound, NotFound
 from penstock.core.events import Ended, Event, Tokens
 from penstock.core.job import Job, Status
@@ -78,7 +78,7 @@ async def feed(
 
     Without a cursor: every unfinished job from its beginning, and every job to come.
     """
-    following = _Feed(broker, now, tenant, user, cursor)
+    following = _UserFeed(broker, now, tenant, user, cursor)
     try:
         while True:
             events = await following.batch()
@@ -87,9 +87,7 @@ async def feed(
         await following.close()
 
 
-class _Feed:
-    """Its tasks are not a TaskGroup: a generator may be closed where it yields, and a group takes that for a crash."""
-
+class _UserFeed:
     def __init__(
         self, broker: Broker, clock: Callable[[], float], tenant: str, user: str, cursor: Cursor | None
     ) -> None:
@@ -110,49 +108,36 @@ class _Feed:
         self._look = asyncio.Event()
         self._arrivals = broker.arrivals(tenant, user)  # from now on, before the first look at the list
         self._followers: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet(self._failed)
         self._failure: BaseException | None = None
-        self._spawn(self._hear())
-        self._spawn(self._repair())
+        self._tasks.spawn(self._listen())
+        self._tasks.spawn(self._poll())
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (failure := task.exception()) is not None:
-            self._failure = failure
-            self._wake.set()
+    def _failed(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._wake.set()
 
     async def close(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.aclose()
 
     # ------------------------------------------------------------------------------------ finding jobs
 
-    async def _hear(self) -> None:
+    async def _listen(self) -> None:
         async for job in self._arrivals:
             self._follow(job, self._now() - SKEW)
 
-    async def _repair(self) -> None:
+    async def _poll(self) -> None:
         """Find what no hint told of: what is there at the start, and later jobs whose hint was lost."""
         while True:
             pause = REPAIR
             self._look.clear()
             try:
-                await self._discover()
+                await self._add_jobs()
             except BrokerUnavailable:
                 pause = PAUSE
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._look.wait()
+            await wait_for_event(self._look, pause)
 
-    async def _discover(self) -> None:
+    async def _add_jobs(self) -> None:
         told_until = self._now() - SKEW
         if self._fresh:
             # Whatever is unfinished now matters, however old; what ended before now does not.
@@ -186,7 +171,7 @@ class _Feed:
     def _follow(self, job: str, created_at: float) -> None:
         if job not in self._followers and job not in self._told:
             self._created[job] = created_at
-            self._followers[job] = self._spawn(self._read_log(job))
+            self._followers[job] = self._tasks.spawn(self._read_log(job))
 
     async def _read_log(self, job: str) -> None:
         after = self._read.get(job, 0)

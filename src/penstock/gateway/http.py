@@ -22,6 +22,7 @@ from penstock.core.errors import (
 )
 from penstock.core.job import Priority, Request
 from penstock.core.tasks import Tokenized
+from penstock.core.trace import TraceContext
 from penstock.gateway import lenient
 from penstock.gateway.identity import Identity
 from penstock.gateway.jobs import Jobs, Submission
@@ -64,6 +65,12 @@ class Call:
     def identity(self) -> Identity:
         return self.jobs.identity
 
+    @property
+    def trace(self) -> str | None:
+        """The trace that the request is part of, for what is done for it: a span of it (W3C's ``traceparent``)."""
+        given = TraceContext.parse(", ".join(self.headers.getlist("traceparent")) or None)
+        return str(given.child()) if given is not None else None
+
     def use(self, resource: Resource[T]) -> T:
         """What this server has under *resource*. Raises `Unsupported` (501) where it has none."""
         found: T | None = self._resources.get(resource)
@@ -102,11 +109,13 @@ class Call:
     async def tokens_of(self, request: Request) -> Tokenized:
         """What an engine makes of a *request* to tokenize: a job, dropped once it is answered. It takes next to
         nothing, so it goes before what takes long."""
-        around = Submission(priority=Priority.INTERACTIVE, request_id=self.request_id, on_disconnect="cancel")
-        _, completion = await self.jobs.ask(request, around, self.gone)
+        submission = Submission(
+            priority=Priority.INTERACTIVE, request_id=self.request_id, trace=self.trace, on_disconnect="cancel"
+        )
+        _, completion = await self.jobs.run_once(request, submission, self.disconnected)
         return Tokenized.of(completion)
 
-    async def gone(self) -> None:
+    async def disconnected(self) -> None:
         """Returns when the client has left."""
         while (await self.receive())["type"] != "http.disconnect":
             pass

@@ -27,10 +27,10 @@ from penstock.gateway.readers import Following, Readers
 from penstock.gateway.sse import EventStream, Streams
 
 #: Seconds for which the job of an answer that was given stays where it could not be dropped at once.
-ASK_KEEP = 60.0
+RUN_ONCE_RETENTION = 60.0
 
 #: Returns when the client has left.
-Gone = Callable[[], Awaitable[None]]
+Disconnected = Callable[[], Awaitable[None]]
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,10 +42,12 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     request_id: str | None = None
+    trace: str | None = None
     metadata: dict[str, str] = {}
     on_disconnect: OnDisconnect = "continue"
     view: bytes = b""
-    keep: float | None = None
+    retain_for: float | None = None
+    """Seconds that it is kept once it has ended; None: as long as all are."""
 
 
 class Jobs:
@@ -143,10 +145,11 @@ class Jobs:
             idempotency_key=submission.idempotency_key,
             fingerprint=submission.fingerprint,
             request_id=submission.request_id,
+            trace=submission.trace,
             metadata=submission.metadata,
             on_disconnect=submission.on_disconnect,
             view=submission.view,
-            keep=submission.keep,
+            retain_for=submission.retain_for,
             deadline_at=self._clock.now() + deadline if deadline is not None else None,
         )
         stored = await self._broker.submit(job)
@@ -160,8 +163,10 @@ class Jobs:
         jobs: list[Job] = []
         try:
             for number, request in enumerate(requests):
-                keep = submission.keep if key or request.task == "generate" else ASK_KEEP
-                one = msgspec.structs.replace(submission, idempotency_key=key and f"{key}/{number}", keep=keep)
+                retain_for = submission.retain_for if key or request.task == "generate" else RUN_ONCE_RETENTION
+                one = msgspec.structs.replace(
+                    submission, idempotency_key=key and f"{key}/{number}", retain_for=retain_for
+                )
                 jobs.append(await self.submit(request, one))
         except PenstockError as error:
             if key is None:
@@ -228,36 +233,38 @@ class Jobs:
 
     async def _first_event(self, following: Following) -> Event | None:
         """If it comes soon; one that may be a refusal is waited for longer."""
-        first = await following.peek(self.config.hold)
+        first = await following.first_event(self.config.first_event_wait)
         if first is None and self._may_not_fit(following.job.request):
-            first = await self._long_peek(following)
+            first = await self._first_event_within(following)
         return first
 
-    async def _long_peek(self, following: Following) -> Event | None:
+    async def _first_event_within(self, following: Following) -> Event | None:
         draining = asyncio.create_task(self._draining.wait())
-        peeking = asyncio.create_task(following.peek(self.config.hold_long_prompt))
+        waiting = asyncio.create_task(following.first_event(self.config.first_event_wait_long_prompt))
         try:
-            await asyncio.wait([draining, peeking], return_when=asyncio.FIRST_COMPLETED)
-            return await peeking if peeking.done() else None
+            await asyncio.wait([draining, waiting], return_when=asyncio.FIRST_COMPLETED)
+            return await waiting if waiting.done() else None
         finally:
             draining.cancel()
-            peeking.cancel()
+            waiting.cancel()
 
     # ------------------------------------------------------------------------------------ fold
 
-    async def ask(self, request: Request, submission: Submission, gone: Gone) -> tuple[Job, Completion]:
+    async def run_once(
+        self, request: Request, submission: Submission, disconnected: Disconnected
+    ) -> tuple[Job, Completion]:
         """Submit and `fold`, for an answer that nobody comes back for: its job is dropped, whatever becomes of it."""
-        job = await self.submit(request, msgspec.structs.replace(submission, keep=ASK_KEEP))
+        job = await self.submit(request, msgspec.structs.replace(submission, retain_for=RUN_ONCE_RETENTION))
         try:
-            return job, await self.fold(job, gone)
+            return job, await self.fold(job, disconnected)
         finally:
             with contextlib.suppress(BrokerUnavailable):  # then it is dropped a little later
                 await self.forget(job.id)
 
-    async def fold(self, job: Job, gone: Gone) -> Completion:
-        """Wait for a job's end and fold its log; *gone* returns when the client has left. Raises the job's error."""
+    async def fold(self, job: Job, disconnected: Disconnected) -> Completion:
+        """Wait for a job's end and fold its log. Raises the job's error."""
         following = self.follow(job)
-        leaving = asyncio.ensure_future(gone())
+        leaving = asyncio.ensure_future(disconnected())
         over = asyncio.create_task(self._over.wait())
         folding = asyncio.create_task(_collect(following))
         try:
@@ -283,12 +290,12 @@ class Jobs:
             raise error_from_info(ended.error)
         return completion
 
-    async def fold_all(self, jobs: Iterable[Job], gone: Gone) -> list[Completion | PenstockError]:
+    async def fold_all(self, jobs: Iterable[Job], disconnected: Disconnected) -> list[Completion | PenstockError]:
         """`fold` of several, once all have ended: what one failed with stands in its place.
 
         Raises `BrokerUnavailable` where it is the server that ends, not a job.
         """
-        leaving = asyncio.ensure_future(gone())
+        leaving = asyncio.ensure_future(disconnected())
         try:
             folding = (self.fold(job, lambda: asyncio.shield(leaving)) for job in jobs)
             results = await asyncio.gather(*folding, return_exceptions=True)

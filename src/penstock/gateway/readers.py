@@ -77,9 +77,9 @@ class Following:
         readers.attach(job.id)
         self._open = True
 
-    async def peek(self, hold: float) -> Event | None:
-        """The first event if it comes within *hold* seconds. Raises what `Broker.tail` raises."""
-        await asyncio.wait([self._first], timeout=hold)
+    async def first_event(self, wait: float) -> Event | None:
+        """The first event if it comes within *wait* seconds. Raises what `Broker.tail` raises."""
+        await asyncio.wait([self._first], timeout=wait)
         if not self._first.done():
             return None
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -34,9 +35,18 @@ HEADERS = [
 json_string: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
+_encode = msgspec.json.Encoder().encode
+_NOT_ASCII = re.compile("[^\x00-\x7f]+")
+
+
 def ascii_json(value: Any) -> str:
     """Any of our structures as one line of ASCII-only JSON."""
-    return json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
+    try:
+        text = _encode(value).decode()
+    except UnicodeEncodeError:  # half a surrogate pair, which only the standard library writes
+        return json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
+    # Whatever is not ASCII stands within strings.
+    return text if text.isascii() else _NOT_ASCII.sub(lambda found: json_string(found[0])[1:-1], text)
 
 
 def frame(event: str, data: Any, id: str | int | None = None) -> bytes:

@@ -23,6 +23,10 @@ _FILE_BYTES = 50_000_000
 _FILES = 5
 
 _jobs = structlog.get_logger("penstock.job")
+_events = structlog.get_logger("penstock.event")
+
+#: Events that are only logged for who looks for them: the worker and its manager say the same in lines of their own.
+QUIET = frozenset({"engine.died", "engine.loaded", "engine.restarted", "engine.started", "job.attempt"})
 
 
 def configure(level: str, format: str, directory: Path | None) -> None:
@@ -81,7 +85,7 @@ def configure(level: str, format: str, directory: Path | None) -> None:
 
 
 class EventLog:
-    """Events as lines of the ordinary log; what lasts is not logged."""
+    """Events as lines of the ordinary log, a warning where one has an ``error``; spans are not logged."""
 
     def span(self, span: Ended) -> None:
         pass
@@ -89,6 +93,12 @@ class EventLog:
     def event(self, name: str, facts: Mapping[str, Fact]) -> None:
         if name == "job.ended":
             _log_job(JobRecord.of(facts))
+        elif name in QUIET:
+            _events.debug(name, **facts)
+        elif "error" in facts:
+            _events.warning(name, **facts)
+        else:
+            _events.info(name, **facts)
 
 
 def _log_job(record: JobRecord) -> None:

@@ -35,7 +35,10 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BROKER = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30)
+_LOAD = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+#: What an event says of whether a replica serves.
+_REPLICA_UP = {"replica.down": 0, "replica.resting": 0, "replica.back": 1, "replica.up": 1}
 #: Requests that generate, on which the p50/p95/p99 gauges look back.
 WINDOW = 2048
 
@@ -92,6 +95,19 @@ class Metrics:
         )
         self.queue_wait = Histogram(
             "llm_queue_wait_seconds", "From submit to the first claim", buckets=_LATENCY, registry=back
+        )
+        self.loads = Histogram(
+            "penstock_engine_load_seconds",
+            "From the start of an engine process until its model is loaded",
+            ["model"],
+            buckets=_LOAD,
+            registry=back,
+        )
+        self.deaths = Counter(
+            "penstock_engine_deaths", "Engine processes that died by themselves", ["model"], registry=back
+        )
+        self.replicas = Gauge(
+            "penstock_replica_up", "Does this replica of an upstream model serve?", ["model", "replica"], registry=back
         )
         self.attempts = Counter("penstock_attempts", "Attempts at jobs that are over", ["outcome"], registry=back)
         self.verbs = Histogram(
@@ -184,7 +200,10 @@ class Metrics:
     # ------------------------------------------------------------------------------------ telemetry
 
     def span(self, span: Ended) -> None:
-        if span.name == "store.commit":
+        if span.name == "engine.load":
+            if span.error is None:
+                self.loads.labels(span.facts["model"]).observe(span.seconds)
+        elif span.name == "store.commit":
             self.commits.observe(span.seconds)
         elif (verb := self._verbs.get(span.name)) is not None:
             verb.observe(span.seconds)
@@ -194,6 +213,10 @@ class Metrics:
             self._job_ended(JobRecord.of(facts))
         elif name == "job.attempt":
             self.attempts.labels(facts["outcome"]).inc()
+        elif name == "engine.died":
+            self.deaths.labels(facts["model"]).inc()
+        elif name in _REPLICA_UP:
+            self.replicas.labels(facts["model"], facts["replica"]).set(_REPLICA_UP[name])
 
     def _job_ended(self, record: JobRecord) -> None:
         self.duration.labels(record.model).observe(record.total_time)

@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Any, Protocol
 
+from msgspec import structs
 from starlette.types import ASGIApp
 
 from penstock.brokers.registry import open_broker
 from penstock.core.aio import first_done
 from penstock.core.errors import InvalidRequest
-from penstock.core.ports import Broker, QueuePolicy, SystemClock
+from penstock.core.ports import Broker, SystemClock
 from penstock.core.telemetry import Telemetry
 from penstock.engines.frames import Progress
 from penstock.engines.host.check import check
@@ -38,9 +39,8 @@ from penstock.observability.metrics import Metrics
 from penstock.observability.ops import worker_app
 from penstock.observability.telemetry import Subscriber
 from penstock.server import Address
-from penstock.settings import ModelSettings, Settings, parse_size
+from penstock.settings import ModelSettings, Settings
 from penstock.worker.manager import Model, ModelManager
-from penstock.worker.placement import Policy
 from penstock.worker.worker import Worker
 
 
@@ -64,37 +64,14 @@ class Watcher(Protocol):
 # ---------------------------------------------------------------------------------------------- the broker
 
 
-def queue_policy(settings: Settings) -> QueuePolicy:
-    return QueuePolicy(
-        max_queued=settings.max_queued,
-        max_queued_per_tenant=settings.max_queued_per_tenant,
-        max_running_per_tenant=settings.max_running_per_tenant,
-        max_bytes_per_tenant=settings.max_bytes_per_tenant,
-        weights=settings.tenant_weights,
-        lease_ttl=settings.lease_ttl,
-        result_ttl=settings.result_ttl,
-        max_attempts=settings.max_attempts,
-    )
-
-
-def broker_options(settings: Settings) -> dict[str, Any]:
-    """What can be set of a broker beside its address; each takes what it knows."""
-    return {
-        "data_dir": settings.data_dir,
-        "durability": settings.durability,
-        "prefix": settings.broker_prefix,
-        "shards": settings.shards,
-        "replicas": settings.replicas,
-        "timeout": settings.broker_timeout,
-    }
-
-
 @contextlib.asynccontextmanager
 async def opened_broker(
     settings: Settings, telemetry: Telemetry, watcher: Watcher, terminate: asyncio.Event
 ) -> AsyncGenerator[Broker | None]:
     """The broker once it is open; None when *terminate* came before."""
-    opening = open_broker(settings.broker, broker_options(settings), queue_policy(settings), telemetry, watcher.waiting)
+    opening = open_broker(
+        settings.broker.url, structs.asdict(settings.broker), settings.queue, telemetry, watcher.waiting
+    )
     opened, _ = await first_done(opening, terminate.wait())
     broker = None if opened.cancelled() else opened.result()
     try:
@@ -110,42 +87,38 @@ async def opened_broker(
 def claim_address(settings: Settings, api: bool) -> Address:
     """Where the API is, or what a worker says of itself."""
     if not api:
-        return Address(settings.metrics_host, settings.metrics_port, flag="--metrics-port")
-    if not settings.loopback and not settings.insecure_public:
+        return Address(settings.metrics.host, settings.metrics.port, flag="--metrics-port")
+    server = settings.server
+    if not server.loopback and not server.insecure_public:
         raise InvalidRequest(
-            f"{settings.host} can be reached from other machines, and there is no authentication. Put a proxy that "
+            f"{server.host} can be reached from other machines, and there is no authentication. Put a proxy that "
             "authenticates in front of the loopback address, or say --insecure-public if your network is closed."
         )
-    return Address(settings.host, settings.port, flag="--port")
+    return Address(server.host, server.port, flag="--port")
 
 
-def gateway_config(settings: Settings, api: bool) -> GatewayConfig:
+def gateway_config(settings: Settings, broker: str, api: bool) -> GatewayConfig:
     """For the API, or for the part of it that a worker has on its metrics port."""
-    host, loopback = settings.host, settings.loopback
-    if not api:
-        host, loopback = settings.metrics_host, settings.metrics_loopback
-    loopback_names = ("localhost", "127.0.0.1", "::1", host)
+    listener = settings.server if api else settings.metrics
+    loopback_names = ("localhost", "127.0.0.1", "::1", listener.host)
+    chosen = structs.asdict(settings.http)
+    chosen["allowed_hosts"] = settings.http.allowed_hosts or (loopback_names if listener.loopback else ("*",))
     return GatewayConfig(
-        broker="embedded" if settings.embedded else "redis",
+        **chosen,
+        broker=broker,
         models=tuple(model.name for model in settings.models),
-        max_body=settings.max_body,
-        heartbeat=settings.heartbeat,
-        send_deadline=settings.send_deadline,
-        disconnect_grace=settings.disconnect_grace,
-        drain_timeout=settings.drain_timeout,
-        default_max_tokens=settings.default_max_tokens,
-        allowed_hosts=tuple(settings.allowed_hosts) or (loopback_names if loopback else ("*",)),
-        allowed_origins=tuple(settings.allowed_origins),
-        manageable=loopback or settings.insecure_public,
+        drain_timeout=settings.server.drain_timeout,
+        manageable=listener.loopback or settings.server.insecure_public,
     )
 
 
 def file_store(settings: Settings) -> FileStore:
+    files = settings.files
     return FileStore(
-        settings.files_dir or settings.data_dir / "files",
-        max_file=settings.max_file,
-        max_bytes=settings.max_file_bytes_per_tenant,
-        ttl=settings.file_ttl,
+        files.dir or settings.broker.data_dir / "files",
+        max_file=files.max_file,
+        max_bytes=files.max_bytes_per_tenant,
+        ttl=files.ttl,
     )
 
 
@@ -157,8 +130,8 @@ def build_batches(settings: Settings, gateway: Gateway) -> BatchRunner:
 def batch_window(settings: Settings) -> int:
     """Jobs of batches for one model at once. For all models there are twice as many: half of the queue is left to
     everybody else, however many batches there are."""
-    limits = [limit // 4 for limit in (settings.max_queued, settings.max_queued_per_tenant) if limit]
-    return max(1, min([settings.batch_window, *limits]))
+    limits = [limit // 4 for limit in (settings.queue.max_queued, settings.queue.max_queued_per_tenant) if limit]
+    return max(1, min([settings.files.batch_window, *limits]))
 
 
 def build_app(
@@ -187,7 +160,12 @@ def check_models(settings: Settings) -> None:
 
 
 def build_manager(
-    settings: Settings, broker: Broker, metrics: Metrics, warm: WarmPool, watcher: Watcher
+    settings: Settings,
+    broker: Broker,
+    metrics: Metrics,
+    warm: WarmPool,
+    watcher: Watcher,
+    telemetry: Telemetry,
 ) -> ModelManager:
     """The workers of all configured models, and who decides which are loaded."""
 
@@ -199,9 +177,9 @@ def build_manager(
         return Worker(
             broker,
             model.engine,
-            lease_ttl=settings.lease_ttl,
-            drain_timeout=settings.drain_timeout,
-            batch_reserve=settings.batch_reserve,
+            lease_ttl=settings.queue.lease_ttl,
+            drain_timeout=settings.server.drain_timeout,
+            batch_reserve=settings.worker.batch_reserve,
             on_ready=ready,
             about=model.about,
             clock=clock,
@@ -214,7 +192,7 @@ def build_manager(
     clock = SystemClock()
     models = []
     for each in settings.models:
-        engine = build_engine(each, settings, warm, partial(progress, each.name))
+        engine = build_engine(each, settings, warm, partial(progress, each.name), telemetry)
         models.append(Model(each.name, metrics.engine(engine), engine, on_demand=each.load == "demand"))
         if each.load == "demand":
             warm.fill(each.engine)
@@ -222,10 +200,10 @@ def build_manager(
         broker,
         models,
         make_worker,
-        memory_budget=parse_size(settings.memory_budget),
+        memory_budget=settings.worker.memory_budget.bytes,
         overhead=warm.measure,
-        policy=Policy(idle_unload=settings.idle_unload, swap_after=settings.swap_after),
-        heartbeat=settings.lease_ttl / 4,
+        policy=settings.worker,
+        heartbeat=settings.queue.lease_ttl / 4,
         clock=clock,
         on_deferred=watcher.deferred,
     )
@@ -233,15 +211,21 @@ def build_manager(
     return manager
 
 
-def build_engine(model: ModelSettings, settings: Settings, warm: WarmPool, on_progress: Progress) -> Standby:
+def build_engine(
+    model: ModelSettings, settings: Settings, warm: WarmPool, on_progress: Progress, telemetry: Telemetry
+) -> Standby:
     spec = EngineSpec(model.engine, model.name, model.path, model.options)
 
     def make() -> EngineProcess:
         return EngineProcess(
-            spec, hang_timeout=settings.hang_timeout, load_timeout=settings.load_timeout, spawn=warm.take
+            spec,
+            hang_timeout=settings.engine.hang_timeout,
+            load_timeout=settings.engine.load_timeout,
+            telemetry=telemetry,
+            spawn=warm.take,
         )
 
-    return Standby(spec, make, wanted=model.standby, warm=warm, on_progress=on_progress)
+    return Standby(spec, make, wanted=model.standby, warm=warm, on_progress=on_progress, telemetry=telemetry)
 
 
 # ---------------------------------------------------------------------------------------------- who hears
@@ -249,5 +233,5 @@ def build_engine(model: ModelSettings, settings: Settings, warm: WarmPool, on_pr
 
 def subscribers(settings: Settings, metrics: Metrics) -> list[Subscriber]:
     """Who hears what the process tells of itself."""
-    files = [RequestLog(settings.log_dir)] if settings.log_dir is not None else []
+    files = [RequestLog(settings.log.dir)] if settings.log.dir is not None else []
     return [metrics, EventLog(), *files]

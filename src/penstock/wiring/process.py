@@ -43,12 +43,14 @@ async def run(settings: Settings, watcher: Watcher, *, api: bool, workers: bool)
                 if store is None:
                     return  # the signal came first
                 jobs = JobWatch(observed(store, telemetry), telemetry)
-                warm = WarmPool(settings.warm_processes)
-                manager = parts.build_manager(settings, jobs.broker, metrics, warm, watcher) if workers else None
-                gateway = Gateway(jobs.broker, parts.gateway_config(settings, api), models=manager)
+                warm = WarmPool(settings.engine.warm_processes)
+                manager = (
+                    parts.build_manager(settings, jobs.broker, metrics, warm, watcher, telemetry) if workers else None
+                )
+                gateway = Gateway(jobs.broker, parts.gateway_config(settings, store.kind, api), models=manager)
                 batches = parts.build_batches(settings, gateway) if api else None
                 app = parts.build_app(gateway, manager, batches, jobs, metrics)
-                server = http_server(app, drain_timeout=settings.drain_timeout)
+                server = http_server(app, drain_timeout=settings.server.drain_timeout)
                 async with contextlib.AsyncExitStack() as running:
                     await running.enter_async_context(contextlib.aclosing(warm))
                     await running.enter_async_context(gateway.running(catalogue=api))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from penstock.core.aio import Backoff
 from penstock.core.ports import WORKER_STATES, QueueStats
@@ -43,12 +44,17 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """The operator's numbers, and ours. Times in seconds."""
+    """The operator's numbers, which have a description, and ours. Times in seconds."""
 
-    idle_unload: float = 0.0
-    """Models on demand are unloaded when they were idle for so long; 0: never."""
-    swap_after: float = 30.0
-    """Busy models make room for one whose jobs have waited for so long, once they are up for as long."""
+    idle_unload: Annotated[
+        float,
+        Meta(ge=0, description="Seconds without a job after which a model on demand is unloaded; 0: never."),
+    ] = 0.0
+    swap_after: Annotated[
+        float,
+        Meta(ge=0, description="Seconds that jobs wait for memory before a busy model makes room for theirs."),
+    ] = 30.0
+    """… once that is up for as long."""
     poll_interval: float = 0.2
     """Between two decisions while some model is not loaded, …"""
     all_loaded_interval: float = 1.0

@@ -31,9 +31,9 @@ async def test_a_database_without_keep_gets_it(tmp_path: Path) -> None:
     broker = EmbeddedBroker(tmp_path)
     await broker.open()
     try:
-        job = Job(id=new_job_id(), tenant="t", request=Request(model="m", prompt="x"), keep=5.0)
+        job = Job(id=new_job_id(), tenant="t", request=Request(model="m", prompt="x"), retain_for=5.0)
         await broker.submit(job)
-        assert (await broker.get("t", job.id)).keep == 5.0
+        assert (await broker.get("t", job.id)).retain_for == 5.0
         assert (await broker.stats()).jobs[Status.CANCELLED] == 1
     finally:
         await broker.close()

@@ -15,7 +15,7 @@ JOB = Job(
     metadata={"a": "b"},
     on_disconnect="cancel",
     view=b"seen",
-    keep=5.0,
+    retain_for=5.0,
     trace="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 )
 
@@ -28,7 +28,7 @@ def test_details_of_before_are_read_with_the_defaults_of_what_came_later() -> No
         assert (read.request, read.request_id, read.metadata) == (JOB.request, "req", {"a": "b"})
         assert read.on_disconnect == "cancel"
         assert read.view == (b"seen" if count > 4 else b"")
-        assert read.keep == (5.0 if count > 5 else None)
+        assert read.retain_for == (5.0 if count > 5 else None)
         assert read.trace is None
 
 

@@ -141,7 +141,7 @@ class Walk:
         if pick.random() < 0.2:
             fields["idempotency_key"] = pick.choice(["k", "k:2"])
         if pick.random() < 0.2:
-            fields["keep"] = pick.choice([5.0, 60.0])
+            fields["retain_for"] = pick.choice([5.0, 60.0])
         new = job(pick.choice(TENANTS), pick.choice(MODELS), pick.choice([1, 4, 300]), **fields)
         with contextlib.suppress(Overloaded):
             self.jobs.append(await self.broker.submit(new))
@@ -571,14 +571,26 @@ class TestArguments:
             no_text: str | None
             blobs: scripts.Blobs
 
-        prelude, encoders = scripts.arguments(Kinds)
-        values = ("", b"\xff", 2**53, 0.1, True, False, ["a", "b"], 1e-7, None, None, [b"x", b"y"])
-        words = [word for encode, value in zip(encoders, values, strict=True) for word in encode(value)]
+        prelude, Kinds.encoders = scripts.arguments(Kinds)
+        Kinds.has_blobs = True
+        given = Kinds(
+            text="",
+            blob=b"\xff",
+            number=2**53,
+            real=0.1,
+            yes=True,
+            no=False,
+            some=["a", "b"],
+            given=1e-7,
+            missing=None,
+            no_text=None,
+            blobs=[b"x", b"y"],
+        )
         body = """
             return { text, blob, string.format("%.0f", number), string.format("%.17g", real), tostring(yes),
                      tostring(no), some[2], string.format("%.17g", given), tostring(missing), tostring(no_text),
                      blobs(2), tostring(blobs(3)) }"""
-        answer = client.eval("\n".join((*prelude, body)), 0, "", "", *words)
+        answer = client.eval("\n".join((*prelude, body)), 0, "", "", *given.words())
         assert answer == [
             b"", b"\xff", b"9007199254740992", b"0.10000000000000001", b"true",
             b"false", b"b", b"9.9999999999999995e-08", b"nil", b"nil", b"y", b"nil",

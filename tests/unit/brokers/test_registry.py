@@ -15,6 +15,7 @@ from penstock.brokers.registry import broker_type, open_broker
 from penstock.core.errors import BrokerUnavailable, InvalidRequest
 from penstock.core.job import Job, Request, new_job_id
 from penstock.core.ports import Broker, QueuePolicy
+from penstock.core.telemetry import NoTelemetry
 
 OPTIONS = {"durability": "fast", "shards": 2, "prefix": "p", "replicas": 1, "timeout": 1.0}
 
@@ -30,7 +31,7 @@ OPTIONS = {"durability": "fast", "shards": 2, "prefix": "p", "replicas": 1, "tim
 )
 def test_the_scheme_says_which_broker(address: str, kind: type[Broker], tmp_path: Path) -> None:
     found = broker_type(address)
-    assert isinstance(found.make(address, found.options(), QueuePolicy()), kind)
+    assert isinstance(found.make(address, found.options(), QueuePolicy(), NoTelemetry()), kind)
 
 
 @pytest.mark.parametrize("address", ["", "http://x", "redis", "embedded://x", "postgres://user:s3cret@host/db"])
@@ -41,7 +42,9 @@ def test_an_unknown_scheme_is_told_those_that_are_known(address: str) -> None:
 
 
 async def test_each_broker_gets_its_own_options(tmp_path: Path) -> None:
-    broker = await open_broker("embedded", {**OPTIONS, "data_dir": tmp_path}, QueuePolicy(), lambda why, pause: None)
+    broker = await open_broker(
+        "embedded", {**OPTIONS, "data_dir": tmp_path}, QueuePolicy(), NoTelemetry(), lambda why, pause: None
+    )
     try:
         assert broker.kind == "embedded"
         assert (tmp_path / "broker" / "penstock.db").exists()
@@ -57,10 +60,10 @@ def test_options_are_checked_with_the_broker() -> None:
 async def test_a_store_of_this_machine_is_not_waited_for(tmp_path: Path) -> None:
     waits: list[str] = []
     options = {"data_dir": tmp_path}
-    first = await open_broker("embedded", options, QueuePolicy(), lambda why, pause: waits.append(why))
+    first = await open_broker("embedded", options, QueuePolicy(), NoTelemetry(), lambda why, pause: waits.append(why))
     try:
         with pytest.raises(BrokerUnavailable, match="Another Penstock"):
-            await open_broker("embedded", options, QueuePolicy(), lambda why, pause: waits.append(why))
+            await open_broker("embedded", options, QueuePolicy(), NoTelemetry(), lambda why, pause: waits.append(why))
     finally:
         await first.close()
     assert waits == []
@@ -99,8 +102,8 @@ def check(address):
         raise InvalidRequest("a shelf has a name")
 
 
-def make(address, options, policy):
-    return Shelf(options.data_dir / address.removeprefix("shelf://"), policy=policy)
+def make(address, options, policy, telemetry):
+    return Shelf(options.data_dir / address.removeprefix("shelf://"), policy=policy, telemetry=telemetry)
 
 
 BROKER = BrokerType(make=make, options=Options, check=check, remote=True)
@@ -128,7 +131,7 @@ async def test_a_broker_of_somebody_else_is_found_checked_waited_for_and_used(
     note: Callable[[str, float], None] = lambda why, pause: waits.append((why, pause))  # noqa: E731
     with pytest.raises(InvalidRequest, match="a shelf has a name"):
         broker_type("shelf://")
-    broker = await open_broker("shelf://books", {**OPTIONS, "data_dir": tmp_path}, QueuePolicy(), note)
+    broker = await open_broker("shelf://books", {**OPTIONS, "data_dir": tmp_path}, QueuePolicy(), NoTelemetry(), note)
     try:
         assert broker.kind == "shelf"
         assert [why for why, _ in waits] == ["The shelf is away."] * 2

@@ -124,6 +124,24 @@ class TestTaskSet:
         assert ended[:1] == ["ended"]
         await tasks.aclose()  # once more is nothing
 
+    async def test_joined_those_have_ended_that_others_begin(self) -> None:
+        tasks, ended = TaskSet(), list[str]()
+
+        async def last() -> None:
+            await asyncio.sleep(0.001)
+            ended.append("last")
+
+        tasks.spawn(soon()).add_done_callback(lambda _: tasks.spawn(last()))
+        await tasks.join(10)
+        assert (ended, len(tasks)) == (["last"], 0)
+
+    async def test_joined_for_a_while_what_goes_on_goes_on(self) -> None:
+        tasks = TaskSet()
+        task = tasks.spawn(forever())
+        await tasks.join(0.001)
+        assert not task.done()
+        await tasks.aclose()
+
     async def test_failures_are_told(self) -> None:
         failures: list[BaseException] = []
         tasks = TaskSet(failures.append)

@@ -565,7 +565,7 @@ class TestTooLong:
         """A gateway whose model has a context of 20 tokens and no slot free; streams' headers wait for nothing else."""
         broker = EmbeddedBroker(tmp_path)
         await broker.open()
-        gateway = Served(broker, GatewayConfig(models=("m",), hold=0.0))
+        gateway = Served(broker, GatewayConfig(models=("m",), first_event_wait=0.0))
         async with gateway.running():
             info = ModelInfo(name="m", engine="synthetic", context_length=20)
             await broker.register(WorkerInfo(id="w", models=(info,)))
@@ -634,7 +634,7 @@ class TestTooLong:
             asking = asyncio.create_task(http.post("/v1/generate", json=long("/v1/generate", stream=True)))
             await queued(busy)
             busy.drain()
-            async with asyncio.timeout(busy.config.hold_long_prompt / 2):
+            async with asyncio.timeout(busy.config.first_event_wait_long_prompt / 2):
                 reply = await asking
         assert reply.status_code == 200
         assert reply.text.startswith("retry: ")
@@ -866,7 +866,7 @@ class TestRepeats:
 
 
 class TestOrigins:
-    async def ask(self, gateway: Served, method: str = "POST", **headers: str) -> httpx.Response:
+    async def run_once(self, gateway: Served, method: str = "POST", **headers: str) -> httpx.Response:
         async with as_tenant(gateway, "one") as client:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             return await client.request(

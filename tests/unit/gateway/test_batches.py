@@ -21,10 +21,11 @@ from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ErrorInfo, InvalidRequest, NotFound
 from penstock.core.job import Job, Message, Priority, Request, new_job_id
 from penstock.core.ports import Append, Finish, ModelInfo, QueuePolicy, WorkerInfo
+from penstock.gateway.batches.input import MAX_ERRORS, MAX_LINES, check_input, read_lines
 from penstock.gateway.batches.routes import view
-from penstock.gateway.batches.run import PLACES
 from penstock.gateway.batches.runner import BatchRunner
-from penstock.gateway.batches.store import MAX_ERRORS, MAX_LINES, WINDOW, Batch, BatchStore, check_input, read_lines
+from penstock.gateway.batches.slots import MAX_OPEN
+from penstock.gateway.batches.store import WINDOW, Batch, BatchStore
 from penstock.gateway.config import GatewayConfig
 from penstock.gateway.dialects.registry import BATCHABLE
 from penstock.gateway.dialects.responses.bodies import CreateResponse
@@ -155,7 +156,7 @@ class TestStore:
         file = put(store.files, [line(1)])
         batch = store.create("t", CHAT, file)
         store.files.delete("t", file.id)
-        assert (store.place("t", batch.id) / "input.jsonl").read_bytes() == jsonl([line(1)])
+        assert (store.folder_of("t", batch.id) / "input.jsonl").read_bytes() == jsonl([line(1)])
         assert store.get("t", batch.id) == batch
         with pytest.raises(NotFound):
             store.get("another", batch.id)
@@ -206,13 +207,13 @@ class TestStore:
         clock.advance(store.files.ttl + 1)
         store.sweep()
         store.get("t", batch.id)
-        assert (store.place("t", batch.id) / "input.jsonl").exists()
+        assert (store.folder_of("t", batch.id) / "input.jsonl").exists()
         batch.enter("completed", clock.now())
         store.save("t", batch)  # and its runner died before it cleaned up
         clock.advance(store.files.ttl - 1)
         store.sweep()
         store.get("t", batch.id)
-        assert [path.name for path in store.place("t", batch.id).iterdir()] == ["batch.json"]
+        assert [path.name for path in store.folder_of("t", batch.id).iterdir()] == ["batch.json"]
         clock.advance(2)
         store.sweep()
         with pytest.raises(NotFound):
@@ -327,7 +328,7 @@ class TestRunner:
         lines = [line(1), line(2, temperature=9), line(3), line(4, stream=True), line(5)]
         async with house.runner():
             batch = await house.end(house.batch(lines))
-            place = house.store.place("t", batch.id)
+            place = house.store.folder_of("t", batch.id)
             await house.until(batch, lambda _: [path.name for path in place.iterdir()] == ["batch.json"])
         output, errors = house.results(batch)
         assert batch.state == "completed"
@@ -387,12 +388,12 @@ class TestRunner:
         house.working = False
         async with house.runner() as runner:
             file = put(house.store.files, [line(1), line(2)])
-            batches = [house.store.create("t", CHAT, file) for _ in range(PLACES + 20)]
+            batches = [house.store.create("t", CHAT, file) for _ in range(MAX_OPEN + 20)]
             for batch in batches:
                 await house.until(batch, lambda found: found.state == "in_progress")
-            assert 0 < house.open_files() <= 3 * PLACES
+            assert 0 < house.open_files() <= 3 * MAX_OPEN
             house.store.cancel("t", batches[-1].id)
-            runner.nudge()
+            runner.notify()
             assert (await house.end(batches[-1])).state == "cancelled"
             house.working = True
             for batch in batches[:-1]:
@@ -411,7 +412,7 @@ class TestRunner:
             await house.until(batch, lambda _: len(house.runs) > 20)
             house.working = False
             house.store.cancel("t", batch.id)
-            runner.nudge()
+            runner.notify()
             batch = await house.end(batch)
         output, errors = house.results(batch)
         assert batch.state == "cancelled"
@@ -481,7 +482,7 @@ class TestDeaths:
                         async with house.runner():
                             await asyncio.sleep(life)
                         house.working = rng.random() < 0.8
-                        place = house.store.place("t", batch.id)
+                        place = house.store.folder_of("t", batch.id)
                         for name in ("output.jsonl", "errors.jsonl"):
                             if (place / name).exists() and house.store.get("t", batch.id).state == "in_progress":
                                 with (place / name).open("ab") as file:
@@ -525,6 +526,19 @@ class TestDeaths:
         (message,) = output["id-2"]["response"]["body"]["output"]
         assert message["content"][0]["text"] == "asay 2"
         assert house.jobs_ever() == 3
+
+    async def test_a_cancelled_batch_also_stops_the_jobs_of_a_dead_runner(self, house: House) -> None:
+        house.working = False
+        batch = house.batch(line(n) for n in range(20))
+        async with house.runner():
+            await house.until(batch, lambda _: house.jobs_ever() == house.window)
+        house.store.cancel("t", batch.id)
+        async with house.runner():
+            batch = await house.end(batch)
+        assert (batch.state, batch.completed, batch.failed) == ("cancelled", 0, 20)
+        _, errors = house.results(batch)
+        assert {entry["error"]["code"] for entry in errors.values()} == {"batch_cancelled"}
+        assert await house.jobs_left() == 0
 
     async def test_two_runners_at_once(self, house: House) -> None:
         """One has the lock; when it goes the other one takes over."""

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.errors import InsufficientStorage, NotFound, RequestTooLarge
-from penstock.gateway.files.store import ABANDONED, FileStore, LineLog, StoredFile, link
+from penstock.gateway.files.disk import AppendOnlyFile, link
+from penstock.gateway.files.store import ABANDONED, FileStore, StoredFile
 from penstock.testing.clock import ManualClock
 
 
@@ -156,7 +157,7 @@ class TestFiles:
         file = StoredFile(id="file-" + "1" * 32, filename="o", purpose="batch_output", bytes=3, created_at=clock.now())
         link(source, store.folder("t", "files") / file.id)  # as far as a process came that died
         for _ in range(2):
-            store.adopt("t", source, file)
+            store.publish("t", source, file)
             assert store.get("t", file.id) == file
             assert store.path("t", file.id).read_bytes() == b"abc"
 
@@ -184,7 +185,7 @@ class TestAFullDisk:
     def test_a_log_is_as_it_was_and_goes_on(self, tmp_path: Path) -> None:
         path = tmp_path / "log"
         lines = [json.dumps({"n": n, "pad": "x" * 50_000}).encode() + b"\n" for n in range(6)]
-        log = LineLog(path, json.loads)
+        log = AppendOnlyFile(path, json.loads)
         log.append(lines[:2])
         with a_disk_that_is_full_at(200_000), pytest.raises(OSError, match="too large"):
             log.append(lines[2:])
@@ -213,7 +214,7 @@ class TestLineLog:
                     raise ValueError("not one of ours")
                 seen.append(value["n"])
 
-            log = LineLog(path, each)
+            log = AppendOnlyFile(path, each)
             intact = whole[:cut].count(b"\n")
             assert seen[:intact] == list(range(intact))
             assert path.read_bytes() == b"".join(LINES[n] for n in seen)

@@ -121,7 +121,7 @@ class EmbeddedBroker:
                 job.deadline_at,
                 job.idempotency_key,
                 job.fingerprint,
-                job.keep,
+                job.retain_for,
                 _encode(Details.of(job)),
             ),
         )

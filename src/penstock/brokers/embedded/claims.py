@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from typing import Any
 
 from penstock.brokers.embedded.queue import Demand, FairQueue
 from penstock.brokers.embedded.store import Store, Transaction
+from penstock.core.aio import TaskSet
 from penstock.core.ports import Clock, Lease, Release
 
 
@@ -27,13 +29,13 @@ class Claims:
         self,
         queue: FairQueue,
         clock: Clock,
-        release: Callable[[Sequence[Release]], Awaitable[None]],
+        release: Callable[[Sequence[Release]], Coroutine[Any, Any, None]],
     ) -> None:
         self._queue = queue
         self._clock = clock
         self._release = release
         self._waiting: list[_Claimant] = []
-        self._tasks: set[asyncio.Future[None]] = set()
+        self._tasks = TaskSet()
 
     async def claim(self, store: Store, demand: Demand, wait: float) -> list[Lease]:
         claimant = _Claimant(demand, asyncio.get_running_loop().create_future())
@@ -88,6 +90,4 @@ class Claims:
     def _give_back(self, served: asyncio.Future[list[Lease]]) -> None:
         """Leases for a claimant that was cancelled while the commit that served it was under way."""
         if not served.cancelled() and (leases := served.result()):
-            task = asyncio.ensure_future(self._release([Release(lease.key) for lease in leases]))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.spawn(self._release([Release(lease.key) for lease in leases]))

@@ -161,7 +161,7 @@ class RedisBroker:
                 tenant=job.tenant,
                 user=job.user or "",
                 model=job.request.model,
-                priority=job.priority,
+                priority=int(job.priority),
                 estimate=job.request.estimated_prompt_tokens,
                 deadline=job.deadline_at,
                 caller_now=self._clock.now(),
@@ -173,7 +173,7 @@ class RedisBroker:
                 max_queued_per_tenant=-(-policy.max_queued_per_tenant // shards),
                 max_bytes_per_tenant=-(-policy.max_bytes_per_tenant // shards),
                 memory_full=self._memory_full,
-                keep=job.keep,
+                retain_for=job.retain_for,
                 choices=job.request.n,
             )
         )

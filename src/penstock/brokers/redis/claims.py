@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -16,19 +15,18 @@ from penstock.brokers.record import EXPIRED
 from penstock.brokers.redis import scripts
 from penstock.brokers.redis.rows import lease_of
 from penstock.brokers.redis.shard import Shard
+from penstock.core.aio import TaskSet, wait_for_event
 from penstock.core.errors import BrokerUnavailable
 from penstock.core.ports import Lease, Release, WorkerInfo
 
 #: Seconds that a claim waits for a wake-up before it looks again by itself.
 CLAIM_POLL = 1.0
-#: Seconds that calls under way get when the broker is closed.
-CLOSE_TIMEOUT = 1.0
+#: Seconds that claims under way get when the broker is closed, and the release of what they bring.
+CLOSE_TIMEOUT = 2.0
 #: How often, at least, a worker that claims from many shards says on the first one that it is alive.
 REGISTER_INTERVAL = 1.0
 
 _pack = msgspec.msgpack.Encoder().encode
-
-T = TypeVar("T")
 
 _EXPIRED = _pack(EXPIRED)
 
@@ -49,16 +47,12 @@ class Claims:
         """When each worker was last registered, by the loop's clock."""
         self._held: dict[str, int] = {}
         """The shard where a job waits for more of a claimant's slots."""
-        self._tasks: set[asyncio.Future[Any]] = set()
+        self._tasks = TaskSet()
 
     async def close(self) -> None:
         """Wait a little for the claims under way, so that they are given back."""
-        for _ in range(2):  # a claim, then its release
-            if self._tasks:
-                await asyncio.wait(list(self._tasks), timeout=CLOSE_TIMEOUT)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.join(CLOSE_TIMEOUT)
+        await self._tasks.aclose()
 
     async def claim(self, worker: WorkerInfo, models: Collection[str], limit: int, wait: float) -> list[Lease]:
         """As the broker's verb; *limit* is positive, and there are models."""
@@ -89,9 +83,7 @@ class Claims:
                 leases = await self._uncancelled(self._take(worker.id, claim))
                 if leases or left <= 0:
                     return leases
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(left):
-                        await notified.wait()
+                await wait_for_event(notified, left)
         finally:
             self._waiting[number].remove(notified)
 
@@ -149,7 +141,7 @@ class Claims:
 
     async def _uncancelled(self, claim: Coroutine[Any, Any, list[Lease]]) -> list[Lease]:
         """The leases of *claim*; if the caller is cancelled meanwhile, they are given back when they come."""
-        task = self._spawn(claim)
+        task = self._tasks.spawn(claim)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -158,10 +150,4 @@ class Claims:
 
     def _give_back(self, claim: asyncio.Future[list[Lease]]) -> None:
         if not claim.cancelled() and claim.exception() is None and claim.result():
-            self._spawn(self._release([Release(lease.key) for lease in claim.result()]))
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+            self._tasks.spawn(self._release([Release(lease.key) for lease in claim.result()]))

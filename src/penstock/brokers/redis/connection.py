@@ -42,6 +42,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from penstock.core.aio import Backoff
 from penstock.core.errors import BrokerUnavailable, InsufficientStorage, InvalidRequest, first_of
 
 log = structlog.get_logger("penstock.redis")
@@ -208,7 +209,7 @@ class ReconnectingConnection:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._delay = 0.0
+        self._backoff = Backoff(0.05, MAX_BACKOFF)
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self.up = asyncio.Event()
@@ -241,9 +242,7 @@ class ReconnectingConnection:
                 if connection is not None:
                     await connection.disconnect(nowait=True)
             if not self._closing:
-                # Exponential backoff with full jitter; the first attempt comes soon: most breaks are short.
-                self._delay = min(MAX_BACKOFF, self._delay * 2 or 0.05)
-                await asyncio.sleep(random.uniform(0, self._delay))
+                await asyncio.sleep(self._backoff.next())
 
     def _broken(self, error: BaseException) -> None:
         if self.up.is_set() or self.failure is None:
@@ -252,7 +251,7 @@ class ReconnectingConnection:
         self.failed.set()
 
     def _healthy(self) -> None:
-        self._delay = 0.0
+        self._backoff.reset()
         if self.failure is not None:
             log.info("redis_found", connection=self.role)
         self.failure = None

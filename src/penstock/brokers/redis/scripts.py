@@ -24,8 +24,8 @@ Answer = TypeVar("Answer")
 #: Arguments in any number, the last of a script: ``blobs(n)`` is the nth of them in Lua, counted from 1.
 Blobs = Sequence[bytes]
 
-#: From a value to the words that are sent of it.
-Encoder = Callable[[Any], Sequence[Word]]
+#: From a value to the word that is sent of it.
+Encoder = Callable[[Any], Word]
 
 _pack = msgspec.msgpack.Encoder().encode
 
@@ -159,7 +159,10 @@ class Script(msgspec.Struct, Generic[Answer], kw_only=True):
     name: ClassVar[str]
     only_reads: ClassVar[bool] = False
     """It changes nothing that has to be durable."""
-    encoders: ClassVar[tuple[Encoder, ...]]
+    encoders: ClassVar[dict[int, Encoder]]
+
+    has_blobs: ClassVar[bool] = False
+    """The last field is `Blobs`."""
 
     def parse(self, reply: Any) -> Answer:
         """What the script answers, of its reply."""
@@ -167,8 +170,12 @@ class Script(msgspec.Struct, Generic[Answer], kw_only=True):
 
     def words(self) -> list[Word]:
         """Its arguments, as they are sent."""
-        values = msgspec.structs.astuple(self)
-        return [word for encode, value in zip(self.encoders, values, strict=True) for word in encode(value)]
+        words: list[Any] = [*msgspec.structs.astuple(self)]
+        for number, encode in self.encoders.items():
+            words[number] = encode(words[number])
+        if self.has_blobs:
+            words += words.pop()
+        return words
 
 
 class Enter(Script[Entered]):
@@ -207,7 +214,7 @@ class Submit(Script[Created | Found | Refused]):
     max_queued_per_tenant: int
     max_bytes_per_tenant: int
     memory_full: bool
-    keep: float | None
+    retain_for: float | None
     """Seconds for which it is kept after its end; None: as the policy says."""
     choices: int
 
@@ -473,39 +480,35 @@ _COMMON = (
 )
 
 
-def _argument(name: str, hint: Any, number: int) -> tuple[str, Encoder]:
-    """How Lua gets argument *number*, and how it is sent."""
+def _argument(name: str, hint: Any, number: int) -> tuple[str, Encoder | None]:
+    """How Lua gets argument *number*, and what is sent of it (None: itself)."""
     given = f"ARGV[{number}]"
     if hint == Blobs:
-        return f"local function {name}(number) return ARGV[{number - 1} + number] end", lambda value: value
+        return f"local function {name}(number) return ARGV[{number - 1} + number] end", None
     kinds = set(get_args(hint)) if type(None) in get_args(hint) else {hint}
     optional = type(None) in kinds
     [kind] = kinds - {type(None)}
-    encode: Callable[[Any], Word] | None = None
-    if kind in (int, float):  # tonumber("") is nil
-        local, encode = f"tonumber({given})", str
+    encode: Encoder | None = _or_nothing if optional else None
+    if kind in (int, float):
+        local = f"tonumber({given})"  # of nothing it is nil
     elif kind is bool:
-        local, encode = f'{given} == "1"', lambda value: int(value)
+        local, encode = f'{given} == "1"', int
     elif kind in (str, bytes):
         local = f'{given} ~= "" and {given} or nil' if optional else given
     else:
         local, encode = f"cmsgpack.unpack({given})", _pack
-    return f"local {name} = {local}", _encoder(encode, optional)
+    return f"local {name} = {local}", encode
 
 
-def arguments(script: type[Script[Any]]) -> tuple[list[str], tuple[Encoder, ...]]:
-    """The lines of Lua that make locals of what a script is given, and how each of it is sent."""
+def _or_nothing(value: Word | None) -> Word:
+    return b"" if value is None else value
+
+
+def arguments(script: type[Script[Any]]) -> tuple[list[str], dict[int, Encoder]]:
+    """The lines of Lua that make locals of what a script is given, and which of it are encoded how."""
     hints = get_type_hints(script)
     own = [_argument(name, hints[name], number) for number, name in enumerate(script.__struct_fields__, 3)]
-    return [local for local, _ in own], tuple(encode for _, encode in own)
-
-
-def _encoder(encode: Callable[[Any], Word] | None, optional: bool) -> Encoder:
-    if encode is None:
-        return (lambda value: (b"" if value is None else value,)) if optional else (lambda value: (value,))
-    if optional:
-        return lambda value: (b"" if value is None else encode(value),)
-    return lambda value: (encode(value),)
+    return [local for local, _ in own], {i: encode for i, (_, encode) in enumerate(own) if encode is not None}
 
 
 def _prepare(script: type[Script[Any]]) -> bytes:
@@ -513,6 +516,7 @@ def _prepare(script: type[Script[Any]]) -> bytes:
     be able to end."""
     script.name = re.sub(r"(?<=.)(?=[A-Z])", "_", script.__name__).lower()
     prelude, script.encoders = arguments(script)
+    script.has_blobs = "blobs" in script.__struct_fields__
     folder = resources.files(__package__) / "lua"
     parts = (
         "#!lua" if script is Submit else "#!lua flags=allow-oom",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -24,6 +24,7 @@ from penstock.brokers.redis.connection import (
 )
 from penstock.brokers.redis.scripts import SHA, SOURCES, Answer, Script
 from penstock.brokers.redis.server import Tier, inspect
+from penstock.core.aio import TaskSet, first_done
 from penstock.core.errors import (
     BrokerUnavailable,
     InvalidRequest,
@@ -128,8 +129,7 @@ class Shard:
         self._followed: dict[str, FollowedLog] = {}
         self._left: set[str] = set()
         self._doubts = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._repairing: asyncio.Task[None] | None = None
+        self._tasks = TaskSet()
 
     # ------------------------------------------------------------------------------------ life
 
@@ -149,11 +149,11 @@ class Shard:
         self.commands.start()
         self.subscriber.subscribe(self._own_channel)
         self.subscriber.start()
-        self._repairing = asyncio.create_task(self._repair(), name="redis: repair")
+        self._tasks.spawn(self._repair(), name="redis: repair")
         try:
             async with asyncio.timeout(self._timeout):
                 while not self.commands.up.is_set():
-                    await _first_of(self.commands.up, self.commands.failed)
+                    await first_done(self.commands.up.wait(), self.commands.failed.wait())
                     if isinstance(self.commands.failure, InvalidRequest):
                         raise self.commands.failure
                     self.commands.failed.clear()
@@ -162,10 +162,7 @@ class Shard:
             raise self.commands.unavailable() from None
 
     async def close(self) -> None:
-        tasks = [task for task in (self._repairing, *self._tasks) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.aclose()
         await self.subscriber.close()
         await self.commands.close()
 
@@ -234,13 +231,7 @@ class Shard:
             followed.doubted = True
 
     def _resync(self) -> None:
-        self._spawn(self._look())
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        self._tasks.spawn(self._look())
 
     async def _repair(self) -> None:
         """Messages are hints: look at all followed logs now and then, and read what a lost message would have told."""
@@ -284,7 +275,7 @@ class Shard:
     def catch_up(self, job: str, followed: FollowedLog) -> None:
         """Read what is missing, once; nothing while it is in doubt whether our beginning is still the store's."""
         if followed.catching_up is None and not followed.doubted:
-            followed.catching_up = self._spawn(self._read_missing(job, followed))
+            followed.catching_up = self._tasks.spawn(self._read_missing(job, followed))
 
     async def _read_missing(self, job: str, followed: FollowedLog) -> None:
         """Read from our head on until nothing is missing."""
@@ -344,15 +335,6 @@ class Shard:
             del self._followed[job]
             if not followed.ended:
                 self._left.add(job)
-
-
-async def _first_of(*events: asyncio.Event) -> None:
-    waiting = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in waiting:
-            task.cancel()
 
 
 def _is_rewound(followed: FollowedLog, ours: int, head: int, claimed_in: int, floor: int) -> bool:

@@ -6,17 +6,20 @@ frame. Nothing here knows of asyncio, leases or logs.
 
 from __future__ import annotations
 
+import pkgutil
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from penstock.core.errors import EngineError, PenstockError
+from penstock.core.errors import EngineError, ModelLoadError, PenstockError
 from penstock.core.events import Prefix
 from penstock.core.job import Request
 from penstock.core.ports import Finish, ModelInfo, Output
 from penstock.core.tasks import Tokenized
 from penstock.engines.frames import Progress
+from penstock.engines.options import parse
+from penstock.engines.plugin import find_engine
 
 
 class Backend(ABC):
@@ -70,8 +73,20 @@ class Backend(ABC):
         """
 
 
-#: Loads a model: (name, path or None, options from ``--option``, progress). Raises `ModelLoadError`.
-Loader = Callable[[str, str | None, Mapping[str, Any], Progress], Backend]
+#: Loads a model: (name, path or None, the engine's options, progress). Raises `ModelLoadError` that says what to do.
+Loader = Callable[[str, str | None, Any, Progress], Backend]
+
+
+def load_backend(engine: str, model: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> Backend:
+    """Import the engine's library and load the model. *options*: as the operator typed them. Raises `ModelLoadError`
+    for what is foreseen."""
+    plugin = find_engine(engine)
+    given = parse(plugin.options, options, engine)
+    try:
+        load: Loader = pkgutil.resolve_name(plugin.load)
+    except ModuleNotFoundError as error:
+        raise ModelLoadError(f"The {engine} engine needs {error.name}: {plugin.install or 'install it'}.") from error
+    return load(model, path, given, progress)
 
 
 def failed_output(key: int, error: Exception) -> Output:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import os
+import pkgutil
 import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
 from penstock.core.errors import ErrorInfo, ModelLoadError, PenstockError
 from penstock.core.ports import ModelInfo, Output
-from penstock.engines.child.backend import Backend, Loader, failed_output, tokenized_output
+from penstock.engines.child import notices
+from penstock.engines.child.backend import Backend, failed_output, load_backend, tokenized_output
 from penstock.engines.child.coalescer import OutputCoalescer
 from penstock.engines.frames import (
     Abort,
@@ -37,31 +39,27 @@ from penstock.engines.frames import (
     ToParent,
     encode,
 )
-
-#: Which module loads which engine. Imported only in the child: no engine's library enters the server's process.
-ENGINES = {
-    "openvino": "penstock.engines.openvino.engine",
-    "llama": "penstock.engines.llama.engine",
-    "transformers": "penstock.engines.transformers.engine",
-    "vllm": "penstock.engines.vllm.engine",
-    "upstream": "penstock.engines.upstream",
-    "synthetic": "penstock.engines.synthetic",
-}
-
+from penstock.engines.plugin import find_engine
 
 #: The engine takes every core it gets; the server's short work (the log, the streams) must not queue behind it.
 NICENESS = 5
 
 
 class Channel:
-    """The child's end of the pair: blocking sends (a parent that is behind slows the engine), polled receives."""
+    """The child's end of the pair: blocking sends (a parent that is behind slows the engine), polled receives.
+
+    Only `send` may be called from other threads than the main one.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._sending = threading.Lock()
         self._splitter = Splitter(ToChild)
 
     def send(self, message: ToParent) -> None:
-        self._socket.sendall(encode(message))
+        frame = encode(message)
+        with self._sending:
+            self._socket.sendall(frame)
 
     def receive(self, wait: float | None, wakeup: int | None = None) -> list[ToChild]:
         """Commands that have arrived; waits up to *wait* seconds (None: for ever) for the first, or until *wakeup* is
@@ -144,7 +142,7 @@ def serve(channel: Channel, backend: Backend) -> None:
 def prepare(engine: str) -> None:
     """What loading any model begins with, done before one is named."""
     with contextlib.suppress(Exception):  # `load` meets it again, and tells
-        importlib.import_module(ENGINES[engine])
+        pkgutil.resolve_name(find_engine(engine).load)
 
 
 def load(channel: Channel) -> Backend | None:
@@ -154,9 +152,8 @@ def load(channel: Channel) -> Backend | None:
     command = messages[0]
     assert isinstance(command, Load)
     try:
-        module = importlib.import_module(ENGINES[command.engine])
-        loader: Loader = module.load
-        backend = loader(
+        return load_backend(
+            command.engine,
             command.model,
             command.path,
             command.options,
@@ -165,15 +162,10 @@ def load(channel: Channel) -> Backend | None:
     except PenstockError as error:
         channel.send(Failed(error.info, ""))
         return None
-    except ModuleNotFoundError as error:
-        message = f"The {command.engine} engine needs {error.name}: pip install 'penstock[{command.engine}]'."
-        channel.send(Failed(ModelLoadError(message).info, ""))
-        return None
     except Exception as error:
         message = f"Loading {command.model!r} with the {command.engine} engine failed: {error}"
         channel.send(Failed(ModelLoadError(message).info, traceback.format_exc()))
         return None
-    return backend
 
 
 def _die_with_parent() -> None:
@@ -192,6 +184,7 @@ def main() -> None:
     os.nice(NICENESS)
     os.dup2(2, 1)  # whatever a native library prints must not mix with the server's own output
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    notices.listen(channel.send)
     prepare(sys.argv[2])
     backend = load(channel)
     if backend is None:

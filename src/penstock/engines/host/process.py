@@ -12,18 +12,22 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
+import psutil
 
 from penstock.core.errors import EngineDied, ErrorInfo, ModelLoadError, error_from_info
 from penstock.core.events import split_choices
 from penstock.core.ports import Lease, ModelInfo, Output
+from penstock.core.telemetry import Fact, NoTelemetry, Telemetry
 from penstock.engines.frames import (
     Abort,
     Add,
     Failed,
     Load,
     Loading,
+    Notice,
     Outputs,
     Ping,
+    Progress,
     Ready,
     Splitter,
     ToChild,
@@ -33,6 +37,9 @@ from penstock.engines.frames import (
 
 #: Tokens that may wait to be taken before the child is made to wait.
 MAX_UNREAD = 32_768
+
+
+NO_TELEMETRY = NoTelemetry()
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -110,11 +117,13 @@ class EngineProcess(asyncio.Protocol):
         *,
         hang_timeout: float = 30.0,
         load_timeout: float = 900.0,
-        on_progress: Callable[[str, float | None], None] = lambda what, fraction: None,
+        on_progress: Progress = lambda what, fraction: None,
+        telemetry: Telemetry = NO_TELEMETRY,
         spawn: Callable[[str], Awaitable[Child]] = Child.spawn,
     ) -> None:
         self.spec = spec
         self.on_progress = on_progress
+        self._telemetry = telemetry
         self._spawn = spawn
         self._hang_timeout = hang_timeout
         self._load_timeout = load_timeout
@@ -123,6 +132,7 @@ class EngineProcess(asyncio.Protocol):
         self._watchdog: asyncio.Task[None] | None = None
         self._info: ModelInfo | None = None
         self._slots = 0
+        self._died = False
         self._reset()
 
     def _reset(self) -> None:
@@ -158,9 +168,23 @@ class EngineProcess(asyncio.Protocol):
         """Start the child and wait until its model is loaded. Raises `ModelLoadError`."""
         await self.close()
         self._reset()
+        with self._telemetry.span("engine.load", model=self.spec.model, engine=self.spec.engine):
+            started = time.monotonic()
+            await self._load()
+        self._watchdog = asyncio.create_task(self._watch(), name=f"engine watchdog: {self.spec.model}")
+        self._tell(
+            "engine.restarted" if self._died else "engine.loaded",
+            pid=self.pid,
+            seconds=round(time.monotonic() - started, 3),
+            memory=self._resident(),
+        )
+        self._died = False
+
+    async def _load(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             self._child = await self._spawn(self.spec.engine)
+            self._tell("engine.started", pid=self._child.process.pid)
             self._ready = loop.create_future()
             self._transport, _ = await loop.create_unix_connection(lambda: self, sock=self._child.socket)
             self._send(Load(self.spec.engine, self.spec.model, self.spec.path, dict(self.spec.options)))
@@ -172,7 +196,12 @@ class EngineProcess(asyncio.Protocol):
         except BaseException:
             await self.close()
             raise
-        self._watchdog = asyncio.create_task(self._watch(), name=f"engine watchdog: {self.spec.model}")
+
+    def _resident(self) -> int:
+        """Bytes of main memory that the child has by now, its children's not counted; 0: not known."""
+        with contextlib.suppress(psutil.Error):
+            return int(psutil.Process(self.pid).memory_info().rss) if self.pid else 0
+        return 0
 
     def add(self, key: int, lease: Lease) -> None:
         request = lease.job.request
@@ -223,6 +252,8 @@ class EngineProcess(asyncio.Protocol):
                     self._info, self._slots = info, slots
                     if self._ready is not None and not self._ready.done():
                         self._ready.set_result(None)
+                case Notice(name, facts):
+                    self._tell(name, **facts)
                 case Failed(error, trace):
                     if trace:
                         print(trace, file=sys.stderr, flush=True)
@@ -247,6 +278,9 @@ class EngineProcess(asyncio.Protocol):
 
     # ------------------------------------------------------------------------------------ inside
 
+    def _tell(self, name: str, **facts: Fact) -> None:
+        self._telemetry.event(name, **{**facts, "model": self.spec.model, "engine": self.spec.engine})
+
     def _send(self, message: ToChild) -> None:
         # uvloop raises where asyncio only warns: a child that died a moment ago is `step`'s news, not ours.
         if self._transport is not None and not self._transport.is_closing():
@@ -255,6 +289,9 @@ class EngineProcess(asyncio.Protocol):
     def _die(self, error: ErrorInfo) -> None:
         if self._death is None:
             self._death = error
+            if self._watchdog is not None:
+                self._died = True
+                self._tell("engine.died", error=error.message)
         if self._ready is not None and not self._ready.done():
             failure = error_from_info(error)
             self._ready.set_exception(failure if isinstance(failure, ModelLoadError) else ModelLoadError(error.message))

@@ -13,15 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-import structlog
-
+from penstock.core.aio import Backoff, wait_for_event
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import Lease, ModelInfo, Output
+from penstock.core.telemetry import Telemetry
 from penstock.engines.frames import Progress
 from penstock.engines.host.memory import estimate, held_by
-from penstock.engines.host.process import Child, EngineProcess, EngineSpec
-
-log = structlog.get_logger("penstock.engine")
+from penstock.engines.host.process import NO_TELEMETRY, Child, EngineProcess, EngineSpec
 
 #: Seconds after a swap before the next spare is loaded: the jobs that were interrupted come first.
 SETTLE = 2.0
@@ -92,12 +90,14 @@ class Standby:
         wanted: int = 0,
         warm: WarmPool | None = None,
         on_progress: Progress = lambda what, fraction: None,
+        telemetry: Telemetry = NO_TELEMETRY,
     ) -> None:
         self.spec = spec
         self.wanted = wanted
         self._make = make
         self._warm = warm
         self._on_progress = on_progress
+        self._telemetry = telemetry
         self._active = make()
         self._spares: list[EngineProcess] = []
         self._loading = 0
@@ -128,7 +128,7 @@ class Standby:
             dead, self._active = self._active, spare
             self._changed.set()
             await dead.close()
-            log.info("standby_taken", model=self.spec.model, left=len(self._spares))
+            self._telemetry.event("engine.spare_taken", model=self.spec.model, left=len(self._spares))
             return
         self._active.on_progress = self._on_progress
         try:
@@ -186,7 +186,7 @@ class Standby:
             self._filler = None
 
     async def _fill(self) -> None:
-        backoff = LOOK
+        backoff = Backoff(LOOK, MAX_BACKOFF, jitter=0)
         while True:
             for dead in [spare for spare in self._spares if not spare.alive]:
                 self._spares.remove(dead)
@@ -195,15 +195,15 @@ class Standby:
             if len(self._spares) < self._keep and time.monotonic() >= self._quiet_until:
                 try:
                     await self._load_spare()
-                    backoff = LOOK
+                    backoff.reset()
                     continue
                 except ModelLoadError as error:
-                    log.warning("standby_failed", model=self.spec.model, error=error.message, retry_in=backoff)
-                    pause, backoff = backoff, min(MAX_BACKOFF, 2 * backoff)
+                    pause = backoff.next()
+                    self._telemetry.event(
+                        "engine.spare_failed", model=self.spec.model, error=error.message, retry_in=pause
+                    )
             self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._changed.wait()
+            await wait_for_event(self._changed, pause)
 
     async def _load_spare(self) -> None:
         spare = self._make()

@@ -17,7 +17,6 @@ and an 8-bit cache on recent CPUs): faster, and none of that holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ import psutil
 from penstock.core.errors import ModelLoadError
 from penstock.engines.child.backend import Backend
 from penstock.engines.frames import Progress
-from penstock.engines.models import ModelFiles, resolve
+from penstock.engines.openvino.files import ModelFiles, resolve
+from penstock.engines.openvino.options import OpenVINOOptions
 from penstock.engines.openvino.ov import ov, paged_attention_transformation
-from penstock.engines.options import OpenVINOOptions as Options
-from penstock.engines.options import parse
 from penstock.engines.parts.batching import ContinuousBatching
 from penstock.engines.parts.embedding import EmbeddingBackend, pool, pooling_of, recipe_of
 from penstock.engines.parts.kvcache import CACHE_SHARE
@@ -47,7 +45,7 @@ WARM_UP = 1.0
 class OpenVINONetwork:
     """A compiled decoder with its cache tensors: tokens of several sequences in, logits of some of them out."""
 
-    def __init__(self, model_file: Path, options: Options, context: int) -> None:
+    def __init__(self, model_file: Path, options: OpenVINOOptions, context: int) -> None:
         core = ov.Core()
         model = core.read_model(model_file)
         paged_attention_transformation(model)
@@ -136,7 +134,7 @@ class OpenVINOEncoder:
     """See `penstock.engines.parts.embedding.Encoder`. Where the network makes the vectors of texts itself, they are
     taken, unless another *pooling* than "auto" is asked for."""
 
-    def __init__(self, model_file: Path, folder: Path, options: Options) -> None:
+    def __init__(self, model_file: Path, folder: Path, options: OpenVINOOptions) -> None:
         core = ov.Core()
         model = core.read_model(model_file)
         names = {name for port in model.outputs for name in port.get_names()}
@@ -176,7 +174,7 @@ def _embeds(model_file: Path) -> bool:
     return "logits" not in names and not names.isdisjoint({*TOKEN_VECTORS, TEXT_VECTORS})
 
 
-def _embedding(name: str, files: ModelFiles, text: TextModel, options: Options) -> EmbeddingBackend:
+def _embedding(name: str, files: ModelFiles, text: TextModel, options: OpenVINOOptions) -> EmbeddingBackend:
     encoder = OpenVINOEncoder(files.ir, files.text, options)
     recipe = recipe_of(
         files.text,
@@ -192,26 +190,25 @@ def _embedding(name: str, files: ModelFiles, text: TextModel, options: Options) 
     )
 
 
-def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> Backend:
+def load(name: str, path: str | None, options: OpenVINOOptions, progress: Progress) -> Backend:
     """See `penstock.engines.child.backend.Loader`."""
-    parsed = parse(Options, options, "openvino")
     files = resolve(name, path, progress)
     text = TextModel.load(files.text)
     progress("compiling the model", None)
     try:
         if _embeds(files.ir):
-            return _embedding(name, files, text, parsed)
-        network = OpenVINONetwork(files.ir, parsed, text.context_length)
+            return _embedding(name, files, text, options)
+        network = OpenVINONetwork(files.ir, options, text.context_length)
     except RuntimeError as error:
-        raise ModelLoadError(f"OpenVINO cannot load {files.ir} on {parsed.device}: {error}") from error
+        raise ModelLoadError(f"OpenVINO cannot load {files.ir} on {options.device}: {error}") from error
     backend = ContinuousBatching(
         name,
         "openvino",
         text,
         network,
-        slots=parsed.slots,
+        slots=options.slots,
         deterministic=network.precision == "f32",
-        prefix_caching=parsed.prefix_caching,
+        prefix_caching=options.prefix_caching,
     )
     backend.spare_time = backend.warm_up(WARM_UP)
     return backend

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import structlog
 from tokenizers import Tokenizer
 
 from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, Unsupported
@@ -17,6 +16,7 @@ from penstock.core.events import Logprob, TopLogprob
 from penstock.core.foreign import whole
 from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tasks import Tokenized
+from penstock.engines.child.notices import notify
 from penstock.engines.text.chat_template import ChatTemplate
 from penstock.engines.text.detokenize import (
     REPLACEMENT,
@@ -34,8 +34,6 @@ from penstock.engines.text.tools import (
     with_developers_as_system,
     with_tools_as_text,
 )
-
-log = structlog.get_logger("penstock.engine")
 
 #: Context length when no file tells one.
 DEFAULT_CONTEXT = 2048
@@ -138,7 +136,7 @@ class TextModel:
                 self._chat = ChatTemplate(chat_template, self._names)
             except ModelLoadError as error:
                 self.no_chat = error.message
-                log.warning("no_chat", reason=error.message)
+                notify("engine.no_chat", error=error.message)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> TextModel:

@@ -12,6 +12,15 @@ backend      calls, retries, failover
 ===========  ===========================================================================================
 """
 
-from penstock.engines.upstream.backend import load
+from __future__ import annotations
 
-__all__ = ["load"]
+from penstock.engines.plugin import Plugin
+from penstock.engines.upstream.options import UpstreamOptions, addresses
+
+
+def _check(name: str, path: str | None, options: UpstreamOptions) -> None:
+    _ = options.secret
+    addresses(path)
+
+
+PLUGIN = Plugin(load="penstock.engines.upstream.backend:load", options=UpstreamOptions, check=_check)

@@ -5,57 +5,52 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
 
 from penstock.core.errors import ModelLoadError
 from penstock.core.job import Task
-from penstock.engines.options import one_of
+from penstock.engines.options import Count, Positive
 
 TASKS: tuple[Task, ...] = ("generate", "embed", "tokenize", "score")
 #: Inputs that one call may bring, at OpenAI.
 MAX_BATCH = 2048
 
+Seconds = Annotated[float, Meta(gt=0)]
 
-@dataclass(frozen=True)
-class Options:
-    """``--option`` values of this engine.
 
-    ``model``: what the servers call it (default: the model's name here). ``key_env``: name of the environment variable
-    that holds the API key; ``key``: the key itself. ``slots``: streams at once, over all replicas. ``context``: in
-    tokens, where the servers do not tell. ``connect_timeout``: seconds. ``idle_timeout``: seconds of silence after
-    which a replica is taken for dead. ``retries``: rounds over all replicas, without a token, before a job goes back
-    to the queue. ``dialect``: auto, openai, vllm, llama or penstock. ``continuation`` of an interrupted reply: auto,
-    ids, text or none. ``tasks`` that the model can do: auto, or some of generate, embed, tokenize and score, by
-    commas. ``batch``: inputs to embed in one call.
+class UpstreamOptions(msgspec.Struct, frozen=True):
+    """``model``: what the servers call it (default: the model's name here). ``key_env``: name of the environment
+    variable that holds the API key; ``key``: the key itself. ``slots``: streams at once, over all replicas.
+    ``context``: in tokens, where the servers do not tell. ``connect_timeout``: seconds. ``idle_timeout``: seconds of
+    silence after which a replica is taken for dead. ``retries``: rounds over all replicas, without a token, before a
+    job goes back to the queue. ``dialect``: auto, openai, vllm, llama or penstock. ``continuation`` of an interrupted
+    reply: auto, ids, text or none. ``tasks`` that the model can do: auto, or some of generate, embed, tokenize and
+    score, by commas. ``batch``: inputs to embed in one call.
     """
 
     model: str = ""
     key_env: str = ""
     key: str = ""
-    slots: int = 256
-    context: int = 0
-    connect_timeout: float = 5.0
-    idle_timeout: float = 60.0
-    retries: int = 4
-    dialect: str = "auto"
-    continuation: str = "auto"
+    slots: Positive = 256
+    context: Count = 0
+    connect_timeout: Seconds = 5.0
+    idle_timeout: Seconds = 60.0
+    retries: Count = 4
+    dialect: Literal["auto", "openai", "vllm", "llama", "penstock"] = "auto"
+    continuation: Literal["auto", "ids", "text", "none"] = "auto"
     tasks: str = "auto"
-    batch: int = 32
+    batch: Annotated[int, Meta(ge=1, le=MAX_BATCH)] = 32
 
     def __post_init__(self) -> None:
-        one_of("dialect", self.dialect, "auto", "openai", "vllm", "llama", "penstock")
-        one_of("continuation", self.continuation, "auto", "ids", "text", "none")
-        if self.slots < 1 or self.context < 0 or self.retries < 0:
-            raise ModelLoadError("Option slots must be at least 1; context and retries must not be negative.")
-        if not 1 <= self.batch <= MAX_BATCH:
-            raise ModelLoadError(f"Option batch must be in 1 … {MAX_BATCH}.")
         if self.tasks != "auto" and not set(self.tasks.split(",")) <= set(TASKS):
             raise ModelLoadError(f"Option tasks is auto, or some of {', '.join(TASKS)}; not {self.tasks!r}.")
-        if self.connect_timeout <= 0 or self.idle_timeout <= 0:
-            raise ModelLoadError("Options connect_timeout and idle_timeout are seconds, more than 0.")
 
     @property
-    def told_tasks(self) -> tuple[Task, ...]:
+    def stated_tasks(self) -> tuple[Task, ...]:
         """What the operator says; empty: that the server be asked."""
         said = self.tasks.split(",")
         return tuple(task for task in TASKS if task in said)
@@ -76,7 +71,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Address:
+class ServerAddress:
     """Where a server is: ``root`` without and ``api`` with the version, neither with a slash at the end."""
 
     root: str
@@ -91,7 +86,7 @@ class Address:
         return urlsplit(self.root).netloc
 
 
-def addresses(path: str | None) -> list[Address]:
+def addresses(path: str | None) -> list[ServerAddress]:
     """The replicas of ``URL[,URL…]``. Raises `ModelLoadError`."""
     if not path:
         raise ModelLoadError("The upstream engine needs the server's address: --model NAME=http://host:port")
@@ -108,7 +103,7 @@ def addresses(path: str | None) -> list[Address]:
             raise ModelLoadError(f"{url!r} is not the address of a server: it has the form http://host:port[/v1].")
         base = url.rstrip("/")
         versioned = re.search(r"/v\d", parts.path) is not None
-        found.append(Address(base.removesuffix("/v1"), base if versioned else f"{base}/v1"))
+        found.append(ServerAddress(base.removesuffix("/v1"), base if versioned else f"{base}/v1"))
     if not found:
         raise ModelLoadError("The upstream engine needs the server's address: --model NAME=http://host:port")
     return found

@@ -6,19 +6,20 @@ import asyncio
 import contextlib
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import aiohttp
 
+from penstock.core.aio import Backoff
 from penstock.core.errors import EngineError, ModelLoadError, NoWorker, PenstockError, Unsupported
 from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Task
+from penstock.engines.child import notices
 from penstock.engines.upstream.answers import read_vectors
-from penstock.engines.upstream.dialects import DIALECTS, OWNERS, Dialect, ModelCard, describe, read_models
-from penstock.engines.upstream.options import TASKS, Address, Options
+from penstock.engines.upstream.dialects import DIALECTS, OWNERS, ModelCard, ServerDialect, describe, read_models
+from penstock.engines.upstream.options import TASKS, ServerAddress, UpstreamOptions
 from penstock.engines.upstream.stream import StreamError
 
 #: Failed requests in a row after which a replica gets none for a while.
@@ -63,11 +64,6 @@ class Unable(Exception):
     """The server is well, and has no route for this; another replica may."""
 
 
-def backoff(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: exponential, with full jitter."""
-    return random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, failures - 1)))
-
-
 class Replica:
     """One server. ``dialect`` is None until it has answered for the first time.
 
@@ -76,9 +72,9 @@ class Replica:
     tries whether they still do.
     """
 
-    def __init__(self, address: Address, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, address: ServerAddress, clock: Callable[[], float] = time.monotonic) -> None:
         self.address = address
-        self.dialect: Dialect | None = None
+        self.dialect: ServerDialect | None = None
         self.model = ""
         self.limit_field = "max_tokens"
         """What its chat calls the limit: OpenAI's newer models want ``max_completion_tokens``, and say so."""
@@ -125,7 +121,7 @@ class Replica:
         self.heard_at = self._clock()
         if self.failures:
             if self.open:
-                self.say("is back")
+                self.notify("back")
             self.failures = 0
 
     def failed(self, why: str) -> None:
@@ -133,16 +129,16 @@ class Replica:
         self.failures += 1
         if self.open:
             # Not less than half of it: the pause is for the server to recover, not to spread requests.
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(16, self.failures - TRIP))
-            self._shut_until = self._clock() + pause * random.uniform(0.5, 1)
+            pauses = Backoff(FIRST_PAUSE, LONGEST_PAUSE, jitter=0.5)
+            self._shut_until = self._clock() + pauses.after(self.failures - TRIP + 1)
             if self.failures == TRIP:
-                self.say(f"is out of service: {why}")
+                self.notify("resting", why)
 
     def lost(self, why: str) -> None:
         """It cannot be reached."""
         if not self.down:
             self.down = True
-            self.say(f"is down: {why}")
+            self.notify("down", why)
             self.on_change()
 
     def found(self) -> None:
@@ -151,7 +147,7 @@ class Replica:
         if self.down:
             self.down = False
             self.failures = 0
-            self.say("is up again")
+            self.notify("up")
             self.on_change()
 
     def busy(self, seconds: float) -> None:
@@ -162,15 +158,18 @@ class Replica:
         """Seconds until it may have a request, by what is known now."""
         return max(0.0, self._busy_until - self._clock(), self._shut_until - self._clock() if self.open else 0.0)
 
-    def say(self, what: str) -> None:
-        """To the operator."""
-        print(f"upstream {self.address} {what}", file=sys.stderr, flush=True)
+    def notify(self, what: str, error: str | None = None) -> None:
+        """For the operator: what happened to it, and how it went wrong."""
+        facts = {"replica": str(self.address)} | ({} if error is None else {"error": error})
+        notices.notify(f"replica.{what}", **facts)
 
 
 class Replicas:
     """Chooses among the replicas, and looks after them."""
 
-    def __init__(self, replicas: list[Replica], session: aiohttp.ClientSession, name: str, options: Options) -> None:
+    def __init__(
+        self, replicas: list[Replica], session: aiohttp.ClientSession, name: str, options: UpstreamOptions
+    ) -> None:
         self.all = replicas
         self._session = session
         self._name = name
@@ -212,10 +211,10 @@ class Replicas:
         for replica, result in zip(self.all, results, strict=True):
             if isinstance(result, Unreachable):
                 replica.down = True
-                replica.say(f"does not answer: {result}")
+                replica.notify("down", f"it does not answer: {result}")
                 reasons.append(str(result))
             elif isinstance(result, ModelLoadError):
-                replica.say(f"cannot be used: {result}")
+                replica.notify("refused", str(result))
                 raise ModelLoadError(self.for_clients(result.message))
             elif isinstance(result, BaseException):
                 raise result
@@ -247,7 +246,7 @@ class Replicas:
                     f"{replica.address.api}/models does not answer as an OpenAI-compatible server does."
                 ) from None
         self._settle_model(replica, cards)
-        dialect = self._options.dialect
+        dialect: str = self._options.dialect
         if dialect == "auto":
             owners = {OWNERS.get(card.owned_by, "") for card in cards[:1]}
             dialect = next(iter(owners), "") or await self._recognise(replica)
@@ -281,14 +280,14 @@ class Replicas:
 
     # ---------------------------------------------------------------------------- what a server can do
 
-    async def _settle_tasks(self, replica: Replica, dialect: Dialect, *, ask: bool) -> None:
+    async def _settle_tasks(self, replica: Replica, dialect: ServerDialect, *, ask: bool) -> None:
         """What the operator says, or the server: its card, or (*ask*) its answers to one small request each.
 
         Servers that embed do nothing else at vLLM and llama.cpp; others are asked for a token as well. Where an answer
         says neither yes nor no, it stays as it was, at first: it generates.
         """
-        if told := self._options.told_tasks:
-            replica.tasks = told
+        if stated := self._options.stated_tasks:
+            replica.tasks = stated
         elif dialect.name == "penstock":
             card = replica.card
             replica.tasks = (card and card.tasks) or TASKS  # until it has loaded the model, it refuses for itself
@@ -315,7 +314,7 @@ class Replicas:
                 return False
         return able
 
-    async def _tokenizes(self, replica: Replica, dialect: Dialect) -> bool | None:
+    async def _tokenizes(self, replica: Replica, dialect: ServerDialect) -> bool | None:
         field = "content" if dialect.name == "llama" else "prompt"
         able, answer = await self._can(
             replica, f"{replica.address.root}/tokenize", {"model": replica.model, field: "x"}
@@ -344,7 +343,7 @@ class Replicas:
                 return False, b""
             why = f"HTTP {status}"
         route = url.removeprefix(replica.address.root)
-        replica.say(f"does not tell whether it has {route} ({why}): see the option tasks")
+        replica.notify("unclear", f"it does not tell whether it has {route} ({why}): see the option tasks")
         return None, b""
 
     # ---------------------------------------------------------------------------- calls
@@ -400,7 +399,7 @@ class Tries:
         self._replicas = replicas
         self._task = task
         self._faults = faults or Faults()
-        self._failures = 0
+        self._pauses = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._failed: set[Replica] = set()
         self._unable: set[Replica] = set()
         self._why = "none that can is up"
@@ -414,11 +413,10 @@ class Tries:
             if self._unable and self._unable.issuperset(self._replicas.able(self._task)):
                 raise Unsupported(f"The upstream server cannot {self._task}: {self._why}.", param="model")
             # All have failed, or none may have a request: once more, after a pause.
-            self._failures += 1
-            if self._failures > self._replicas.retries:
+            if self._pauses.failures == self._replicas.retries:
                 raise self._given_up()
             self._failed.clear()
-            await asyncio.sleep(max(backoff(self._failures), self._replicas.pause()))
+            await asyncio.sleep(max(self._pauses.next(), self._replicas.pause()))
         return replica
 
     @contextlib.contextmanager
@@ -434,7 +432,7 @@ class Tries:
                 return
             self._failed.add(replica)
             if error.garbled:  # whether another request fares better is not known from this one
-                replica.say(f"is not understood: {why}")
+                replica.notify("garbled", why)
                 self._faults.garbled += 1
                 if self._faults.garbled >= GARBLED:
                     raise EngineError(f"The upstream server answers what cannot be read: {why}.") from None
@@ -460,7 +458,7 @@ class Tries:
 
     def progressed(self) -> None:
         """Something came before it broke: retries are for those who get nothing."""
-        self._failures = 0
+        self._pauses.reset()
 
 
 async def read_answer(response: aiohttp.ClientResponse, most: int = MAX_ANSWER) -> bytes:

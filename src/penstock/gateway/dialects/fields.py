@@ -505,6 +505,7 @@ def submission_of(
         idempotency_key=key,
         fingerprint=fingerprint([call.scope["path"], body]) if key is not None else b"",
         request_id=call.request_id,
+        trace=call.trace,
         metadata=metadata,
         on_disconnect="cancel" if policy == "cancel" else "continue" if policy == "continue" else on_disconnect,
     )

@@ -26,7 +26,8 @@ from penstock.core.errors import (
 )
 from penstock.gateway.dialects.answers import ends
 from penstock.gateway.files.answers import FileDeleted, FileList, FileView
-from penstock.gateway.files.store import FileStore, StoredFile, Upload, in_thread, storing
+from penstock.gateway.files.disk import disk_errors, in_thread
+from penstock.gateway.files.store import FileStore, StoredFile, Upload
 from penstock.gateway.http import Call, Resource, json_reply, refuse
 from penstock.gateway.operation import Content, Operation
 from penstock.gateway.parameters import ID, ORDER, limit, query
@@ -165,7 +166,7 @@ class _Content(FileResponse):
 def _open(files: FileStore, tenant: str, id: str) -> _Content:
     """Raises `NotFound`."""
     file = files.get(tenant, id)
-    with storing():
+    with disk_errors():
         try:
             return _Content(files.path(tenant, id).open("rb"), file.filename)
         except FileNotFoundError:  # deleted in this moment

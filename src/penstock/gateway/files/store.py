@@ -4,7 +4,7 @@
 
     root/<tenant>/files/file-…         the content
     root/<tenant>/files/file-….json    `StoredFile`; a file exists if, and only if, this does
-    root/<tenant>/batches/…            see batches.py
+    root/<tenant>/batches/…            see batches/store.py
     root/<tenant>/tmp/…                what is on its way in or out
 
 Any number of processes may share the directory: everything that others see appears with one rename, and is on the disk
@@ -13,30 +13,27 @@ before. Functions here block; the event loop calls them in threads. Times are se
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
 import os
 import re
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import msgspec
 
-from penstock.core.errors import BrokerUnavailable, InsufficientStorage, NotFound, PenstockError, RequestTooLarge
+from penstock.core.errors import InsufficientStorage, NotFound, RequestTooLarge
 from penstock.core.ports import Clock, SystemClock
+from penstock.gateway.files.disk import disk_errors, link, remove, replace_file
 
 T = TypeVar("T")
 
 #: How long a part of an upload may be without a write before it is taken for what a dead process left, in seconds.
 ABANDONED = 3600.0
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{32}")
 
 
@@ -87,7 +84,7 @@ class FileStore:
     @contextlib.contextmanager
     def upload(self, tenant: str) -> Iterator[Upload]:
         """A file that is on its way in. What is not kept when the block ends leaves nothing behind."""
-        with storing():
+        with disk_errors():
             room = self.max_bytes - self.used(tenant) if self.max_bytes else self.max_file
             if room <= 0:
                 raise InsufficientStorage(
@@ -99,22 +96,22 @@ class FileStore:
         finally:
             upload.close()
 
-    def adopt(self, tenant: str, source: Path, file: StoredFile) -> None:
+    def publish(self, tenant: str, source: Path, file: StoredFile) -> None:
         """Make *source*, which is on the disk, the content of *file*. Harmless when it is done twice."""
         folder = self.folder(tenant, "files")
         if not (folder / f"{file.id}.json").exists():
             link(source, folder / file.id)
-            self._tell(folder, file)
+            self._write_record(folder, file)
 
-    def _tell(self, folder: Path, file: StoredFile) -> None:
-        write_whole(folder / f"{file.id}.json", msgspec.json.encode(file))
+    def _write_record(self, folder: Path, file: StoredFile) -> None:
+        replace_file(folder / f"{file.id}.json", msgspec.json.encode(file))
 
     # ------------------------------------------------------------------------------------ out
 
     def get(self, tenant: str, id: str) -> StoredFile:
         """Raises `NotFound`."""
         if _ID.fullmatch(id):
-            with contextlib.suppress(FileNotFoundError), storing():
+            with contextlib.suppress(FileNotFoundError), disk_errors():
                 raw = (self.folder(tenant, "files") / f"{id}.json").read_bytes()
                 file = msgspec.json.decode(raw, type=StoredFile)
                 if file.expires_at is None or file.expires_at > self.clock.now():
@@ -135,7 +132,7 @@ class FileStore:
         newest_first: bool = True,
     ) -> tuple[list[StoredFile], bool]:
         """Files in order of their creation, beyond the id *after*; and whether there are more."""
-        with storing():
+        with disk_errors():
             names = (name.removesuffix(".json") for name in _names(self.folder(tenant, "files")))
             found: list[StoredFile] = []
             for id in page(names, after, newest_first):
@@ -186,7 +183,7 @@ class FileStore:
         return dropped
 
     def _drop(self, folder: Path, id: str) -> None:
-        with storing():
+        with disk_errors():
             (folder / f"{id}.json").unlink(missing_ok=True)
             (folder / id).unlink(missing_ok=True)
 
@@ -211,7 +208,7 @@ class Upload:
             raise InsufficientStorage(
                 f"The files may take {self._store.max_bytes} bytes in all: delete some first.", param="file"
             )
-        with storing():
+        with disk_errors():
             self._file.write(data)
 
     def keep(self, filename: str, purpose: str, ttl: float | None = None) -> StoredFile:
@@ -225,13 +222,13 @@ class Upload:
             created_at=now,
             expires_at=now + (self._store.ttl if ttl is None else ttl),
         )
-        with storing():
+        with disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
             folder = self._store.folder(self._tenant, "files")
             self._path.rename(folder / file.id)
             try:
-                self._store._tell(folder, file)
+                self._store._write_record(folder, file)
             except OSError:
                 self._store._drop(folder, file.id)
                 raise
@@ -241,84 +238,6 @@ class Upload:
         with contextlib.suppress(OSError):  # what could not be flushed is not wanted any more
             self._file.close()
         self._path.unlink(missing_ok=True)
-
-
-class LineLog:
-    """An append-only file of JSON lines. What a crash tore off its end is cut away when it is opened.
-
-    *each* is given every line that is there, and raises `ValueError` (as msgspec does) for one that is none: only what
-    came before it was acknowledged.
-    """
-
-    def __init__(self, path: Path, each: Callable[[bytes], None]) -> None:
-        self._file = path.open("a+b")
-        self.size = 0
-        try:
-            self._file.seek(0)
-            for line in self._file:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    each(line)
-                except ValueError:
-                    break
-                self.size += len(line)
-            self._cut()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def append(self, lines: list[bytes]) -> None:
-        """Durable when it returns; where that fails (`OSError`) the log is as it was."""
-        data = b"".join(lines)
-        if not data:
-            return
-        try:
-            if self._file.closed:
-                self._reopen()
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError:
-            self._reopen()
-            raise
-        self.size += len(data)
-
-    def _reopen(self) -> None:
-        """Forget what the buffer holds, and what of it reached the file."""
-        path = self._file.name
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._file = open(path, "a+b")  # noqa: SIM115
-        self._cut()
-
-    def _cut(self) -> None:
-        self._file.truncate(self.size)
-        os.fsync(self._file.fileno())
-        self._file.seek(0, os.SEEK_END)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-# ---------------------------------------------------------------------------------------------- the disk
-
-
-@contextlib.contextmanager
-def storing() -> Iterator[None]:
-    """A full disk is `InsufficientStorage`, one that cannot be used `BrokerUnavailable`; not found is not found."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise unusable(error) from error
-
-
-def unusable(error: OSError) -> PenstockError:
-    if error.errno in _FULL:
-        return InsufficientStorage("There is no space left for files. What was there before is unharmed.")
-    return BrokerUnavailable(f"The directory of files cannot be used now: {error.strerror}.", retry_after=5.0)
 
 
 def new_id(prefix: str, now: float) -> str:
@@ -332,51 +251,6 @@ def page(ids: Iterator[str], after: str | None, newest_first: bool) -> list[str]
     if after is None:
         return ordered
     return [id for id in ordered if (id < after if newest_first else id > after)]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace *path*: whoever looks sees the old or the new, and after a power cut it is the new."""
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with fresh.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def link(source: Path, target: Path) -> None:
-    """*target* has the content of *source* from now on, whatever becomes of that name; durable when it returns."""
-    target.unlink(missing_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno not in {errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}:
-            raise
-        shutil.copyfile(source, target)  # a file system without links
-        sync(target)
-    os.utime(target)  # not abandoned, however long ago it was written
-    sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Put a file, or the names in a directory, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _names(folder: Path) -> list[str]:
@@ -394,15 +268,3 @@ def _abandoned(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return time.time() - path.stat().st_mtime > ABANDONED
     return False
-
-
-async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """In a thread, and to its end even if this is cancelled: nothing may still be written when a lock is let go of."""
-    doing = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        await asyncio.wait([doing])
-        if not doing.cancelled():
-            doing.exception()
-        raise

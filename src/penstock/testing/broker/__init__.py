@@ -19,7 +19,7 @@ harness: a store and a clock (`BrokerHarness` has four methods to write)::
 The suite never sleeps for a lease: time is the harness's clock, and `Broker.sweep` is what acts on it. ``wait`` of a
 claim is the one real duration. Where the ports leave a choice, the test says which answers it accepts.
 
-``PENSTOCK_HYPOTHESIS_PROFILE=long`` makes the model comparison run for minutes instead of seconds.
+The model comparison follows Hypothesis's profile (``--hypothesis-profile``): more examples there, a longer run here.
 """
 
 from __future__ import annotations

@@ -84,16 +84,16 @@ class RetentionContract(Contract):
 
     @pytest.mark.parametrize("factor", [0.5, 3.0])
     async def test_a_job_may_be_kept_for_a_time_of_its_own(self, d: Driver, factor: float) -> None:
-        keep = d.policy.result_ttl * factor
-        lease = await d.start(keep=keep, view=b"of its route")
+        retained = d.policy.result_ttl * factor
+        lease = await d.start(retain_for=retained, view=b"of its route")
         other = await d.start()
         await d.finish(lease, 1)
         await d.finish(other, 1)
-        await d.pass_time(keep * 0.9)
+        await d.pass_time(retained * 0.9)
         found = await d.get(lease)
-        assert (found.status, found.keep, found.view) == (Status.COMPLETED, keep, b"of its route")
+        assert (found.status, found.retain_for, found.view) == (Status.COMPLETED, retained, b"of its route")
         assert ids(await d.log(lease)) == [1]
-        await d.pass_time(keep * 0.2)
+        await d.pass_time(retained * 0.2)
         with pytest.raises(ExpiredResult):
             await d.get(lease)
         kept = {job.id for job in await d.jobs()}

@@ -7,14 +7,17 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.support.odd_engine import ODDITIES, OUTPUTS, spawn
 
 from penstock.core.errors import EngineDied
 from penstock.core.ports import Finish
+from penstock.engines.child import backend
 from penstock.engines.child import main as child
 from penstock.engines.frames import Failed, Load, Splitter, ToParent, encode
 from penstock.engines.host.process import EngineProcess, EngineSpec
+from penstock.engines.plugin import find_engine
 from penstock.testing.engine.driver import lease, run
 
 
@@ -56,12 +59,13 @@ async def test_an_engine_that_breaks_while_it_computes_has_died() -> None:
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(child.ENGINES, "llama", "no_such_library")
+    plugin = msgspec.structs.replace(find_engine("llama"), load="no_such_library:load")
+    monkeypatch.setattr(backend, "find_engine", lambda name: plugin)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(encode(Load("llama", "m", None, {})))
         assert child.load(child.Channel(theirs)) is None
-        (told,) = Splitter(ToParent).feed(ours.recv(1 << 16))
-    assert isinstance(told, Failed)
-    assert told.error.message == "The llama engine needs no_such_library: pip install 'penstock[llama]'."
-    assert told.error.code == "model_load_error"
+        (reported,) = Splitter(ToParent).feed(ours.recv(1 << 16))
+    assert isinstance(reported, Failed)
+    assert reported.error.message == "The llama engine needs no_such_library: pip install 'penstock[llama]'."
+    assert reported.error.code == "model_load_error"

@@ -14,7 +14,7 @@ from penstock.core.errors import ContextLengthExceeded, InvalidRequest, ModelLoa
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, Sampling
 from penstock.core.ports import Output
-from penstock.engines.openvino.engine import load
+from penstock.engines.child.backend import load_backend
 from penstock.engines.parts.batching import ContinuousBatching
 
 GREEDY = Sampling(max_tokens=40, temperature=0, ignore_eos=True)
@@ -45,7 +45,9 @@ def backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Continuou
 
 
 def loaded(folder: Path, **options: Any) -> ContinuousBatching:
-    return load("tiny", str(folder), {"slots": 8, **options}, lambda what, fraction: None)
+    backend = load_backend("openvino", "tiny", str(folder), {"slots": 8, **options}, lambda what, fraction: None)
+    assert isinstance(backend, ContinuousBatching)
+    return backend
 
 
 def request(ids: Sequence[int] = (5, 6, 7), sampling: Sampling = GREEDY, n: int = 1) -> Request:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.job import Sampling
@@ -103,7 +103,6 @@ SAMPLINGS = st.builds(
 
 
 @given(samplings=st.lists(SAMPLINGS, min_size=1, max_size=6), seed=st.integers(0, 2**32))
-@settings(max_examples=100)
 def test_a_row_draws_the_same_alone_as_in_any_batch(samplings: list[Sampling], seed: int) -> None:
     logits = (np.random.default_rng(seed).normal(size=(len(samplings), VOCAB)) * 3).astype(np.float32)
     together = Sampler(8, VOCAB)

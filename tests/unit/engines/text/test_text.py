@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support import tiny_models as tiny
 from tokenizers import Tokenizer
@@ -41,7 +41,6 @@ def incremental(model: TextModel, ids: list[int]) -> tuple[list[str], str]:
 
 @pytest.mark.parametrize("model", BYTES, ids=["byte level", "byte fallback"])
 @given(data=st.data())
-@settings(max_examples=300)
 def test_random_ids_give_what_a_full_decode_gives(model: TextModel, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, model.vocab_size - 1)))
     pieces, rest = incremental(model, ids)
@@ -50,7 +49,6 @@ def test_random_ids_give_what_a_full_decode_gives(model: TextModel, data: st.Dat
 
 @pytest.mark.parametrize("model", BYTES, ids=["byte level", "byte fallback"])
 @given(text=st.text())
-@settings(max_examples=300)
 def test_random_text_gives_what_a_full_decode_gives(model: TextModel, text: str) -> None:
     ids = model.tokenizer.encode(text, add_special_tokens=False).ids
     pieces, rest = incremental(model, ids)
@@ -135,7 +133,6 @@ def _reference(text: str, stops: list[str]) -> tuple[str, bool]:
     pieces=st.lists(st.text("ab", max_size=4), max_size=20),
     stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4),
 )
-@settings(max_examples=500)
 def test_stop_strings_do_not_depend_on_token_borders(pieces: list[str], stops: list[str]) -> None:
     finder = StopStrings(stops)
     given_out = ""
@@ -195,7 +192,6 @@ def test_a_stop_string_on_the_last_token_is_a_stop() -> None:
 
 
 @given(text=st.text(min_size=1), stops=st.lists(st.text(min_size=1, max_size=3), max_size=3), data=st.data())
-@settings(max_examples=200)
 def test_a_replayed_prefix_rebuilds_the_state(text: str, stops: list[str], data: st.DataObject) -> None:
     model = MODELS["byte level"]
     ids = model.tokenizer.encode(text).ids

@@ -48,7 +48,7 @@ if deadline then
   call("ZADD", base .. "deadlines", by_our_clock, id)
 end
 if choices ~= 1 then set("n", choices) end
-if keep then set("ke", keep) end
+if retain_for then set("ke", retain_for) end
 if first_key then
   set("ik", key)
   call("SET", first_key, id)

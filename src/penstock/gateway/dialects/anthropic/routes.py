@@ -54,7 +54,7 @@ async def messages(call: Call) -> ASGIApp:
             replay=partial(call.jobs.log, job.id),
         )
         return await call.jobs.stream(call.jobs.follow(job, after), writer.render, headers)
-    completion = await call.jobs.fold(job, call.gone)
+    completion = await call.jobs.fold(job, call.disconnected)
     assert completion.ended is not None
     return json_reply(reply(job, completion.texts[0], completion.ended), headers={"x-penstock-job": job.id, **headers})
 

@@ -1,4 +1,4 @@
-"""What the classic routes are asked."""
+"""The requests of the compatibility routes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Prompt = str | TokenIds
 Prompts = Annotated[list[str | TokenIds], Meta(min_length=1, max_length=MAX_PROMPTS)]
 
 
-class ClassicBody(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class CompatBody(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """What the bodies of all these routes share: how to sample, with which model, for whom."""
 
     model: ModelName | None = None
 
 
-class PromptBody(ClassicBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class PromptBody(CompatBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST /submit_job``, ``/generate_stream`` and ``/api/v1/req``: a prompt (text or token ids)."""
 
     prompt: Prompt
 
 
-class PromptsBody(ClassicBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class PromptsBody(CompatBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST /generate`` and ``/basic_generate``: one ``prompt``, or several ``prompts`` sampled alike."""
 
     prompt: Prompt | None = None
@@ -44,7 +44,7 @@ class PromptsBody(ClassicBody, kw_only=True, frozen=True, forbid_unknown_fields=
         return self.prompt
 
 
-class GenerateVLLM(ClassicBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class GenerateVLLM(CompatBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST /generate_vllm``: prompts (texts or token ids), sampled alike."""
 
     prompts: Prompts

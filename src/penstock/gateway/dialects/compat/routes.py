@@ -27,7 +27,7 @@ from penstock.gateway.dialects.compat.answers import (
     TaskResult,
     TaskStatus,
 )
-from penstock.gateway.dialects.compat.bodies import ClassicBody, GenerateVLLM, Prompt, PromptBody, Prompts, PromptsBody
+from penstock.gateway.dialects.compat.bodies import CompatBody, GenerateVLLM, Prompt, PromptBody, Prompts, PromptsBody
 from penstock.gateway.dialects.fields import submission_of
 from penstock.gateway.dialects.native.answers import timings, usage_view
 from penstock.gateway.dialects.native.routes import JOB_EVENTS, of_user
@@ -90,7 +90,7 @@ async def basic_generate(call: Call) -> ASGIApp:
     if body.prompts is not None:
         return await _all(call, body, body.prompts)
     job = await call.jobs.submit(_request(call, body, body.one), _submission(call, body, "cancel"))
-    found = _answer(job, await call.jobs.fold(job, call.gone))
+    found = _answer(job, await call.jobs.fold(job, call.disconnected))
     answer = BasicResult(
         model=job.request.model,
         job_id=job.id,
@@ -118,11 +118,11 @@ async def generate_vllm(call: Call) -> ASGIApp:
 # ---------------------------------------------------------------------------------------------- what they share
 
 
-def _submission(call: Call, body: ClassicBody, on_disconnect: OnDisconnect) -> Submission:
+def _submission(call: Call, body: CompatBody, on_disconnect: OnDisconnect) -> Submission:
     return submission_of(call, body, user=body.user_id, on_disconnect=on_disconnect)
 
 
-def _request(call: Call, body: ClassicBody, prompt: Prompt, model: str | None = None) -> Request:
+def _request(call: Call, body: CompatBody, prompt: Prompt, model: str | None = None) -> Request:
     return Request(
         model=model or body.model or call.catalogue.default,
         prompt=prompt if isinstance(prompt, str) else None,
@@ -132,11 +132,11 @@ def _request(call: Call, body: ClassicBody, prompt: Prompt, model: str | None = 
     )
 
 
-async def _all(call: Call, body: ClassicBody, prompts: Prompts, model: str | None = None) -> ASGIApp:
+async def _all(call: Call, body: CompatBody, prompts: Prompts, model: str | None = None) -> ASGIApp:
     """A job for each of *prompts*, all of them or none; answered with their results, in order, when all have ended."""
     requests = [_request(call, body, prompt, model) for prompt in prompts]
     jobs = await call.jobs.submit_all(requests, _submission(call, body, "cancel"))
-    found = await call.jobs.fold_all(jobs, call.gone)
+    found = await call.jobs.fold_all(jobs, call.disconnected)
     results = [_result(job, each) for job, each in zip(jobs, found, strict=True)]
     return json_reply(PromptResults(jobs[0].request.model, results))
 

@@ -88,9 +88,9 @@ async def events(call: Call) -> ASGIApp:
         return EventStream(call.streams, stream_of(), headers={"x-penstock-job": job.id})
     following = call.jobs.follow(job, after)
     try:
-        first = await following.peek(0.02 if after else 0)
+        first = await following.first_event(0.02 if after else 0)
         if first is None and job.status.terminal:
-            first = await following.peek(5)
+            first = await following.first_event(5)
     except LogRewound as error:
         await following.close(complete=True)
         return EventStream(call.streams, stream_of(refused_frame(job, error)))
@@ -111,7 +111,7 @@ async def generate(call: Call) -> ASGIApp:
     job = await call.jobs.submit(body.request(call), submission)
     if body.stream:
         return await call.jobs.stream(call.jobs.follow(job, call.last_event_id or 0), partial(render, job))
-    completion = await call.jobs.fold(job, call.gone)
+    completion = await call.jobs.fold(job, call.disconnected)
     return json_reply(generated(job, completion), headers={"x-penstock-job": job.id})
 
 

@@ -51,7 +51,7 @@ async def respond(call: Call, body: OpenAIBody, request: Request, kind: type[Chu
             if isinstance(writer, ToolWriter) and job.status.terminal and after == job.tokens + 1:
                 after -= 1  # the end once more: its position is on more than the last block
         return await call.jobs.stream(call.jobs.follow(job, after), writer.render)
-    completion = await call.jobs.fold(job, call.gone)
+    completion = await call.jobs.fold(job, call.disconnected)
     return json_reply(writer.reply(completion), headers={"x-penstock-job": job.id})
 
 

@@ -69,7 +69,7 @@ async def _submit(call: Call, body: TextCompletion, prompts: Sequence[Prompt]) -
 async def _fold(call: Call, parts: Sequence[_Part]) -> list[Completion]:
     """What came of each prompt. Raises the first one's failure, once all have ended."""
     done: list[Completion] = []
-    for found in await call.jobs.fold_all([job for part in parts for job in part.jobs], call.gone):
+    for found in await call.jobs.fold_all([job for part in parts for job in part.jobs], call.disconnected):
         if isinstance(found, PenstockError):
             raise found
         done.append(found)

@@ -58,10 +58,10 @@ async def embeddings(call: Call) -> ASGIApp:
     body = await call.body(CreateEmbeddings)
     submission = submission_of(call, body, user=body.user_id or body.user, on_disconnect="cancel")
     if submission.idempotency_key is None:  # nobody can ask for it again: many vectors need not lie about for an hour
-        job, completion = await call.jobs.ask(body.request(), submission, call.gone)
+        job, completion = await call.jobs.run_once(body.request(), submission, call.disconnected)
         return json_reply(body.reply(job, completion))
     job = await call.jobs.submit(body.request(), submission)
-    completion = await call.jobs.fold(job, call.gone)
+    completion = await call.jobs.fold(job, call.disconnected)
     return json_reply(body.reply(job, completion), headers={"x-penstock-job": job.id})
 
 

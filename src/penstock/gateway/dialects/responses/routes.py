@@ -60,7 +60,7 @@ from penstock.gateway.readers import Following
 from penstock.gateway.sse import EventStream, stream_of
 
 #: Seconds for which a reply that is not stored can be fetched again when its reader was cut off.
-UNSTORED_KEEP = 60.0
+UNSTORED_RETENTION = 60.0
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -81,7 +81,7 @@ async def create(call: Call) -> ASGIApp:
     headers = {"x-penstock-job": job.id}
     if view.background:
         return json_reply(await _object(call, job, view), headers=headers)
-    completion = await call.jobs.fold(job, call.gone)
+    completion = await call.jobs.fold(job, call.disconnected)
     answer = whole(job, view, completion, await _ended_at(call, job))
     await _delivered(call, job, view)
     return json_reply(answer, headers=headers)
@@ -200,8 +200,7 @@ def _submission(call: Call, body: CreateResponse) -> Submission:
         on_disconnect="continue" if body.background else "cancel",
         priority=Priority.BATCH if body.service_tier == "flex" else Priority.NORMAL,
     )
-    keep = None if body.stored else UNSTORED_KEEP
-    return msgspec.structs.replace(submission, keep=keep)
+    return msgspec.structs.replace(submission, retain_for=None if body.stored else UNSTORED_RETENTION)
 
 
 # ---------------------------------------------------------------------------------------------- replies

@@ -16,7 +16,9 @@ from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
-from penstock.engines.llama.engine import UNTOLD, LlamaBackend, _ChoiceThread, load
+from penstock.engines.child.backend import load_backend
+from penstock.engines.llama.engine import LlamaBackend, _ChoiceThread
+from penstock.engines.llama.gguf_text import UNKNOWN_ID
 from penstock.engines.models import BUNDLED
 from penstock.engines.text.model import TextModel
 
@@ -34,7 +36,10 @@ def backend(file: Path) -> LlamaBackend:
 
 
 def loaded(file: Path, **options: str) -> LlamaBackend:
-    return load("m", str(file), {"slots": "4", "context": "256", **options}, lambda what, fraction: None)
+    given = {"slots": "4", "context": "256", **options}
+    backend = load_backend("llama", "m", str(file), given, lambda what, fraction: None)
+    assert isinstance(backend, LlamaBackend)
+    return backend
 
 
 def generate(backend: LlamaBackend, request: Request, prefix: Prefix | None = None) -> list[Output]:
@@ -76,7 +81,7 @@ def test_a_character_of_several_tokens_has_all_its_ids(backend: LlamaBackend) ->
     outputs = generate(backend, request)
     ids, text = told(outputs)
     assert text == wanted
-    assert UNTOLD not in ids
+    assert UNKNOWN_ID not in ids
     model = TextModel.load(BUNDLED / "millrace")
     assert model.tokenizer.decode([id for id in ids if id not in model.eos_ids]) == wanted
     # Cut in the middle of a character, and continued: the grammar knows what it has already seen.
@@ -138,7 +143,7 @@ def test_what_cannot_be_served_says_why(tmp_path: Path, backend: LlamaBackend) -
     for given, words in bad:
         path = given.pop("path")
         with pytest.raises(ModelLoadError, match=words):
-            load("m", path, given, lambda what, fraction: None)
+            load_backend("llama", "m", path, given, lambda what, fraction: None)
 
 
 def test_it_listens_for_nobody(backend: LlamaBackend) -> None:

@@ -1,4 +1,4 @@
-"""The vllm engine over a recording of what vLLM answered (see `vllm_recording`), and what it refuses to load.
+"""The vllm engine over a recording of what vLLM answered (see `recording`), and what it refuses to load.
 
 What the real vLLM does is tested by ``make test-vllm``.
 """
@@ -12,17 +12,19 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.unit.engines import vllm_recording as recording
-from tests.unit.engines.vllm_recording import SCENARIOS, Played, play
+from tests.unit.engines.vllm import recording
+from tests.unit.engines.vllm.recording import SCENARIOS, Played, play
 
 from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
 from penstock.core.job import Request, ResponseFormat, Sampling
 from penstock.core.ports import ModelInfo, Output
+from penstock.engines.child.backend import load_backend
 from penstock.engines.models import BUNDLED
 from penstock.engines.options import parse
 from penstock.engines.text.model import TextModel
-from penstock.engines.vllm.engine import Options, Sampled, VLLMBackend, load, sampling_params
+from penstock.engines.vllm.engine import Sampled, VLLMBackend, sampling_params
+from penstock.engines.vllm.options import VLLMOptions
 
 RECORDED = json.loads(recording.FILE.read_text())
 SCENARIO_NAMES = list(RECORDED["scenarios"])
@@ -234,31 +236,31 @@ def test_a_late_token_of_an_aborted_request_is_dropped() -> None:
         ({"tensor_parallel": "2"}, "did you mean 'tensor_parallel_size'"),
         ({"trust_remote_code": "on"}, "no option 'trust_remote_code'"),
         ({"dtype": "int3"}, "dtype is auto, bfloat16"),
-        ({"max_num_seqs": "many"}, "max_num_seqs is a number"),
-        ({"max_num_seqs": "-1"}, "max_num_seqs must not be negative"),
-        ({"gpu_memory_utilization": "90"}, "at most 1"),
+        ({"max_num_seqs": "many"}, "max_num_seqs is a whole number, at least 0, not 'many'"),
+        ({"max_num_seqs": "-1"}, "max_num_seqs is a whole number, at least 0, not '-1'"),
+        ({"gpu_memory_utilization": "90"}, "a number, at least 0 and at most 1, not '90'"),
         ({"tensor_parallel_size": "0"}, "at least 1"),
     ],
 )
 def test_options_are_checked(options: dict[str, str], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
-        parse(Options, options, "vllm")
+        parse(VLLMOptions, options, "vllm")
 
 
 def test_weights_that_can_run_code_are_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelLoadError, match="safetensors"):
-        load("m", str(tmp_path), {}, lambda what, fraction: None)
+        load_backend("vllm", "m", str(tmp_path), {}, lambda what, fraction: None)
     with pytest.raises(ModelLoadError, match="no model folder"):
-        load("m", str(tmp_path / "nothing"), {}, lambda what, fraction: None)
+        load_backend("vllm", "m", str(tmp_path / "nothing"), {}, lambda what, fraction: None)
 
 
 def test_where_vllm_is_missing_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)  # what an import of it then meets is an ImportError
     monkeypatch.setattr("penstock.engines.vllm.engine._prepare_environment", lambda: None)
     with pytest.raises(ModelLoadError, match=r"pip install 'penstock\[vllm\]'"):
-        load("millrace", None, {}, lambda what, fraction: None)
+        load_backend("vllm", "millrace", None, {}, lambda what, fraction: None)
 
 
 def test_ends_and_bad_words_go_to_vllm() -> None:

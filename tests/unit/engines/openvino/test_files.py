@@ -10,7 +10,8 @@ from tests.support import tiny_models as tiny
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines import models
-from penstock.engines.models import resolve
+from penstock.engines.openvino import files
+from penstock.engines.openvino.files import resolve
 
 
 def ignore(what: str, fraction: float | None) -> None:
@@ -19,21 +20,22 @@ def ignore(what: str, fraction: float | None) -> None:
 
 def test_a_folder_with_an_openvino_model_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "openvino_model.xml").touch()
-    files = resolve("any", str(tmp_path), ignore)
-    assert (files.ir, files.text) == (tmp_path / "openvino_model.xml", tmp_path)
+    found = resolve("any", str(tmp_path), ignore)
+    assert (found.ir, found.text) == (tmp_path / "openvino_model.xml", tmp_path)
 
 
 def test_a_safetensors_folder_is_converted_into_the_cache(tmp_path: Path) -> None:
     folder = tiny.llama(tmp_path / "model")
-    files = resolve("any", str(folder), ignore, tmp_path / "cache")
-    assert files.ir.is_file()
-    assert files.ir.is_relative_to(tmp_path / "cache")
-    assert (files.text / "tokenizer.json").is_file()
+    found = resolve("any", str(folder), ignore, tmp_path / "cache")
+    assert found.ir.is_file()
+    assert found.ir.is_relative_to(tmp_path / "cache")
+    assert (found.text / "tokenizer.json").is_file()
 
 
 def test_a_bundled_model_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.llama(tmp_path / "bundled" / "brook")
-    monkeypatch.setattr(models, "BUNDLED", tmp_path / "bundled")
+    for module in (models, files):
+        monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
     assert resolve("brook", None, ignore, tmp_path / "cache").ir.is_file()
     with pytest.raises(ModelLoadError, match="or brook"):
         resolve("nothing", None, ignore)
