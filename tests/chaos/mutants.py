@@ -279,7 +279,7 @@ MUTANTS = [
     Mutant(
         "redis: nobody is woken",
         ((LUA + "lib.lua", 'local claimant = call("ZPOPMIN", idle)[1]', "local claimant"),),
-        ("tests/integration/test_redis_broker.py",),
+        ("tests/integration/redis_broker",),
     ),
     Mutant(
         "what was claimed when the drain began is forgotten",
@@ -409,17 +409,17 @@ MUTANTS = [
     Mutant(
         "a replica's file is asked for before it can be synced",
         ((REDIS + "server.py", "return [received, (\"WAITAOF\"", "return [(\"WAITAOF\""),),
-        ("tests/integration/test_redis_broker.py", "-k", "regular_report or is_asked"),
+        ("tests/integration/redis_broker", "-k", "regular_report or is_asked"),
     ),
     Mutant(
         "a start does not wait for replicas",
         ((REDIS + "connection.py", "self._check_replicas(await run_once(", "(await run_once("),),
-        ("tests/integration/test_redis_broker.py", "-k", "start_without_confirmation"),
+        ("tests/integration/redis_broker", "-k", "start_without_confirmation"),
     ),
     Mutant(
         "replicas that do not confirm are not waited for",
         ((REDIS + "connection.py", "self._check_replicas(reply)  # else", "pass  # else"),),
-        ("tests/integration/test_redis_broker.py", "-k", "survives_the_master or joins_later"),
+        ("tests/integration/redis_broker", "-k", "survives_the_master or joins_later"),
     ),
     Mutant(
         "one call's exception is the engine's death",
