@@ -372,7 +372,7 @@ MUTANTS = [
     ),
     Mutant(
         "a batch's line has no key of its own",
-        (("penstock/gateway/batches/run.py", 'idempotency_key=f"{self.id}/{number}",', "idempotency_key=None,"),),
+        (("penstock/gateway/batches/line.py", 'idempotency_key=f"{batch.id}/{number}",', "idempotency_key=None,"),),
         ("tests/unit/gateway/test_batches.py",),
     ),
     Mutant(

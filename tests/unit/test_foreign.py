@@ -15,7 +15,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from penstock import client
+from penstock.api.jobs import JobView
+from penstock.client.core import _decoded
+from penstock.client.errors import ProtocolError, failure_of
+from penstock.client.resume import ResumePoint
+from penstock.client.sse import ServerEvent
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError
 from penstock.core.events import Prefix
 from penstock.core.foreign import Malformed, Mismatch, decode, loads, whole
@@ -138,11 +142,11 @@ READERS: dict[str, tuple[Callable[[bytes], Any], type[Exception] | tuple[type[Ex
     "models": (read_models, Malformed),
     "refusal": (lambda raw: UpstreamError.read(loads(raw)).refusal("m").message.encode(), Malformed),
     "calls": (lambda raw: called(raw.decode("utf-8", "replace")), ()),
-    "client": (lambda raw: client._decoded(raw, client.JobView, response(raw)), PenstockError),
-    "client's refusal": (lambda raw: client._failure(response(raw), raw), ()),
+    "client": (lambda raw: _decoded(raw, JobView, response(raw)), PenstockError),
+    "client's refusal": (lambda raw: failure_of(response(raw), raw), ()),
     "client's events": (
-        lambda raw: client.Cursor(0).take(client.ServerEvent("token", raw.decode("utf-8", "replace"), "1")),
-        client.ProtocolError,
+        lambda raw: ResumePoint(0).take(ServerEvent("token", raw.decode("utf-8", "replace"), "1")),
+        ProtocolError,
     ),
     "body": (lambda raw: http.decode(raw, dict[str, Any]), InvalidRequest),
     "place": (lambda raw: feed.Cursor.parse(base64.urlsafe_b64encode(raw).decode()), InvalidRequest),

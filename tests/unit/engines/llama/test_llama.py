@@ -17,7 +17,8 @@ from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
 from penstock.engines.child.backend import load_backend
-from penstock.engines.llama.engine import UNKNOWN_ID, LlamaBackend, _ChoiceThread
+from penstock.engines.llama.engine import LlamaBackend, _ChoiceThread
+from penstock.engines.llama.gguf_text import UNKNOWN_ID
 from penstock.engines.models import BUNDLED
 from penstock.engines.text.model import TextModel
 

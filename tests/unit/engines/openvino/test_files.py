@@ -6,12 +6,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from tests.support import tiny_models as tiny
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines import models
 from penstock.engines.openvino import files
 from penstock.engines.openvino.files import resolve
-from tests.support import tiny_models as tiny
 
 
 def ignore(what: str, fraction: float | None) -> None:
