@@ -15,7 +15,6 @@ EXCEPTIONS = {
     "tests/clients/scripted.py": "one perfect model, in one file for all clients",
     "tests/integration/test_redis_broker.py": "to be cut by fault: network, server, clock",
     "tests/integration/test_responses_sdk.py": "to be cut: streams, state, tools",
-    "tests/unit/engines/test_upstream.py": "to be cut by dialect of the upstream server",
     "tests/unit/gateway/test_app.py": "to follow the rooms of the gateway",
     "tools/train/chats.py": "training text",
     "tools/train/stories.py": "training text",

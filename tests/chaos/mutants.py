@@ -372,7 +372,7 @@ MUTANTS = [
     ),
     Mutant(
         "a batch's line has no key of its own",
-        (("penstock/gateway/batches/run.py", 'idempotency_key=f"{self.id}/{number}",', "idempotency_key=None,"),),
+        (("penstock/gateway/batches/line.py", 'idempotency_key=f"{batch.id}/{number}",', "idempotency_key=None,"),),
         ("tests/unit/gateway/test_batches.py",),
     ),
     Mutant(
@@ -412,6 +412,22 @@ MUTANTS = [
         ("tests/unit/engines/child/test_child.py",),
     ),
     Mutant(
+        "a request ends with the first of its choices",
+        (("penstock/engines/child/choices.py", "        if self._open:\n", "        if False:\n"),),
+        ("tests/unit/engines/child/test_choices.py",),
+    ),
+    Mutant(
+        "the death of an engine is no event",
+        (
+            (
+                "penstock/engines/host/process.py",
+                "            if self._watchdog is not None:\n                self._died",
+                "            if False:\n                self._died",
+            ),
+        ),
+        ("tests/unit/engines/host/test_process.py",),
+    ),
+    Mutant(
         "slots are counted in jobs",
         (("penstock/core/job.py", "return min(self.n, all)", "return 1"),),
         (CONTRACT, "-k", "slot or wide"),
@@ -425,7 +441,7 @@ MUTANTS = [
                 "if error.garbled and replica.failed(why):  # whether",
             ),
         ),
-        ("tests/unit/engines/test_upstream.py", "-k", "garbled or no_reply"),
+        ("tests/unit/engines/upstream", "-k", "garbled or no_reply"),
     ),
     Mutant(
         "null is not the default",

@@ -1,6 +1,6 @@
 """The vllm engine on a real vLLM: ``make test-vllm`` (opt-in: vLLM is large).
 
-What it asks of vLLM is also tested everywhere, over a recording: tests/unit/engines/test_vllm.py.
+What it asks of vLLM is also tested everywhere, over a recording: tests/unit/engines/vllm/test_vllm.py.
 """
 
 from __future__ import annotations

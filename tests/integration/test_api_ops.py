@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from penstock.api.stats import Stats
+from penstock.core.trace import TraceContext
 from penstock.testing.oracle import check_log
 from tests.support.api import check_error, ended, poll, running, submit, until
 from tests.support.clock import SteppedClock
@@ -128,6 +129,15 @@ def samples(text: str) -> dict[str, dict[str, float]]:
 
 
 class TestMetrics:
+    async def test_an_engine_that_dies_and_loads_again_is_counted(self, make_server: Callable[..., Server]) -> None:
+        server = make_server()
+        psutil.Process(server.engine_pid()).kill()
+        async with client(server) as http:
+            await ended(http, await submit(http))  # by the next engine
+            found = samples((await http.get("/metrics")).text)
+        assert found["penstock_engine_deaths_total"]['{model="synthetic"}'] == 1
+        assert found["penstock_engine_load_seconds_count"]['{model="synthetic"}'] == 2
+
     async def test_the_figures_of_the_page(self, server: Server, http: httpx.AsyncClient) -> None:
         before = msgspec.json.decode((await http.get("/v1/stats")).content, type=Stats)
         await ended(http, await submit(http, max_tokens=7))
@@ -135,16 +145,9 @@ class TestMetrics:
         assert after.tokens >= before.tokens + 7
         assert before.time_to_first_token is not None
         assert after.time_to_first_token is not None
-        for earlier, later in (
-            (before.time_to_first_token, after.time_to_first_token),
-            (before.request_duration, after.request_duration),
-        ):
-            assert earlier.bounds == later.bounds
-            assert len(later.counts) == len(later.bounds) + 1
-            assert sum(later.counts) >= sum(earlier.counts) + 1
+        assert sum(after.time_to_first_token.counts) > sum(before.time_to_first_token.counts)
+        assert sum(after.request_duration.counts) > sum(before.request_duration.counts)
         assert after.uptime > before.uptime
-        assert after.cpu_seconds >= before.cpu_seconds > 0
-        assert after.memory_bytes > 1e6
 
     async def test_every_name_is_there_and_counts(self, server: Server, http: httpx.AsyncClient) -> None:
         before = samples((await http.get("/metrics")).text)
@@ -561,6 +564,20 @@ class TestLogs:
         for entry in (files / "app.log").read_text().splitlines():
             json.loads(entry)
         assert "engine_died" in (files / "errors.log").read_text()
+
+    async def test_what_is_told_of_a_job_has_the_trace_of_its_request(self, make_server: Callable[..., Server]) -> None:
+        trace = TraceContext.new()
+        server = make_server(rate=0, settings={"log_level": "debug"})
+        async with client(server) as http:
+            body = {"prompt": "x", "max_tokens": 3}
+            reply = await http.post("/v1/jobs", json=body, headers={"traceparent": str(trace)})
+            await ended(http, reply.json()["id"])
+        assert server.terminate() == 0
+        (attempt,) = [line for line in server.log_lines() if line["event"] == "job.attempt"]
+        told = TraceContext.parse(attempt["trace"])
+        assert told is not None
+        assert told.trace_id == trace.trace_id
+        assert (attempt["outcome"], attempt["attempt"]) == ("completed", 1)
 
     def test_the_help_is_quick_to_come(self) -> None:
         done = subprocess.run(

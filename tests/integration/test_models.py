@@ -151,7 +151,7 @@ class TestErrors:
             ({"engine": "llama", "path": "none.gguf"}, "There is no file none.gguf"),
             ({"engine": "llama", "path": "server.err"}, "is not a GGUF file"),
             ({"engine": "transformers", "path": "."}, "needs config.json and"),
-            ({"engine": "vllm", "max_num_seqs": "many"}, "max_num_seqs is a number"),
+            ({"engine": "vllm", "max_num_seqs": "many"}, "max_num_seqs is a whole number, at least 0"),
             ({"engine": "upstream", "path": "ftp://x"}, "has the form http"),
             ({"engine": "upstream", "path": "http://127.0.0.1:9", "key_env": "NO_SUCH_ONE"}, "NO_SUCH_ONE"),
             ({"engine": "synthetic", "rats": 1}, "has no option 'rats'"),

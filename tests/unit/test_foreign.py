@@ -15,7 +15,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from penstock import client
+from penstock.api.jobs import JobView
+from penstock.client.core import _decoded
+from penstock.client.errors import ProtocolError, failure_of
+from penstock.client.resume import ResumePoint
+from penstock.client.sse import ServerEvent
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError
 from penstock.core.events import Prefix
 from penstock.core.foreign import Malformed, Mismatch, decode, loads, whole
@@ -23,8 +27,8 @@ from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tools import parse_tool_calls
 from penstock.engines.frames import Outputs, encode
 from penstock.engines.upstream import answers
-from penstock.engines.upstream.dialects import Told, read_models
-from penstock.engines.upstream.stream import Lines, Reply, StreamError
+from penstock.engines.upstream.dialects import UpstreamError, read_models
+from penstock.engines.upstream.stream import Lines, StreamError, UpstreamReply
 from penstock.gateway import feed, http
 from penstock.gateway.batches.input import check_input
 
@@ -115,7 +119,7 @@ ASKED = Request(model="m", messages=(Message("user", "?"),), sampling=Sampling(m
 def events(raw: bytes) -> None:
     """A stream's, on their way into the log."""
     for request in (ASKED, msgspec.structs.replace(ASKED, sampling=Sampling(max_tokens=10))):
-        reply = Reply(1, None, Prefix(), request)
+        reply = UpstreamReply(1, None, Prefix(), request)
         output, _, _ = reply.take([*Lines().feed(b"data: " + raw.replace(b"\n", b" ") + b"\n"), raw])
         encode(Outputs([output, reply.end()]))
         assert len(output.ids) == len(output.texts) == len(output.logprobs or output.ids)
@@ -132,17 +136,17 @@ READERS: dict[str, tuple[Callable[[bytes], Any], type[Exception] | tuple[type[Ex
     "text": (lambda raw: decode(raw.decode("utf-8", "surrogateescape"), object), Malformed),
     "stream": (events, ()),
     "vectors": (lambda raw: answers.read_vectors(raw, 1), StreamError),
-    "tokens": (lambda raw: answers.read(raw, answers.Tokens), StreamError),
+    "tokens": (lambda raw: answers.read(raw, answers.TokenizeAnswer), StreamError),
     "pieces": (answers.read_pieces, StreamError),
-    "template": (lambda raw: answers.read(raw, answers.Template), StreamError),
+    "template": (lambda raw: answers.read(raw, answers.TemplateAnswer), StreamError),
     "models": (read_models, Malformed),
-    "refusal": (lambda raw: Told.read(loads(raw)).refusal("m").message.encode(), Malformed),
+    "refusal": (lambda raw: UpstreamError.read(loads(raw)).refusal("m").message.encode(), Malformed),
     "calls": (lambda raw: called(raw.decode("utf-8", "replace")), ()),
-    "client": (lambda raw: client._decoded(raw, client.JobView, response(raw)), PenstockError),
-    "client's refusal": (lambda raw: client._failure(response(raw), raw), ()),
+    "client": (lambda raw: _decoded(raw, JobView, response(raw)), PenstockError),
+    "client's refusal": (lambda raw: failure_of(response(raw), raw), ()),
     "client's events": (
-        lambda raw: client.Cursor(0).take(client.ServerEvent("token", raw.decode("utf-8", "replace"), "1")),
-        client.ProtocolError,
+        lambda raw: ResumePoint(0).take(ServerEvent("token", raw.decode("utf-8", "replace"), "1")),
+        ProtocolError,
     ),
     "body": (lambda raw: http.decode(raw, dict[str, Any]), InvalidRequest),
     "place": (lambda raw: feed.Cursor.parse(base64.urlsafe_b64encode(raw).decode()), InvalidRequest),

@@ -20,13 +20,12 @@ from penstock.gateway.middleware import Frame, HostCheck, Middleware, OriginChec
 from penstock.gateway.operation import Endpoint, Operation
 from penstock.gateway.operator import health, models, page
 
-#: Every route there is: what clients of all kinds ask for, files and batches, what operators ask for, the page. The
-#: first path that fits is meant: ``/v1/models/{model:path}/load`` has to come before ``/v1/models/{model:path}``.
+#: Every route there is: what clients of all kinds ask for, files and batches, what operators ask for, the page.
 OPERATIONS: list[Operation] = [
-    *models.OPERATIONS,
     *DIALECTS,
     *files.OPERATIONS,
     *batches.OPERATIONS,
+    *models.OPERATIONS,
     *health.OPERATIONS,
     *page.OPERATIONS,
 ]
@@ -53,10 +52,7 @@ def create_app(
 
 
 class Routes:
-    """Finds the operation that is meant, before anything is refused: so that whatever refuses does it in its words.
-
-    What was no HTTP (`penstock.server`) means none.
-    """
+    """Finds the operation that is meant, before anything is refused: so that whatever refuses does it in its words."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway, operations: Sequence[Operation], resources: Resources) -> None:
         self.app = app
@@ -64,18 +60,20 @@ class Routes:
         nobody = anybody(operates=gateway.config.manageable)
         for operation in operations:
             endpoint = Endpoint(operation, gateway.jobs, resources, nobody)
-            paths.setdefault(operation.path, _Path()).endpoints.append(endpoint)
-        self._paths = [(*compile_path(path), found) for path, found in paths.items()]
+            paths.setdefault(operation.path, _Path()).add(endpoint)
+        # What ends in any path would take those that go on behind it: it comes last.
+        ordered = sorted(paths.items(), key=lambda each: each[0].endswith(":path}"))
+        self._paths = [(*compile_path(path), found) for path, found in ordered]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if (error := scope.get("penstock.refusal")) is not None:
-            await refuse(error, scope, receive, send)
-            return
         scope["endpoint"], scope["penstock.dialect"] = self._find(scope)
-        await self.app(scope, receive, send)
+        if (error := scope.get("penstock.refusal")) is not None:  # what came was no HTTP
+            await refuse(error, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     def _find(self, scope: Scope) -> tuple[ASGIApp, Dialect]:
         for pattern, _, converters, path in self._paths:
@@ -92,23 +90,24 @@ class Routes:
 
 
 class _Path:
-    """The endpoints of one path."""
+    """The endpoints of one path; those that ask for a header come first."""
 
     def __init__(self) -> None:
         self.endpoints: list[Endpoint] = []
 
+    def add(self, endpoint: Endpoint) -> None:
+        self.endpoints.insert(0 if endpoint.operation.header else len(self.endpoints), endpoint)
+
     def meant(self, scope: Scope) -> tuple[ASGIApp, Dialect]:
-        """Who answers, and in which words. Those that ask for a header of theirs come first."""
-        headers = {name.decode("latin-1") for name, _ in scope["headers"]}
-        by_header = sorted(self.endpoints, key=lambda endpoint: not endpoint.operation.header)
-        fit = [each for each in by_header if each.operation.header in ("", *headers)]
+        """Who answers, and in which words."""
+        fit = [each for each in self.endpoints if _asked_by(each.operation.header, scope)]
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         for endpoint in fit:
             if endpoint.operation.method in (method, "*"):
                 if endpoint.operation.generates:
                     scope["penstock.generation"] = endpoint.operation.path
                 return endpoint, endpoint.operation.dialect
-        return self._not_allowed, (fit or by_header)[0].operation.dialect
+        return self._not_allowed, (fit or self.endpoints)[0].operation.dialect
 
     async def _not_allowed(self, scope: Scope, receive: Receive, send: Send) -> None:
         methods = list(dict.fromkeys(endpoint.operation.method for endpoint in self.endpoints))
@@ -116,6 +115,10 @@ class _Path:
         error = InvalidRequest(f"{scope['method']} is not allowed on {scope['path']}: {allowed} is.")
         error.status = 405
         await refuse(error, scope, receive, send, {"allow": allowed})
+
+
+def _asked_by(header: str, scope: Scope) -> bool:
+    return not header or any(name == header.encode() for name, _ in scope["headers"])
 
 
 class _Dispatch:

@@ -46,7 +46,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     on_disconnect: OnDisconnect = "continue"
     view: bytes = b""
-    keep: float | None = None
+    retain_for: float | None = None
+    """Seconds that it is kept once it has ended; None: as long as all are."""
 
 
 class Jobs:
@@ -148,7 +149,7 @@ class Jobs:
             metadata=submission.metadata,
             on_disconnect=submission.on_disconnect,
             view=submission.view,
-            retain_for=submission.keep,
+            retain_for=submission.retain_for,
             deadline_at=self._clock.now() + deadline if deadline is not None else None,
         )
         stored = await self._broker.submit(job)
@@ -162,8 +163,10 @@ class Jobs:
         jobs: list[Job] = []
         try:
             for number, request in enumerate(requests):
-                keep = submission.keep if key or request.task == "generate" else RUN_ONCE_RETENTION
-                one = msgspec.structs.replace(submission, idempotency_key=key and f"{key}/{number}", keep=keep)
+                retain_for = submission.retain_for if key or request.task == "generate" else RUN_ONCE_RETENTION
+                one = msgspec.structs.replace(
+                    submission, idempotency_key=key and f"{key}/{number}", retain_for=retain_for
+                )
                 jobs.append(await self.submit(request, one))
         except PenstockError as error:
             if key is None:
@@ -251,7 +254,7 @@ class Jobs:
         self, request: Request, submission: Submission, disconnected: Disconnected
     ) -> tuple[Job, Completion]:
         """Submit and `fold`, for an answer that nobody comes back for: its job is dropped, whatever becomes of it."""
-        job = await self.submit(request, msgspec.structs.replace(submission, keep=RUN_ONCE_RETENTION))
+        job = await self.submit(request, msgspec.structs.replace(submission, retain_for=RUN_ONCE_RETENTION))
         try:
             return job, await self.fold(job, disconnected)
         finally:

@@ -48,8 +48,6 @@ from penstock.worker.worker import Worker, new_worker_id
 
 log = structlog.get_logger("penstock.models")
 
-#: Seconds between two looks at the models while all are loaded.
-ALL_LOADED_INTERVAL = 1.0
 #: Seconds between two measurements of the memory.
 MEASURE_INTERVAL = 5.0
 #: Jobs that are refused in one go.
@@ -249,7 +247,7 @@ class ModelManager:
         while True:
             self._changed.clear()
             await self._reconcile()
-            pause = self._policy.poll_interval if self._some_unloaded() else ALL_LOADED_INTERVAL
+            pause = self._policy.poll_interval if self._some_unloaded() else self._policy.all_loaded_interval
             await wait_for_event(self._changed, pause)
 
     async def _reconcile(self) -> None:

@@ -56,7 +56,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     ] = 30.0
     """… once that is up for as long."""
     poll_interval: float = 0.2
-    """Between two looks at the queue."""
+    """Between two decisions while some model is not loaded, …"""
+    all_loaded_interval: float = 1.0
+    """… and while all are."""
     attempts: int = 3
     """How often loading a model is tried before its jobs fail."""
     first_retry: float = 0.5

@@ -23,8 +23,8 @@ from penstock.core.job import Job, Message, Priority, Request, new_job_id
 from penstock.core.ports import Append, Finish, ModelInfo, QueuePolicy, WorkerInfo
 from penstock.gateway.batches.input import MAX_ERRORS, MAX_LINES, check_input, read_lines
 from penstock.gateway.batches.routes import view
-from penstock.gateway.batches.run import MAX_OPEN
 from penstock.gateway.batches.runner import BatchRunner
+from penstock.gateway.batches.slots import MAX_OPEN
 from penstock.gateway.batches.store import WINDOW, Batch, BatchStore
 from penstock.gateway.config import GatewayConfig
 from penstock.gateway.dialects.registry import BATCHABLE
@@ -526,6 +526,19 @@ class TestDeaths:
         (message,) = output["id-2"]["response"]["body"]["output"]
         assert message["content"][0]["text"] == "asay 2"
         assert house.jobs_ever() == 3
+
+    async def test_a_cancelled_batch_also_stops_the_jobs_of_a_dead_runner(self, house: House) -> None:
+        house.working = False
+        batch = house.batch(line(n) for n in range(20))
+        async with house.runner():
+            await house.until(batch, lambda _: house.jobs_ever() == house.window)
+        house.store.cancel("t", batch.id)
+        async with house.runner():
+            batch = await house.end(batch)
+        assert (batch.state, batch.completed, batch.failed) == ("cancelled", 0, 20)
+        _, errors = house.results(batch)
+        assert {entry["error"]["code"] for entry in errors.values()} == {"batch_cancelled"}
+        assert await house.jobs_left() == 0
 
     async def test_two_runners_at_once(self, house: House) -> None:
         """One has the lock; when it goes the other one takes over."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.engine import FakeEngine
 
 from penstock.brokers.embedded import EmbeddedBroker
-from penstock.core.errors import BrokerUnavailable, EngineDied, PenstockError
+from penstock.core.errors import BrokerUnavailable
 from penstock.core.job import Job, Priority, Request, Sampling, Status, new_job_id
-from penstock.core.ports import Append, Finish, Lease, ModelInfo, Output, QueuePolicy, Release, Verdict, WorkerInfo
+from penstock.core.ports import Append, Lease, QueuePolicy, Release, Verdict, WorkerInfo
 from penstock.testing.clock import ManualClock
 from penstock.worker.worker import PARTIAL_WAIT, RESERVED_WAIT, SUSPECTS_INTERVAL, Worker
 
@@ -22,61 +23,6 @@ PATIENCE = 10.0
 TTL = 60.0
 #: Real seconds: of a worker that sends a heartbeat four times as often, or that does not wait when it claims.
 BRISK = 0.02
-
-
-class FakeEngine:
-    """Runs what it is given until the test says what comes of it."""
-
-    def __init__(self, slots: int = 8) -> None:
-        self.models = (ModelInfo(name="s", engine="fake", context_length=1000),)
-        self.slots = slots
-        self.running: dict[int, Lease] = {}
-        self.most = 0
-        """Sequences that ever ran at once."""
-        self.aborted: list[str] = []
-        self.starts = 0
-        self._outputs: asyncio.Queue[list[Output] | Exception] = asyncio.Queue()
-
-    async def start(self) -> None:
-        self.starts += 1
-
-    def add(self, key: int, lease: Lease) -> None:
-        self.running[key] = lease
-        self.most = max(self.most, sum(lease.job.request.n for lease in self.running.values()))
-
-    def abort(self, key: int) -> None:
-        if (lease := self.running.pop(key, None)) is not None:
-            self.aborted.append(lease.job.id)
-
-    async def step(self) -> list[Output]:
-        item = await self._outputs.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    async def close(self) -> None:
-        pass
-
-    @property
-    def jobs(self) -> set[str]:
-        return {lease.job.id for lease in self.running.values()}
-
-    def emit(self, job: str, count: int = 1, *, end: bool = False) -> None:
-        key, lease = next((key, lease) for key, lease in self.running.items() if lease.job.id == job)
-        if end:
-            del self.running[key]
-        finish = Finish(("stop",) * lease.job.request.n) if end else None
-        self._outputs.put_nowait([Output(key, [1] * count, ["x"] * count, finish=finish)])
-
-    def fail(self, job: str, *, retryable: bool) -> None:
-        key = next(key for key, lease in self.running.items() if lease.job.id == job)
-        del self.running[key]
-        error = PenstockError("It went wrong.").info
-        self._outputs.put_nowait([Output(key, finish=Finish(error=error), retryable=retryable)])
-
-    def die(self) -> None:
-        self.running.clear()
-        self._outputs.put_nowait(EngineDied("gone"))
 
 
 class RecordingBroker(EmbeddedBroker):
@@ -115,7 +61,7 @@ class RecordingBroker(EmbeddedBroker):
 class Host:
     def __init__(self, broker: RecordingBroker, clock: ManualClock) -> None:
         self.broker, self.clock = broker, clock
-        self.engine = FakeEngine()
+        self.engine = FakeEngine("s")
 
     async def submit(self, n: int = 1, priority: Priority = Priority.NORMAL) -> Job:
         request = Request(model="s", prompt="x", sampling=Sampling(max_tokens=500), n=n)

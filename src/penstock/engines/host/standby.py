@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from penstock.core.aio import Backoff, wait_for_event
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import Lease, ModelInfo, Output
 from penstock.core.telemetry import Telemetry
@@ -185,7 +186,7 @@ class Standby:
             self._filler = None
 
     async def _fill(self) -> None:
-        backoff = LOOK
+        backoff = Backoff(LOOK, MAX_BACKOFF, jitter=0)
         while True:
             for dead in [spare for spare in self._spares if not spare.alive]:
                 self._spares.remove(dead)
@@ -194,17 +195,15 @@ class Standby:
             if len(self._spares) < self._keep and time.monotonic() >= self._quiet_until:
                 try:
                     await self._load_spare()
-                    backoff = LOOK
+                    backoff.reset()
                     continue
                 except ModelLoadError as error:
+                    pause = backoff.next()
                     self._telemetry.event(
-                        "engine.spare_failed", model=self.spec.model, error=error.message, retry_in=backoff
+                        "engine.spare_failed", model=self.spec.model, error=error.message, retry_in=pause
                     )
-                    pause, backoff = backoff, min(MAX_BACKOFF, 2 * backoff)
             self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._changed.wait()
+            await wait_for_event(self._changed, pause)
 
     async def _load_spare(self) -> None:
         spare = self._make()

@@ -1,13 +1,14 @@
 """The transformers engine: any causal language model of the library, on a CPU or a CUDA device.
 
 The library's modules compute the network. What of it needs to know about batches is attention, and the library lets
-that be replaced: the tokens of all running sequences go through the model as one row without padding, and `_attend`
+that be replaced: the tokens of all running sequences go through the model as one row without padding, and `network`
 keeps their keys and values and lets each look back on its own. So batching, sampling, resuming and every field are the
 same as for other engines (`batching`), which the library's own continuous batching could not give: it has no seeds, no
 logit bias, no log-probabilities, no ``n``, and it was the slower one on a CPU and on a GPU.
 
 A GPU computes a step of a small model faster than Python asks for it. So there a step in which every sequence adds one
-token is recorded once for each rounded batch size and length (`_Recorded`) and replayed with new numbers (CUDA graphs).
+token is recorded once for each rounded batch size and length (`RecordedStep`) and replayed with new numbers (CUDA
+graphs).
 
 Not every architecture computes attention through that interface. Whether one does is found out at the start, on the
 model itself: its logits in two uneven steps of two sequences are compared with those of the unchanged model. Where they
@@ -16,26 +17,17 @@ differ, or the model refuses, replies are made by ``generate`` in batches that n
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 from penstock.core.errors import ModelLoadError
@@ -46,424 +38,16 @@ from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.parts.batching import STEP_TOKENS, ContinuousBatching
 from penstock.engines.parts.kvcache import fit_context
-from penstock.engines.parts.sampling import Floats, Ints, Sampler
-from penstock.engines.parts.static import Row, StaticBatching
+from penstock.engines.parts.static import StaticBatching
 from penstock.engines.text.model import TextModel
+from penstock.engines.transformers.generate import Generate
+from penstock.engines.transformers.network import DTYPES, TorchNetwork, why_not
 from penstock.engines.transformers.options import TransformersOptions
 
 #: Weights up to this many bytes are computed in float32 on a CPU unless the operator chooses otherwise.
 SMALL = 2_000_000_000
-#: Devices whose steps are recorded (`_Recorded`).
-RECORDED = {"cuda"}
 #: Tokens that a step on a GPU computes at most: it has room for more beside the running sequences than a CPU.
 GPU_STEP_TOKENS = 2048
-#: How far logits may be from those of the unchanged model, in their standard deviations.
-TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
-
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-
-
-# ------------------------------------------------------------------------------------------ the network
-
-
-class _Unsuited(Exception):
-    """The model's attention needs something that `_attend` does not do."""
-
-
-class TorchNetwork:
-    """See `penstock.engines.parts.batching.Network`. A block is a row of the cache and holds a whole sequence."""
-
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._model = model
-        self.device = device
-        self._recording = device.type in RECORDED
-        self.precision = _name(model.dtype)
-        self.vocab = 0
-        self.resize(2, 64)
-
-    def resize(self, blocks: int, block_size: int) -> None:
-        """Forget everything; room for *blocks* sequences of *block_size* tokens."""
-        self.blocks = blocks
-        self.block_size = block_size
-        self._cache: dict[int, list[torch.Tensor]] = {}
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
-        #: Memory that all recorded steps share, since one runs at a time; it goes with the last of them.
-        self.pool: Any = None
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of cache that a token takes, once something was run."""
-        return sum(part[0, :, 0].numel() * part.element_size() for pair in self._cache.values() for part in pair)
-
-    def run(self, **inputs: np.ndarray[Any, Any]) -> Floats:
-        with torch.inference_mode():
-            # What is recorded is a step of one token a sequence, each of which has its logits.
-            rows = np.arange(len(inputs["past_lens"]))
-            if (
-                self._recording
-                and len(inputs["input_ids"]) == len(rows)
-                and np.array_equal(inputs["sampled_tokens_indices"], rows)
-            ):
-                try:
-                    logits = self._replay(inputs)
-                except RuntimeError as error:  # the model does something that cannot be recorded
-                    notify("engine.cuda_graphs_off", error=str(error))
-                    self._recording = False
-                    self._recorded.clear()
-                    logits = self._compute(inputs)
-            else:
-                logits = self._compute(inputs)
-        self.vocab = logits.shape[-1]
-        return logits
-
-    def _compute(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Floats:
-        logits = self.forward(
-            _Step(self, inputs),
-            self.tensor(inputs["input_ids"]),
-            self.tensor(inputs["position_ids"]),
-            self.tensor(inputs["sampled_tokens_indices"]),
-        )
-        result: Floats = logits.cpu().numpy()
-        return result
-
-    def _replay(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Floats:
-        rows, past = inputs["block_indices"], inputs["past_lens"]
-        width = min(_rounded(int(rows.max()) + 1), self.blocks)
-        length = min(max(_rounded(int(past.max()) + 1), SHORTEST), self.block_size)
-        if (recorded := self._recorded.get((width, length))) is None:
-            recorded = self._recorded[width, length] = _Recorded(self, width, length)
-        return recorded(inputs["input_ids"], past, rows)
-
-    def forward(
-        self, step: _Step | _Recorded, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits in float32, [kept, vocabulary]."""
-        global _step
-        _step = step
-        try:
-            logits: torch.Tensor = self._model(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=kept
-            ).logits[0]
-        finally:
-            _step = None
-        return logits.float()
-
-    def tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self.device)
-
-    def store(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, step: _Step | _Recorded
-    ) -> list[torch.Tensor]:
-        """The cache of *layer*, [blocks + 1, heads, tokens, size] each, with the new tokens' *keys* and *values* in it
-        ([1, heads, tokens, size]). What is computed for nobody goes into the last row."""
-        if (cache := self._cache.get(layer)) is None:
-            cache = self._cache[layer] = [
-                _zeros(part, self.blocks + 1, part.shape[1], self.block_size, part.shape[3]) for part in (keys, values)
-            ]
-        for part, new in zip(cache, (keys, values), strict=True):
-            part[step.token_rows, :, step.token_positions] = new[0].transpose(0, 1)
-        return cache
-
-
-def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """What is masked must still be a number: nothing times a NaN is a NaN."""
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    # From the system's zero pages: those untouched cost nothing, the memory is taken as sequences grow into it.
-    data = np.zeros(math.prod(shape) * like.element_size(), np.uint8)
-    return torch.from_numpy(data).view(like.dtype).view(shape)
-
-
-class _Step:
-    """Who is where in the row of tokens that goes through the model."""
-
-    def __init__(self, network: TorchNetwork, inputs: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        self.network = network
-        begins, past, rows = inputs["subsequence_begins"], inputs["past_lens"], inputs["block_indices"]
-        counts = np.diff(begins)
-        self.tokens = int(begins[-1])
-        self.token_rows = network.tensor(np.repeat(rows, counts))
-        self.token_positions = network.tensor(inputs["position_ids"])
-        single = np.flatnonzero(counts == 1)
-        self.prefills = [
-            (int(rows[i]), int(past[i]), int(begins[i]), int(counts[i])) for i in np.flatnonzero(counts > 1)
-        ]
-        #: Those that add one token look back together.
-        self.singles = len(single)
-        if not self.singles:
-            return
-        self.where = None if self.singles == self.tokens else network.tensor(begins[single])
-        self.longest = int(past[single].max()) + 1
-        lengths, self.rows = past[single] + 1, None
-        rows = rows[single]
-        top = int(rows.max()) + 1
-        if top <= 2 * len(rows):  # most rows up to the last one: computing idle ones is cheaper than copying the others
-            self.extent = top
-            if not np.array_equal(rows, np.arange(top)):
-                self.rows = network.tensor(rows)
-            spread = np.zeros(top, np.int64)
-            spread[rows] = lengths
-            lengths = spread
-            self.gather = None
-        else:
-            self.gather = network.tensor(rows)
-        self._lengths = network.tensor(lengths)[:, None, None, None]
-        self._masks: dict[int | None, torch.Tensor | None] = {}
-        self._even = bool((lengths == self.longest).all())
-
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """[sequences, 1, 1, tokens]: what each single token may look at; None for everything."""
-        if window not in self._masks:
-            if self._even and (window is None or window >= self.longest):
-                self._masks[window] = None
-            else:
-                index = torch.arange(self.longest, device=self._lengths.device)
-                mask = index < self._lengths
-                self._masks[window] = mask if window is None else mask & (index >= self._lengths - window)
-        return self._masks[window]
-
-
-#: The least length that steps are recorded for.
-SHORTEST = 64
-
-
-def _rounded(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()
-
-
-class _Recorded:
-    """A step in which sequences in the first *width* rows of the cache, of up to *length* tokens, add one token each;
-    rows without one compute something that nobody looks at. Recorded at the first call, replayed at every other."""
-
-    prefills = ()
-    where = gather = rows = None
-
-    def __init__(self, network: TorchNetwork, width: int, length: int) -> None:
-        self.network = network
-        self.tokens = self.singles = self.extent = width
-        self.longest = length
-        self._inputs = torch.zeros((4, width), dtype=torch.int64, device=network.device)
-        self._ids, self.token_positions, self.token_rows, lengths = self._inputs
-        self._lengths = lengths[:, None, None, None]
-        self._all = torch.arange(width, device=network.device)
-        self._masks: dict[int | None, torch.Tensor] = {}
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: torch.Tensor | None = None
-
-    def __call__(self, ids: Ints, past: Ints, rows: Ints) -> Floats:
-        """Logits, a row for each of *ids*, the next tokens of the sequences in *rows* that have *past* tokens."""
-        inputs = np.zeros((4, self.tokens), np.int64)
-        inputs[2] = self.network.blocks
-        inputs[3] = 1
-        inputs[:, rows] = ids, past, rows, past + 1
-        self._inputs.copy_(torch.from_numpy(inputs))
-        if self._graph is None:
-            self._record()
-        else:
-            self._graph.replay()
-        assert self._logits is not None
-        logits: Floats = self._logits.cpu().numpy()
-        return logits if np.array_equal(rows, np.arange(self.tokens)) else logits[rows]
-
-    def _record(self) -> None:
-        # As torch asks for: first on a stream of its own, so that what libraries set up at first use is not recorded.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.network.pool, capture_error_mode="thread_local"):
-            self._logits = self.forward()
-        graph.replay()
-        self._graph, self.network.pool = graph, graph.pool()
-
-    def forward(self) -> torch.Tensor:
-        self._masks.clear()
-        return self.network.forward(self, self._ids, self.token_positions, self._all)
-
-    def mask(self, window: int | None) -> torch.Tensor:
-        """As `_Step.mask`."""
-        if window not in self._masks:
-            index = torch.arange(self.longest, device=self._lengths.device)
-            mask = index < self._lengths
-            self._masks[window] = mask if window is None else mask & (index >= self._lengths - window)
-        return self._masks[window]
-
-
-#: What the model is computing now: the library hands attention functions nothing of ours.
-_step: _Step | _Recorded | None = None
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention as the library calls it: [1, heads, tokens, size] each; the result is [1, tokens, heads, size]."""
-    step = _step
-    if step is None:
-        raise _Unsuited("attention outside a step")
-    for name in ("softcap", "s_aux", "position_bias", "sinks"):
-        if others.get(name) is not None:
-            raise _Unsuited(f"attention with {name}")
-    keys, values = step.network.store(module.layer_idx, key, value, step)
-    heads, size = query.shape[1], values.shape[-1]
-    groups = heads // keys.shape[1]
-    attention = torch.nn.functional.scaled_dot_product_attention
-    result = query.new_empty((step.tokens, heads, size))
-
-    if step.singles:
-        ours = query[0].transpose(0, 1)
-        if step.where is not None:
-            ours = ours[step.where]
-        ours = ours.reshape(step.singles, keys.shape[1], groups, -1)
-        if step.gather is not None:
-            near, far = keys[step.gather, :, : step.longest], values[step.gather, :, : step.longest]
-        else:
-            near, far = keys[: step.extent, :, : step.longest], values[: step.extent, :, : step.longest]
-            if step.rows is not None:
-                spread = ours.new_zeros((step.extent, *ours.shape[1:]))
-                spread[step.rows] = ours
-                ours = spread
-        seen = attention(ours, near, far, attn_mask=step.mask(sliding_window), scale=scaling)
-        if step.rows is not None:
-            seen = seen[step.rows]
-        seen = seen.reshape(step.singles, heads, size)
-        if step.where is None:
-            return seen[None], None
-        result[step.where] = seen
-
-    for row, past, begin, count in step.prefills:
-        end = past + count
-        mask = None
-        if past or (sliding_window is not None and sliding_window < end):
-            index = torch.arange(end, device=query.device)
-            own = torch.arange(past, end, device=query.device)[:, None]
-            mask = index <= own
-            if sliding_window is not None:
-                mask &= index > own - sliding_window
-        seen = attention(
-            query[:, :, begin : begin + count],
-            keys[row : row + 1, :, :end],
-            values[row : row + 1, :, :end],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=groups > 1,
-        )
-        result[begin : begin + count] = seen[0].transpose(0, 1)
-    return result[None], None
-
-
-AttentionInterface.register("penstock", _attend)
-
-
-def _why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
-    """Why continuous batching would go wrong for *model*; None when its logits are those of the unchanged model."""
-    random = np.random.default_rng(0)
-    texts = [random.integers(0, vocab, length) for length in (9, 6)]
-    # What each has after each step: prefills, a chunk beside a single token, single tokens, one alone.
-    cuts = [(4, 3), (8, 4), (9, 5), (9, 6)]
-    try:
-        with torch.inference_mode():
-            wanted = [model(network.tensor(text)[None], use_cache=False).logits[0].float().cpu() for text in texts]
-        model.set_attn_implementation("penstock")
-        had = (0, 0)
-        for cut in cuts:
-            parts = [(i, texts[i][had[i] : cut[i]]) for i in (0, 1) if cut[i] > had[i]]
-            counts = [len(part) for _, part in parts]
-            logits = network.run(
-                input_ids=np.concatenate([part for _, part in parts]),
-                position_ids=np.concatenate([np.arange(had[i], cut[i]) for i, _ in parts]),
-                past_lens=np.array([had[i] for i, _ in parts]),
-                subsequence_begins=np.cumsum([0, *counts]),
-                block_indices=np.array([i for i, _ in parts]),
-                block_indices_begins=np.arange(len(parts) + 1),
-                max_context_len=np.array(max(cut)),
-                sampled_tokens_indices=np.cumsum(counts) - 1,
-            )
-            for row, (i, _) in zip(torch.from_numpy(logits), parts, strict=True):
-                right = wanted[i][cut[i] - 1]
-                off = float((row - right).abs().max() / right.std())
-                if not off <= TOLERANCE[str(model.dtype).removeprefix("torch.")]:
-                    return f"its logits are {off:.2g} standard deviations off"
-            had = cut
-    except Exception as error:  # whatever a stranger's module raises when it is called in a way it does not know
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-# ------------------------------------------------------------------------------------------ generate
-
-
-class _Generate:
-    """Runs a batch of rows to its end through the library's ``generate``. Tokens are drawn by our sampler: each step's
-    scores are replaced by the choice that was made."""
-
-    def __init__(self, model: Any, device: torch.device, vocab: int, slots: int) -> None:
-        self._model = model
-        self._device = device
-        self._sampler = Sampler(slots, vocab)
-        model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
-
-    def __call__(self, rows: Sequence[Row], steps: int) -> None:
-        width = max(len(row.ids) for row in rows)
-        ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
-            mask[i, width - len(row.ids) :] = 1
-            self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids, row.reply.mask)
-        draw = _Draw(rows, self._sampler)
-        with torch.inference_mode():
-            self._model.generate(
-                ids.to(self._device),
-                attention_mask=mask.to(self._device),
-                max_new_tokens=steps,
-                do_sample=False,
-                logits_processor=LogitsProcessorList([draw]),
-                stopping_criteria=StoppingCriteriaList([_Over(rows)]),
-            )
-
-
-class _Draw(LogitsProcessor):  # type: ignore[misc]
-    def __init__(self, rows: Sequence[Row], sampler: Sampler) -> None:
-        self._rows = rows
-        self._sampler = sampler
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        open_rows = [i for i, row in enumerate(self._rows) if not row.over]
-        chosen = torch.zeros(len(self._rows), dtype=torch.int64)
-        if open_rows:
-            slots = np.array(open_rows, np.int64)
-            drawn = np.array([len(self._rows[i].reply.ids) + 1 for i in open_rows], np.int64)
-            tokens, logprobs = self._sampler.draw(scores[open_rows].float().cpu().numpy().copy(), slots, drawn)
-            for at, (i, token) in enumerate(zip(open_rows, tokens, strict=True)):
-                self._rows[i].take(token, logprobs.get(at))
-                chosen[i] = token
-        forced = torch.full_like(scores, -torch.inf)
-        forced[torch.arange(len(self._rows)), chosen.to(scores.device)] = 0
-        return forced
-
-
-class _Over(StoppingCriteria):  # type: ignore[misc]
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
-        return torch.tensor([row.over for row in self._rows], device=input_ids.device)
-
-
-# ------------------------------------------------------------------------------------------ loading
 
 
 def load(name: str, path: str | None, options: TransformersOptions, progress: Progress) -> Backend:
@@ -496,7 +80,7 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
     reason: str | None = "static batching was asked for"
     if options.batching != "static":
         progress("checking continuous batching", None)
-        reason = _why_not(model, network, text.vocab_size)
+        reason = why_not(model, network, text.vocab_size)
         if reason is not None and options.batching == "continuous":
             raise ModelLoadError(f"{name} cannot be batched continuously: {reason}. Use --option batching=auto.")
     if reason is None:
@@ -526,7 +110,7 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
         unsupported=() if text.has_token_bytes else ("response_format",),
         tasks=("generate", "tokenize"),
     )
-    generate = _Generate(model, device, model.get_output_embeddings().weight.shape[0], options.slots)
+    generate = Generate(model, device, model.get_output_embeddings().weight.shape[0], options.slots)
     return StaticBatching(info, text, generate, slots=options.slots, window=options.window / 1000)
 
 
@@ -543,15 +127,11 @@ def _device(wanted: str) -> torch.device:
 
 def _dtype(wanted: str, device: torch.device, folder: Path) -> Any:
     if wanted != "auto":
-        return _DTYPES[wanted]
+        return DTYPES[wanted]
     if device.type != "cpu":
         return "auto"
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return torch.float32 if size <= SMALL else torch.bfloat16
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def _memory(device: torch.device) -> int | None:

@@ -11,8 +11,8 @@ from penstock.core.events import Logprob, TopLogprob
 from penstock.core.foreign import Malformed, decode, whole
 from penstock.core.job import Request
 from penstock.core.tasks import Tokenized, vector_text
-from penstock.engines.upstream.dialects import Dialect, chat, tool_views
-from penstock.engines.upstream.stream import NEVER, UNTOLD, StreamError, as_count, read_logprobs, read_usage
+from penstock.engines.upstream.dialects import ServerDialect, chat, tool_views
+from penstock.engines.upstream.stream import NEVER, UNKNOWN_ID, StreamError, as_count, read_logprobs, read_usage
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def _bytes_of(text: str) -> int:
 # ------------------------------------------------------------------------------------------ tokens
 
 
-class Tokens(msgspec.Struct):
+class TokenizeAnswer(msgspec.Struct):
     """What vLLM, SGLang and Penstock answer to ``/tokenize``."""
 
     count: int
@@ -94,14 +94,14 @@ class Tokens(msgspec.Struct):
     token_strs: list[str] | None = None
 
 
-class Text(msgspec.Struct):
+class DetokenizeAnswer(msgspec.Struct):
     """To ``/detokenize``; ``text`` is SGLang's name for it."""
 
     prompt: str | None = None
     text: str | None = None
 
 
-class Template(msgspec.Struct):
+class TemplateAnswer(msgspec.Struct):
     """What llama.cpp answers to ``/apply-template``."""
 
     prompt: str
@@ -127,7 +127,7 @@ def tokenize_body(model: str, request: Request) -> dict[str, Any]:
     return sent | chat(request, "")
 
 
-def detokenize_body(dialect: Dialect, model: str, ids: list[int]) -> dict[str, Any]:
+def detokenize_body(dialect: ServerDialect, model: str, ids: list[int]) -> dict[str, Any]:
     """The JSON for ``/detokenize``."""
     sent: dict[str, Any] = {"model": model, "tokens": ids}
     if dialect.name == "openai":
@@ -170,7 +170,7 @@ def read_pieces(answer: bytes) -> Tokenized:
 # ------------------------------------------------------------------------------------------ how likely a prompt is
 
 
-def score_body(dialect: Dialect, model: str, request: Request) -> dict[str, Any]:
+def score_body(dialect: ServerDialect, model: str, request: Request) -> dict[str, Any]:
     """The JSON for ``/completions`` that asks for no more than the prompt's log-probabilities, as far as can be."""
     prompt = list(request.prompt_ids or ()) if request.prompt is None else request.prompt
     sent: dict[str, Any] = {"model": model, "prompt": prompt, "return_token_ids": True}
@@ -206,23 +206,23 @@ class Scored(msgspec.Struct):
         texts: list[str | None] = [None]
         entries: list[Logprob | None] = [None]
         if self.prompt_logprobs is not None:
-            for id, told in zip(ids[1:], self.prompt_logprobs[1:], strict=False):
-                texts.append((entry := _by_id(told or {}, id)).text)
+            for id, likely in zip(ids[1:], self.prompt_logprobs[1:], strict=False):
+                texts.append((entry := _by_id(likely or {}, id)).text)
                 entries.append(entry if count else Logprob(entry.logprob, (), entry.text))
-            told_of = len(self.prompt_logprobs)
+            scored = len(self.prompt_logprobs)
         else:
             try:
                 tokens = read_logprobs(self.logprobs)
             except Malformed as error:
                 raise StreamError(f"log-probabilities that cannot be read ({error})") from error
             for token in tokens[1:]:
-                top = tuple(TopLogprob(UNTOLD, each.token, _sure(each.logprob)) for each in token.top_logprobs)
+                top = tuple(TopLogprob(UNKNOWN_ID, each.token, _sure(each.logprob)) for each in token.top_logprobs)
                 texts.append(token.token)
                 entries.append(Logprob(_sure(token.logprob), top if count else (), token.token))
             texts[0] = tokens[0].token if tokens else None
-            told_of = len(tokens)
-        if not ids or told_of != len(ids):
-            raise StreamError(f"log-probabilities of {told_of} tokens for a prompt of {len(ids)}")
+            scored = len(tokens)
+        if not ids or scored != len(ids):
+            raise StreamError(f"log-probabilities of {scored} tokens for a prompt of {len(ids)}")
         return texts, entries
 
 
@@ -238,12 +238,12 @@ def read_scores(answer: bytes) -> Scored:
     return choices[0]
 
 
-def _by_id(told: dict[str, _Likely], id: int) -> Logprob:
-    if (chosen := told.get(str(id))) is None:
+def _by_id(likely: dict[str, _Likely], id: int) -> Logprob:
+    if (chosen := likely.get(str(id))) is None:
         raise StreamError("no log-probability of a token of the prompt")
     top = [
         TopLogprob(int(other), whole(each.decoded_token or ""), _sure(each.logprob))
-        for other, each in told.items()
+        for other, each in likely.items()
         if other.isdecimal()
     ]
     top.sort(key=lambda each: (-each.logprob, each.id))

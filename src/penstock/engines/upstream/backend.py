@@ -30,9 +30,9 @@ from penstock.engines.child.backend import tokenized_output
 from penstock.engines.child.output_queue import AsyncBackend
 from penstock.engines.frames import Progress
 from penstock.engines.upstream.answers import (
-    Template,
-    Text,
-    Tokens,
+    DetokenizeAnswer,
+    TemplateAnswer,
+    TokenizeAnswer,
     detokenize_body,
     embedding_body,
     pieces_body,
@@ -44,7 +44,7 @@ from penstock.engines.upstream.answers import (
     template_body,
     tokenize_body,
 )
-from penstock.engines.upstream.dialects import Dialect, Told, body, endpoint
+from penstock.engines.upstream.dialects import ServerDialect, UpstreamError, body, endpoint
 from penstock.engines.upstream.options import TASKS, UpstreamOptions, addresses
 from penstock.engines.upstream.replicas import (
     MAX_RESULT,
@@ -57,7 +57,7 @@ from penstock.engines.upstream.replicas import (
     read_answer,
     reason,
 )
-from penstock.engines.upstream.stream import Lines, Reply, StreamError
+from penstock.engines.upstream.stream import Lines, StreamError, UpstreamReply
 
 T = TypeVar("T")
 
@@ -192,12 +192,14 @@ class UpstreamBackend(AsyncBackend):
 
     async def _reply(self, key: int, request: Request, prefixes: list[Prefix]) -> AsyncGenerator[Output]:
         alone = len(prefixes) == 1
-        replies = [Reply(key, None if alone else choice, prefix, request) for choice, prefix in enumerate(prefixes)]
-        told: int | None = None
+        replies = [
+            UpstreamReply(key, None if alone else choice, prefix, request) for choice, prefix in enumerate(prefixes)
+        ]
+        known: int | None = None
         if request.prompt_ids is not None:
-            told = len(request.prompt_ids)  # known at once; others learn it with the first token, or with the last
+            known = len(request.prompt_ids)  # known at once; others learn it with the first token, or with the last
             for reply in replies:
-                reply.prompt_tokens = told
+                reply.prompt_tokens = known
         # Where no server tells, or the connection broke between a reply's end and its usage.
         guess = request.estimated_prompt_tokens
         counted = ended = False
@@ -207,7 +209,7 @@ class UpstreamBackend(AsyncBackend):
         ]
         async with contextlib.aclosing(streams[0] if len(streams) == 1 else merge(streams)) as outputs:
             async for output in outputs:
-                output.prompt_tokens = None if counted else output.prompt_tokens or told
+                output.prompt_tokens = None if counted else output.prompt_tokens or known
                 if alone and replies[0].finish is not None:
                     output.finish, ended = _finish(replies), True
                     if not counted and output.prompt_tokens is None:
@@ -219,7 +221,7 @@ class UpstreamBackend(AsyncBackend):
 
     # ------------------------------------------------------------------------------------ one choice
 
-    async def _run(self, request: Request, choice: int, reply: Reply, faults: Faults) -> AsyncGenerator[Output]:
+    async def _run(self, request: Request, choice: int, reply: UpstreamReply, faults: Faults) -> AsyncGenerator[Output]:
         """Call until the reply has ended, on one replica after another."""
         tries = Tries(self._replicas, "generate", faults)
         if reply.ids and request.response_format is not None and _is_json("".join(reply.texts)):
@@ -237,7 +239,9 @@ class UpstreamBackend(AsyncBackend):
                 if len(reply.ids) >= reply.limit:
                     reply.finish = "length"
 
-    async def _call(self, replica: Replica, request: Request, choice: int, reply: Reply) -> AsyncGenerator[Output]:
+    async def _call(
+        self, replica: Replica, request: Request, choice: int, reply: UpstreamReply
+    ) -> AsyncGenerator[Output]:
         """One call to one replica. Raises `Broken`, `Unable`, or what refuses the request."""
         dialect = replica.dialect
         assert dialect is not None
@@ -256,12 +260,12 @@ class UpstreamBackend(AsyncBackend):
                         async for output in self._read(replica, response, reply):
                             yield output
                         return
-                    told = await self._refused(replica, response)
-                    if NEW_LIMIT in told.message and "messages" in sent and "max_tokens" in sent:
+                    refusal = await self._refused(replica, response)
+                    if NEW_LIMIT in refusal.message and "messages" in sent and "max_tokens" in sent:
                         replica.limit_field = NEW_LIMIT
                         sent[NEW_LIMIT] = sent.pop("max_tokens")
                         continue
-                    if told.about_limit and not cut and dialect.name in ("vllm", "openai"):
+                    if refusal.about_limit and not cut and dialect.name in ("vllm", "openai"):
                         # The prompt may fit, and only what was asked for not: then it gets what room there is.
                         cut = True
                         if "messages" in sent:
@@ -271,7 +275,7 @@ class UpstreamBackend(AsyncBackend):
                         if 0 < room < sent["max_tokens"]:
                             sent["max_tokens"] = room
                             continue
-                    raise told.refusal(replica.model)
+                    raise refusal.refusal(replica.model)
 
     @contextlib.contextmanager
     def _hearing(self) -> Iterator[None]:
@@ -291,10 +295,12 @@ class UpstreamBackend(AsyncBackend):
             return len(prompt)
         with contextlib.suppress(Broken, Unable, StreamError, PenstockError):
             sent = {"model": replica.model, "prompt": prompt}
-            return read(await self._ask(replica, f"{replica.address.root}/tokenize", sent), Tokens).count
+            return read(await self._ask(replica, f"{replica.address.root}/tokenize", sent), TokenizeAnswer).count
         return self.info.context_length
 
-    async def _read(self, replica: Replica, response: aiohttp.ClientResponse, reply: Reply) -> AsyncGenerator[Output]:
+    async def _read(
+        self, replica: Replica, response: aiohttp.ClientResponse, reply: UpstreamReply
+    ) -> AsyncGenerator[Output]:
         """The answer to a call: an output for everything that was ready, however many chunks it came in."""
         heard = over = False
         try:
@@ -311,7 +317,7 @@ class UpstreamBackend(AsyncBackend):
                     if isinstance(error, StreamError):
                         raise error
                     if error is not None:
-                        raise self._failure(Told.read(error), replica)
+                        raise self._failure(UpstreamError.read(error), replica)
                     if over:
                         break
         except (TimeoutError, aiohttp.ClientError, StreamError):
@@ -328,27 +334,27 @@ class UpstreamBackend(AsyncBackend):
 
     # ------------------------------------------------------------------------------------ continuation
 
-    def _by_ids(self, dialect: Dialect, request: Request, reply: Reply) -> bool:
+    def _by_ids(self, dialect: ServerDialect, request: Request, reply: UpstreamReply) -> bool:
         """How a reply that has begun goes on. Raises `EngineError` where it cannot."""
         if not reply.ids:
             return False
-        wish = self._options.continuation
+        continuation = self._options.continuation
         # An id without text may be the beginning of a character: better to go on before it, where the text ends.
         prompt_known = request.prompt_ids is not None or (
             request.messages is None and reply.prompt_ids is not None and reply.texts[-1] != ""
         )
         # What a server held back as the beginning of a stop string is in its ids, and not in its text.
-        if prompt_known and not reply.untold and wish in ("auto", "ids") and not request.sampling.stop:
+        if prompt_known and not reply.has_unknown_ids and continuation in ("auto", "ids") and not request.sampling.stop:
             return True
         if not any(reply.texts):  # nobody has seen anything of it
             return False
-        if wish in ("none", "ids"):
+        if continuation in ("none", "ids"):
             raise _lost("the option continuation forbids it")
         if request.response_format is not None or request.tool_choice == "required":
             raise _lost("its grammar would begin anew")
         if request.tools and (dialect.name == "penstock" or "<tool_call>" in "".join(reply.texts)):
             raise _lost("it may call tools")
-        if request.messages is not None and not dialect.begun_chat and wish != "text":
+        if request.messages is not None and not dialect.begun_chat and continuation != "text":
             raise _lost(f"a server of the kind {dialect.name!r} does not continue a chat (see the option continuation)")
         if request.prompt_ids is not None and dialect.name != "llama":
             raise _lost("its prompt is token ids, and those of the reply are not all known")
@@ -452,10 +458,10 @@ class UpstreamBackend(AsyncBackend):
             scored = read_scores(await self._ask(replica, f"{replica.address.api}/completions", sent))
             if (ids := scored.ids or list(request.prompt_ids or ())) == []:
                 asked = tokenize_body(model, request)
-                ids = read(await self._ask(replica, f"{replica.address.root}/tokenize", asked), Tokens).tokens
-            told, entries = scored.entries(ids, request.sampling.logprobs or 0)
-        texts = [text or "" for text in told]
-        if told[0] is None:  # vLLM tells nothing of the first; but what all of them make is known
+                ids = read(await self._ask(replica, f"{replica.address.root}/tokenize", asked), TokenizeAnswer).tokens
+            reported, entries = scored.entries(ids, request.sampling.logprobs or 0)
+        texts = [text or "" for text in reported]
+        if reported[0] is None:  # vLLM tells nothing of the first; but what all of them make is known
             text = request.prompt
             if text is None:
                 text = (await self._tokens(replica, request=msgspec.structs.replace(request, task="tokenize"))).text
@@ -472,20 +478,25 @@ class UpstreamBackend(AsyncBackend):
                 prompt = None
                 if request.messages is not None:
                     answer = await self._ask(replica, f"{root}/apply-template", template_body(model, request))
-                    prompt = read(answer, Template).prompt
+                    prompt = read(answer, TemplateAnswer).prompt
                 return read_pieces(await self._ask(replica, f"{root}/tokenize", pieces_body(model, request, prompt)))
             ids, names = list(request.prompt_ids or ()), None
             if request.prompt_ids is None:
-                found = read(await self._ask(replica, f"{root}/tokenize", tokenize_body(model, request)), Tokens)
+                found = read(
+                    await self._ask(replica, f"{root}/tokenize", tokenize_body(model, request)), TokenizeAnswer
+                )
                 ids, names = found.tokens, found.token_strs
-            text = Text(prompt="")
+            text = DetokenizeAnswer(prompt="")
             if ids:
-                text = read(await self._ask(replica, f"{root}/detokenize", detokenize_body(dialect, model, ids)), Text)
+                text = read(
+                    await self._ask(replica, f"{root}/detokenize", detokenize_body(dialect, model, ids)),
+                    DetokenizeAnswer,
+                )
         return Tokenized(ids, names, text.prompt or text.text or "")
 
     # ------------------------------------------------------------------------------------ what servers answer
 
-    async def _refused(self, replica: Replica, response: aiohttp.ClientResponse) -> Told:
+    async def _refused(self, replica: Replica, response: aiohttp.ClientResponse) -> UpstreamError:
         """What a refusal says, if it is for the client. Raises `Broken`, `Unable` and `EngineError` if not."""
         status = response.status
         if status in (401, 403):
@@ -499,25 +510,27 @@ class UpstreamBackend(AsyncBackend):
             value = decode(answer, object)
         except Malformed:
             value = answer.decode("utf-8", "replace")
-        told = Told.read(value)
-        message = self._replicas.for_clients(told.message)
-        told = Told(message, told.kind, status, told.param)
-        if told.about_route:
+        reported = UpstreamError.read(value)
+        message = self._replicas.for_clients(reported.message)
+        reported = UpstreamError(message, reported.kind, status, reported.param)
+        if reported.about_route:
             raise Unable(f"HTTP {status}: {message}")
         if status == 429 or (status == 503 and "Retry-After" in response.headers):
             raise Broken(f"HTTP {status}: {message}", retry_after=_seconds(response.headers.get("Retry-After")))
-        if (status >= 500 and not told.about_batch) or status in (408, 409, 425):
+        if (status >= 500 and not reported.about_batch) or status in (408, 409, 425):
             raise Broken(f"HTTP {status}: {message}")
-        return told
+        return reported
 
-    def _failure(self, told: Told, replica: Replica) -> Exception:
+    def _failure(self, reported: UpstreamError, replica: Replica) -> Exception:
         """An error in the middle of a stream."""
-        told = Told(self._replicas.for_clients(told.message), told.kind, told.status, told.param)
-        if "poisoned" in told.kind:
-            return EngineError(told.message)
-        if told.about_context or 400 <= told.status < 500 or "invalid_request" in told.kind:
-            return told.refusal(replica.model)
-        return Broken(told.message)
+        reported = UpstreamError(
+            self._replicas.for_clients(reported.message), reported.kind, reported.status, reported.param
+        )
+        if "poisoned" in reported.kind:
+            return EngineError(reported.message)
+        if reported.about_context or 400 <= reported.status < 500 or "invalid_request" in reported.kind:
+            return reported.refusal(replica.model)
+        return Broken(reported.message)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[list[bytes]]:
@@ -542,7 +555,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _finish(replies: list[Reply]) -> Finish:
+def _finish(replies: list[UpstreamReply]) -> Finish:
     return Finish.of((reply.finish or "stop", reply.stop) for reply in replies)
 
 

@@ -23,11 +23,11 @@ from penstock.core.errors import (
 from penstock.core.foreign import Malformed, Mismatch, decode, whole
 from penstock.core.job import Message, Request, ResponseFormat, Task, Tool
 from penstock.core.tools import check_form
-from penstock.engines.upstream.stream import Reply, as_count
+from penstock.engines.upstream.stream import UpstreamReply, as_count
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ServerDialect:
     """A kind of server. ``begun_chat``: it continues a final assistant message. ``scores``: it tells how likely the
     tokens of a prompt are. ``unsupported``: request fields that it does not know."""
 
@@ -39,7 +39,7 @@ class Dialect:
 
 
 DIALECTS = {
-    "openai": Dialect(
+    "openai": ServerDialect(
         "openai",
         unsupported=(
             "bad_words",
@@ -52,9 +52,11 @@ DIALECTS = {
             "top_k",
         ),
     ),
-    "vllm": Dialect("vllm", tells_ids=True, begun_chat=True, scores=True, unsupported=("input_type",)),
-    "llama": Dialect("llama", begun_chat=True, unsupported=("bad_words", "input_type", "min_tokens", "stop_token_ids")),
-    "penstock": Dialect("penstock", tells_ids=True, begun_chat=True, scores=True),
+    "vllm": ServerDialect("vllm", tells_ids=True, begun_chat=True, scores=True, unsupported=("input_type",)),
+    "llama": ServerDialect(
+        "llama", begun_chat=True, unsupported=("bad_words", "input_type", "min_tokens", "stop_token_ids")
+    ),
+    "penstock": ServerDialect("penstock", tells_ids=True, begun_chat=True, scores=True),
 }
 OWNERS = {"penstock": "penstock", "vllm": "vllm", "llamacpp": "llama"}
 
@@ -113,12 +115,12 @@ def read_models(body: bytes) -> list[ModelCard]:
 
 
 def _card(given: dict[str, Any]) -> ModelCard:
-    told: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for field in msgspec.structs.fields(ModelCard):
         value = given.get(field.name)
         with contextlib.suppress(msgspec.ValidationError):
-            told[field.name] = msgspec.convert(as_count(value) or value, field.type)
-    return ModelCard(**{name: value for name, value in told.items() if value is not None})
+            known[field.name] = msgspec.convert(as_count(value) or value, field.type)
+    return ModelCard(**{name: value for name, value in known.items() if value is not None})
 
 
 # ------------------------------------------------------------------------------------------ requests
@@ -129,7 +131,14 @@ def endpoint(request: Request) -> str:
 
 
 def body(
-    dialect: Dialect, model: str, context: int, request: Request, choice: int, reply: Reply, *, by_ids: bool
+    dialect: ServerDialect,
+    model: str,
+    context: int,
+    request: Request,
+    choice: int,
+    reply: UpstreamReply,
+    *,
+    by_ids: bool,
 ) -> dict[str, Any]:
     """The request's JSON for one choice, continued behind what *reply* has: by token ids, or by its text."""
     sampling = request.sampling
@@ -181,7 +190,7 @@ def chat(request: Request, text: str, developer: str = "system") -> dict[str, An
     return sent
 
 
-def _format(dialect: Dialect, request: Request) -> dict[str, Any]:
+def _format(dialect: ServerDialect, request: Request) -> dict[str, Any]:
     if (wanted := request.response_format) is None:
         return {}
     if wanted.json_schema is None:
@@ -194,7 +203,7 @@ def _format(dialect: Dialect, request: Request) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-def _text_format(dialect: Dialect, wanted: ResponseFormat) -> dict[str, Any]:
+def _text_format(dialect: ServerDialect, wanted: ResponseFormat) -> dict[str, Any]:
     """A form that is not JSON. llama.cpp takes its own kind of grammar; OpenAI's API has nothing like it.
 
     An empty one is refused: to a server it would mean that anything will do.
@@ -210,7 +219,7 @@ def _text_format(dialect: Dialect, wanted: ResponseFormat) -> dict[str, Any]:
     raise Unsupported(f"The upstream server cannot hold a reply to this {wanted.type}.", param="response_format")
 
 
-def _tools(dialect: Dialect, request: Request) -> dict[str, Any]:
+def _tools(dialect: ServerDialect, request: Request) -> dict[str, Any]:
     if not request.tools:
         return {}
     tools, choice = request.tools, request.tool_choice
@@ -251,7 +260,7 @@ def _message(message: Message, developer: str) -> dict[str, Any]:
     return sent
 
 
-def _sampling(dialect: Dialect, request: Request, context: int) -> dict[str, Any]:
+def _sampling(dialect: ServerDialect, request: Request, context: int) -> dict[str, Any]:
     """Sampling fields. vLLM and llama.cpp have defaults of their own (a model's, or not neutral ones): they are told
     everything. To the others go the fields that ask for something."""
     sampling = request.sampling
@@ -311,8 +320,8 @@ _CONTEXT = re.compile(
 
 
 @dataclass(frozen=True)
-class Told:
-    """An error as a server told it, in any of the shapes that are about."""
+class UpstreamError:
+    """An error as a server reports it, in any of the shapes that are about."""
 
     message: str
     kind: str = ""
@@ -321,7 +330,7 @@ class Told:
     param: str | None = None
 
     @classmethod
-    def read(cls, value: Any) -> Told:
+    def read(cls, value: Any) -> UpstreamError:
         """From the JSON of an error's body, or what is under ``error`` in an event."""
         if isinstance(value, dict) and isinstance(value.get("error"), dict | str):
             value = value["error"]

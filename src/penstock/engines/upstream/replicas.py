@@ -12,12 +12,13 @@ from typing import Any
 
 import aiohttp
 
+from penstock.core.aio import Backoff
 from penstock.core.errors import EngineError, ModelLoadError, NoWorker, PenstockError, Unsupported
 from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Task
 from penstock.engines.child import notices
 from penstock.engines.upstream.answers import read_vectors
-from penstock.engines.upstream.dialects import DIALECTS, OWNERS, Dialect, ModelCard, describe, read_models
+from penstock.engines.upstream.dialects import DIALECTS, OWNERS, ModelCard, ServerDialect, describe, read_models
 from penstock.engines.upstream.options import TASKS, ServerAddress, UpstreamOptions
 from penstock.engines.upstream.stream import StreamError
 
@@ -63,11 +64,6 @@ class Unable(Exception):
     """The server is well, and has no route for this; another replica may."""
 
 
-def backoff(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: exponential, with full jitter."""
-    return random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, failures - 1)))
-
-
 class Replica:
     """One server. ``dialect`` is None until it has answered for the first time.
 
@@ -78,7 +74,7 @@ class Replica:
 
     def __init__(self, address: ServerAddress, clock: Callable[[], float] = time.monotonic) -> None:
         self.address = address
-        self.dialect: Dialect | None = None
+        self.dialect: ServerDialect | None = None
         self.model = ""
         self.limit_field = "max_tokens"
         """What its chat calls the limit: OpenAI's newer models want ``max_completion_tokens``, and say so."""
@@ -133,8 +129,8 @@ class Replica:
         self.failures += 1
         if self.open:
             # Not less than half of it: the pause is for the server to recover, not to spread requests.
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(16, self.failures - TRIP))
-            self._shut_until = self._clock() + pause * random.uniform(0.5, 1)
+            pauses = Backoff(FIRST_PAUSE, LONGEST_PAUSE, jitter=0.5)
+            self._shut_until = self._clock() + pauses.after(self.failures - TRIP + 1)
             if self.failures == TRIP:
                 self.notify("resting", why)
 
@@ -284,14 +280,14 @@ class Replicas:
 
     # ---------------------------------------------------------------------------- what a server can do
 
-    async def _settle_tasks(self, replica: Replica, dialect: Dialect, *, ask: bool) -> None:
+    async def _settle_tasks(self, replica: Replica, dialect: ServerDialect, *, ask: bool) -> None:
         """What the operator says, or the server: its card, or (*ask*) its answers to one small request each.
 
         Servers that embed do nothing else at vLLM and llama.cpp; others are asked for a token as well. Where an answer
         says neither yes nor no, it stays as it was, at first: it generates.
         """
-        if told := self._options.stated_tasks:
-            replica.tasks = told
+        if stated := self._options.stated_tasks:
+            replica.tasks = stated
         elif dialect.name == "penstock":
             card = replica.card
             replica.tasks = (card and card.tasks) or TASKS  # until it has loaded the model, it refuses for itself
@@ -318,7 +314,7 @@ class Replicas:
                 return False
         return able
 
-    async def _tokenizes(self, replica: Replica, dialect: Dialect) -> bool | None:
+    async def _tokenizes(self, replica: Replica, dialect: ServerDialect) -> bool | None:
         field = "content" if dialect.name == "llama" else "prompt"
         able, answer = await self._can(
             replica, f"{replica.address.root}/tokenize", {"model": replica.model, field: "x"}
@@ -403,7 +399,7 @@ class Tries:
         self._replicas = replicas
         self._task = task
         self._faults = faults or Faults()
-        self._failures = 0
+        self._pauses = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._failed: set[Replica] = set()
         self._unable: set[Replica] = set()
         self._why = "none that can is up"
@@ -417,11 +413,10 @@ class Tries:
             if self._unable and self._unable.issuperset(self._replicas.able(self._task)):
                 raise Unsupported(f"The upstream server cannot {self._task}: {self._why}.", param="model")
             # All have failed, or none may have a request: once more, after a pause.
-            self._failures += 1
-            if self._failures > self._replicas.retries:
+            if self._pauses.failures == self._replicas.retries:
                 raise self._given_up()
             self._failed.clear()
-            await asyncio.sleep(max(backoff(self._failures), self._replicas.pause()))
+            await asyncio.sleep(max(self._pauses.next(), self._replicas.pause()))
         return replica
 
     @contextlib.contextmanager
@@ -463,7 +458,7 @@ class Tries:
 
     def progressed(self) -> None:
         """Something came before it broke: retries are for those who get nothing."""
-        self._failures = 0
+        self._pauses.reset()
 
 
 async def read_answer(response: aiohttp.ClientResponse, most: int = MAX_ANSWER) -> bytes:

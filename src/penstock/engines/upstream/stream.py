@@ -21,7 +21,7 @@ from penstock.core.tools import finish_reason
 #: Bytes that one line of a stream may have.
 MAX_LINE = 1 << 20
 #: The id of a token that the server did not tell.
-UNTOLD = -1
+UNKNOWN_ID = -1
 #: The log-probability of an alternative that the server calls impossible: JSON has no infinity.
 NEVER = -9999.0
 #: What servers call the ends of a reply, beside "stop"; what is not here is one.
@@ -98,7 +98,7 @@ class _Choice(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
 
 
-class Usage(msgspec.Struct, gc=False):
+class TokenCounts(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
@@ -113,7 +113,7 @@ class _Timings(msgspec.Struct, gc=False):
 
 class Chunk(msgspec.Struct):
     choices: list[_Choice] = []
-    usage: Usage | None = None
+    usage: TokenCounts | None = None
     timings: _Timings | None = None
     prompt_token_ids: list[int] | None = None
     error: Any = None
@@ -122,7 +122,7 @@ class Chunk(msgspec.Struct):
 class _Token(msgspec.Struct, rename={"values": "bytes"}):
     token: str = ""
     logprob: float | None = None
-    id: int = UNTOLD
+    id: int = UNKNOWN_ID
     values: list[int] | None = None
     """Of its bytes."""
     top_logprobs: list[_Token] = []
@@ -259,15 +259,15 @@ def _forgiving_token(value: Any) -> _Token:
     return _Token(
         whole(_text(given.get("token")) or ""),
         _number(given.get("logprob")),
-        UNTOLD if id is None else id,
+        UNKNOWN_ID if id is None else id,
         _ids(given.get("bytes")),
         [_forgiving_token(each) for each in _list(given.get("top_logprobs"))],
     )
 
 
-def read_usage(value: Any) -> Usage | None:
+def read_usage(value: Any) -> TokenCounts | None:
     """What it counts, as far as that can be read."""
-    return Usage(**counts) if (counts := _counts(value, Usage)) else None
+    return TokenCounts(**counts) if (counts := _counts(value, TokenCounts)) else None
 
 
 def _counts(value: Any, kind: type[msgspec.Struct]) -> dict[str, int]:
@@ -318,7 +318,7 @@ def _ids(value: Any) -> list[int] | None:
 # ------------------------------------------------------------------------------------------ one choice's reply
 
 
-class _Call:
+class _CallInPieces:
     """A call as it comes, piece by piece."""
 
     def __init__(self, index: int | None, id: str | None) -> None:
@@ -332,7 +332,7 @@ class _Call:
         return _is_object(self.arguments)
 
 
-class Reply:
+class UpstreamReply:
     """One choice of a request, over all the calls that it takes.
 
     ``ids`` and ``texts`` are what the log has of it: those of an earlier attempt (*prefix*), and all that `take` gave.
@@ -362,14 +362,14 @@ class Reply:
         self._sent = self._before if any(self.texts) else 0  # tokens of the reply in the prompt: it begins anew without
         self._text = ""  # that came without a token
         self._half = ""  # of a character, whose other half comes with the next chunk
-        self._calls: list[_Call] = []
+        self._calls: list[_CallInPieces] = []
         self._reason: str | None = None
-        self._usage: Usage | None = None
+        self._usage: TokenCounts | None = None
 
     @property
-    def untold(self) -> bool:
+    def has_unknown_ids(self) -> bool:
         """Is there a token of which only the text is known?"""
-        return UNTOLD in self.ids
+        return UNKNOWN_ID in self.ids
 
     def take(self, payloads: list[bytes]) -> tuple[Output, Any, bool]:
         """What these events bring: an output (perhaps empty), an error behind it (a `StreamError`, or one that the
@@ -400,10 +400,10 @@ class Reply:
         if chunk.usage is not None:
             self._usage = chunk.usage
         if self.prompt_ids is None and chunk.prompt_token_ids:
-            self._told_prompt(chunk.prompt_token_ids)
+            self._learn_prompt(chunk.prompt_token_ids)
         for choice in chunk.choices:
             if choice.prompt_token_ids and self.prompt_ids is None:
-                self._told_prompt(choice.prompt_token_ids)
+                self._learn_prompt(choice.prompt_token_ids)
             text, calls = choice.text or "", False
             if (delta := choice.delta or choice.message) is not None:
                 text = delta.content or ""
@@ -419,7 +419,7 @@ class Reply:
                         output.prompt_tokens = self.prompt_tokens
                 else:
                     new = 1 if text or calls else 0
-                ids = [UNTOLD] * new
+                ids = [UNKNOWN_ID] * new
             text = self._joined(text)
             reason = (choice.finish_reason or "").lower()
             if reason and reason not in FAILURES:
@@ -464,7 +464,7 @@ class Reply:
             self.prompt_tokens = output.prompt_tokens = len(self.prompt_ids)
         return output
 
-    def _told_prompt(self, ids: list[int]) -> None:
+    def _learn_prompt(self, ids: list[int]) -> None:
         if not self._sent:  # else it has the reply's beginning behind it
             self.prompt_ids = ids
 
@@ -478,15 +478,15 @@ class Reply:
         output = Output(self.key, [], [])
         usage = self._usage
         if usage is not None:
-            told = usage.completion_tokens or 0
-            missing = min(told - (len(self.ids) - self._before), self.limit - len(self.ids))
-            output.ids = [UNTOLD] * missing
+            counted = usage.completion_tokens or 0
+            missing = min(counted - (len(self.ids) - self._before), self.limit - len(self.ids))
+            output.ids = [UNKNOWN_ID] * missing
             output.texts = [""] * missing
             if self.prompt_tokens is None and usage.prompt_tokens is not None:
                 self.prompt_tokens = output.prompt_tokens = max(0, usage.prompt_tokens - self._sent)
         if text := self._text + whole(self._half):
             if not output.ids:
-                output.ids, output.texts = [UNTOLD], [""]
+                output.ids, output.texts = [UNKNOWN_ID], [""]
             output.texts[0] = text
         last = self._output(output, [None] * len(output.ids))
         # By the log, which is all that anybody sees: some say "stop" after a call, or tell of calls without any.
@@ -499,7 +499,7 @@ class Reply:
     ) -> tuple[list[int], list[str]]:
         """Ids and texts of a chunk; its log-probabilities go to *entries*."""
         tokens = read_logprobs(raw)
-        if len(tokens) > len(ids) or UNTOLD in ids:
+        if len(tokens) > len(ids) or UNKNOWN_ID in ids:
             ids = [token.id for token in tokens] or ids
         if not ids:
             self._text += text
@@ -519,7 +519,7 @@ class Reply:
         for each in token.top_logprobs:
             other = TopLogprob(each.id, each.token, NEVER if each.logprob is None else each.logprob, each.data)
             same = (other.text, other.logprob, other.data) == (chosen.text, chosen.logprob, chosen.data)
-            top.append(chosen if same and each.id in (UNTOLD, id) and chosen not in top else other)
+            top.append(chosen if same and each.id in (UNKNOWN_ID, id) and chosen not in top else other)
         if self._logprobs and chosen not in top:
             top.append(chosen)
         return Logprob(chosen.logprob, tuple(top), chosen.text, chosen.data)
@@ -538,7 +538,7 @@ class Reply:
             call.name += function.name if function.name and function.name != call.name else ""
             call.arguments += function.arguments or ""
 
-    def _call(self, index: int | None, id: str | None, function: _Function) -> _Call:
+    def _call(self, index: int | None, id: str | None, function: _Function) -> _CallInPieces:
         """Which call a piece is of: that with its *index*, or the last one; but not if it is another by its *id*, or
         has a name where one is complete."""
         found = next((call for call in reversed(self._calls) if index in (None, call.index)), None)
@@ -552,7 +552,7 @@ class Reply:
             if not other:
                 found.id = found.id or id
                 return found
-        self._calls.append(_Call(index, id))
+        self._calls.append(_CallInPieces(index, id))
         return self._calls[-1]
 
     def _written(self, behind: bool) -> str:

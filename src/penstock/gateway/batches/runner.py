@@ -12,7 +12,8 @@ import structlog
 
 from penstock.core.aio import wait_for_event
 from penstock.core.errors import PenstockError
-from penstock.gateway.batches.run import BatchRun, RunContext, TenantSlots
+from penstock.gateway.batches.run import BatchRun, RunContext
+from penstock.gateway.batches.slots import TenantSlots
 from penstock.gateway.batches.store import Batch, BatchStore
 from penstock.gateway.files.disk import in_thread
 from penstock.gateway.jobs import Jobs

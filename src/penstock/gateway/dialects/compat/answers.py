@@ -1,4 +1,4 @@
-"""What the classic routes answer."""
+"""What the compatibility routes answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the classic routes are asked."""
+"""The requests of the compatibility routes."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ from penstock.gateway.readers import Following
 from penstock.gateway.sse import EventStream, stream_of
 
 #: Seconds for which a reply that is not stored can be fetched again when its reader was cut off.
-UNSTORED_KEEP = 60.0
+UNSTORED_RETENTION = 60.0
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -200,8 +200,7 @@ def _submission(call: Call, body: CreateResponse) -> Submission:
         on_disconnect="continue" if body.background else "cancel",
         priority=Priority.BATCH if body.service_tier == "flex" else Priority.NORMAL,
     )
-    keep = None if body.stored else UNSTORED_KEEP
-    return msgspec.structs.replace(submission, keep=keep)
+    return msgspec.structs.replace(submission, retain_for=None if body.stored else UNSTORED_RETENTION)
 
 
 # ---------------------------------------------------------------------------------------------- replies

@@ -17,7 +17,8 @@ from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
 from penstock.engines.child.backend import load_backend
-from penstock.engines.llama.engine import UNTOLD, LlamaBackend, _ChoiceThread
+from penstock.engines.llama.engine import LlamaBackend, _ChoiceThread
+from penstock.engines.llama.gguf_text import UNKNOWN_ID
 from penstock.engines.models import BUNDLED
 from penstock.engines.text.model import TextModel
 
@@ -80,7 +81,7 @@ def test_a_character_of_several_tokens_has_all_its_ids(backend: LlamaBackend) ->
     outputs = generate(backend, request)
     ids, text = told(outputs)
     assert text == wanted
-    assert UNTOLD not in ids
+    assert UNKNOWN_ID not in ids
     model = TextModel.load(BUNDLED / "millrace")
     assert model.tokenizer.decode([id for id in ids if id not in model.eos_ids]) == wanted
     # Cut in the middle of a character, and continued: the grammar knows what it has already seen.

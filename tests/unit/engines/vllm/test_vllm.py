@@ -1,4 +1,4 @@
-"""The vllm engine over a recording of what vLLM answered (see `vllm_recording`), and what it refuses to load.
+"""The vllm engine over a recording of what vLLM answered (see `recording`), and what it refuses to load.
 
 What the real vLLM does is tested by ``make test-vllm``.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.unit.engines import vllm_recording as recording
-from tests.unit.engines.vllm_recording import SCENARIOS, Played, play
+from tests.unit.engines.vllm import recording
+from tests.unit.engines.vllm.recording import SCENARIOS, Played, play
 
 from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix

@@ -1,10 +1,10 @@
 """What vLLM is asked and what it answers, recorded, so that the vllm engine is tested where there is no vLLM.
 
 `SCENARIOS` are played against a backend. Recording plays them over the real vLLM and writes down every call to it,
-every answer, and what the backend made of them (``recordings/vllm.json``); `test_vllm.py` plays them
+every answer, and what the backend made of them (``recording.json``); `test_vllm.py` plays them
 over that. To record anew, with the Python of an environment that has vLLM, from the repository root::
 
-    python -m tests.unit.engines.vllm_recording
+    python -m tests.unit.engines.vllm.recording
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from penstock.core.job import Message, Request, ResponseFormat, Sampling
 from penstock.core.ports import Output
 from penstock.engines.vllm.engine import Core, Sampled, VLLMBackend
 
-FILE = Path(__file__).parent / "recordings" / "vllm.json"
+FILE = Path(__file__).parent / "recording.json"
 
 SCHEMA = {
     "type": "object",

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from penstock.engines.child.backend import Backend, load_backend
 from penstock.engines.parts.batching import ContinuousBatching
 from penstock.engines.parts.static import StaticBatching
-from penstock.engines.transformers.engine import RECORDED, TorchNetwork, _Recorded
+from penstock.engines.transformers.network import RECORDED, RecordedStep, TorchNetwork
 
 #: Set it to cuda to run all of this on a GPU.
 DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")
@@ -108,7 +108,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     shapes = []
     replay = TorchNetwork._replay
 
-    def record(self: _Recorded) -> None:
+    def record(self: RecordedStep) -> None:
         self._logits = self.forward()
 
     def note(self: TorchNetwork, inputs: Any) -> Any:
@@ -118,8 +118,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(TorchNetwork, "_replay", note)
     if DEVICE not in RECORDED:
-        monkeypatch.setattr("penstock.engines.transformers.engine.RECORDED", {DEVICE})
-        monkeypatch.setattr(_Recorded, "_record", record)
+        monkeypatch.setattr("penstock.engines.transformers.network.RECORDED", {DEVICE})
+        monkeypatch.setattr(RecordedStep, "_record", record)
     return shapes
 
 
@@ -176,10 +176,10 @@ def test_steps_of_rounded_sizes_compute_the_same(
 def test_a_model_that_cannot_be_recorded_is_computed_step_by_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: list[tuple[int, int]]
 ) -> None:
-    def refuse(self: _Recorded) -> None:
+    def refuse(self: RecordedStep) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(_Recorded, "_record", refuse)
+    monkeypatch.setattr(RecordedStep, "_record", refuse)
     folder = tiny_models.llama(tmp_path / "m")
     backend = loaded(folder, batching="continuous")
     assert generate(backend, request((5, 6, 7)))[0][0] == plain(folder, (5, 6, 7), 12)
