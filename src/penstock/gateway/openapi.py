@@ -32,8 +32,8 @@ def operations(described: Sequence[Operation]) -> list[Operation]:
         return HTMLResponse(page(known()))
 
     return [
-        Operation(method="GET", path="/openapi.json", handler=openapi_json, scope="public"),
-        Operation(method="GET", path="/docs", handler=docs, scope="public"),
+        Operation("GET", "/openapi.json", openapi_json, scope="public"),
+        Operation("GET", "/docs", docs, scope="public"),
     ]
 
 

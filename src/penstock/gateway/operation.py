@@ -50,7 +50,7 @@ class Batchable(msgspec.Struct, frozen=True):
     reply: Callable[[Jobs, Any, Job, Completion], Any]
 
 
-class Operation(msgspec.Struct, frozen=True, kw_only=True):
+class Operation(msgspec.Struct, frozen=True):
     """One route: a method and a path, who answers, and what can be said of it."""
 
     method: str

@@ -117,35 +117,30 @@ def _seconds(moment: float | None) -> int | None:
 
 OPERATIONS = [
     Operation(
-        method="POST",
-        path="/v1/batches",
-        handler=create,
-        summary="Run the requests of a file at batch priority",
+        "POST",
+        "/v1/batches",
+        create,
+        "Run the requests of a file at batch priority",
         body=CreateBatch,
         answers={200: BatchView},
     ),
     Operation(
-        method="GET",
-        path="/v1/batches",
-        handler=list_batches,
-        summary="List batches, newest first",
+        "GET",
+        "/v1/batches",
+        list_batches,
+        "List batches, newest first",
         answers={200: BatchList},
         parameters=[*query(after="string"), limit(100)],
     ),
     Operation(
-        method="GET",
-        path="/v1/batches/{id}",
-        handler=show,
-        summary="A batch: how far it is, and where its results are",
+        "GET",
+        "/v1/batches/{id}",
+        show,
+        "A batch: how far it is, and where its results are",
         answers={200: BatchView},
         parameters=ID,
     ),
     Operation(
-        method="POST",
-        path="/v1/batches/{id}/cancel",
-        handler=cancel,
-        summary="Cancel a batch; idempotent",
-        answers={200: BatchView},
-        parameters=ID,
+        "POST", "/v1/batches/{id}/cancel", cancel, "Cancel a batch; idempotent", answers={200: BatchView}, parameters=ID
     ),
 ]

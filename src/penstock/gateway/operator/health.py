@@ -117,30 +117,9 @@ async def stats(call: Call) -> ASGIApp:
 
 
 OPERATIONS = [
-    Operation(method="GET", path="/healthz", handler=healthz, summary="Liveness", answers={200: Live}, scope="public"),
-    Operation(
-        method="GET",
-        path="/readyz",
-        handler=readyz,
-        summary="Readiness",
-        answers={200: Ready, 503: Ready},
-        scope="public",
-    ),
-    Operation(
-        method="GET",
-        path="/health",
-        handler=health,
-        summary="Broker, workers, models, queue",
-        answers={200: Health},
-        scope="viewer",
-    ),
-    Operation(method="GET", path="/metrics", handler=metrics, scope="viewer"),
-    Operation(
-        method="GET",
-        path="/v1/stats",
-        handler=stats,
-        summary="The figures of one process",
-        answers={200: Stats},
-        scope="viewer",
-    ),
+    Operation("GET", "/healthz", healthz, "Liveness", answers={200: Live}, scope="public"),
+    Operation("GET", "/readyz", readyz, "Readiness", answers={200: Ready, 503: Ready}, scope="public"),
+    Operation("GET", "/health", health, "Broker, workers, models, queue", answers={200: Health}, scope="viewer"),
+    Operation("GET", "/metrics", metrics, scope="viewer"),
+    Operation("GET", "/v1/stats", stats, "The figures of one process", answers={200: Stats}, scope="viewer"),
 ]

@@ -114,10 +114,10 @@ _EVENTS: dict[str, type] = {"progress": ProgressEvent, "done": ModelView, "error
 
 def _management(path: str, handler: Handler, summary: str) -> Operation:
     return Operation(
-        method="POST",
-        path=path,
-        handler=handler,
-        summary=summary,
+        "POST",
+        path,
+        handler,
+        summary,
         body=ManageModel,
         body_required=False,
         answers={200: ModelView},
@@ -129,20 +129,13 @@ def _management(path: str, handler: Handler, summary: str) -> Operation:
 
 OPERATIONS = [
     Operation(
-        method="GET",
-        path="/v1/models",
-        handler=list_models,
-        summary="The models served. To who sends an anthropic-version: as Anthropic has them, in pages",
+        "GET",
+        "/v1/models",
+        list_models,
+        "The models served. To who sends an anthropic-version: as Anthropic has them, in pages",
         answers={200: ModelList},
     ),
     _management("/v1/models/{model:path}/load", load_model, "Load a model of this process"),
     _management("/v1/models/{model:path}/unload", unload_model, "Unload a model of this process"),
-    Operation(
-        method="GET",
-        path="/v1/models/{model:path}",
-        handler=show_model,
-        summary="One model",
-        answers={200: ModelView},
-        parameters=_MODEL,
-    ),
+    Operation("GET", "/v1/models/{model:path}", show_model, "One model", answers={200: ModelView}, parameters=_MODEL),
 ]

@@ -81,6 +81,6 @@ def _known(held: str, etag: str) -> bool:
 
 
 OPERATIONS = [
-    Operation(method="GET", path="/", handler=index, scope="public"),
-    Operation(method="GET", path="/static/{path:path}", handler=static, scope="public"),
+    Operation("GET", "/", index, scope="public"),
+    Operation("GET", "/static/{path:path}", static, scope="public"),
 ]

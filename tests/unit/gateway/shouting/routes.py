@@ -50,10 +50,10 @@ def _reply(jobs: Jobs, body: Ask, job: Job, completion: Completion) -> Shout:
 
 OPERATIONS = [
     Operation(
-        method="POST",
-        path="/shout",
-        handler=shout,
-        summary="Shout",
+        "POST",
+        "/shout",
+        shout,
+        "Shout",
         body=Ask,
         answers={200: Shout},
         dialect=SHOUTING,

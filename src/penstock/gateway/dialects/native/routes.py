@@ -139,29 +139,22 @@ _OF_USER: Parameters = [
 def of_user(path: str) -> Operation:
     """All jobs of a user as one stream, at *path*."""
     return Operation(
-        method="GET",
-        path=path,
-        handler=user_events,
-        summary="All jobs of a user over one SSE stream; resumable",
+        "GET",
+        path,
+        user_events,
+        "All jobs of a user over one SSE stream; resumable",
         events={"token": UserTokenEvent, "job_complete": JobCompleteEvent, "error": UserErrorEvent},
         parameters=_OF_USER,
     )
 
 
 OPERATIONS = [
+    Operation("POST", "/v1/jobs", submit, "Submit a job; never waits", body=GenerateJob, answers={202: Submitted}),
     Operation(
-        method="POST",
-        path="/v1/jobs",
-        handler=submit,
-        summary="Submit a job; never waits",
-        body=GenerateJob,
-        answers={202: Submitted},
-    ),
-    Operation(
-        method="GET",
-        path="/v1/jobs",
-        handler=list_jobs,
-        summary="List jobs, newest first",
+        "GET",
+        "/v1/jobs",
+        list_jobs,
+        "List jobs, newest first",
         answers={200: JobPage},
         parameters=[
             {"name": "status", "in": "query", "schema": {"type": "string", "pattern": f"^({_STATUS})(,({_STATUS}))*$"}},
@@ -170,44 +163,34 @@ OPERATIONS = [
         ],
     ),
     Operation(
-        method="GET",
-        path="/v1/jobs/{id}",
-        handler=show,
-        summary="A job, with its result once it has ended",
-        answers={200: JobView},
-        parameters=ID,
+        "GET", "/v1/jobs/{id}", show, "A job, with its result once it has ended", answers={200: JobView}, parameters=ID
     ),
     Operation(
-        method="DELETE",
-        path="/v1/jobs/{id}",
-        handler=forget,
-        summary="Drop a job and its result; one that runs is cancelled",
+        "DELETE",
+        "/v1/jobs/{id}",
+        forget,
+        "Drop a job and its result; one that runs is cancelled",
         answers={200: Deleted},
         parameters=ID,
     ),
     Operation(
-        method="GET",
-        path="/v1/jobs/{id}/events",
-        handler=events,
-        summary="The job's log as SSE; resumable",
+        "GET",
+        "/v1/jobs/{id}/events",
+        events,
+        "The job's log as SSE; resumable",
         answers={204: Content(description="Everything was delivered already")},
         events=JOB_EVENTS,
         parameters=[*ID, *RESUME_AT],
     ),
     Operation(
-        method="POST",
-        path="/v1/jobs/{id}/cancel",
-        handler=cancel,
-        summary="Cancel a job; idempotent",
-        answers={200: JobView},
-        parameters=ID,
+        "POST", "/v1/jobs/{id}/cancel", cancel, "Cancel a job; idempotent", answers={200: JobView}, parameters=ID
     ),
     of_user("/v1/events"),
     Operation(
-        method="POST",
-        path="/v1/generate",
-        handler=generate,
-        summary="Generate: one JSON reply, or a stream",
+        "POST",
+        "/v1/generate",
+        generate,
+        "Generate: one JSON reply, or a stream",
         body=Generate,
         answers={200: Generated},
         events=JOB_EVENTS,

@@ -57,10 +57,10 @@ async def respond(call: Call, body: OpenAIBody, request: Request, kind: type[Chu
 
 OPERATIONS = [
     Operation(
-        method="POST",
-        path="/v1/chat/completions",
-        handler=chat_completions,
-        summary="OpenAI chat completions",
+        "POST",
+        "/v1/chat/completions",
+        chat_completions,
+        "OpenAI chat completions",
         body=ChatCompletion,
         answers={200: ChatReply},
         events={"message": ChatChunk},

@@ -190,10 +190,10 @@ def _write(jobs: Jobs, body: TextCompletion, job: Job, completion: Completion) -
 
 OPERATIONS = [
     Operation(
-        method="POST",
-        path="/v1/completions",
-        handler=completions,
-        summary="OpenAI completions",
+        "POST",
+        "/v1/completions",
+        completions,
+        "OpenAI completions",
         body=TextCompletion,
         answers={200: TextReply},
         events={"message": TextChunk},

@@ -75,10 +75,10 @@ def _write(jobs: Jobs, body: CreateEmbeddings, job: Job, completion: Completion)
 
 OPERATIONS = [
     Operation(
-        method="POST",
-        path="/v1/embeddings",
-        handler=embeddings,
-        summary="OpenAI embeddings",
+        "POST",
+        "/v1/embeddings",
+        embeddings,
+        "OpenAI embeddings",
         body=CreateEmbeddings,
         answers={200: Embeddings},
         generates=True,

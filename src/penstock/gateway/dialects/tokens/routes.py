@@ -101,19 +101,7 @@ async def _context_length(call: Call, model: str) -> int:
 
 OPERATIONS = [
     Operation(
-        method="POST",
-        path="/tokenize",
-        handler=tokenize,
-        summary="The tokens of a prompt or of messages",
-        body=Tokenize,
-        answers={200: Tokens},
+        "POST", "/tokenize", tokenize, "The tokens of a prompt or of messages", body=Tokenize, answers={200: Tokens}
     ),
-    Operation(
-        method="POST",
-        path="/detokenize",
-        handler=detokenize,
-        summary="The text of token ids",
-        body=Detokenize,
-        answers={200: Detokenized},
-    ),
+    Operation("POST", "/detokenize", detokenize, "The text of token ids", body=Detokenize, answers={200: Detokenized}),
 ]
