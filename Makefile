@@ -80,7 +80,7 @@ test-chaos: setup ## kill -9, SIGSTOP, dropped clients (short and seeded; python
 
 test-valkey: setup ## The broker over Valkey instead of Redis: its scripts, its contract in a cluster, its durability
 	PENSTOCK_TEST_REDIS=valkey $(PYTEST) tests/contract/test_redis_broker.py::TestRedisCluster \
-	  tests/unit/brokers/test_redis_scripts.py tests/integration/test_redis_broker.py $(ARGS)
+	  tests/unit/brokers/test_redis_scripts.py tests/integration/redis_broker $(ARGS)
 
 VLLM_PYTHON ?= .venv-peers/vllm/bin/python
 

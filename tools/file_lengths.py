@@ -13,7 +13,6 @@ LIMIT = 600
 
 EXCEPTIONS = {
     "tests/clients/scripted.py": "one perfect model, in one file for all clients",
-    "tests/integration/test_redis_broker.py": "to be cut by fault: network, server, clock",
     "tests/integration/test_responses_sdk.py": "to be cut: streams, state, tools",
     "tests/unit/gateway/test_app.py": "to follow the rooms of the gateway",
     "tools/train/chats.py": "training text",

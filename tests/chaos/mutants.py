@@ -174,6 +174,21 @@ MUTANTS = [
         ("tests/unit/gateway",),
     ),
     Mutant(
+        "nobody asks for the right that a route needs",
+        (("penstock/gateway/operation.py", "identity.require(self.operation.scope)", "pass"),),
+        ("tests/unit/gateway/test_operation.py",),
+    ),
+    Mutant(
+        "what fails before its route fails in our words",
+        (("penstock/gateway/http.py", 'scope.get("penstock.dialect", NATIVE)', "NATIVE"),),
+        ("tests/unit/gateway/test_operation.py",),
+    ),
+    Mutant(
+        "a route that is for those with a header answers everybody",
+        (("penstock/gateway/app.py", "return not header or any(", "return True or any("),),
+        ("tests/unit/gateway/test_operation.py",),
+    ),
+    Mutant(
         "a heartbeat with a blank line",
         (("penstock/gateway/sse.py", 'PING = b": ping\\n"', 'PING = b": ping\\n\\n"'),),
         ("tests/integration/test_api_sse.py", "-k", "TestHeartbeat"),
@@ -264,7 +279,7 @@ MUTANTS = [
     Mutant(
         "redis: nobody is woken",
         ((LUA + "lib.lua", 'local claimant = call("ZPOPMIN", idle)[1]', "local claimant"),),
-        ("tests/integration/test_redis_broker.py",),
+        ("tests/integration/redis_broker",),
     ),
     Mutant(
         "what was claimed when the drain began is forgotten",
@@ -377,28 +392,34 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed response repeats an event",
-        (("penstock/gateway/dialects/responses/stream.py", "if number <= self._after:", "if number < self._after:"),),
+        (
+            (
+                "penstock/gateway/dialects/responses/stream.py",
+                "if event.sequence_number <= self._after:",
+                "if event.sequence_number < self._after:",
+            ),
+        ),
         ("tests/unit/gateway/test_responses.py",),
     ),
     Mutant(
         "another site's page may change things",
-        (("penstock/gateway/app.py", 'return site not in ("same-origin", "none")', "return False"),),
+        (("penstock/gateway/middleware.py", 'return site not in ("same-origin", "none")', "return False"),),
         ("tests/unit/gateway/test_app.py", "tests/integration/test_api_page.py"),
     ),
     Mutant(
         "a replica's file is asked for before it can be synced",
         ((REDIS + "server.py", "return [received, (\"WAITAOF\"", "return [(\"WAITAOF\""),),
-        ("tests/integration/test_redis_broker.py", "-k", "regular_report or is_asked"),
+        ("tests/integration/redis_broker", "-k", "regular_report or is_asked"),
     ),
     Mutant(
         "a start does not wait for replicas",
         ((REDIS + "connection.py", "self._check_replicas(await run_once(", "(await run_once("),),
-        ("tests/integration/test_redis_broker.py", "-k", "start_without_confirmation"),
+        ("tests/integration/redis_broker", "-k", "start_without_confirmation"),
     ),
     Mutant(
         "replicas that do not confirm are not waited for",
         ((REDIS + "connection.py", "self._check_replicas(reply)  # else", "pass  # else"),),
-        ("tests/integration/test_redis_broker.py", "-k", "survives_the_master or joins_later"),
+        ("tests/integration/redis_broker", "-k", "survives_the_master or joins_later"),
     ),
     Mutant(
         "one call's exception is the engine's death",

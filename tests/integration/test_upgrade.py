@@ -174,5 +174,6 @@ def test_everything_is_still_listed(upgraded: Upgraded) -> None:
         upgraded.events(f"/v1/jobs/{job['id']}/events")
     listed = {job["id"]: job for job in upgraded.get("/v1/jobs?limit=100")["data"]}
     ids = {call["id"] for call in upgraded.past["answered"] if call["path"] in ("/v1/jobs", "/v1/generate")}
-    assert ids | {job["id"] for job in upgraded.past["jobs"]} <= set(listed)
-    assert {job["status"] for job in listed.values()} == {"completed"}
+    ids |= {job["id"] for job in upgraded.past["jobs"]}
+    assert ids <= set(listed)
+    assert {listed[id]["status"] for id in ids} == {"completed"}
