@@ -1,4 +1,4 @@
-"""What a worker owes to the jobs that it was given, with a real broker and a real (synthetic) engine."""
+"""What a worker owes to the jobs that it was given, with a real broker."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Collection
 from pathlib import Path
 
+from tests.support.engine import FakeEngine
+
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.job import Job, Request, Sampling, Status, new_job_id
 from penstock.core.ports import Lease, QueuePolicy, WorkerInfo
-from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.worker.worker import Worker
 
 
@@ -29,7 +30,7 @@ async def test_what_was_claimed_when_the_drain_began_is_given_back(tmp_path: Pat
     broker = StopsAtClaim(tmp_path, policy=QueuePolicy(lease_ttl=60))
     await broker.open()
     try:
-        worker = Worker(broker, EngineProcess(EngineSpec("synthetic", "s")), lease_ttl=60)
+        worker = Worker(broker, FakeEngine("s"), lease_ttl=60)
         broker.worker = worker
         request = Request(model="s", prompt="x", sampling=Sampling(max_tokens=3))
         jobs = [await broker.submit(Job(id=new_job_id(), tenant="t", request=request)) for _ in range(3)]
