@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 #: The same examples in every run, new ones in CI, and what a night can do (--hypothesis-profile long, soak).
 settings.register_profile("short", TIMELESS, max_examples=40, derandomize=True, database=None)
-settings.register_profile("long", TIMELESS, max_examples=300)
+settings.register_profile("long", TIMELESS, max_examples=200)
 settings.register_profile("soak", TIMELESS, max_examples=8000)
 settings.load_profile("short")
 

@@ -174,6 +174,21 @@ MUTANTS = [
         ("tests/unit/gateway",),
     ),
     Mutant(
+        "nobody asks for the right that a route needs",
+        (("penstock/gateway/operation.py", "identity.require(self.operation.scope)", "pass"),),
+        ("tests/unit/gateway/test_operation.py",),
+    ),
+    Mutant(
+        "what fails before its route fails in our words",
+        (("penstock/gateway/http.py", 'scope.get("penstock.dialect", NATIVE)', "NATIVE"),),
+        ("tests/unit/gateway/test_operation.py",),
+    ),
+    Mutant(
+        "a route that is for those with a header answers everybody",
+        (("penstock/gateway/app.py", "return not header or any(", "return True or any("),),
+        ("tests/unit/gateway/test_operation.py",),
+    ),
+    Mutant(
         "a heartbeat with a blank line",
         (("penstock/gateway/sse.py", 'PING = b": ping\\n"', 'PING = b": ping\\n\\n"'),),
         ("tests/integration/test_api_sse.py", "-k", "TestHeartbeat"),
@@ -377,12 +392,18 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed response repeats an event",
-        (("penstock/gateway/dialects/responses/stream.py", "if number <= self._after:", "if number < self._after:"),),
+        (
+            (
+                "penstock/gateway/dialects/responses/stream.py",
+                "if event.sequence_number <= self._after:",
+                "if event.sequence_number < self._after:",
+            ),
+        ),
         ("tests/unit/gateway/test_responses.py",),
     ),
     Mutant(
         "another site's page may change things",
-        (("penstock/gateway/app.py", 'return site not in ("same-origin", "none")', "return False"),),
+        (("penstock/gateway/middleware.py", 'return site not in ("same-origin", "none")', "return False"),),
         ("tests/unit/gateway/test_app.py", "tests/integration/test_api_page.py"),
     ),
     Mutant(

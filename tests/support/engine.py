@@ -74,6 +74,8 @@ class FakeProcess(FakeEngine):
         super().__init__(model)
         self.wanted = standby
         self.held = 0
+        self.kept: list[int] = []
+        """What it was told to keep: once in each round of a manager that was told of spares."""
         self.need = need
         """Bytes that it is estimated to take; twice as many at the most."""
         self.takes = need
@@ -92,6 +94,7 @@ class FakeProcess(FakeEngine):
         return self.held
 
     async def keep(self, count: int) -> None:
+        self.kept.append(count)
         self.held = min(count, self.wanted)
 
     async def start(self) -> None:

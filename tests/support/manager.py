@@ -82,7 +82,7 @@ class ManagerHost:
 
 async def until(look: Callable[[], Any | Awaitable[Any]]) -> Any:
     """Look until what is seen is true."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(20):
         while True:
             seen = look()
             if isinstance(seen, Awaitable):

@@ -67,9 +67,9 @@ class Call:
 
     @property
     def trace(self) -> str | None:
-        """The trace that the request is part of, for what is done for it: a span of it (W3C's ``traceparent``)."""
+        """The trace that the request is part of, with the span that asked (W3C's ``traceparent``)."""
         given = TraceContext.parse(", ".join(self.headers.getlist("traceparent")) or None)
-        return str(given.child()) if given is not None else None
+        return str(given) if given is not None else None
 
     def use(self, resource: Resource[T]) -> T:
         """What this server has under *resource*. Raises `Unsupported` (501) where it has none."""

@@ -866,7 +866,7 @@ class TestRepeats:
 
 
 class TestOrigins:
-    async def run_once(self, gateway: Served, method: str = "POST", **headers: str) -> httpx.Response:
+    async def ask(self, gateway: Served, method: str = "POST", **headers: str) -> httpx.Response:
         async with as_tenant(gateway, "one") as client:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             return await client.request(

@@ -77,6 +77,7 @@ export async function request(method, path, { body, headers = {}, signal, within
  */
 export function pause(seconds, signal) {
   return new Promise((resolve) => {
+    if (signal?.aborted) return resolve();
     const timer = setTimeout(resolve, seconds * 1000);
     signal?.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
   });
