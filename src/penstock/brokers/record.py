@@ -51,19 +51,21 @@ _tokens = msgspec.msgpack.Decoder(Tokens)
 
 
 def stored_job(details: Details, ended: Ended | None, **fields: Any) -> Job:
-    """The job of *details*, of its terminal event where it has ended, and of what each store keeps in *fields*."""
-    return Job(
-        request=details.request,
-        request_id=details.request_id,
-        metadata=details.metadata,
-        on_disconnect=details.on_disconnect,
-        view=details.view,
-        retain_for=details.retain_for,
-        trace=details.trace,
-        finish_reasons=ended.finish_reasons if ended is not None else (),
-        error=ended.error if ended is not None else None,
-        **fields,
-    )
+    """The job of *details*, of its terminal event where it has ended, and of what each store keeps in *fields*.
+
+    Values may be as they are stored: a status as its name, a priority as its number.
+    """
+    fields["request"] = details.request
+    fields["request_id"] = details.request_id
+    fields["metadata"] = details.metadata
+    fields["on_disconnect"] = details.on_disconnect
+    fields["view"] = details.view
+    fields["retain_for"] = details.retain_for
+    fields["trace"] = details.trace
+    if ended is not None:
+        fields["finish_reasons"] = ended.finish_reasons
+        fields["error"] = ended.error
+    return msgspec.convert(fields, Job)
 
 
 def prefix(runs: Iterable[bytes]) -> tuple[list[int], list[str], list[int] | None]:

@@ -10,7 +10,7 @@ import msgspec
 
 from penstock.brokers.record import Details, decode_cursor, encode_cursor, result_expired, stored_job, unknown
 from penstock.core.events import Ended
-from penstock.core.job import Job, Priority, Status
+from penstock.core.job import Job, Status
 from penstock.core.ports import PAGE_BYTES, Page, Query
 
 _details = msgspec.msgpack.Decoder(Details)
@@ -74,12 +74,12 @@ def job_of(row: JobRow, tokens: int = 0, first_token_at: float | None = None, qu
         id=row.id,
         tenant=row.tenant,
         user=row.user,
-        priority=Priority(row.priority),
+        priority=row.priority,
         idempotency_key=row.idempotency_key,
         fingerprint=row.fingerprint,
         deadline_at=row.deadline_at,
         created_at=row.created_at,
-        status=Status(row.status),
+        status=row.status,
         attempt=row.attempt,
         queue_position=queue_position,
         tokens=tokens,

@@ -7,7 +7,7 @@ import msgspec
 from penstock.brokers.record import Details, prefix, result_expired, stored_job
 from penstock.brokers.redis.scripts import LeasedJob, Record
 from penstock.core.events import Ended
-from penstock.core.job import Job, Priority, Status
+from penstock.core.job import Job
 from penstock.core.ports import Lease
 
 _details = msgspec.msgpack.Decoder(Details)
@@ -34,12 +34,12 @@ def job_of(record: Record, position: int = 0) -> Job:
         id=row[b"id"].decode(),
         tenant=row[b"t"].decode(),
         user=row[b"u"].decode() or None,
-        priority=Priority(int(row[b"p"])),
+        priority=int(row[b"p"]),
         idempotency_key=row[b"ik"].decode() if b"ik" in row else None,
         fingerprint=row[b"fp"],
         deadline_at=time(b"dl"),
         created_at=float(row[b"ca"]),
-        status=Status(row[b"s"].decode()),
+        status=row[b"s"].decode(),
         attempt=int(row[b"a"]),
         queue_position=position or None,
         tokens=int(row[b"h"]),
