@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 import msgspec
 
+from penstock.core.aio import first_done
 from penstock.core.errors import (
     BrokerUnavailable,
     IdempotencyMismatch,
@@ -30,7 +32,7 @@ from penstock.gateway.sse import EventStream, Streams
 RUN_ONCE_RETENTION = 60.0
 
 #: Returns when the client has left.
-Disconnected = Callable[[], Awaitable[None]]
+Disconnected = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -235,18 +237,13 @@ class Jobs:
         """If it comes soon; one that may be a refusal is waited for longer."""
         first = await following.first_event(self.config.first_event_wait)
         if first is None and self._may_not_fit(following.job.request):
-            first = await self._first_event_within(following)
+            first = await self._first_event_within(following, self.config.first_event_wait_long_prompt)
         return first
 
-    async def _first_event_within(self, following: Following) -> Event | None:
-        draining = asyncio.create_task(self._draining.wait())
-        waiting = asyncio.create_task(following.first_event(self.config.first_event_wait_long_prompt))
-        try:
-            await asyncio.wait([draining, waiting], return_when=asyncio.FIRST_COMPLETED)
-            return await waiting if waiting.done() else None
-        finally:
-            draining.cancel()
-            waiting.cancel()
+    async def _first_event_within(self, following: Following, seconds: float) -> Event | None:
+        """The first event if it comes in time, and before the drain."""
+        waiting, _ = await first_done(following.first_event(seconds), self._draining.wait())
+        return None if waiting.cancelled() else waiting.result()
 
     # ------------------------------------------------------------------------------------ fold
 
@@ -264,26 +261,20 @@ class Jobs:
     async def fold(self, job: Job, disconnected: Disconnected) -> Completion:
         """Wait for a job's end and fold its log. Raises the job's error."""
         following = self.follow(job)
-        leaving = asyncio.ensure_future(disconnected())
-        over = asyncio.create_task(self._over.wait())
-        folding = asyncio.create_task(_collect(following))
+        complete = False
         try:
-            await asyncio.wait([leaving, over, folding], return_when=asyncio.FIRST_COMPLETED)
-            if not folding.done():
-                if over.done():
-                    raise BrokerUnavailable(
-                        "The server is shutting down; the job goes on. Ask again with the same idempotency key.",
-                        retry_after=2.0,
-                    )
-                raise InvalidRequest("The client left before the reply was complete.")
-            completion = fold(folding.result(), job.request.n)
+            _, over, folding = await first_done(disconnected(), self._over.wait(), _collect(following))
+            complete = not folding.cancelled()
         finally:
-            complete = folding.done()
-            leaving.cancel()
-            over.cancel()
-            folding.cancel()
-            await asyncio.gather(folding, return_exceptions=True)
             await following.close(complete)
+        if not complete:
+            if over.cancelled():
+                raise InvalidRequest("The client left before the reply was complete.")
+            raise BrokerUnavailable(
+                "The server is shutting down; the job goes on. Ask again with the same idempotency key.",
+                retry_after=2.0,
+            )
+        completion = fold(folding.result(), job.request.n)
         ended = completion.ended
         assert ended is not None
         if ended.error is not None:
@@ -295,10 +286,13 @@ class Jobs:
 
         Raises `BrokerUnavailable` where it is the server that ends, not a job.
         """
-        leaving = asyncio.ensure_future(disconnected())
+        leaving = asyncio.create_task(disconnected())
+
+        async def left() -> None:
+            await asyncio.shield(leaving)
+
         try:
-            folding = (self.fold(job, lambda: asyncio.shield(leaving)) for job in jobs)
-            results = await asyncio.gather(*folding, return_exceptions=True)
+            results = await asyncio.gather(*(self.fold(job, left) for job in jobs), return_exceptions=True)
         finally:
             leaving.cancel()
         found: list[Completion | PenstockError] = []
