@@ -345,7 +345,8 @@ class ModelManager:
             log.warning("model_load_failed", model=model.name, error=error.message, retry_in=pause)
         else:
             model.report(detail="", memory=0)
-            log.info("model_unloaded", model=model.name)
+            if not self._stopping.is_set():  # else it goes with all others
+                log.info("model_unloaded", model=model.name)
 
     def _report_failure(self, model: Model, error: ModelLoadError) -> None:
         model.report(error=error.info, detail="", memory=0)
