@@ -90,7 +90,6 @@ class Replica:
         self.down = False
         self.on_change: Callable[[], None] = lambda: None
         """Is called when it went down, or came up again."""
-        self.heard_at = 0.0
         self._clock = clock
         self._shut_until = 0.0
         self._busy_until = 0.0
@@ -118,7 +117,6 @@ class Replica:
 
     def succeeded(self) -> None:
         """A request was answered."""
-        self.heard_at = self._clock()
         if self.failures:
             if self.open:
                 self.notify("back")
@@ -143,7 +141,6 @@ class Replica:
 
     def found(self) -> None:
         """It answered a health check."""
-        self.heard_at = self._clock()
         if self.down:
             self.down = False
             self.failures = 0
