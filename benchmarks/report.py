@@ -172,7 +172,8 @@ def plot_bars(
             panel.bar(places, middles, width * 0.92, yerr=whiskers, capsize=3, label=target)
         panel.set_xticks(range(len(labels)), labels)
         panel.set_title(figure, fontsize=10)
-        panel.set_yscale("log" if figure.endswith("ms") else "linear")
+        shown = [triple[0] for triples in targets.values() for triple in triples]
+        panel.set_yscale("log" if figure.endswith("ms") and any(value > 0 for value in shown) else "linear")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].legend(fontsize=8, frameon=False)
     image.suptitle(title, fontsize=11)

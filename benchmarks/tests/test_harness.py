@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 from benchmarks import canned
 from benchmarks.client import ChunkedDecoder, EventSplitter, Exchange, ProtocolError
 from benchmarks.dialects import DIALECTS, Chat, Completions, Dialect, Generate, parse_events
 from benchmarks.processes import find_redis
+from benchmarks.report import plot_bars
 from benchmarks.scenarios.fairness import TENANTS, WEIGHTS, Fairness, half_bound, largest_difference
 from benchmarks.stats import Spread, Times, percentile
 from benchmarks.workload import Workload
@@ -137,3 +139,9 @@ def test_a_server_is_found_where_none_is_installed(monkeypatch: pytest.MonkeyPat
 def _count(dialect: Dialect, stream: bytes) -> int:
     token, empty = dialect.learn(stream) or (b"\0", b"")
     return stream.count(token) - (stream.count(empty) if empty else 0)
+
+
+def test_bars_of_nothing_are_drawn(tmp_path: Path) -> None:
+    """All tokens of a stream in one read: nothing lies between them, and zeros have no logarithm."""
+    drawn = plot_bars(tmp_path / "bars", "x", ["c=1"], {"inter-token p50 ms": {"penstock": [(0.0, 0.0, 0.0)]}})
+    assert drawn is None or drawn.stat().st_size > 0
