@@ -242,6 +242,7 @@ class House:
         self.store = BatchStore(FileStore(folder / "files", clock=clock))
         self.window = window
         self.working = True
+        self.resting = asyncio.Event()
         self.fails: dict[str, ErrorInfo] = {}
         self.runs: list[str] = []
 
@@ -258,6 +259,8 @@ class House:
     async def _work(self) -> None:
         info = WorkerInfo(id="w", slots=8, models=(ModelInfo(name="m", engine="e", context_length=100),))
         while True:
+            if not self.working:
+                self.resting.set()
             for lease in await self.broker.claim(info, ["m"], 8 if self.working else 0, 0.01):
                 prompt = lease.job.request.messages[-1].content  # type: ignore[index]
                 self.runs.append(prompt)
@@ -265,6 +268,12 @@ class House:
                 finish = Finish(error=error) if error else Finish(("stop",))
                 await self.broker.append([Append(lease.key, 1, [1, 2], ["a", prompt], prompt_tokens=3, finish=finish)])
             await asyncio.sleep(0)
+
+    async def rest(self) -> None:
+        """Run no jobs from now on; a claim that is under way has ended when this returns."""
+        self.working = False
+        self.resting.clear()
+        await self.resting.wait()
 
     @contextlib.asynccontextmanager
     async def runner(self, models: tuple[str, ...] = ("m",)) -> AsyncIterator[BatchRunner]:
@@ -360,7 +369,7 @@ class TestRunner:
         assert house.jobs_ever() == 0
 
     async def test_several_share_the_window(self, house: House) -> None:
-        house.working = False
+        await house.rest()
         async with house.runner():
             batches = [house.batch(line(n) for n in range(30)) for _ in range(3)]
             for batch in batches:
@@ -385,7 +394,7 @@ class TestRunner:
             assert (await house.end(house.batch(line(n) for n in range(30)))).completed == 30
 
     async def test_many_that_wait_hold_no_files_open(self, house: House) -> None:
-        house.working = False
+        await house.rest()
         async with house.runner() as runner:
             file = put(house.store.files, [line(1), line(2)])
             batches = [house.store.create("t", CHAT, file) for _ in range(MAX_OPEN + 20)]
@@ -510,7 +519,7 @@ class TestDeaths:
         )
         await house.broker.submit(first)
         await house.until_run(1)
-        house.working = False
+        await house.rest()
         before = "resp_" + first.id.removeprefix("job_")
         url = "/v1/responses"
         lines = [line(n, url=url, input=f"say {n}", max_tokens=None, previous_response_id=before) for n in (1, 2)]
@@ -528,7 +537,7 @@ class TestDeaths:
         assert house.jobs_ever() == 3
 
     async def test_a_cancelled_batch_also_stops_the_jobs_of_a_dead_runner(self, house: House) -> None:
-        house.working = False
+        await house.rest()
         batch = house.batch(line(n) for n in range(20))
         async with house.runner():
             await house.until(batch, lambda _: house.jobs_ever() == house.window)
