@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from penstock.api.errors import Error, ErrorBody
+from penstock.api.errors import ErrorBody
 from penstock.core.errors import InvalidRequest, PenstockError
 
 #: Connections that may wait to be accepted.
@@ -113,7 +113,7 @@ class _Exchange(RequestResponseCycle):
 
     async def send_500_response(self) -> None:
         error = PenstockError("Something broke inside the server; its log has the details.")
-        body = msgspec.json.encode(ErrorBody(Error.of(error.info)))
+        body = msgspec.json.encode(ErrorBody.of(error.info))
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

@@ -29,3 +29,7 @@ class ErrorBody(WireType, frozen=True):
     """The one shape of every failure."""
 
     error: Error
+
+    @classmethod
+    def of(cls, info: ErrorInfo) -> ErrorBody:
+        return cls(Error.of(info))

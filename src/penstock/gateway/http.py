@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.api.errors import Error, ErrorBody
+from penstock.api.errors import ErrorBody
 from penstock.core.errors import (
     InvalidRequest,
     PenstockError,
@@ -126,9 +126,15 @@ class Call:
         text = self.headers.get("last-event-id") or self.query.get("after")
         if text is None or text == "":
             return None
-        if not text.isascii() or not text.isdigit() or len(text) > 15:
+        position = whole_number(text, digits=15)
+        if position is None:
             raise InvalidRequest("Last-Event-ID (or ?after=) is a position: a whole number from 0.", param="after")
-        return int(text)
+        return position
+
+
+def whole_number(text: str, *, digits: int) -> int | None:
+    """What *text* says, of a header or the query; None where that is no whole number from 0, or longer."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
 
 
 def decode(raw: bytes, kind: type[T]) -> T:
@@ -193,7 +199,7 @@ def error_reply(error: PenstockError, headers: dict[str, str] | None = None, bod
         seconds = error.retry_after if error.retry_after is not None else 1.0
         headers["retry-after"] = str(max(1, round(seconds)))
         headers["retry-after-ms"] = str(max(1, round(seconds * 1000)))
-    return json_reply(body or ErrorBody(Error.of(error.info)), error.status, headers)
+    return json_reply(body or ErrorBody.of(error.info), error.status, headers)
 
 
 class Dialect(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
@@ -79,8 +80,8 @@ class Jobs:
 
     def of(self, identity: Identity) -> Jobs:
         """Those of *identity*'s tenant."""
-        bound = object.__new__(Jobs)
-        bound.__dict__ = {**self.__dict__, "identity": identity}
+        bound = copy.copy(self)
+        bound.identity = identity
         return bound
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from penstock.api.errors import Error, ErrorBody
+from penstock.api.errors import ErrorBody
 from penstock.core.errors import (
     BrokerUnavailable,
     InsufficientStorage,
@@ -97,11 +97,11 @@ class LineRunner:
         except _NotRunError:
             return self._not_run(number, line, job, has_slot=True)
         except PenstockError as error:
-            return self._finished(number, line, job, error.status, ErrorBody(Error.of(error.info)))
+            return self._finished(number, line, job, error.status, ErrorBody.of(error.info))
         except Exception:
             log.exception("batch_line_failed", batch_id=self._batch.id, tenant=self._jobs.tenant, line=number)
             broken = PenstockError("Something broke inside the server; its log has the details.")
-            return self._finished(number, line, job, broken.status, ErrorBody(Error.of(broken.info)))
+            return self._finished(number, line, job, broken.status, ErrorBody.of(broken.info))
 
     def skip(self, number: int, text: bytes) -> Result:
         """The result of a line that gets no slot, since the batch has to stop."""

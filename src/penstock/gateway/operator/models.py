@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import msgspec
 from starlette.types import ASGIApp
 
-from penstock.api.errors import Error, ErrorBody
+from penstock.api.errors import ErrorBody
 from penstock.api.models import ModelList, ModelView
 from penstock.core.errors import PenstockError
 from penstock.core.ports import LoadProgress, ModelControl
@@ -76,7 +76,7 @@ async def _frames(
                 yield frame("progress", _progress(step))
             yield frame("done", model_view(call.catalogue, call.path["model"]))
         except PenstockError as error:
-            yield frame("error", ErrorBody(Error.of(error.info)))
+            yield frame("error", ErrorBody.of(error.info))
 
 
 def _progress(step: LoadProgress) -> ProgressEvent:

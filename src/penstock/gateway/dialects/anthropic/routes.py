@@ -28,7 +28,7 @@ from penstock.gateway.dialects.anthropic.bodies import CountTokens, CreateMessag
 from penstock.gateway.dialects.anthropic.errors import ANTHROPIC
 from penstock.gateway.dialects.anthropic.stream import MessageWriter, reply
 from penstock.gateway.dialects.fields import submission_of
-from penstock.gateway.http import Call, json_reply
+from penstock.gateway.http import Call, json_reply, whole_number
 from penstock.gateway.operation import Operation
 
 
@@ -84,8 +84,9 @@ async def batches(call: Call) -> ASGIApp:
 
 async def list_models(call: Call) -> ASGIApp:
     """A page of the models, by Anthropic's parameters: ``limit``, and ``after_id`` or ``before_id``."""
-    limit, after, before = call.query.get("limit", "20"), call.query.get("after_id"), call.query.get("before_id")
-    if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= 1000):
+    limit = whole_number(call.query.get("limit", "20"), digits=4)
+    after, before = call.query.get("after_id"), call.query.get("before_id")
+    if limit is None or not 1 <= limit <= 1000:
         raise InvalidRequest("limit is between 1 and 1000.", param="limit")
     if after and before:
         raise InvalidRequest("A page begins after_id or ends before_id: send one of them.", param="before_id")
@@ -95,10 +96,10 @@ async def list_models(call: Call) -> ASGIApp:
             raise InvalidRequest(f"There is no model {id[:100]!r}.", param=param)
     if before:
         rest = names[: names.index(before)]
-        page = rest[-int(limit) :]
+        page = rest[-limit:]
     else:
         rest = names[names.index(after) + 1 :] if after else names
-        page = rest[: int(limit)]
+        page = rest[:limit]
     views = [_model(call.catalogue, name) for name in page]
     return json_reply(
         MessageModelList(views, len(rest) > len(page), *ends(views)), headers={"request-id": call.request_id}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from itertools import count
 
 from penstock.api.errors import Error
 from penstock.api.events import DoneEvent, ErrorEvent, JobCompleteEvent, TopLogprobView, UserErrorEvent
@@ -31,14 +30,13 @@ def token_frames(job: str, run: Tokens) -> bytes:
     attempt = f',"attempt":{run.attempt}'
     return "".join(
         f'id: {position}{head}{json_string(text)},"token_id":{token}{attempt}{extra}}}\n\n'
-        for position, (token, text, extra) in enumerate(
-            zip(run.ids, run.texts, _extras(run), strict=True), run.position
-        )
+        for position, (token, text, extra) in _numbered(run)
     ).encode()
 
 
-def _numbered(run: Tokens) -> Iterator[tuple[int, int, str, str]]:
-    return zip(count(run.position), run.ids, run.texts, _extras(run), strict=False)
+def _numbered(run: Tokens) -> Iterator[tuple[int, tuple[int, str, str]]]:
+    """Of each token its position, id, text and extras."""
+    return enumerate(zip(run.ids, run.texts, _extras(run), strict=True), run.position)
 
 
 def _extras(run: Tokens) -> list[str]:
@@ -82,7 +80,7 @@ def feed_frames(job: str, run: Tokens, cursor: Callable[[int], str]) -> bytes:
     head = f'\nevent: token\ndata: {{"job_id":"{job}","attempt":{run.attempt},"token":'
     return "".join(
         f'id: {cursor(position)}{head}{json_string(text)},"token_id":{token},"position":{position}{extra}}}\n\n'
-        for position, token, text, extra in _numbered(run)
+        for position, (token, text, extra) in _numbered(run)
     ).encode()
 
 

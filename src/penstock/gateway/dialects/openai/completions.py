@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp
 
-from penstock.api.errors import Error, ErrorBody
+from penstock.api.errors import ErrorBody
 from penstock.core.aio import merge
 from penstock.core.errors import PenstockError, Unsupported, error_from_info
 from penstock.core.events import Completion, Ended, TokenLogprob, fold
@@ -170,7 +170,7 @@ async def _stream(parts: Sequence[_Part], followings: Sequence[Sequence[Followin
                     yield (retry + block).encode()
                     retry = ""
     except PenstockError as error:
-        yield f"{retry}data: {ascii_json(ErrorBody(Error.of(error.info)))}\n\n".encode()
+        yield f"{retry}data: {ascii_json(ErrorBody.of(error.info))}\n\n".encode()
         return
     yield f"{parts[0].writer.usage(_total(ends))}data: [DONE]\n\n".encode()
 

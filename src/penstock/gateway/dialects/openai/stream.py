@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 from msgspec import UNSET
 
-from penstock.api.errors import Error, ErrorBody
+from penstock.api.errors import ErrorBody
 from penstock.api.jobs import UsageView
 from penstock.core.errors import LogRewound
 from penstock.core.events import Completion, Ended, Event, Logprob, TokenLogprob, Tokens
@@ -86,7 +86,7 @@ class ChunkWriter:
                     yield (retry + blocks).encode()
                     retry = ""
         except LogRewound as error:  # the store lost what this reader was given
-            yield f"{retry}data: {ascii_json(ErrorBody(Error.of(error.info)))}\n\n".encode()
+            yield f"{retry}data: {ascii_json(ErrorBody.of(error.info))}\n\n".encode()
 
     async def _from_the_beginning(
         self, events: AsyncIterator[Event], replay: Callable[[], AsyncGenerator[Event]]
@@ -140,7 +140,7 @@ class ChunkWriter:
 
     def _end(self, ended: Ended, first: bool) -> str:
         if ended.error is not None:
-            return f"id: {ended.position}\ndata: {ascii_json(ErrorBody(Error.of(ended.error)))}\n\n"
+            return f"id: {ended.position}\ndata: {ascii_json(ErrorBody.of(ended.error))}\n\n"
         blocks = self._opening() if first and ended.position == 1 else ""
         blocks += self.finishes(ended)
         # The end's position belongs to its last block: who saw less of it gets all of it again.

@@ -10,7 +10,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from penstock.api.errors import Error, ErrorBody
+from penstock.api.errors import ErrorBody
 from penstock.core.errors import (
     InvalidRequest,
     NotFound,
@@ -52,7 +52,7 @@ from penstock.gateway.dialects.responses.items import (
     view_of,
 )
 from penstock.gateway.dialects.responses.stream import last_number, render, whole
-from penstock.gateway.http import Call, Dialect, error_reply, json_reply
+from penstock.gateway.http import Call, Dialect, error_reply, json_reply, whole_number
 from penstock.gateway.jobs import Jobs, Submission
 from penstock.gateway.operation import REFERENCE_GONE, Batchable, Content, Operation, Prepared
 from penstock.gateway.parameters import ID, LAST_EVENT_ID, ORDER, limit, query
@@ -88,7 +88,7 @@ async def create(call: Call) -> ASGIApp:
 
 
 def _refuse(request_id: str, error: PenstockError, headers: dict[str, str] | None) -> Response:
-    return error_reply(error, headers, ErrorBody(Error.of(as_told(error.info))))
+    return error_reply(error, headers, ErrorBody.of(as_told(error.info)))
 
 
 RESPONSES = Dialect(ErrorBody, _refuse)
@@ -156,10 +156,11 @@ async def delete(call: Call) -> ASGIApp:
 
 async def list_input_items(call: Call) -> ASGIApp:
     job, view = await find(call.jobs, call.path["id"])
-    order, limit, after = call.query.get("order", "desc"), call.query.get("limit", "20"), call.query.get("after")
+    order, after = call.query.get("order", "desc"), call.query.get("after")
+    limit = whole_number(call.query.get("limit", "20"), digits=3)
     if order not in ("asc", "desc"):
         raise InvalidRequest("order is asc or desc.", param="order")
-    if not (limit.isascii() and limit.isdigit() and len(limit) <= 3 and 1 <= int(limit) <= 100):
+    if limit is None or not 1 <= limit <= 100:
         raise InvalidRequest("limit is between 1 and 100.", param="limit")
     items = input_items(job, view)
     if order == "desc":
@@ -169,7 +170,7 @@ async def list_input_items(call: Call) -> ASGIApp:
         if place is None:
             raise InvalidRequest(f"The response has no input item {after!r}.", param="after")
         items = items[place + 1 :]
-    page = items[: int(limit)]
+    page = items[:limit]
     views = [item.view() for item in page]
     return json_reply(InputItems("list", views, *ends(views), len(items) > len(page)))
 
@@ -255,11 +256,12 @@ def _after(call: Call) -> int:
     text = call.headers.get("last-event-id") or call.query.get("starting_after") or ""
     if text == "":
         return -1
-    if not text.isascii() or not text.isdigit() or len(text) > 15:
+    number = whole_number(text, digits=15)
+    if number is None:
         raise InvalidRequest(
             "starting_after (or Last-Event-ID) is a sequence_number: a whole number from 0.", param="starting_after"
         )
-    return int(text)
+    return number
 
 
 _EVENTS: dict[str, type] = {
