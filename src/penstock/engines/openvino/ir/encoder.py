@@ -64,7 +64,8 @@ _ACTIVATIONS = {
 
 def build_encoder(config: Mapping[str, Any], weights: Any) -> Any:
     """The ``ov.Model``: ``input_ids`` and ``attention_mask``, [texts, tokens] and padded on the right, to
-    ``last_hidden_state``, [texts, tokens, size]. *weights* as in `penstock.engines.openvino.ir.build`."""
+    ``last_hidden_state``, [texts, tokens, size]. *weights* as for
+    `penstock.engines.openvino.ir.decoder.build_decoder`."""
     shape = _Shape(config)
     architecture = config["architectures"][0]
     prefix = next(

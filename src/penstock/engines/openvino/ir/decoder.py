@@ -1,160 +1,23 @@
-"""Builds an OpenVINO model from a Hugging Face folder: safetensors and config.json, no torch.
+"""The network of a decoder.
 
-Llama, Mistral, Qwen2 and Qwen3 are the same network up to biases, head norms and rotary scaling; encoders are in
-`ir_encoder`. Whatever else a config asks for is refused, never ignored: a network that is nearly right writes nonsense.
+Llama, Mistral, Qwen2 and Qwen3 are the same network up to biases, head norms and rotary scaling.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from safetensors import safe_open
 
-from penstock.core.errors import ModelLoadError
-from penstock.engines.frames import Progress
-from penstock.engines.openvino.ir_encoder import PREFIXES, build_encoder
+from penstock.engines.openvino.ir.refusal import unbuildable
+from penstock.engines.openvino.ir.rope import rotary_frequencies
 from penstock.engines.openvino.ov import ov
 
 op = ov.opset13
 
-#: Part of the cache key: raise it when the network that is built changes.
-VERSION = 1
-
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-#: Files that the text side needs, copied beside the model.
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "1_Pooling/config.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)
-
-
-def built(folder: Path, cache: Path, progress: Progress) -> Path:
-    """The folder with the OpenVINO model of the safetensors *folder*, built under *cache* if it is not there yet.
-
-    It is found again by the config and by the weights' sizes and times. Raises `ModelLoadError`.
-    """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ModelLoadError(f"{folder} has weights but no config.json: copy the model's config.json there.")
-    target = cache / f"{folder.name}-{_digest(folder, config_file)}"
-    if (target / "openvino_model.xml").is_file():
-        return target
-    progress("converting the weights", None)
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    cache.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and moved there in one go: two processes may build the same model at once.
-    scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
-    try:
-        with _Weights(folder) as weights:
-            encoder = (config.get("architectures") or [""])[0] in PREFIXES
-            model = build_encoder(config, weights) if encoder else build(config, weights)
-            ov.save_model(model, scratch / "openvino_model.xml", compress_to_fp16=False)
-        for name in TEXT_FILES:
-            if (folder / name).is_file():
-                (scratch / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, scratch / name)
-        scratch.chmod(0o755)
-        try:
-            os.rename(scratch, target)
-        except OSError:
-            if not (target / "openvino_model.xml").is_file():
-                raise
-    except OSError as error:
-        raise ModelLoadError(f"Cannot write the converted model under {cache}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
-def _digest(folder: Path, config_file: Path) -> str:
-    digest = hashlib.sha256(f"{VERSION} {ov.__version__}\n".encode())
-    for name in TEXT_FILES:
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------ weights
-
-
-class _Weights:
-    """All tensors of a folder's safetensors files, by name."""
-
-    def __init__(self, folder: Path) -> None:
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise ModelLoadError(f"{folder} has no *.safetensors files.")
-        try:
-            self._files: list[Any] = [safe_open(path, "np") for path in paths]
-        except Exception as error:  # safetensors' own exception type, or OSError
-            raise ModelLoadError(f"The weights in {folder} cannot be read: {error}") from error
-        self._file_of: dict[str, Any] = {}
-        for file in self._files:
-            self._file_of.update(dict.fromkeys(file.keys(), file))
-        self._paths = dict(zip(map(id, self._files), paths, strict=True))
-
-    def __enter__(self) -> _Weights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file_of.clear()
-        self._files.clear()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def constant(self, name: str) -> Any:
-        """A node that gives the tensor in float32; 16-bit weights are stored as they are and widened on use."""
-        file = self._file_of.get(name)
-        if file is None:
-            raise ModelLoadError(f"The weights lack the tensor {name!r}: is the download complete?")
-        dtype = file.get_slice(name).get_dtype()
-        if dtype == "F32":
-            return op.constant(file.get_tensor(name))
-        if dtype == "F16":
-            return op.convert(op.constant(file.get_tensor(name)), "f32")
-        if dtype == "BF16":
-            # numpy has no bfloat16: take the raw bytes.
-            raw, shape = _raw_tensor(self._paths[id(file)], name)
-            tensor = ov.Tensor(ov.Type.bf16, ov.Shape(shape))
-            tensor.data.view(np.uint8).reshape(-1)[:] = raw
-            return op.convert(op.constant(tensor), "f32")
-        raise ModelLoadError(
-            f"The tensor {name!r} is {dtype}: only float32, float16 and bfloat16 weights can be built."
-        )
-
-
-def _raw_tensor(path: Path, name: str) -> tuple[npt.NDArray[np.uint8], list[int]]:
-    """A tensor's bytes and shape (the format: 8 bytes of header length, the header as JSON, the data)."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(size))[name]
-        begin, end = entry["data_offsets"]
-        return np.fromfile(file, np.uint8, end - begin, offset=begin), entry["shape"]
-
-
-# ------------------------------------------------------------------------------------------ the network
 
 
 def _constant(value: Any, dtype: type = np.int64) -> Any:
@@ -171,14 +34,14 @@ class _Shape:
     def __init__(self, config: Mapping[str, Any]) -> None:
         architecture = (config.get("architectures") or ["unknown"])[0]
         if architecture not in ARCHITECTURES:
-            raise _unbuildable(f"its architecture is {architecture}")
+            raise unbuildable(f"its architecture is {architecture}")
         if config.get("hidden_act", "silu") != "silu":
-            raise _unbuildable(f"its activation is {config['hidden_act']}")
+            raise unbuildable(f"its activation is {config['hidden_act']}")
         if config.get("quantization_config"):
-            raise _unbuildable("its weights are quantized")
+            raise unbuildable("its weights are quantized")
         sliding = config.get("sliding_window") if config.get("use_sliding_window", True) else None
         if sliding and sliding < config.get("max_position_embeddings", 0):
-            raise _unbuildable("it uses sliding-window attention")
+            raise unbuildable("it uses sliding-window attention")
         self.layers = int(config["num_hidden_layers"])
         self.hidden = int(config["hidden_size"])
         self.heads = int(config["num_attention_heads"])
@@ -186,40 +49,10 @@ class _Shape:
         self.head = int(config.get("head_dim") or self.hidden // self.heads)
         self.epsilon = float(config.get("rms_norm_eps", 1e-6))
         self.tied = bool(config.get("tie_word_embeddings", False))
-        self.frequencies = _rotary_frequencies(config, self.head)
+        self.frequencies = rotary_frequencies(config, self.head)
 
 
-def _unbuildable(why: str) -> ModelLoadError:
-    return ModelLoadError(
-        f"This model cannot be converted here: {why}. Export it with optimum-intel "
-        "(optimum-cli export openvino --model MODEL FOLDER), or take a ready-made one from the OpenVINO organisation "
-        "on the hub, and serve that folder."
-    )
-
-
-def _rotary_frequencies(config: Mapping[str, Any], head: int) -> npt.NDArray[np.float32]:
-    """Angle per position of each of the head's pairs. Newer configs have one ``rope_parameters`` for all of it."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    frequencies = 1.0 / theta ** (np.arange(0, head, 2, dtype=np.float64) / head)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "linear":
-        frequencies = frequencies / float(rope["factor"])
-    elif kind == "llama3":
-        # Long wavelengths are stretched by the factor, short ones kept, those between blended.
-        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        trained = float(rope["original_max_position_embeddings"])
-        wavelengths = 2 * math.pi / frequencies
-        blend = np.clip((trained / wavelengths - low) / (high - low), 0, 1)
-        frequencies = (1 - blend) * frequencies / factor + blend * frequencies
-    elif kind != "default":
-        raise _unbuildable(f"its rotary scaling is {kind!r}")
-    if float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise _unbuildable("only a part of each head is rotated")
-    return frequencies.astype(np.float32)
-
-
-def build(config: Mapping[str, Any], weights: Any) -> Any:
+def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
     """The stateful ``ov.Model`` in the form that OpenVINO's paged-attention transformation (and GenAI) expects.
 
     *weights* gives a float32 node by name (``constant(name)``) and knows its names (``in``).
