@@ -7,12 +7,54 @@ common case (one choice, no logprobs) then needs two short lists and nothing els
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import enum
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
 from penstock.core.errors import ErrorInfo
 from penstock.core.job import Status, Usage
+
+
+class Phase(enum.IntEnum):
+    """What a token is part of: the reply's text, a thought before it, or a call of a tool.
+
+    The text of a thought is without the marks around it. That of a call is in one form, whatever the model's own is
+    (`penstock.core.calls`).
+    """
+
+    TEXT = 0
+    REASONING = 1
+    TOOL = 2
+
+
+#: The phase of a token; of one that ends a phase and begins another, each with its number of characters, in order.
+TokenPhase = Phase | list[tuple[Phase, int]]
+
+
+def phase_of(phase: TokenPhase) -> Phase:
+    """Which one a token is counted as: the first that it belongs to."""
+    return phase if isinstance(phase, Phase) else phase[0][0]
+
+
+def segments(text: str, phase: TokenPhase) -> Iterator[tuple[Phase, str]]:
+    """A token's *text*, cut where its phase changes."""
+    if isinstance(phase, Phase):
+        yield phase, text
+        return
+    start = 0
+    for part, length in phase:
+        yield part, text[start : start + length]
+        start += length
+
+
+def joined_phases(
+    first: list[TokenPhase] | None, count: int, second: list[TokenPhase] | None, more: int
+) -> list[TokenPhase] | None:
+    """The phases of *count* tokens and of *more* behind them; None where all are text."""
+    if first is None and second is None:
+        return None
+    return (first or [Phase.TEXT] * count) + (second or [Phase.TEXT] * more)
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -46,7 +88,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
     ``texts[i]`` is the text that token ``ids[i]`` completed (possibly empty: half a UTF-8 character, text held
     back because it may become a stop string, the end-of-sequence token). ``choices`` tells which of the request's
-    ``n`` choices each token belongs to (None: all to choice 0).
+    ``n`` choices each token belongs to (None: all to choice 0), ``phases`` what each is part of (None: all are text).
     """
 
     position: int
@@ -55,6 +97,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
     texts: list[str]
     choices: list[int] | None = None
     logprobs: list[Logprob | None] | None = None
+    phases: list[TokenPhase] | None = None
 
     @property
     def last(self) -> int:
@@ -77,6 +120,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
             self.texts[part],
             None if self.choices is None else self.choices[part],
             None if self.logprobs is None else self.logprobs[part],
+            None if self.phases is None else self.phases[part],
         )
 
 
@@ -107,7 +151,8 @@ Event = Tokens | Ended
 
 
 class Completion(msgspec.Struct):
-    """A folded log: the text of each choice, its logprobs where asked for, and how it ended."""
+    """A folded log: of each choice the text, the thoughts, the calls (as `penstock.core.calls` writes them), the
+    logprobs of its text where asked for, and how it ended."""
 
     texts: list[str]
     ids: list[list[int]]
@@ -115,11 +160,14 @@ class Completion(msgspec.Struct):
     ended: Ended | None = None
     pieces: list[list[str]] = []
     """For each choice, the text that each of its positions added."""
+    reasoning: list[str] = []
+    calls: list[str] = []
 
 
 def fold(events: Iterable[Event], n: int = 1) -> Completion:
-    """A JSON reply is a fold of the log: join each choice's texts in order."""
+    """A JSON reply is a fold of the log: join each choice's texts in order, those of each phase by themselves."""
     parts: list[list[str]] = [[] for _ in range(n)]
+    apart: dict[Phase, list[list[str]]] = {phase: [[] for _ in range(n)] for phase in (Phase.REASONING, Phase.TOOL)}
     result = Completion([""] * n, [[] for _ in range(n)], [[] for _ in range(n)])
     for event in events:
         if isinstance(event, Ended):
@@ -127,31 +175,62 @@ def fold(events: Iterable[Event], n: int = 1) -> Completion:
             continue
         for i, (token, text) in enumerate(zip(event.ids, event.texts, strict=True)):
             choice = event.choices[i] if event.choices is not None else 0
+            phase = event.phases[i] if event.phases is not None else Phase.TEXT
+            if phase is not Phase.TEXT:
+                written = list(segments(text, phase))
+                for part, piece in written:
+                    if part is not Phase.TEXT:
+                        apart[part][choice].append(piece)
+                text = "".join(piece for part, piece in written if part is Phase.TEXT)
             parts[choice].append(text)
             result.ids[choice].append(token)
             logprob = event.logprobs[i] if event.logprobs is not None else None
-            if logprob is not None:
+            if logprob is not None and (phase is Phase.TEXT or text):
                 result.logprobs[choice].append((token, text, logprob))
     result.texts = ["".join(part) for part in parts]
     result.pieces = parts
+    result.reasoning = ["".join(part) for part in apart[Phase.REASONING]]
+    result.calls = ["".join(part) for part in apart[Phase.TOOL]]
     return result
 
 
 class Prefix(msgspec.Struct, array_like=True):
-    """The tokens of one choice that earlier attempts logged: an engine continues from them."""
+    """The tokens of one choice that earlier attempts logged: an engine continues from them. ``phases`` has one for
+    each; None: all are text."""
 
     ids: list[int] = []
     texts: list[str] = []
+    phases: list[TokenPhase] | None = None
 
     @property
     def text(self) -> str:
+        """All that is logged of it, whatever its phase."""
         return "".join(self.texts)
 
+    def text_of(self, phase: Phase) -> str:
+        """What is logged of one *phase*."""
+        phases = self.phases if self.phases is not None else [Phase.TEXT] * len(self.texts)
+        return "".join(
+            piece
+            for text, each in zip(self.texts, phases, strict=True)
+            for part, piece in segments(text, each)
+            if part is phase
+        )
 
-def split_choices(ids: Sequence[int], texts: Sequence[str], choices: Sequence[int] | None, n: int) -> list[Prefix]:
+
+def split_choices(
+    ids: Sequence[int],
+    texts: Sequence[str],
+    choices: Sequence[int] | None,
+    n: int,
+    phases: Sequence[TokenPhase] | None = None,
+) -> list[Prefix]:
     """A logged prefix as one `Prefix` per choice."""
-    result = [Prefix([], []) for _ in range(n)]
-    for token, text, choice in zip(ids, texts, choices or [0] * len(ids), strict=True):
-        result[choice].ids.append(token)
-        result[choice].texts.append(text)
+    result = [Prefix([], [], None if phases is None else []) for _ in range(n)]
+    for i, (token, text, choice) in enumerate(zip(ids, texts, choices or [0] * len(ids), strict=True)):
+        prefix = result[choice]
+        prefix.ids.append(token)
+        prefix.texts.append(text)
+        if phases is not None and prefix.phases is not None:
+            prefix.phases.append(phases[i])
     return result

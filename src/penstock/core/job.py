@@ -84,12 +84,15 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation. ``tool_calls`` are an assistant's; ``tool_call_id`` says which a tool answers."""
+    """One turn of a conversation. ``tool_calls`` are an assistant's; ``tool_call_id`` says which a tool answers.
+    ``reasoning`` is what an assistant thought before it wrote."""
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    reasoning: str = ""
+    name: str | None = None
 
 
 class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -180,6 +183,10 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of each vector, where the model allows to cut them."""
     add_special_tokens: bool = True
     """Of a prompt to tokenize: those that the tokenizer puts around a text."""
+    reasoning_effort: str | None = None
+    """How much to think before the reply, in the model's own words (low, medium, high; none: not at all). Of messages."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What else the chat template is told, by its variables' names (``enable_thinking``, ``documents`` …)."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompt", "prompt_ids", "messages", "inputs") if getattr(self, name) is not None]
@@ -271,8 +278,13 @@ def _together(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 class Usage(msgspec.Struct, frozen=True):
+    """``reasoning_tokens`` of the completion's tokens were thoughts; ``cached_tokens`` of the prompt's need not be
+    computed, since the engine still had them."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -306,6 +318,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     queue_position: int | None = None
     tokens: int = 0
     prompt_tokens: int | None = None
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
     started_at: float | None = None
     first_token_at: float | None = None
     ended_at: float | None = None
@@ -320,7 +334,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens or 0, self.tokens)
+        return Usage(self.prompt_tokens or 0, self.tokens, self.reasoning_tokens, self.cached_tokens)
 
 
 def new_job_id() -> str:

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.core.errors import ErrorInfo, Unsupported
-from penstock.core.events import Event, Logprob
+from penstock.core.events import Event, Logprob, TokenPhase, joined_phases
 from penstock.core.job import Job, Priority, Request, Status, Task
 
 #: How much faster or slower than real time a clock runs that was set wrong: an hour takes twenty.
@@ -81,6 +81,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of a vector, where it embeds and this is known."""
     away: str = ""
     """Why it cannot serve right now, though its engine is up: what is behind that does not answer. For clients too."""
+    tool_format: str = ""
+    """How it writes calls, by its family's name; empty where it has none of its own."""
+    reasoning_format: str = ""
+    """How it marks its thoughts; empty where it has none."""
 
     def may(self, task: Task) -> bool:
         """Can it be asked for *task*? Of a model that was never loaded (``context_length`` 0) nobody knows."""
@@ -147,7 +151,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Lease(msgspec.Struct, frozen=True):
     """A worker's right to append to a job's log, until it is fenced by the next attempt.
 
-    ``ids``/``texts``/``choices`` are the log so far: the prefix that this attempt continues.
+    ``ids``/``texts``/``choices``/``phases`` are the log so far: the prefix that this attempt continues.
     """
 
     job: Job
@@ -155,6 +159,7 @@ class Lease(msgspec.Struct, frozen=True):
     ids: list[int] = []
     texts: list[str] = []
     choices: list[int] | None = None
+    phases: list[TokenPhase] | None = None
 
     @property
     def key(self) -> LeaseKey:
@@ -183,7 +188,11 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class Append(msgspec.Struct, frozen=True):
-    """New tokens of one job, the first at ``position``; with none it is a heartbeat. ``finish`` closes the log."""
+    """New tokens of one job, the first at ``position``; with none it is a heartbeat. ``finish`` closes the log.
+
+    ``reasoning_tokens``: how many of all tokens up to the last of these are thoughts. ``prompt_tokens``, and how many
+    of them were cached, count once: the first that is told.
+    """
 
     lease: LeaseKey
     position: int
@@ -193,6 +202,9 @@ class Append(msgspec.Struct, frozen=True):
     logprobs: list[Logprob | None] | None = None
     prompt_tokens: int | None = None
     finish: Finish | None = None
+    phases: list[TokenPhase] | None = None
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Verdict(enum.StrEnum):
@@ -408,9 +420,12 @@ class Output(msgspec.Struct, array_like=True):
     prompt_tokens: int | None = None
     finish: Finish | None = None
     retryable: bool = False
+    phases: list[TokenPhase] | None = None
+    cached_tokens: int = 0
 
     def extend(self, later: Output) -> None:
         """Take in what the same key produced next."""
+        self.phases = joined_phases(self.phases, len(self.ids), later.phases, len(later.ids))
         self.ids += later.ids
         self.texts += later.texts
         if later.choices is not None:
@@ -419,6 +434,7 @@ class Output(msgspec.Struct, array_like=True):
             self.logprobs = (self.logprobs or []) + later.logprobs
         if self.prompt_tokens is None:
             self.prompt_tokens = later.prompt_tokens
+            self.cached_tokens = later.cached_tokens
         self.finish = later.finish
         self.retryable = later.retryable
 
