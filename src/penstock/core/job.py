@@ -184,7 +184,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     add_special_tokens: bool = True
     """Of a prompt to tokenize: those that the tokenizer puts around a text."""
     reasoning_effort: str | None = None
-    """How much to think before the reply, in the model's own words (low, medium, high; none: not at all). Of messages."""
+    """How much to think before the reply, in the model's own words (low, medium, high; none: not at all)."""
     chat_template_kwargs: dict[str, Any] = {}
     """What else the chat template is told, by its variables' names (``enable_thinking``, ``documents`` …)."""
 
