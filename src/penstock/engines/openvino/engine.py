@@ -45,6 +45,8 @@ WARM_UP = 1.0
 class OpenVINONetwork:
     """A compiled decoder with its cache tensors: tokens of several sequences in, logits of some of them out."""
 
+    recompute_beyond: int | None = None
+
     def __init__(self, model_file: Path, options: OpenVINOOptions, context: int) -> None:
         core = ov.Core()
         model = core.read_model(model_file)
