@@ -304,7 +304,7 @@ class _ChoiceThread:
                 break
         logprobs = None if logprobs is None else logprobs[: len(taken)]
         if taken:
-            self._queue.put(self._choices.output(self._choice, taken, texts, logprobs, prompt_tokens))
+            self._queue.put(self._choices.output(self._choice, taken, texts, logprobs, None, prompt_tokens))
 
     def _end(self) -> None:
         if self._reply.finish is None:
