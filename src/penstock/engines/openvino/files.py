@@ -10,17 +10,20 @@ from platformdirs import user_cache_path
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines.frames import Progress
-from penstock.engines.models import BUNDLED, HUB_NAME, download, local_place
+from penstock.engines.models import BUNDLED, HUB_NAME, check_tokenizer, download, local_place
+from penstock.engines.text.model import read_json
 
 IR_NAMES = ("openvino_model.xml", "openvino_language_model.xml")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """``ir``: the network's .xml; ``text``: the folder with tokenizer.json and the configs."""
+    """``ir``: the network's .xml; ``text``: the folder with tokenizer.json and the configs. ``exported``: somebody else
+    made the network."""
 
     ir: Path
     text: Path
+    exported: bool = False
 
 
 def cache_folder() -> Path:
@@ -39,7 +42,7 @@ def resolve(name: str, path: str | None, progress: Progress, cache: Path | None 
     if place.is_dir():
         for ir in IR_NAMES:
             if (place / ir).is_file():
-                return ModelFiles(place / ir, place)
+                return ModelFiles(place / ir, place, exported=True)
     from penstock.engines.openvino.ir import built  # imports OpenVINO: not in the server
 
     target = built(place, cache / "ir", progress)
@@ -74,4 +77,18 @@ def _checked(folder: Path) -> Path:
             f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "
             "first, for instance with optimum-intel: optimum-cli export openvino --model MODEL FOLDER."
         )
+    check_tokenizer(folder)
     return folder
+
+
+def even_context(files: ModelFiles, context: int) -> int:
+    """How many of *context* tokens a request may have so that its reply does not depend on who runs beside it.
+
+    An exported network with LongRoPE (Phi-3.5, Phi-4-mini) chooses the frequencies of all texts that it computes by the
+    longest of them. Up to the length that the model was first trained with it has no choice.
+    """
+    config = read_json(files.text / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not files.exported or "long_factor" not in rope:
+        return context
+    return min(context, int(rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]))
