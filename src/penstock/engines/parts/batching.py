@@ -23,7 +23,7 @@ from penstock.core.tasks import Tokenized
 from penstock.engines.child.backend import Backend
 from penstock.engines.child.choices import Choices
 from penstock.engines.parts.guide import Guides, followed
-from penstock.engines.parts.kvcache import ROOT, BlockPool
+from penstock.engines.parts.kvcache import LONG, ROOT, BlockPool
 from penstock.engines.parts.sampling import Floats, Ints, Sampler, alternatives, stream_key
 from penstock.engines.text.model import TextModel
 from penstock.engines.text.reply import Reply
@@ -43,6 +43,9 @@ class Network(Protocol):
     blocks: int
     block_size: int
     """Tokens that a block holds."""
+    recompute_beyond: int | None
+    """What a sequence of up to so many tokens has in the cache is of no use to it once it is longer: it is computed
+    anew. None: there is no such length."""
 
     def run(self, **inputs: np.ndarray[Any, Any]) -> Floats:
         """Logits, one row per entry of ``sampled_tokens_indices``; valid (and writable) until the next call.
@@ -50,6 +53,7 @@ class Network(Protocol):
         The tokens of all sequences follow each other in ``input_ids`` and ``position_ids``; sequence *i* has those from
         ``subsequence_begins[i]`` on, has ``past_lens[i]`` tokens in the cache, and its blocks are in ``block_indices``
         from ``block_indices_begins[i]`` on. ``max_context_len``: tokens of the longest, these ones included.
+        ``total_lens``: tokens of each, with those that are not computed yet.
         """
         ...
 
@@ -257,6 +261,7 @@ class ContinuousBatching(Backend):
 
     def _schedule(self) -> list[tuple[_Sequence, int]]:
         """Make room for what the running sequences compute next; which prompts go on, and by how many tokens."""
+        self._recompute_grown()
         slots = self._slots_of_decoding()
         full = np.flatnonzero(self._past[slots] % self._pool.block_size == 0)
         for sequence in [self._decoding[i] for i in full.tolist()]:
@@ -289,6 +294,14 @@ class ContinuousBatching(Backend):
             budget -= count
         return prefills
 
+    def _recompute_grown(self) -> None:
+        """Send sequences that have just outgrown what they have in the cache back to wait."""
+        if (most := self._network.recompute_beyond) is None:
+            return
+        for sequence in [each for each in self._decoding if self._past[each.slot] == most]:
+            self._leave(sequence)
+            self._waiting.appendleft(sequence)
+
     def _slots_of_decoding(self) -> Ints:
         if self._decoding_slots is None:
             self._decoding_slots = np.array([sequence.slot for sequence in self._decoding], np.int64)
@@ -299,12 +312,12 @@ class ContinuousBatching(Backend):
         # One block of headroom for everyone who runs: who gets in must not push others out at once.
         headroom = running if self._pool.block_size < self.info.context_length else 0
         missing = -(-sequence.length // self._pool.block_size) + headroom - self._pool.available
-        return not running or missing <= 0 or missing <= self._pool.in_use(sequence.shareable)
+        return not running or missing <= 0 or missing <= self._pool.in_use(sequence.shareable, self._root(sequence))
 
     def _enter(self, sequence: _Sequence) -> None:
         """Give *sequence* a slot, what the cache already knows of its tokens, and blocks for the rest of them."""
         slot = sequence.slot = self._free_slots.pop()
-        sequence.node, sequence.published = ROOT, 0
+        sequence.node, sequence.published = self._root(sequence), 0
         self._past[slot] = 0
         self._share(sequence)
         self._grow(sequence, sequence.length - int(self._past[slot]))
@@ -334,6 +347,11 @@ class ContinuousBatching(Backend):
         if not self._pool.caching or start + size >= len(sequence.shareable):
             return None
         return sequence.node, tuple(sequence.shareable[start : start + size])
+
+    def _root(self, sequence: _Sequence) -> int:
+        """Whose cache blocks *sequence* may share: those of sequences that compute the same of the same tokens."""
+        most = self._network.recompute_beyond
+        return ROOT if most is None or sequence.length <= most else LONG
 
     def _leave(self, sequence: _Sequence) -> None:
         """Take slot and blocks from *sequence*."""
@@ -399,6 +417,8 @@ class ContinuousBatching(Backend):
 
         before = self._past[slots]
         after = before + counts
+        total = after.copy()
+        total[len(drawing) :] = [sequence.length for sequence, _ in prefills]
         begins = np.zeros(len(slots) + 1, np.int32)
         np.cumsum(counts, out=begins[1:])
         positions = np.arange(len(ids)) - np.repeat(begins[:-1] - before, counts)
@@ -428,6 +448,7 @@ class ContinuousBatching(Backend):
             input_ids=ids,
             position_ids=positions,
             past_lens=before,
+            total_lens=total,
             subsequence_begins=begins,
             block_indices=self._table[slots, :most][np.arange(most) < used[:, None]],
             block_indices_begins=table_begins,
@@ -515,6 +536,7 @@ class ContinuousBatching(Backend):
                 input_ids=np.zeros(size, np.int64),
                 position_ids=np.zeros(size, np.int64),
                 past_lens=zeros,
+                total_lens=zeros + 1,
                 subsequence_begins=np.arange(size + 1, dtype=np.int32),
                 block_indices=np.full(size, block, np.int32),
                 block_indices_begins=np.arange(size + 1, dtype=np.int32),

@@ -17,8 +17,8 @@ CACHE_SHARE = 0.25
 #: Contexts are cut to multiples of this, and a model with less than one is not worth serving.
 CONTEXT_STEP = 256
 
-#: The node above every first block.
-ROOT = 0
+#: The node above every first block; of sequences that are long to a model to which that makes a difference, another.
+ROOT, LONG = 0, -1
 
 
 class BlockPool:
@@ -102,9 +102,9 @@ class BlockPool:
             found.append(block)
         return found, node
 
-    def in_use(self, tokens: Sequence[int]) -> int:
+    def in_use(self, tokens: Sequence[int], node: int = ROOT) -> int:
         """How many of the blocks that `find` would give have users now: those that take no place of their own."""
-        found, _ = self.find(tokens)
+        found, _ = self.find(tokens, 0, node)
         count = sum(self._users[block] > 1 for block in found)
         self.release(found)
         return count
