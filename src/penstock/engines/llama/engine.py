@@ -36,12 +36,13 @@ from penstock.engines.child.backend import failed_output
 from penstock.engines.child.choices import ThreadedChoices
 from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.frames import Progress
-from penstock.engines.llama.gguf_text import UNKNOWN_ID, GgufMetadata, GgufText
+from penstock.engines.llama.gguf_text import UNKNOWN_ID, GgufText
 from penstock.engines.llama.options import LlamaOptions
 from penstock.engines.models import find_gguf
 from penstock.engines.parts.guide import Guide, Guides, followed, lark_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Sampler, stream_key
+from penstock.engines.text.gguf import GgufFile
 from penstock.engines.text.reply import Reply
 
 #: How llama.cpp writes JSON that obeys a schema.
@@ -304,7 +305,7 @@ class _ChoiceThread:
                 break
         logprobs = None if logprobs is None else logprobs[: len(taken)]
         if taken:
-            self._queue.put(self._choices.output(self._choice, taken, texts, logprobs, prompt_tokens))
+            self._queue.put(self._choices.output(self._choice, taken, texts, logprobs, None, prompt_tokens))
 
     def _end(self) -> None:
         if self._reply.finish is None:
@@ -382,8 +383,8 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     """See `penstock.engines.child.backend.Loader`."""
     file = find_gguf(name, path)
     progress("reading the file", None)
-    metadata = GgufMetadata(file)
-    text = GgufText.of(metadata, file)
+    metadata = GgufFile(file)
+    text = GgufText.of(metadata)
     context = _context(metadata, options)
     progress("loading the weights", None)
     params = xllamacpp.CommonParams()
@@ -404,7 +405,7 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     return LlamaBackend(name, server, key, text, context, metadata.precision, options)
 
 
-def _context(metadata: GgufMetadata, options: LlamaOptions) -> int:
+def _context(metadata: GgufFile, options: LlamaOptions) -> int:
     """Tokens of one slot's context."""
     heads = metadata.of_model("attention.head_count", 1)
     kv_heads = metadata.of_model("attention.head_count_kv", heads)

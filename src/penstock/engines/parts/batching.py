@@ -22,7 +22,7 @@ from penstock.core.tasks import Tokenized
 from penstock.engines.child.backend import Backend
 from penstock.engines.child.choices import Choices
 from penstock.engines.parts.guide import Guides, followed
-from penstock.engines.parts.kvcache import ROOT, BlockPool
+from penstock.engines.parts.kvcache import LONG, ROOT, BlockPool
 from penstock.engines.parts.sampling import Floats, Ints, Sampler, alternatives, stream_key
 from penstock.engines.text.model import TextModel
 from penstock.engines.text.reply import Reply
@@ -42,6 +42,9 @@ class Network(Protocol):
     blocks: int
     block_size: int
     """Tokens that a block holds."""
+    recompute_beyond: int | None
+    """What a sequence of up to so many tokens has in the cache is of no use to it once it is longer: it is computed
+    anew. None: there is no such length."""
 
     def run(self, **inputs: np.ndarray[Any, Any]) -> Floats:
         """Logits, one row per entry of ``sampled_tokens_indices``; valid (and writable) until the next call.
@@ -49,6 +52,7 @@ class Network(Protocol):
         The tokens of all sequences follow each other in ``input_ids`` and ``position_ids``; sequence *i* has those from
         ``subsequence_begins[i]`` on, has ``past_lens[i]`` tokens in the cache, and its blocks are in ``block_indices``
         from ``block_indices_begins[i]`` on. ``max_context_len``: tokens of the longest, these ones included.
+        ``total_lens``: tokens of each, with those that are not computed yet.
         """
         ...
 
@@ -247,6 +251,7 @@ class ContinuousBatching(Backend):
 
     def _schedule(self) -> list[tuple[_Sequence, int]]:
         """Make room for what the running sequences compute next; which prompts go on, and by how many tokens."""
+        self._recompute_grown()
         slots = self._slots_of_decoding()
         full = np.flatnonzero(self._past[slots] % self._pool.block_size == 0)
         for sequence in [self._decoding[i] for i in full.tolist()]:
@@ -271,6 +276,14 @@ class ContinuousBatching(Backend):
             budget -= count
         return prefills
 
+    def _recompute_grown(self) -> None:
+        """Send sequences that have just outgrown what they have in the cache back to wait."""
+        if (most := self._network.recompute_beyond) is None:
+            return
+        for sequence in [each for each in self._decoding if self._past[each.slot] == most]:
+            self._leave(sequence)
+            self._waiting.appendleft(sequence)
+
     def _slots_of_decoding(self) -> Ints:
         if self._decoding_slots is None:
             self._decoding_slots = np.array([sequence.slot for sequence in self._decoding], np.int64)
@@ -288,7 +301,7 @@ class ContinuousBatching(Backend):
         ids = sequence.prompt + sequence.reply.ids
         # Whose logits are wanted has to be computed, whatever the cache knows.
         known = ids if sequence.scores is None else ids[: max(0, sequence.scores.logged - 1)]
-        sequence.blocks, sequence.node = self._pool.find(known)
+        sequence.blocks, sequence.node = self._pool.find(known, self._root(sequence))
         sequence.published = len(sequence.blocks)
         self._table[slot, : len(sequence.blocks)] = sequence.blocks
         self._past[slot] = past = len(sequence.blocks) * self._pool.block_size
@@ -299,6 +312,11 @@ class ContinuousBatching(Backend):
             slot, sequence.request.sampling, sequence.rng, sequence.prompt, reply.ids, guide=reply.mask
         )
         self._prefilling.append(sequence)
+
+    def _root(self, sequence: _Sequence) -> int:
+        """Whose cache blocks *sequence* may share: those of sequences that compute the same of the same tokens."""
+        most = self._network.recompute_beyond
+        return ROOT if most is None or sequence.length <= most else LONG
 
     def _leave(self, sequence: _Sequence) -> None:
         """Take slot and blocks from *sequence*."""
@@ -364,6 +382,8 @@ class ContinuousBatching(Backend):
 
         before = self._past[slots]
         after = before + counts
+        total = after.copy()
+        total[len(drawing) :] = [sequence.length for sequence, _ in prefills]
         begins = np.zeros(len(slots) + 1, np.int32)
         np.cumsum(counts, out=begins[1:])
         positions = np.arange(len(ids)) - np.repeat(begins[:-1] - before, counts)
@@ -393,6 +413,7 @@ class ContinuousBatching(Backend):
             input_ids=ids,
             position_ids=positions,
             past_lens=before,
+            total_lens=total,
             subsequence_begins=begins,
             block_indices=self._table[slots, :most][np.arange(most) < used[:, None]],
             block_indices_begins=table_begins,
@@ -478,6 +499,7 @@ class ContinuousBatching(Backend):
                 input_ids=np.zeros(size, np.int64),
                 position_ids=np.zeros(size, np.int64),
                 past_lens=zeros,
+                total_lens=zeros + 1,
                 subsequence_begins=np.arange(size + 1, dtype=np.int32),
                 block_indices=np.full(size, block, np.int32),
                 block_indices_begins=np.arange(size + 1, dtype=np.int32),

@@ -17,8 +17,8 @@ CACHE_SHARE = 0.25
 #: Contexts are cut to multiples of this, and a model with less than one is not worth serving.
 CONTEXT_STEP = 256
 
-#: The node above every first block.
-ROOT = 0
+#: The node above every first block; of sequences that are long to a model to which that makes a difference, another.
+ROOT, LONG = 0, -1
 
 
 class BlockPool:
@@ -83,13 +83,14 @@ class BlockPool:
         self._place[block] = place
         return self._last_node
 
-    def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """The blocks that hold the longest known prefix of *tokens*, each with one more user, and the last's node.
+    def find(self, tokens: Sequence[int], root: int = ROOT) -> tuple[list[int], int]:
+        """The blocks that hold the longest known prefix of *tokens* below *root*, each with one more user, and the
+        last's node.
 
         At least one token is left out: the model must be run on something to give logits.
         """
         found: list[int] = []
-        node = ROOT
+        node = root
         size = self.block_size
         for start in range(0, len(tokens) - size, size):
             entry = self._nodes.get((node, tuple(tokens[start : start + size])))

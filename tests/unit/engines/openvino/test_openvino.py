@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from penstock.core.events import Prefix
 from penstock.core.job import Message, Request, Sampling
 from penstock.core.ports import Output
 from penstock.engines.child.backend import load_backend
+from penstock.engines.openvino.files import resolve
 from penstock.engines.parts.batching import ContinuousBatching
 
 GREEDY = Sampling(max_tokens=40, temperature=0, ignore_eos=True)
@@ -334,3 +337,16 @@ def test_a_folder_whose_chat_template_cannot_be_read_completes(
     backend = loaded(folder)
     assert (backend.info.chat, "cannot be read" in backend.info.no_chat) == (False, True)
     assert generate(backend, request(sampling=Sampling(max_tokens=3, ignore_eos=True)))
+
+
+def test_an_exported_longrope_is_served_where_all_texts_have_the_same(folder: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    shutil.copytree(resolve("tiny", str(folder), lambda what, fraction: None, tmp_path / "cache").text, exported)
+    config = json.loads((exported / "config.json").read_text())
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config |= {"rope_scaling": {"type": "longrope", **factors}, "original_max_position_embeddings": 64}
+    (exported / "config.json").write_text(json.dumps(config))
+    backend = loaded(exported)
+    assert backend.info.context_length == 64
+    with pytest.raises(ContextLengthExceeded):
+        backend.add(1, request(range(64)), [Prefix()], 1)
