@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from tests.support import tiny_models as tiny
+from tests.support.gguf import bundled_gguf
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines import models
@@ -66,10 +67,11 @@ def test_what_is_not_there(path: str, words: str, tmp_path: Path, monkeypatch: p
         resolve("any", path, ignore)
 
 
-def test_a_gguf_file_needs_a_tokenizer_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelLoadError, match=r"tokenizer\.json"):
-        resolve("any", str(tmp_path / "model.gguf"), ignore, tmp_path / "cache")
+def test_a_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
+    file = bundled_gguf(tmp_path, "q8_0")
+    found = resolve("any", str(file), ignore, tmp_path / "cache")
+    assert found.ir.is_relative_to(tmp_path / "cache")
+    assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {each.name for each in found.text.iterdir()}
 
 
 def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
