@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from penstock.core.errors import EngineDied, ModelLoadError, PenstockError
 from penstock.core.ports import Finish, Lease, ModelInfo, Output
@@ -46,12 +47,13 @@ class FakeEngine:
     def jobs(self) -> set[str]:
         return {lease.job.id for lease in self.running.values()}
 
-    def emit(self, job: str, count: int = 1, *, end: bool = False) -> None:
+    def emit(self, job: str, count: int = 1, *, end: bool = False, **fields: Any) -> None:
+        """*fields*: more of the `Output`."""
         key, lease = next((key, lease) for key, lease in self.running.items() if lease.job.id == job)
         if end:
             del self.running[key]
         finish = Finish(("stop",) * lease.job.request.n) if end else None
-        self._outputs.put_nowait([Output(key, [1] * count, ["x"] * count, finish=finish)])
+        self._outputs.put_nowait([Output(key, [1] * count, ["x"] * count, finish=finish, **fields)])
 
     def fail(self, job: str, *, retryable: bool) -> None:
         key = next(key for key, lease in self.running.items() if lease.job.id == job)

@@ -36,11 +36,13 @@ _LAYER_NAMES = {
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
+    "q4_1": gguf.GGMLQuantizationType.Q4_1,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
 }
 FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 
@@ -51,7 +53,7 @@ def bundled_gguf(folder: Path, weights: str = "f32") -> Path:
 
 
 def convert(model: Path, target: Path, weights: str = "f32") -> Path:
-    """Write the model folder *model* to *target*; *weights*: f32, f16 or q8_0 (matrices; the norms stay f32)."""
+    """Write the model folder *model* to *target*; *weights*: one of `TYPES` (matrices; the norms stay f32)."""
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(target, "llama")
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])

@@ -15,6 +15,10 @@ class UsageView(WireType, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    reasoning_tokens: int | None = None
+    """Those of the completion that were thoughts, if any."""
+    cached_tokens: int | None = None
+    """Those of the prompt that need not be computed, if any."""
 
 
 class FunctionCall(WireType, frozen=True):

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from penstock.core.errors import PenstockError
-from penstock.core.events import Ended, Event, Tokens
+from penstock.core.events import Ended, Event, Phase, Tokens
 
 #: Appends that one run of a replay joins at most: bounds what a single send puts into a socket's buffer.
 MAX_JOINED = 256
@@ -104,4 +104,7 @@ def _join(events: list[Event]) -> Tokens:
         [text for run in runs for text in run.texts],
         None if first.choices is None else [c for run in runs for c in run.choices or ()],
         None if first.logprobs is None else [p for run in runs for p in run.logprobs or ()],
+        None
+        if all(run.phases is None for run in runs)
+        else [phase for run in runs for phase in run.phases or [Phase.TEXT] * len(run.ids)],
     )

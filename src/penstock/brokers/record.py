@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.errors import ErrorInfo, ExpiredResult, InvalidRequest, LogRewound, NotFound, Overloaded
-from penstock.core.events import Ended, Tokens
+from penstock.core.events import Ended, Phase, TokenPhase, Tokens
 from penstock.core.job import Job, OnDisconnect, Request
 from penstock.core.ports import QueuePolicy
 
@@ -68,22 +68,30 @@ def stored_job(details: Details, ended: Ended | None, **fields: Any) -> Job:
     return msgspec.convert(fields, Job)
 
 
-def prefix(runs: Iterable[bytes]) -> tuple[list[int], list[str], list[int] | None]:
-    """(ids, texts, choices) of a log so far, of its stored *runs*: what a later attempt continues from.
+#: (ids, texts, choices, phases) of a log so far: what a later attempt continues from.
+LoggedPrefix = tuple[list[int], list[str], list[int] | None, list[TokenPhase] | None]
 
-    Where runs overlap, the first one counts, as for every reader. Choices are None where there was only one.
+
+def prefix(runs: Iterable[bytes]) -> LoggedPrefix:
+    """What the stored *runs* of a log hold so far.
+
+    Where runs overlap, the first one counts, as for every reader. Choices are None where there was only one, phases
+    where all tokens are text.
     """
     ids: list[int] = []
     texts: list[str] = []
     choices: list[int] = []
-    several = False
+    phases: list[TokenPhase] = []
+    several = other = False
     for blob in runs:
         run = _tokens.decode(blob).after(len(ids))
         ids += run.ids
         texts += run.texts
         choices += run.choices or [0] * len(run.ids)
+        phases += run.phases or [Phase.TEXT] * len(run.ids)
         several = several or run.choices is not None
-    return ids, texts, choices if several else None
+        other = other or run.phases is not None
+    return ids, texts, choices if several else None, phases if other else None
 
 
 def queue_is_full(count: int, drain_rate: float) -> Overloaded:

@@ -37,6 +37,11 @@ def phase_of(phase: TokenPhase) -> Phase:
     return phase if isinstance(phase, Phase) else phase[0][0]
 
 
+def count_reasoning(phases: Iterable[TokenPhase] | None) -> int:
+    """How many tokens of these *phases* are thoughts (None: all are text)."""
+    return sum(phase_of(phase) is Phase.REASONING for phase in phases or ())
+
+
 def segments(text: str, phase: TokenPhase) -> Iterator[tuple[Phase, str]]:
     """A token's *text*, cut where its phase changes."""
     if isinstance(phase, Phase):

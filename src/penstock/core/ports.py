@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.core.errors import ErrorInfo, Unsupported
-from penstock.core.events import Event, Logprob, TokenPhase, joined_phases
+from penstock.core.events import Event, Logprob, TokenPhase, Tokens, joined_phases
 from penstock.core.job import Job, Priority, Request, Status, Task
 
 #: How much faster or slower than real time a clock runs that was set wrong: an hour takes twenty.
@@ -205,6 +205,11 @@ class Append(msgspec.Struct, frozen=True):
     phases: list[TokenPhase] | None = None
     reasoning_tokens: int = 0
     cached_tokens: int = 0
+
+    @property
+    def run(self) -> Tokens:
+        """Its tokens, as the log has them."""
+        return Tokens(self.position, self.lease.attempt, self.ids, self.texts, self.choices, self.logprobs, self.phases)
 
 
 class Verdict(enum.StrEnum):

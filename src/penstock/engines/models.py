@@ -48,6 +48,15 @@ def _checked_weights(place: Path) -> Path:
     return place
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise `ModelLoadError` for a folder without the file that text is cut into tokens by."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelLoadError(
+            f"{folder} has no tokenizer.json. Put the model's tokenizer.json (and tokenizer_config.json) there; the "
+            "model's page on the hub has them."
+        )
+
+
 def local_place(name: str, path: str | None) -> Path:
     """Where the model would be on this machine: where the operator says, or in the package."""
     if path is None and (BUNDLED / name / "config.json").is_file():

@@ -9,6 +9,8 @@ tests, chaos tests and a user's own checks share one judge:
   interleave with both at 0);
 - there is exactly one terminal event, it is the last one, and its position is n + 1;
 - no token belongs to another job;
+- where a token has segments of several phases, they make its text;
+- the calls of a choice are whole, unless it was cut off (`penstock.core.calls`);
 - the views of several readers agree wherever they overlap.
 
 `problems` and `view_problems` return what they found in words; `check_log` and `check_views` raise `OracleError`.
@@ -16,12 +18,13 @@ tests, chaos tests and a user's own checks share one judge:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from penstock.core.events import Ended, Event, Tokens
+from penstock.core.events import Ended, Event, Phase, TokenPhase, Tokens, phase_of, segments
 
 TERMINAL_NAMES = frozenset({"done", "error"})
 
@@ -45,7 +48,7 @@ class ServerSentEvent(Protocol):
 
 
 class Token(msgspec.Struct, frozen=True):
-    """One token as a reader saw it. ``job`` and ``attempt`` are None where the source does not tell."""
+    """One token as a reader saw it. ``job``, ``attempt`` and ``phase`` are None where the source does not tell."""
 
     position: int
     id: int
@@ -53,6 +56,7 @@ class Token(msgspec.Struct, frozen=True):
     attempt: int | None = None
     choice: int | None = None
     job: str | None = None
+    phase: TokenPhase | None = None
 
 
 class End(msgspec.Struct, frozen=True):
@@ -63,6 +67,8 @@ class End(msgspec.Struct, frozen=True):
     attempt: int | None = None
     completion_tokens: int | None = None
     job: str | None = None
+    reasoning_tokens: int | None = None
+    finish_reasons: tuple[str, ...] | None = None
 
 
 Seen = Token | End
@@ -79,9 +85,18 @@ def _flatten_one(event: Event | ServerSentEvent | Seen) -> Iterator[Seen]:
     elif isinstance(event, Tokens):
         for i, (token, text) in enumerate(zip(event.ids, event.texts, strict=True)):
             choice = None if event.choices is None else event.choices[i]
-            yield Token(event.position + i, token, text, event.attempt, choice)
+            phase = Phase.TEXT if event.phases is None else event.phases[i]
+            yield Token(event.position + i, token, text, event.attempt, choice, phase=phase)
     elif isinstance(event, Ended):
-        yield End(event.position, event.status.value, event.attempt, event.usage.completion_tokens)
+        usage = event.usage
+        yield End(
+            event.position,
+            event.status.value,
+            event.attempt,
+            usage.completion_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            finish_reasons=event.finish_reasons or None,
+        )
     else:
         yield from _flatten_sse(event)
 
@@ -100,11 +115,32 @@ def _flatten_sse(event: ServerSentEvent) -> Iterator[Seen]:
         if position is None:
             raise OracleError(f"a token event has no id: {data!r}")
         yield Token(
-            position, data.get("token_id", -1), data.get("token", ""), data.get("attempt"), data.get("index"), job
+            position,
+            data.get("token_id", -1),
+            data.get("token", ""),
+            data.get("attempt"),
+            data.get("index"),
+            job,
+            _read_phase(data.get("phase")),
         )
     else:
         usage = data.get("usage") or {}
-        yield End(position, str(data.get("status")), data.get("attempt"), usage.get("completion_tokens"), job)
+        yield End(
+            position,
+            str(data.get("status")),
+            data.get("attempt"),
+            usage.get("completion_tokens"),
+            job,
+            usage.get("reasoning_tokens", 0) if usage else None,
+            tuple(data.get("finish_reasons") or filter(None, [data.get("finish_reason")])) or None,
+        )
+
+
+def _read_phase(phase: Any) -> TokenPhase:
+    """The phase of a token in the data of an SSE event: a name, or (name, characters) of each segment; None: text."""
+    if isinstance(phase, list):
+        return [(Phase[name.upper()], length) for name, length in phase]
+    return Phase.TEXT if phase is None else Phase[phase.upper()]
 
 
 def tokens_of(events: Iterable[Event | ServerSentEvent | Seen]) -> list[Token]:
@@ -127,6 +163,7 @@ def problems(
     expected = after + 1
     attempt = -1
     end: End | None = None
+    tokens: list[Token] = []
     for seen in flatten(events):
         if job is not None and seen.job is not None and seen.job != job:
             found.append(f"foreign event of job {seen.job} in the stream of {job}")
@@ -143,8 +180,12 @@ def problems(
         else:
             found += _position_problems(seen.position, expected)
             expected = max(expected, seen.position + 1)
+            tokens.append(seen)
     if complete and end is None:
         found.append(f"no terminal event (last position {expected - 1})")
+    found += _segment_problems(tokens)
+    if end is not None and after == 0:
+        found += _phase_problems(tokens, end)
     return found
 
 
@@ -165,6 +206,50 @@ def _end_problems(end: End, expected: int) -> list[str]:
     if end.status == "completed" and end.completion_tokens not in (None, expected - 1):
         found.append(f"usage counts {end.completion_tokens} tokens, the log holds {expected - 1}")
     return found
+
+
+def _segment_problems(tokens: Iterable[Token]) -> list[str]:
+    return [
+        f"the segments of position {token.position} are not its text: {token.phase} of {token.text!r}"
+        for token in tokens
+        if isinstance(token.phase, list) and sum(length for _, length in token.phase) != len(token.text)
+    ]
+
+
+def _phase_problems(tokens: Sequence[Token], end: End) -> list[str]:
+    """Of a whole log: are its thoughts counted, and are its calls whole?"""
+    found = []
+    phases = [token.phase for token in tokens if token.phase is not None]
+    thoughts = sum(phase_of(phase) is Phase.REASONING for phase in phases)
+    if len(phases) == len(tokens) and end.reasoning_tokens not in (None, thoughts):
+        found.append(f"usage counts {end.reasoning_tokens} tokens of thoughts, the log holds {thoughts}")
+    for choice, reason in enumerate(end.finish_reasons or ()):
+        calls = "".join(
+            text
+            for token in tokens
+            if token.phase is not None and (token.choice or 0) == choice
+            for phase, text in segments(token.text, token.phase)
+            if phase is Phase.TOOL
+        )
+        if (rest := _behind_calls(calls)) and reason != "length":
+            found.append(f"the calls of choice {choice} are not whole: {rest[:100]!r}")
+        if reason == "tool_calls" and phases and not calls:
+            found.append(f"choice {choice} ended with tool_calls, but has none")
+    return found
+
+
+def _behind_calls(text: str) -> str:
+    """What of the *text* of calls is no call."""
+    decoder = json.JSONDecoder(strict=False)
+    while text := text.strip():
+        try:
+            call, end = decoder.raw_decode(text)
+        except ValueError:
+            return text
+        if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
+            return text
+        text = text[end:]
+    return ""
 
 
 def check_log(

@@ -21,6 +21,7 @@ import structlog
 
 from penstock.core.aio import Backoff, run_until
 from penstock.core.errors import BrokerUnavailable, EngineDied, ModelLoadError
+from penstock.core.events import count_reasoning
 from penstock.core.ports import (
     Append,
     Broker,
@@ -54,17 +55,19 @@ RETRIES = Backoff(0.5, 30.0)
 class _Active:
     """A lease whose job is in the engine."""
 
-    __slots__ = ("appended", "fresh", "lease", "position", "trial")
+    __slots__ = ("appended", "fresh", "lease", "position", "reasoning_tokens", "trial")
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.position = len(lease.ids) + 1
+        self.reasoning_tokens = count_reasoning(lease.phases)
         self.fresh = 0
         self.trial = lease.job.suspects > 0
         self.appended = True
 
     def append(self, output: Output, finish: Finish | None) -> Append:
         """What the log gets of *output*."""
+        self.reasoning_tokens += count_reasoning(output.phases)
         append = Append(
             self.lease.key,
             self.position,
@@ -74,6 +77,9 @@ class _Active:
             output.logprobs,
             output.prompt_tokens,
             finish,
+            output.phases,
+            self.reasoning_tokens,
+            output.cached_tokens,
         )
         self.position += len(output.ids)
         self.fresh += len(output.ids)

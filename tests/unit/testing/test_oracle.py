@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.events import Ended, Event, Tokens
+from penstock.core.events import Ended, Event, Phase, TokenPhase, Tokens
 from penstock.core.job import Status, Usage
 from penstock.testing.oracle import (
     End,
@@ -31,6 +31,13 @@ def run(position: int, attempt: int, *ids: int, choices: list[int] | None = None
 
 def done(position: int, attempt: int = 1, status: Status = Status.COMPLETED, tokens: int | None = None) -> Ended:
     return Ended(position, attempt, status, ("stop",), Usage(3, position - 1 if tokens is None else tokens))
+
+
+def phased(*tokens: tuple[str, TokenPhase], reason: str = "stop", thoughts: int = 0) -> list[Event]:
+    """A log of these tokens: the text of each and its phase."""
+    texts, phases = [list(each) for each in zip(*tokens, strict=True)]
+    ended = Ended(len(tokens) + 1, 1, Status.COMPLETED, (reason,), Usage(3, len(tokens), thoughts))
+    return [Tokens(1, 1, [*range(len(tokens))], texts, phases=phases), ended]
 
 
 GOOD: list[Event] = [run(1, 1, 10, 11), run(3, 1, 12), run(4, 2, 13, 14), done(6, 2)]
@@ -92,6 +99,44 @@ def test_each_corruption_is_named(events: list[Event], word: str) -> None:
     assert any(word in problem for problem in problems(events))
     with pytest.raises(OracleError, match=word):
         check_log(events)
+
+
+CALL = ('{"name": "f", "arguments": {}}\n', Phase.TOOL)
+BORDER: TokenPhase = [(Phase.REASONING, 1), (Phase.TEXT, 2)]
+
+
+def test_a_good_log_with_thoughts_and_calls_passes() -> None:
+    check_log(phased(("hm", Phase.REASONING), ("m, a", [(Phase.REASONING, 1), (Phase.TEXT, 3)]), thoughts=2))
+    check_log(phased(("a", Phase.TEXT), CALL, CALL, reason="tool_calls"))
+    check_log(phased(("a", Phase.TEXT), (CALL[0][:9], Phase.TOOL), reason="length"))
+
+
+@pytest.mark.parametrize(
+    ("events", "word"),
+    [
+        pytest.param(phased(("a", BORDER), thoughts=1), "segments of position 1", id="segments"),
+        pytest.param(phased(("a", Phase.REASONING)), "counts 0 tokens of thoughts", id="thoughts"),
+        pytest.param(phased((CALL[0][:9], Phase.TOOL)), "not whole", id="cut off"),
+        pytest.param(phased(CALL, ("f()", Phase.TOOL)), "not whole", id="no call"),
+        pytest.param(phased(("{}", Phase.TOOL)), "not whole", id="not the form"),
+        pytest.param(phased(("a", Phase.TEXT), reason="tool_calls"), "has none", id="none"),
+    ],
+)
+def test_each_corruption_of_phases_is_named(events: list[Event], word: str) -> None:
+    assert any(word in problem for problem in problems(events))
+
+
+def test_views_must_agree_on_phases() -> None:
+    log = phased(("a", Phase.REASONING), ("b c", BORDER), thoughts=2)
+    token = {"attempt": 1, "job_id": "job_a"}
+    stream = [
+        Sse("token", {**token, "token": "a", "token_id": 0, "phase": "reasoning"}, "1"),
+        Sse("token", {**token, "token": "b c", "token_id": 1, "phase": [["reasoning", 1], ["text", 2]]}, "2"),
+        Sse("done", {"status": "completed", "usage": {"completion_tokens": 2, "reasoning_tokens": 2}}, "3"),
+    ]
+    check_log(stream)
+    check_views([log, stream])
+    assert "differ at position 1" in view_problems([log, phased(("a", Phase.TEXT), ("b c", BORDER))])[0]
 
 
 def test_sse_events_are_judged_like_core_events() -> None:

@@ -13,9 +13,11 @@ from tests.support.engine import FakeEngine
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import BrokerUnavailable
-from penstock.core.job import Job, Priority, Request, Sampling, Status, new_job_id
+from penstock.core.events import Phase
+from penstock.core.job import Job, Priority, Request, Sampling, Status, Usage, new_job_id
 from penstock.core.ports import Append, Lease, QueuePolicy, Release, Verdict, WorkerInfo
 from penstock.testing.clock import ManualClock
+from penstock.testing.oracle import check_log
 from penstock.worker.worker import PARTIAL_WAIT, RESERVED_WAIT, SUSPECTS_INTERVAL, Worker
 
 PATIENCE = 10.0
@@ -332,3 +334,23 @@ async def test_a_busy_worker_leaves_suspects_to_others(host: Host) -> None:
         seen = len(host.broker.claims)
         await host.claims(3)
         assert [worker.takes_suspects for worker, *_ in host.broker.claims[seen:][:3]].count(True) == 1
+
+
+async def test_thoughts_are_counted_over_all_attempts(host: Host) -> None:
+    thought, text = Phase.REASONING, Phase.TEXT
+    async with host.worker():
+        job = await host.submit()
+        await host.until(lambda: host.engine.running)
+        host.engine.emit(job.id, 3, prompt_tokens=9, cached_tokens=4, phases=[thought, thought, text])
+        host.engine.emit(job.id, 2)
+        await host.written(job, 5)
+        host.engine.die()
+        await host.until(lambda: host.engine.running)
+        [lease] = host.engine.running.values()
+        assert lease.phases == [thought, thought, text, text, text]
+        host.engine.emit(job.id, 2, prompt_tokens=9, cached_tokens=8, phases=[text, [(thought, 1), (text, 0)]])
+        host.engine.emit(job.id, 1, end=True)
+        await host.reached(job, Status.COMPLETED)
+    assert (await host.broker.get("t", job.id)).usage == Usage(9, 8, 3, 4)
+    log = [event async for event in host.broker.tail("t", job.id)]
+    check_log(log)

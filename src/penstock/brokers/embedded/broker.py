@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from penstock.brokers.embedded.rows import JobRow, end_of, find, list_jobs, queu
 from penstock.brokers.embedded.store import Store, Transaction
 from penstock.brokers.record import CANCELLED, EXPIRED, POISONED, TOMBSTONE_TTL, Details, max_silence
 from penstock.core.errors import ErrorInfo, IdempotencyMismatch, NotFound
-from penstock.core.events import Ended, Event, Tokens
+from penstock.core.events import Ended, Event
 from penstock.core.job import Job, Priority, Status, Usage
 from penstock.core.ports import (
     Append,
@@ -157,7 +157,7 @@ class EmbeddedBroker:
         lease_until = now + self._policy.lease_ttl
         verdicts: dict[str, Verdict] = {}
         runs: list[Run] = []
-        heads: list[tuple[Running, int]] = []
+        heads: list[tuple[Running, int, int]] = []
         charges: dict[str, float] = defaultdict(float)
         tx.then.append(partial(self._logs.publish, runs))  # first: before the end of any of these jobs
         tx.undo.append(partial(_restore_heads, heads))
@@ -177,16 +177,15 @@ class EmbeddedBroker:
             running.lease_until = lease_until
             verdicts[lease.job] = Verdict.OK
             if append.prompt_tokens is not None and running.prompt_tokens is None:
-                self._set_prompt_tokens(tx, running, append.prompt_tokens)
+                self._set_prompt_tokens(tx, running, append.prompt_tokens, append.cached_tokens)
                 charges[running.tenant] += self._policy.input_cost * (append.prompt_tokens - running.estimate)
             fresh = len(append.ids) - (running.head - append.position + 1)
             if append.ids and fresh > 0:
-                tokens = Tokens(
-                    append.position, lease.attempt, append.ids, append.texts, append.choices, append.logprobs
-                ).after(running.head)
-                runs.append((lease.job, running.seq, tokens))
-                heads.append((running, running.head))
+                tokens = append.run.after(running.head)
+                heads.append((running, running.head, running.reasoning_tokens))
                 running.head = tokens.last
+                running.reasoning_tokens = max(running.reasoning_tokens, append.reasoning_tokens)
+                runs.append(Run(lease.job, running.seq, tokens, running.reasoning_tokens))
                 charges[running.tenant] += self._policy.output_cost * fresh
             if append.finish is not None:
                 finish = append.finish
@@ -198,12 +197,15 @@ class EmbeddedBroker:
                 self._queue.charge(tx.conn, tenant, cost)
         return verdicts
 
-    def _set_prompt_tokens(self, tx: Transaction, running: Running, prompt_tokens: int) -> None:
-        tx.conn.execute("UPDATE jobs SET prompt_tokens = ? WHERE seq = ?", (prompt_tokens, running.seq))
-        running.prompt_tokens = prompt_tokens
+    def _set_prompt_tokens(self, tx: Transaction, running: Running, prompt_tokens: int, cached_tokens: int) -> None:
+        tx.conn.execute(
+            "UPDATE jobs SET prompt_tokens = ?, cached_tokens = ? WHERE seq = ?",
+            (prompt_tokens, cached_tokens, running.seq),
+        )
+        running.prompt_tokens, running.cached_tokens = prompt_tokens, cached_tokens
 
         def undo() -> None:
-            running.prompt_tokens = None
+            running.prompt_tokens, running.cached_tokens = None, 0
 
         tx.undo.append(undo)
 
@@ -242,7 +244,7 @@ class EmbeddedBroker:
         tx.conn.execute("UPDATE tenants SET running = running - 1 WHERE tenant = ?", (running.tenant,))
         tx.queue_grew = tx.queue_grew or self._policy.max_running_per_tenant > 0
         self._queue.count(tx, Status.RUNNING, status)
-        usage = Usage(running.prompt_tokens or 0, running.head)
+        usage = Usage(running.prompt_tokens or 0, running.head, running.reasoning_tokens, running.cached_tokens)
         ended = Ended(running.head + 1, running.attempt, status, finish_reasons, usage, error, stops)
         self._close_log(tx, running.seq, job, ended)
 
@@ -428,6 +430,6 @@ class EmbeddedBroker:
         )
 
 
-def _restore_heads(heads: Iterable[tuple[Running, int]]) -> None:
-    for running, head in heads:
-        running.head = head
+def _restore_heads(heads: Sequence[tuple[Running, int, int]]) -> None:
+    for running, head, reasoning_tokens in reversed(heads):
+        running.head, running.reasoning_tokens = head, reasoning_tokens

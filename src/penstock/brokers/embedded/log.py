@@ -6,13 +6,14 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
 from penstock.brokers.embedded.rows import JobRow, end_of, find
 from penstock.brokers.embedded.store import Store, Transaction
 from penstock.brokers.live import LiveLog
-from penstock.brokers.record import prefix, rewound, unknown
+from penstock.brokers.record import LoggedPrefix, prefix, rewound, unknown
 from penstock.core.events import Ended, Event, Tokens
 
 #: Tokens after which a replay waits for its reader to take them: nobody's slowness fills the memory.
@@ -22,8 +23,13 @@ _encode = msgspec.msgpack.Encoder().encode
 _tokens = msgspec.msgpack.Decoder(Tokens)
 
 
-#: New tokens of a job: its id, the seq of its row, the tokens.
-Run = tuple[str, int, Tokens]
+class Run(NamedTuple):
+    """New tokens of a job. ``reasoning_tokens``: how many of all up to the last of these are thoughts."""
+
+    job: str
+    seq: int
+    tokens: Tokens
+    reasoning_tokens: int
 
 
 class Logs:
@@ -47,14 +53,17 @@ class Logs:
 
     def write(self, tx: Transaction, runs: Sequence[Run], at: float) -> None:
         tx.conn.executemany(
-            "INSERT INTO log (job, pos, n, at, tokens) VALUES (?,?,?,?,?)",
-            [(seq, tokens.position, len(tokens.ids), at, _encode(tokens)) for _, seq, tokens in runs],
+            "INSERT INTO log (job, pos, n, at, tokens, reasoning_tokens) VALUES (?,?,?,?,?,?)",
+            [
+                (run.seq, run.tokens.position, len(run.tokens.ids), at, _encode(run.tokens), run.reasoning_tokens)
+                for run in runs
+            ],
         )
 
     def publish(self, runs: Iterable[Run]) -> None:
         """Readers get *runs* now; to be called once they are on the disk."""
-        for job, _, tokens in runs:
-            self._live[job].publish(tokens)
+        for run in runs:
+            self._live[run.job].publish(run.tokens)
 
     def close(self, job: str, ended: Ended) -> None:
         """What readers get last; to be called once it is on the disk."""
@@ -91,8 +100,8 @@ class Logs:
             after = last.last
 
 
-def logged(conn: sqlite3.Connection, seq: int) -> tuple[list[int], list[str], list[int] | None]:
-    """(ids, texts, choices) of a log so far: what a later attempt continues from."""
+def logged(conn: sqlite3.Connection, seq: int) -> LoggedPrefix:
+    """What a later attempt continues from."""
     return prefix(blob for (blob,) in conn.execute("SELECT tokens FROM log WHERE job = ? ORDER BY pos", (seq,)))
 
 

@@ -17,6 +17,7 @@ from penstock.brokers.embedded.log import logged
 from penstock.brokers.embedded.rows import JobRow, job_of, select
 from penstock.brokers.embedded.store import Transaction
 from penstock.brokers.record import queue_is_full, tenant_is_full
+from penstock.core.events import count_reasoning
 from penstock.core.job import Priority, Status
 from penstock.core.ports import Lease, QueuePolicy
 
@@ -32,6 +33,8 @@ class Running(msgspec.Struct):
     deadline_at: float | None
     prompt_tokens: int | None
     estimate: int
+    cached_tokens: int
+    reasoning_tokens: int
 
 
 class Demand(msgspec.Struct, frozen=True):
@@ -199,9 +202,13 @@ class FairQueue:
                 self._expire(tx, row)
                 continue
             attempt = row.attempt + 1
-            ids, texts, choices = logged(conn, row.seq) if attempt > 1 else ([], [], None)
+            ids, texts, choices, phases = logged(conn, row.seq) if attempt > 1 else ([], [], None, None)
+            thoughts = count_reasoning(phases)
             job = msgspec.structs.replace(
-                job_of(row, len(ids)), status=Status.RUNNING, attempt=attempt, started_at=row.started_at or now
+                job_of(row, len(ids), thoughts),
+                status=Status.RUNNING,
+                attempt=attempt,
+                started_at=row.started_at or now,
             )
             reserve = demand.reserve if row.priority == Priority.BATCH else 0
             if job.request.slots(demand.slots - reserve) > free - reserve:
@@ -222,10 +229,19 @@ class FairQueue:
             self.count(tx, Status.QUEUED, Status.RUNNING)
             lease_until = now + policy.lease_ttl
             self.running[row.id] = Running(
-                row.seq, row.tenant, attempt, len(ids), lease_until, row.deadline_at, row.prompt_tokens, row.estimate
+                row.seq,
+                row.tenant,
+                attempt,
+                len(ids),
+                lease_until,
+                row.deadline_at,
+                row.prompt_tokens,
+                row.estimate,
+                row.cached_tokens,
+                thoughts,
             )
             tx.undo.append(partial(_pop, self.running, row.id))
-            leases.append(Lease(job, attempt, ids, texts, choices))
+            leases.append(Lease(job, attempt, ids, texts, choices, phases))
         return leases
 
     def drop_lease(self, tx: Transaction, job: str) -> Running:

@@ -33,6 +33,7 @@ class JobRow(NamedTuple):
     suspects: int
     estimate: int
     prompt_tokens: int | None
+    cached_tokens: int
     created_at: float
     started_at: float | None
     ended_at: float | None
@@ -66,7 +67,13 @@ def end_of(row: JobRow) -> Ended | None:
     return _ended.decode(row.ended) if row.ended is not None else None
 
 
-def job_of(row: JobRow, tokens: int = 0, first_token_at: float | None = None, queue_position: int | None = None) -> Job:
+def job_of(
+    row: JobRow,
+    tokens: int = 0,
+    reasoning_tokens: int = 0,
+    first_token_at: float | None = None,
+    queue_position: int | None = None,
+) -> Job:
     """The job, with what its row does not have."""
     return stored_job(
         _details.decode(row.details),
@@ -83,7 +90,9 @@ def job_of(row: JobRow, tokens: int = 0, first_token_at: float | None = None, qu
         attempt=row.attempt,
         queue_position=queue_position,
         tokens=tokens,
+        reasoning_tokens=reasoning_tokens,
         prompt_tokens=row.prompt_tokens,
+        cached_tokens=row.cached_tokens,
         started_at=row.started_at,
         first_token_at=first_token_at,
         ended_at=row.ended_at,
@@ -94,14 +103,16 @@ def job_of(row: JobRow, tokens: int = 0, first_token_at: float | None = None, qu
 
 
 def read_job(conn: sqlite3.Connection, row: JobRow) -> Job:
-    """The job with what is derived: the length of its log, its first token's time, its place in the queue."""
-    head, first_token_at = conn.execute(
-        "SELECT coalesce(max(pos + n - 1), 0), min(at) FROM log WHERE job = ?", (row.seq,)
+    """The job with what is derived: the length of its log and the thoughts in it, its first token's time, its place in
+    the queue."""
+    head, thoughts, first_token_at = conn.execute(
+        "SELECT coalesce(max(pos + n - 1), 0), coalesce(max(reasoning_tokens), 0), min(at) FROM log WHERE job = ?",
+        (row.seq,),
     ).fetchone()
     position = None
     if row.status == Status.QUEUED:
         position = queue_position(conn, row.tenant, row.model, row.priority, row.head, row.seq)
-    return job_of(row, head, first_token_at, position)
+    return job_of(row, head, thoughts, first_token_at, position)
 
 
 def queue_position(conn: sqlite3.Connection, tenant: str, model: str, priority: int, head: int, seq: int) -> int:

@@ -17,6 +17,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   suspects        INTEGER NOT NULL DEFAULT 0,
   estimate        INTEGER NOT NULL,                   -- prompt tokens charged at the claim, before they were counted
   prompt_tokens   INTEGER,
+  cached_tokens   INTEGER NOT NULL DEFAULT 0,         -- of the prompt: those that the engine still had
   created_at      REAL NOT NULL,
   started_at      REAL,
   ended_at        REAL,
@@ -42,6 +43,7 @@ CREATE TABLE IF NOT EXISTS log (
   pos     INTEGER NOT NULL,
   n       INTEGER NOT NULL,
   at      REAL NOT NULL,
+  reasoning_tokens INTEGER NOT NULL DEFAULT 0,        -- thoughts among all tokens up to the last of these
   tokens  BLOB NOT NULL,                              -- msgpack: core.events.Tokens
   PRIMARY KEY (job, pos)
 ) WITHOUT ROWID;

@@ -26,7 +26,11 @@ from penstock.core.telemetry import NoTelemetry, Telemetry
 T = TypeVar("T")
 
 #: What brings an older database up to date, in this order; its ``user_version`` counts those it has had.
-MIGRATIONS = ("DROP INDEX IF EXISTS jobs_retention; ALTER TABLE jobs ADD COLUMN keep REAL;",)
+MIGRATIONS = (
+    "DROP INDEX IF EXISTS jobs_retention; ALTER TABLE jobs ADD COLUMN keep REAL;",
+    "ALTER TABLE jobs ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0; "
+    "ALTER TABLE log ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;",
+)
 
 #: Operations in one commit at most: bounds how long the loop is held and how much one failure takes along.
 MAX_BATCH = 256

@@ -248,9 +248,7 @@ class RedisBroker:
             lease, finish = append.lease, append.finish
             run = status = reasons = error = stops = None
             if append.ids:
-                run = blob(
-                    Tokens(append.position, lease.attempt, append.ids, append.texts, append.choices, append.logprobs)
-                )
+                run = blob(append.run)
             if finish is not None:
                 status = Status.COMPLETED if finish.error is None else Status.FAILED
                 reasons = blob(finish.finish_reasons)
@@ -258,7 +256,7 @@ class RedisBroker:
                 stops = blob(finish.stops) if finish.stops else None
             row = scripts.AppendRow(
                 lease.job, lease.tenant, lease.attempt, append.position, len(append.ids), append.prompt_tokens,
-                run, status, reasons, error, stops,
+                run, status, reasons, error, stops, append.reasoning_tokens, append.cached_tokens,
             )  # fmt: skip
             rows.append(row)
         verdicts = await shard.run(scripts.Append(appends=rows, expired=_EXPIRED, blobs=blobs))

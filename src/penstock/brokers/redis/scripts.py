@@ -280,6 +280,8 @@ class AppendRow(msgspec.Struct, frozen=True, omit_defaults=True):
     reasons: int | None = None
     error: int | None = None
     stops: int | None = None
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Append(Script[list[bytes]]):

@@ -205,7 +205,7 @@ class EngineProcess(asyncio.Protocol):
 
     def add(self, key: int, lease: Lease) -> None:
         request = lease.job.request
-        prefixes = split_choices(lease.ids, lease.texts, lease.choices, request.n)
+        prefixes = split_choices(lease.ids, lease.texts, lease.choices, request.n, lease.phases)
         self._send(Add(key, request, prefixes, lease.attempt))
 
     def abort(self, key: int) -> None:

@@ -1,83 +1,41 @@
-"""The text side of a GGUF file: its vocabulary, its chat template, and characters that came in several tokens."""
+"""The text side of a GGUF file for llama.cpp: prompts in pieces, and characters that came in several tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-import gguf
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import Tokenizer, models
 
-from penstock.core.errors import (
-    ModelLoadError,
-)
 from penstock.core.foreign import whole
 from penstock.core.job import Request
 from penstock.engines.text.detokenize import REPLACEMENT, Detokenizer
+from penstock.engines.text.gguf import GgufFile, decoder_of
 from penstock.engines.text.model import TextModel
 
 #: An id for a token that llama.cpp did not tell: part of a character that never became one.
 UNKNOWN_ID = -1
 
 
-class GgufMetadata:
-    """A GGUF file's key/value part."""
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self._fields = gguf.GGUFReader(file).fields
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"{file} is not a GGUF file that can be read: {error}") from error
-        self.architecture: str = self.get("general.architecture", "")
-        try:
-            self.precision = gguf.LlamaFileType(self.get("general.file_type", -1)).name.partition("_")[2].lower()
-        except ValueError:
-            self.precision = ""
-
-    def get(self, name: str, default: Any) -> Any:
-        field = self._fields.get(name)
-        return default if field is None else field.contents()
-
-    def of_model(self, name: str, default: Any) -> Any:
-        return self.get(f"{self.architecture}.{name}", default)
-
-
 class GgufText(TextModel):
     """The vocabulary of a GGUF file, for making text of ids. Prompts stay text, in pieces: llama.cpp tokenizes them."""
 
     @classmethod
-    def of(cls, metadata: GgufMetadata, file: Path) -> GgufText:
-        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-        kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [])
-        kind = metadata.get("tokenizer.ggml.model", "")
-        if not tokens or kind not in _DECODERS:
-            raise ModelLoadError(
-                f"{file} has a vocabulary of the kind {kind!r}; those of {', '.join(_DECODERS)} can be served."
-            )
-        tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, []))
-        tokenizer.decoder = _DECODERS[kind]()
-        special = {gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN}
-        tokenizer.add_special_tokens(
-            [AddedToken(token, special=True) for token, type in zip(tokens, kinds, strict=False) if type in special]
-        )
-
-        def token(name: str) -> int | None:
-            id: int | None = metadata.get(f"tokenizer.ggml.{name}_token_id", None)
-            return id if id is not None and 0 <= id < len(tokens) else None
-
-        ends = [id for name in ("eos", "eot", "eom") if (id := token(name)) is not None]
-        names = {f"{name}_token": tokens[id] for name in ("bos", "eos") if (id := token(name)) is not None}
+    def of(cls, file: GgufFile) -> GgufText:
+        tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(file.tokens)}, []))
+        tokenizer.decoder = decoder_of(file)
+        tokenizer.add_special_tokens([token for token in file.added() if token.special])
+        ends = [id for name in ("eos", "eot", "eom") if (id := file.token(name)) is not None]
+        names = {f"{name}_token": file.tokens[id] for name in ("bos", "eos") if (id := file.token(name)) is not None}
         return cls(
             tokenizer,
             config={
-                "vocab_size": len(tokens),
-                "max_position_embeddings": metadata.of_model("context_length", None),
+                "vocab_size": len(file.tokens),
+                "max_position_embeddings": file.of_model("context_length", None),
             },
             generation_config={"eos_token_id": ends},
             tokenizer_config=names,
-            chat_template=metadata.get("tokenizer.chat_template", None),
+            chat_template=file.get("tokenizer.chat_template", None),
         )
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -154,14 +112,6 @@ class GgufText(TextModel):
     @cached_property
     def _by_bytes(self) -> dict[bytes, int]:
         return {data: id for id, data in reversed(list(enumerate(self._bytes))) if data}
-
-
-_DECODERS: dict[str, Any] = {
-    "gpt2": decoders.ByteLevel,
-    "llama": lambda: decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    ),
-}
 
 
 class _UnknownIds:

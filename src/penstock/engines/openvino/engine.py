@@ -25,8 +25,9 @@ import psutil
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines.child.backend import Backend
+from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
-from penstock.engines.openvino.files import ModelFiles, resolve
+from penstock.engines.openvino.files import ModelFiles, even_context, resolve
 from penstock.engines.openvino.options import OpenVINOOptions
 from penstock.engines.openvino.ov import ov, paged_attention_transformation
 from penstock.engines.parts.batching import ContinuousBatching
@@ -44,6 +45,8 @@ WARM_UP = 1.0
 
 class OpenVINONetwork:
     """A compiled decoder with its cache tensors: tokens of several sequences in, logits of some of them out."""
+
+    recompute_beyond: int | None = None
 
     def __init__(self, model_file: Path, options: OpenVINOOptions, context: int) -> None:
         core = ov.Core()
@@ -198,6 +201,9 @@ def load(name: str, path: str | None, options: OpenVINOOptions, progress: Progre
     try:
         if _embeds(files.ir):
             return _embedding(name, files, text, options)
+        if (even := even_context(files, text.context_length)) < text.context_length:
+            notify("engine.context_cut", error=f"{even} tokens: beyond, all texts of a batch have one LongRoPE")
+            text.context_length = even
         network = OpenVINONetwork(files.ir, options, text.context_length)
     except RuntimeError as error:
         raise ModelLoadError(f"OpenVINO cannot load {files.ir} on {options.device}: {error}") from error

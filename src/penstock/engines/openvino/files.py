@@ -1,10 +1,8 @@
-"""The files of a model for OpenVINO: as they are, or built from safetensors or an F16 .gguf file, once."""
+"""The files of a model for OpenVINO: as they are, or built from safetensors or a .gguf file, once."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +10,20 @@ from platformdirs import user_cache_path
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines.frames import Progress
-from penstock.engines.models import BUNDLED, HUB_NAME, download, local_place
+from penstock.engines.models import BUNDLED, HUB_NAME, check_tokenizer, download, local_place
+from penstock.engines.text.model import read_json
 
 IR_NAMES = ("openvino_model.xml", "openvino_language_model.xml")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """``ir``: the network's .xml; ``text``: the folder with tokenizer.json and the configs."""
+    """``ir``: the network's .xml; ``text``: the folder with tokenizer.json and the configs. ``exported``: somebody else
+    made the network."""
 
     ir: Path
     text: Path
+    exported: bool = False
 
 
 def cache_folder() -> Path:
@@ -32,13 +33,20 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str, path: str | None, progress: Progress, cache: Path | None = None) -> ModelFiles:
-    """The files of a model: a bundled name, a folder (OpenVINO or safetensors), an F16 .gguf file, or a hub name.
+    """The files of a model: a bundled name, a folder (OpenVINO or safetensors), a .gguf file, or a hub name.
 
     Raises `ModelLoadError` that says what to do.
     """
     cache = cache or cache_folder()
     place = find(name, path) or _checked(download(path or name, progress))
-    return _from_folder(place, progress, cache) if place.is_dir() else _from_gguf(place, progress, cache)
+    if place.is_dir():
+        for ir in IR_NAMES:
+            if (place / ir).is_file():
+                return ModelFiles(place / ir, place, exported=True)
+    from penstock.engines.openvino.ir import built  # imports OpenVINO: not in the server
+
+    target = built(place, cache / "ir", progress)
+    return ModelFiles(target / "openvino_model.xml", target)
 
 
 def find(name: str, path: str | None) -> Path | None:
@@ -53,17 +61,12 @@ def find(name: str, path: str | None) -> Path | None:
     if place.suffix == ".gguf":
         if not place.is_file():
             raise ModelLoadError(f"There is no file {place}.")
-        if not (place.parent / "tokenizer.json").is_file():
-            raise ModelLoadError(
-                f"{place} needs the model's tokenizer.json (and config.json, tokenizer_config.json) beside it: take "
-                "them from the model's original repository."
-            )
         return place
     if HUB_NAME.fullmatch(wanted) and not place.exists():
         return None
     bundled = sorted(folder.name for folder in BUNDLED.iterdir() if (folder / "config.json").is_file())
     raise ModelLoadError(
-        f"There is no model {wanted!r}. Give a folder with an OpenVINO or safetensors model, an F16 .gguf file, a name "
+        f"There is no model {wanted!r}. Give a folder with an OpenVINO or safetensors model, a .gguf file, a name "
         f"on the hub (organisation/name){', or ' + ' or '.join(bundled) if bundled else ''}: --model NAME=PATH."
     )
 
@@ -74,59 +77,18 @@ def _checked(folder: Path) -> Path:
             f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "
             "first, for instance with optimum-intel: optimum-cli export openvino --model MODEL FOLDER."
         )
+    check_tokenizer(folder)
     return folder
 
 
-def _from_folder(folder: Path, progress: Progress, cache: Path) -> ModelFiles:
-    for name in IR_NAMES:
-        if (folder / name).is_file():
-            return ModelFiles(folder / name, folder)
-    from penstock.engines.openvino.ir import built  # imports OpenVINO: not in the server
+def even_context(files: ModelFiles, context: int) -> int:
+    """How many of *context* tokens a request may have so that its reply does not depend on who runs beside it.
 
-    target = built(folder, cache / "ir", progress)
-    return ModelFiles(target / "openvino_model.xml", target)
-
-
-def _from_gguf(file: Path, progress: Progress, cache: Path) -> ModelFiles:
-    """GenAI reads GGUF (F16 only here) and can save what it made of it; that is done once and cached."""
-    text = file.parent
-    stat = file.stat()
-    target = cache / "ir" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    if not (target / "openvino_model.xml").is_file():
-        progress("converting the GGUF file", None)
-        _convert_gguf(file, target)
-    return ModelFiles(target / "openvino_model.xml", text)
-
-
-def _convert_gguf(file: Path, target: Path) -> None:
-    from penstock.engines.openvino.ov import ov  # before GenAI, which imports OpenVINO with its telemetry
-
-    import openvino_genai  # isort: skip
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
-    link, saved = scratch / "model.gguf", scratch / "openvino_model.xml"
-    try:
-        # It saves beside the file it reads: let it read a link in a folder of ours.
-        link.symlink_to(file.resolve())
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.num_kv_blocks = 1
-        try:
-            openvino_genai.ContinuousBatchingPipeline(link, scheduler, "CPU", {"enable_save_ov_model": True})
-        except RuntimeError:
-            # After saving it also compiles the model its own way, which fails on some CPUs; what was saved is whole.
-            if not saved.is_file():
-                raise
-        ov.Core().read_model(saved)
-        link.unlink()
-        scratch.chmod(0o755)
-        scratch.rename(target)
-    except (RuntimeError, OSError) as error:
-        if (target / saved.name).is_file():  # another process was faster
-            return
-        raise ModelLoadError(
-            f"{file} cannot be read: {error}. Only F16 files of Llama-like models are; for quantized ones use the "
-            "llama engine."
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    An exported network with LongRoPE (Phi-3.5, Phi-4-mini) chooses the frequencies of all texts that it computes by the
+    longest of them. Up to the length that the model was first trained with it has no choice.
+    """
+    config = read_json(files.text / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not files.exported or "long_factor" not in rope:
+        return context
+    return min(context, int(rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]))

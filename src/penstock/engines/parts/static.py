@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request
@@ -20,6 +21,9 @@ from penstock.engines.parts.guide import Guides, followed
 from penstock.engines.parts.sampling import stream_key
 from penstock.engines.text.model import TextModel
 from penstock.engines.text.reply import Reply
+
+#: Which rows may run beside each other: any, those of equal lengths, or one at a time.
+Together = Literal["any", "equal", "one"]
 
 
 class Row:
@@ -79,6 +83,7 @@ class StaticBatching(ThreadedBackend):
         *,
         slots: int,
         window: float,
+        together: Together = "any",
     ) -> None:
         super().__init__()
         self.info = info
@@ -86,6 +91,7 @@ class StaticBatching(ThreadedBackend):
         self.text = text
         self._generate = generate
         self._window = window
+        self._together = together
         self._guides = Guides(text) if text.has_token_bytes else None
         self._waiting: list[Row] = []
         self._arrived = threading.Condition()
@@ -130,14 +136,24 @@ class StaticBatching(ThreadedBackend):
         with self._arrived:
             while not (waiting := self._alive()):
                 self._arrived.wait()
-            steps = waiting[0].reply.left
+            steps, most = waiting[0].reply.left, 1 if self._together == "one" else self.slots
             deadline = time.monotonic() + self._window
-            while len(batch := [row for row in self._alive() if row.reply.left == steps][: self.slots]) < self.slots:
+            while len(batch := self._batch()[:most]) < most:
                 if (left := deadline - time.monotonic()) <= 0:
                     break
                 self._arrived.wait(left)
             self._waiting = [row for row in self._waiting if row not in batch]
             return batch, steps
+
+    def _batch(self) -> list[Row]:
+        """The oldest row, and all that may run with it."""
+        waiting = self._alive()
+        return [
+            row
+            for row in waiting
+            if row.reply.left == waiting[0].reply.left
+            and (self._together == "any" or len(row.ids) == len(waiting[0].ids))
+        ]
 
     def _alive(self) -> list[Row]:
         self._waiting = [row for row in self._waiting if not row.over]

@@ -17,6 +17,7 @@ from penstock.core.foreign import whole
 from penstock.core.job import Message, Request, Sampling, Tool
 from penstock.core.tasks import Tokenized
 from penstock.engines.child.notices import notify
+from penstock.engines.models import check_tokenizer
 from penstock.engines.text.chat_template import ChatTemplate
 from penstock.engines.text.detokenize import (
     REPLACEMENT,
@@ -143,11 +144,8 @@ class TextModel:
         """Read a model folder. Raises `ModelLoadError` when there is no usable ``tokenizer.json`` and no *tokenizer* is
         given instead."""
         path = folder / "tokenizer.json"
-        if tokenizer is None and not path.is_file():
-            raise ModelLoadError(
-                f"{folder} has no tokenizer.json. Put the model's tokenizer.json (and tokenizer_config.json) there; "
-                "the model's page on the hub has them."
-            )
+        if tokenizer is None:
+            check_tokenizer(folder)
         try:
             tokenizer = tokenizer or Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception

@@ -11,8 +11,8 @@ token is recorded once for each rounded batch size and length (`RecordedStep`) a
 graphs).
 
 Not every architecture computes attention through that interface. Whether one does is found out at the start, on the
-model itself: its logits in two uneven steps of two sequences are compared with those of the unchanged model. Where they
-differ, or the model refuses, replies are made by ``generate`` in batches that nobody can join (`static`).
+model itself (`check`): its logits in uneven steps of two sequences are compared with those of the unchanged model.
+Where they differ, or the model refuses, replies are made by ``generate`` in batches that nobody can join (`static`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from penstock.engines.parts.batching import STEP_TOKENS, ContinuousBatching
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.static import StaticBatching
 from penstock.engines.text.model import TextModel
+from penstock.engines.transformers import check, checkpoint
 from penstock.engines.transformers.generate import Generate
-from penstock.engines.transformers.network import DTYPES, TorchNetwork, why_not
+from penstock.engines.transformers.network import DTYPES, TorchNetwork
 from penstock.engines.transformers.options import TransformersOptions
 
 #: Weights up to this many bytes are computed in float32 on a CPU unless the operator chooses otherwise.
@@ -62,25 +63,15 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     progress(f"loading the weights on {device}", None)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=_dtype(options.dtype, device, folder),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-        model = model.to(device).eval()
-    except Exception as error:  # the library's checks raise whatever they like
-        raise ModelLoadError(f"transformers cannot load {folder}: {error}") from error
     text = _text(folder)
+    model = checkpoint.read(AutoModelForCausalLM, folder, _dtype(options.dtype, device, folder), device)
     text.vocab_size = min(text.vocab_size, model.get_output_embeddings().weight.shape[0])
 
     network = TorchNetwork(model, device)
     reason: str | None = "static batching was asked for"
     if options.batching != "static":
         progress("checking continuous batching", None)
-        reason = why_not(model, network, text.vocab_size)
+        reason = check.why_not(model, network, text.vocab_size)
         if reason is not None and options.batching == "continuous":
             raise ModelLoadError(f"{name} cannot be batched continuously: {reason}. Use --option batching=auto.")
     if reason is None:
@@ -98,6 +89,10 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
     if options.batching == "auto":
         notify("engine.static_batching", error=reason)
     model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    progress("checking batches", None)
+    together = check.together(model, device, text.vocab_size)
+    if together == "any" and network.recompute_beyond is not None:
+        together = "equal"  # the longest text of a batch says for all how positions are computed
     text.context_length = min(text.context_length, options.context or text.context_length)
     info = ModelInfo(
         name=name,
@@ -111,7 +106,7 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
         tasks=("generate", "tokenize"),
     )
     generate = Generate(model, device, model.get_output_embeddings().weight.shape[0], options.slots)
-    return StaticBatching(info, text, generate, slots=options.slots, window=options.window / 1000)
+    return StaticBatching(info, text, generate, slots=options.slots, window=options.window / 1000, together=together)
 
 
 def _device(wanted: str) -> torch.device:

@@ -12,11 +12,10 @@ from transformers import AttentionInterface
 
 from penstock.engines.child.notices import notify
 from penstock.engines.parts.sampling import Floats, Ints
+from penstock.engines.transformers import rope
 
 #: Devices whose steps are recorded (`RecordedStep`).
 RECORDED = {"cuda"}
-#: How far logits may be from those of the unchanged model, in their standard deviations.
-TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -34,6 +33,9 @@ class TorchNetwork:
         self._recording = device.type in RECORDED
         self.precision = precision_name(model.dtype)
         self.vocab = 0
+        self.recompute_beyond = rope.switch_of(model)
+        if self.recompute_beyond is not None:
+            rope.choose_by_text(model, self.recompute_beyond, lambda: None if _step is None else _step.is_long)
         self.resize(2, 64)
 
     def resize(self, blocks: int, block_size: int) -> None:
@@ -139,6 +141,12 @@ class Step:
         self.tokens = int(begins[-1])
         self.token_rows = network.tensor(np.repeat(rows, counts))
         self.token_positions = network.tensor(inputs["position_ids"])
+        #: [tokens]: which are of texts beyond the length at which rotary positions change; None for none.
+        self.is_long: torch.Tensor | None = None
+        if network.recompute_beyond is not None:
+            is_long = inputs["total_lens"] > network.recompute_beyond
+            if is_long.any():
+                self.is_long = torch.from_numpy(np.repeat(is_long, counts)).to(network.device)
         single = np.flatnonzero(counts == 1)
         self.prefills = [
             (int(rows[i]), int(past[i]), int(begins[i]), int(counts[i])) for i in np.flatnonzero(counts > 1)
@@ -201,6 +209,7 @@ class RecordedStep:
         self._inputs = torch.zeros((4, width), dtype=torch.int64, device=network.device)
         self._ids, self.token_positions, self.token_rows, lengths = self._inputs
         self._lengths = lengths[:, None, None, None]
+        self.is_long: torch.Tensor | None = None
         self._all = torch.arange(width, device=network.device)
         self._masks: dict[int | None, torch.Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -237,6 +246,8 @@ class RecordedStep:
 
     def forward(self) -> torch.Tensor:
         self._masks.clear()
+        if (switch := self.network.recompute_beyond) is not None:
+            self.is_long = self._lengths.flatten() > switch
         return self.network.forward(self, self._ids, self.token_positions, self._all)
 
     def mask(self, window: int | None) -> torch.Tensor:
@@ -320,41 +331,6 @@ def _attend(
 
 
 AttentionInterface.register("penstock", _attend)
-
-
-def why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
-    """Why continuous batching would go wrong for *model*; None when its logits are those of the unchanged model."""
-    random = np.random.default_rng(0)
-    texts = [random.integers(0, vocab, length) for length in (9, 6)]
-    # What each has after each step: prefills, a chunk beside a single token, single tokens, one alone.
-    cuts = [(4, 3), (8, 4), (9, 5), (9, 6)]
-    try:
-        with torch.inference_mode():
-            wanted = [model(network.tensor(text)[None], use_cache=False).logits[0].float().cpu() for text in texts]
-        model.set_attn_implementation("penstock")
-        had = (0, 0)
-        for cut in cuts:
-            parts = [(i, texts[i][had[i] : cut[i]]) for i in (0, 1) if cut[i] > had[i]]
-            counts = [len(part) for _, part in parts]
-            logits = network.run(
-                input_ids=np.concatenate([part for _, part in parts]),
-                position_ids=np.concatenate([np.arange(had[i], cut[i]) for i, _ in parts]),
-                past_lens=np.array([had[i] for i, _ in parts]),
-                subsequence_begins=np.cumsum([0, *counts]),
-                block_indices=np.array([i for i, _ in parts]),
-                block_indices_begins=np.arange(len(parts) + 1),
-                max_context_len=np.array(max(cut)),
-                sampled_tokens_indices=np.cumsum(counts) - 1,
-            )
-            for row, (i, _) in zip(torch.from_numpy(logits), parts, strict=True):
-                right = wanted[i][cut[i] - 1]
-                off = float((row - right).abs().max() / right.std())
-                if not off <= TOLERANCE[str(model.dtype).removeprefix("torch.")]:
-                    return f"its logits are {off:.2g} standard deviations off"
-            had = cut
-    except Exception as error:  # whatever a stranger's module raises when it is called in a way it does not know
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def precision_name(dtype: torch.dtype) -> str:

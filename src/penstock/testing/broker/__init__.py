@@ -31,6 +31,7 @@ from penstock.testing.broker.fairness import FairnessContract, ReserveContract
 from penstock.testing.broker.harness import AdjustableClock, BrokerHarness
 from penstock.testing.broker.leases import DeadlineContract, LeaseContract
 from penstock.testing.broker.machine import ModelContract
+from penstock.testing.broker.phases import PhaseContract
 from penstock.testing.broker.query import QueryContract
 from penstock.testing.broker.restart import RestartContract
 from penstock.testing.broker.retention import ForgetContract, RetentionContract
@@ -46,6 +47,7 @@ class BrokerContract(
     ReserveContract,
     FairnessContract,
     AppendContract,
+    PhaseContract,
     TailContract,
     CancelContract,
     DeadlineContract,

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from penstock.core.errors import ExpiredResult, IdempotencyMismatch, LogRewound, NotFound, Overloaded, PenstockError
+from penstock.core.events import Phase, count_reasoning
 from penstock.core.job import Job, Priority, Status
 from penstock.core.ports import Append, Finish, Lease, QueuePolicy, Verdict
 from penstock.testing.broker.driver import ERROR, PATIENCE, Contract, Driver, ended
@@ -68,6 +69,15 @@ STORY = (
     *("submit", "submit", "claim", "claim", "write", "write", "write", "write", "finish", "overlap", "repeat", "stale"),
     *("release", "release", "tail", "tick", "tick", "lose", "age"),
 )
+
+
+def phase_at(token: int) -> Phase:
+    """Of every eight tokens three are thoughts."""
+    return Phase.REASONING if 3 <= token % 8 <= 5 else Phase.TEXT
+
+
+def thoughts(log: Iterable[tuple[int, int]]) -> int:
+    return count_reasoning(phase_at(token) for token, _ in log)
 
 
 class BrokerMachine(RuleBasedStateMachine):
@@ -204,6 +214,8 @@ class BrokerMachine(RuleBasedStateMachine):
             known.leases.append(lease)
             assert lease.attempt == known.attempt
             assert list(lease.ids) == [token for token, _ in known.log]
+            phases = lease.phases if lease.phases is not None else [Phase.TEXT] * len(lease.ids)
+            assert phases == [phase_at(token) for token in lease.ids]
             assert lease.job.suspects == known.suspects
             self.touched.add(lease.job.id)
 
@@ -225,9 +237,17 @@ class BrokerMachine(RuleBasedStateMachine):
         tokens = list(range(self.token + 1, self.token + 1 + count))
         self.token += count
         finish = {None: None, "stop": Finish(("stop",)), "error": Finish(error=ERROR)}[end]
-        append = self.d.append(known.leases[-1], *tokens, at=at, finish=finish)
+        fresh = [(token, known.attempt) for token in tokens[len(known.log) + 1 - at :]]
+        append = self.d.append(
+            known.leases[-1],
+            *tokens,
+            at=at,
+            finish=finish,
+            phases=[phase_at(token) for token in tokens] if any(phase_at(token) for token in tokens) else None,
+            reasoning_tokens=thoughts([*known.log, *fresh]),
+        )
         assert self.run(self.d.send(append)) is Verdict.OK
-        known.log += [(token, known.attempt) for token in tokens[len(known.log) + 1 - at :]]
+        known.log += fresh
         known.sent.append(append)
         known.lease_until = self.now + MACHINE_POLICY.lease_ttl
         if end == "stop":
@@ -448,6 +468,7 @@ class BrokerMachine(RuleBasedStateMachine):
             return
         job = await self.d.broker.get(tenant, name)
         assert (job.status, job.attempt, job.tokens) == (known.status, known.attempt, len(known.log))
+        assert job.reasoning_tokens == thoughts(known.log)
         if not known.status.terminal:
             assert (job.retries, job.suspects) == (known.retries, known.suspects)
         assert (job.error.code if job.error else None) == known.error
@@ -473,10 +494,12 @@ class BrokerMachine(RuleBasedStateMachine):
         complete = known.status.terminal and after <= head
         tokens = check_log(events, after=after, complete=complete)
         assert [(token.id, token.attempt) for token in tokens] == known.log[after:]
+        assert [token.phase for token in tokens] == [phase_at(token) for token, _ in known.log[after:]]
         if complete:
             end = ended(events)
             assert (end.status, end.position, end.attempt) == (known.status, head + 1, known.attempt)
             assert end.usage.completion_tokens == head
+            assert end.usage.reasoning_tokens == thoughts(known.log)
             assert (end.error.code if end.error else None) == known.error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from penstock.core.errors import EngineError
+from penstock.core.events import Phase
 from penstock.core.ports import Finish, Output
 from penstock.engines.child.choices import Choices, ThreadedChoices
 
@@ -31,6 +32,25 @@ def test_the_prompts_tokens_may_be_learnt_with_the_first_output() -> None:
     choices = Choices(7, 1)
     assert choices.output(0, [5], ["a"], prompt_tokens=4).prompt_tokens == 4
     assert choices.output(0, [6], ["b"], prompt_tokens=4).prompt_tokens is None
+
+
+def test_what_was_cached_is_told_with_the_prompt() -> None:
+    choices = Choices(7, 2, 3, cached_tokens=2)
+    assert [choices.output(choice, [5], ["a"]).cached_tokens for choice in (1, 0)] == [2, 0]
+    choices = Choices(7, 1, 3)
+    choices.cached_tokens = 2
+    assert choices.end(0, "stop") == Output(7, prompt_tokens=3, finish=Finish(("stop",)), cached_tokens=2)
+    assert Choices(7, 1, 3, cached_tokens=9).output(0, [5], ["a"]).cached_tokens == 3, "the rest is of an earlier reply"
+    learnt = Choices(7, 1).output(0, [5], ["a"], prompt_tokens=4, cached_tokens=1)
+    assert (learnt.prompt_tokens, learnt.cached_tokens) == (4, 1)
+
+
+def test_outputs_have_the_phases_that_they_are_given() -> None:
+    choices = Choices(7, 1, 3)
+    output = choices.output(0, [5], ["a"], phases=[Phase.REASONING])
+    output.extend(choices.output(0, [6], ["b"]))
+    assert output.phases == [Phase.REASONING, Phase.TEXT]
+    assert choices.output(0, [7], ["c"]).phases is None
 
 
 def test_the_first_error_is_the_requests() -> None:

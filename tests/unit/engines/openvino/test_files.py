@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from tests.support import tiny_models as tiny
+from tests.support.gguf import bundled_gguf
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines import models
@@ -20,6 +21,7 @@ def ignore(what: str, fraction: float | None) -> None:
 
 def test_a_folder_with_an_openvino_model_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "openvino_model.xml").touch()
+    (tmp_path / "tokenizer.json").touch()
     found = resolve("any", str(tmp_path), ignore)
     assert (found.ir, found.text) == (tmp_path / "openvino_model.xml", tmp_path)
 
@@ -30,6 +32,14 @@ def test_a_safetensors_folder_is_converted_into_the_cache(tmp_path: Path) -> Non
     assert found.ir.is_file()
     assert found.ir.is_relative_to(tmp_path / "cache")
     assert (found.text / "tokenizer.json").is_file()
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_it_is_converted(tmp_path: Path) -> None:
+    folder = tiny.llama(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelLoadError, match=r"has no tokenizer\.json"):
+        resolve("any", str(folder), ignore, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_bundled_model_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,10 +67,11 @@ def test_what_is_not_there(path: str, words: str, tmp_path: Path, monkeypatch: p
         resolve("any", path, ignore)
 
 
-def test_a_gguf_file_needs_a_tokenizer_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelLoadError, match=r"tokenizer\.json"):
-        resolve("any", str(tmp_path / "model.gguf"), ignore, tmp_path / "cache")
+def test_a_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
+    file = bundled_gguf(tmp_path, "q8_0")
+    found = resolve("any", str(file), ignore, tmp_path / "cache")
+    assert found.ir.is_relative_to(tmp_path / "cache")
+    assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {each.name for each in found.text.iterdir()}
 
 
 def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

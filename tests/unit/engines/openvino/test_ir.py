@@ -18,6 +18,7 @@ from penstock.engines.openvino.ov import ov
 
 Array = np.ndarray[Any, Any]
 
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 IDS = np.array([[5, 17, 200, 31, 31, 8, 90, 4]])
 
 
@@ -27,7 +28,7 @@ def ignore(what: str, fraction: float | None) -> None:
 
 def run(folder: Path, cache: Path) -> Array:
     model = ov.Core().read_model(built(folder, cache, ignore) / "openvino_model.xml")
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = ov.Core().compile_model(model, "CPU", EXACT)
     inputs = {
         "input_ids": IDS,
         "attention_mask": np.ones_like(IDS),
@@ -171,8 +172,10 @@ def test_a_built_model_is_found_again_until_its_source_changes(tmp_path: Path) -
     cache = tmp_path / "cache"
     told: list[str] = []
     first = built(folder, cache, lambda what, _: told.append(what))
+    assert told
+    told.clear()
     assert built(folder, cache, lambda what, _: told.append(what)) == first
-    assert len(told) == 1
+    assert not told
     tiny.llama(tmp_path / "model", seed=1, head_dim=32)
     assert built(folder, cache, lambda what, _: told.append(what)) != first
     assert (first / "tokenizer.json").is_file()

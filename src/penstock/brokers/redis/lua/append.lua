@@ -26,10 +26,13 @@ end
 for i, append in ipairs(appends) do
   local id, position, count = append.job, append.position, append.count or 0
   local key = base .. "job:" .. id
-  local owner, status, attempt, head, deadline, prompt_tokens, estimate, weight, bytes, readers, leased_until =
-    unpack(call("HMGET", key, "t", "s", "a", "h", "dl", "pt", "es", "w", "by", "rs", "lu"))
+  local owner, status, attempt, head, deadline, prompt_tokens, estimate, weight, bytes, readers, leased_until, cached, thoughts =
+    unpack(call("HMGET", key, "t", "s", "a", "h", "dl", "pt", "es", "w", "by", "rs", "lu", "ct", "rt"))
   local job = owner
-    and { id = id, t = owner, s = status, a = attempt, h = head, dl = deadline, pt = prompt_tokens, rs = readers }
+    and {
+      id = id, t = owner, s = status, a = attempt, h = head, dl = deadline, pt = prompt_tokens, ct = cached, rt = thoughts,
+      rs = readers,
+    }
   if not holds(job, append.tenant, append.attempt) then
     verdicts[i] = why(job, append, count)
   elseif deadline and tonumber(deadline) <= now then
@@ -46,7 +49,8 @@ for i, append in ipairs(appends) do
     local cost, added = 0, 0
     if append.prompt_tokens and not job.pt then
       job.pt = append.prompt_tokens
-      call("HSET", key, "pt", job.pt)
+      job.ct = append.cached_tokens or 0
+      call("HSET", key, "pt", job.pt, "ct", job.ct)
       cost = INPUT_COST * (job.pt - tonumber(estimate))
     end
     local head, last = tonumber(job.h), position + count - 1
@@ -56,6 +60,10 @@ for i, append in ipairs(appends) do
       call("XADD", base .. "log:" .. id, last .. "-0", "t", run)
       call("HSET", key, "h", last, "by", tonumber(bytes) + added)
       if head == 0 then call("HSET", key, "fa", now) end
+      if (append.reasoning_tokens or 0) > tonumber(job.rt or 0) then
+        job.rt = append.reasoning_tokens
+        call("HSET", key, "rt", job.rt)
+      end
       job.h = last
       tell(id, readers, run)
       cost = cost + OUTPUT_COST * (last - head)

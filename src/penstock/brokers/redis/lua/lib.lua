@@ -7,7 +7,8 @@
 -- job:ID         hash  t tenant, u user, m model, p priority, w weight, es estimated prompt tokens, ik idempotency key,
 --                      fp fingerprint, dl deadline, q seq, s status, a attempt, h head (last position), rd 1 when it may
 --                      be claimed, hd 1 when it goes before the others, re retries, cr crashes, da deaths alone,
---                      su suspects, lo leases lost, pt prompt tokens, ca/sa/fa/ea created, started, first token, ended at, lu lease until,
+--                      su suspects, lo leases lost, pt prompt tokens, ct those of them that were cached, rt tokens of thoughts,
+--                      ca/sa/fa/ea created, started, first token, ended at, lu lease until,
 --                      ep epoch of its submit or last claim, fl head when it was claimed in a new epoch, rs readers, by bytes,
 --                      ke seconds to keep it after its end, n choices (missing: 1), en the end
 -- req:ID         string  msgpack of the request and what no script looks at
@@ -273,7 +274,7 @@ end
 
 local JOB = {
   "t", "u", "m", "p", "w", "es", "dl", "q", "s", "a", "h", "rd", "hd", "pt", "ik", "rs", "re", "cr", "da", "su", "lo", "ep",
-  "by", "n",
+  "by", "n", "ct", "rt",
 }
 
 -- What the transitions look at of a job, or nil. Missing fields are false.
@@ -335,7 +336,10 @@ end
 -- Close a log: exactly one terminal event, at the position after the last token.
 local function close_log(job, status, reasons, error, now, stops)
   local head = tonumber(job.h)
-  local usage = { prompt_tokens = tonumber(job.pt or 0), completion_tokens = head }
+  local usage = {
+    prompt_tokens = tonumber(job.pt or 0), completion_tokens = head,
+    reasoning_tokens = tonumber(job.rt or 0), cached_tokens = tonumber(job.ct or 0),
+  }
   local ended = "\151" .. pack(head + 1) .. pack(tonumber(job.a)) .. pack(status) .. (reasons or "\144") .. pack(usage)
     .. (error or NIL) .. (stops or "\144")
   local key, log = base .. "job:" .. job.id, base .. "log:" .. job.id

@@ -1,4 +1,4 @@
-"""Builds an OpenVINO model from a Hugging Face folder: safetensors and config.json, no torch.
+"""Builds an OpenVINO model from a Hugging Face folder (safetensors and config.json) or a GGUF file, no torch.
 
 Whatever a config asks for that is not known here is refused, never ignored: a network that is nearly right writes
 nonsense.
@@ -12,16 +12,20 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines.frames import Progress
 from penstock.engines.openvino.ir.decoder import build_decoder
 from penstock.engines.openvino.ir.encoder import PREFIXES, build_encoder
-from penstock.engines.openvino.ir.weights import Weights
+from penstock.engines.openvino.ir.gguf import GgufWeights
+from penstock.engines.openvino.ir.weights import Safetensors, Source, Weights
 from penstock.engines.openvino.ov import ov
+from penstock.engines.openvino.precision import Stored
+from penstock.engines.text.gguf import GgufFile, write_text
 
 #: Part of the cache key: raise it when the network that is built changes.
-VERSION = 1
+VERSION = 2
 
 #: Files that the text side needs, copied beside the model.
 TEXT_FILES = (
@@ -37,31 +41,26 @@ TEXT_FILES = (
 )
 
 
-def built(folder: Path, cache: Path, progress: Progress) -> Path:
-    """The folder with the OpenVINO model of the safetensors *folder*, built under *cache* if it is not there yet.
+def built(place: Path, cache: Path, progress: Progress, stored: Stored = "as they are") -> Path:
+    """The folder with the OpenVINO model of *place*, a folder with safetensors or a .gguf file, its weights *stored* in
+    so many bits; built under *cache* if it is not there yet.
 
     It is found again by the config and by the weights' sizes and times. Raises `ModelLoadError`.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ModelLoadError(f"{folder} has weights but no config.json: copy the model's config.json there.")
-    target = cache / f"{folder.name}-{_digest(folder, config_file)}"
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise ModelLoadError(f"{place} has weights but no config.json: copy the model's config.json there.")
+    target = cache / f"{place.stem if place.is_file() else place.name}-{_digest(place, stored)}"
     if (target / "openvino_model.xml").is_file():
         return target
-    progress("converting the weights", None)
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    progress("converting the weights", 0.0)
     cache.mkdir(parents=True, exist_ok=True)
     # Built beside its place and moved there in one go: two processes may build the same model at once.
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
     try:
-        with Weights(folder) as weights:
-            encoder = (config.get("architectures") or [""])[0] in PREFIXES
-            model = build_encoder(config, weights) if encoder else build_decoder(config, weights)
-            ov.save_model(model, scratch / "openvino_model.xml", compress_to_fp16=False)
-        for name in TEXT_FILES:
-            if (folder / name).is_file():
-                (scratch / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, scratch / name)
+        if place.is_dir():
+            _from_folder(place, scratch, stored, progress)
+        else:
+            _from_gguf(place, scratch, stored, progress)
         scratch.chmod(0o755)
         try:
             os.rename(scratch, target)
@@ -75,12 +74,39 @@ def built(folder: Path, cache: Path, progress: Progress) -> Path:
     return target
 
 
-def _digest(folder: Path, config_file: Path) -> str:
-    digest = hashlib.sha256(f"{VERSION} {ov.__version__}\n".encode())
+def _from_folder(folder: Path, target: Path, stored: Stored, progress: Progress) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _build(config, Safetensors(folder), target, stored, progress)
     for name in TEXT_FILES:
         if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, target / name)
+
+
+def _from_gguf(path: Path, target: Path, stored: Stored, progress: Progress) -> None:
+    file = GgufFile(path)
+    weights = GgufWeights(file)
+    write_text(file, target)  # before the long part: its vocabulary may be one that cannot be served
+    _build(weights.config, weights, target, stored, progress)
+    (target / "config.json").write_text(json.dumps(weights.config, indent=2), encoding="utf-8")
+
+
+def _build(config: dict[str, Any], source: Source, target: Path, stored: Stored, progress: Progress) -> None:
+    weights = Weights(source, stored, int(config.get("vocab_size", 0)), progress)
+    encoder = (config.get("architectures") or [""])[0] in PREFIXES
+    model = build_encoder(config, weights) if encoder else build_decoder(config, weights)
+    try:
+        ov.save_model(model, target / "openvino_model.xml", compress_to_fp16=False)
+    except RuntimeError as error:  # OpenVINO does not say of what kind
+        raise OSError(f"{error}") from error
+
+
+def _digest(place: Path, stored: Stored) -> str:
+    digest = hashlib.sha256(f"{VERSION} {stored} {ov.__version__}\n".encode())
+    for name in TEXT_FILES:
+        if (place / name).is_file():
+            digest.update(name.encode() + (place / name).read_bytes())
+    for path in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

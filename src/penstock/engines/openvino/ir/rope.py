@@ -27,6 +27,8 @@ def rotary_frequencies(config: Mapping[str, Any], head: int) -> npt.NDArray[np.f
         wavelengths = 2 * math.pi / frequencies
         blend = np.clip((trained / wavelengths - low) / (high - low), 0, 1)
         frequencies = (1 - blend) * frequencies / factor + blend * frequencies
+    elif kind == "divided":  # of GGUF files, which have the quotients of other kinds worked out
+        frequencies = frequencies / np.array(rope["factors"], np.float64)
     elif kind != "default":
         raise unbuildable(f"its rotary scaling is {kind!r}")
     if float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:

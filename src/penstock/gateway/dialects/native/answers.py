@@ -30,7 +30,13 @@ PRIORITIES: dict[Priority, Literal["interactive", "normal", "batch"]] = {
 
 
 def usage_view(usage: Usage) -> UsageView:
-    return UsageView(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+    return UsageView(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.total_tokens,
+        usage.reasoning_tokens or None,
+        usage.cached_tokens or None,
+    )
 
 
 def links(job: str) -> Links:
