@@ -25,7 +25,7 @@ from penstock.engines.openvino.precision import Stored
 from penstock.engines.text.gguf import GgufFile, write_text
 
 #: Part of the cache key: raise it when the network that is built changes.
-VERSION = 2
+VERSION = 3
 
 #: Files that the text side needs, copied beside the model.
 TEXT_FILES = (
