@@ -45,6 +45,7 @@ def load(
     dialect: Annotated[str, typer.Option(help="completions, chat or generate.")] = "completions",
     prompts: Annotated[str, typer.Option(help="ids or text.")] = "text",
     prompt_tokens: Annotated[str, typer.Option(help="Shortest-longest prompt.")] = "16-32",
+    shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with, in front of their own.")] = 0,
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, to count the tokens of text prompts.")] = "",
     concurrency: Annotated[list[int], typer.Option("--concurrency", "-c", help="Closed loop.")] = [1, 8, 64],  # noqa: B006
     rate: Annotated[list[float] | None, typer.Option(help="Open loop: Poisson arrivals a second.")] = None,
@@ -70,6 +71,7 @@ def load(
         prompts=prompts,
         min_prompt=int(low),
         max_prompt=int(high or low),
+        shared_prefix=shared_prefix,
         max_tokens=max_tokens,
         tokenizer=tokenizer,
         seed=seed,

@@ -34,7 +34,9 @@ from penstock.observability.wrapper import Wrapper
 _NAMES = {
     "model": "gen_ai.request.model",
     "prompt_tokens": "gen_ai.usage.input_tokens",
+    "cached_tokens": "gen_ai.usage.cache_read.input_tokens",
     "completion_tokens": "gen_ai.usage.output_tokens",
+    "reasoning_tokens": "gen_ai.usage.reasoning.output_tokens",
     "error": "error.type",
 }
 
@@ -50,7 +52,9 @@ class JobRecord(msgspec.Struct, kw_only=True, rename=_NAMES):
     error: str | None
     attempt: int
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int
     queue_wait: float | None
     processing_time: float
     total_time: float
@@ -75,8 +79,26 @@ class _Progress(msgspec.Struct):
     """Our clock, when it was claimed."""
     ahead: float
     tokens: int
-    prompt_tokens: int
-    first_at: float | None = None
+    prompt_tokens: int | None
+    """None: not told yet. It counts once, with what was cached of it."""
+    cached_tokens: int
+    reasoning_tokens: int
+    first_at: float | None
+
+    @classmethod
+    def of(cls, lease: Lease, since: float = 0.0, ahead: float = 0.0) -> Self:
+        """As the job stands."""
+        job = lease.job
+        return cls(
+            lease,
+            since,
+            ahead,
+            job.tokens,
+            job.prompt_tokens,
+            job.cached_tokens,
+            job.reasoning_tokens,
+            job.first_token_at,
+        )
 
 
 class JobWatch(Wrapper[Broker]):
@@ -106,9 +128,7 @@ class JobWatch(Wrapper[Broker]):
             job = lease.job
             if lease.attempt == 1 and job.started_at is not None:  # that is this moment
                 self._ahead = job.started_at - now
-            self._progress[job.id] = _Progress(
-                lease, now, self._ahead, job.tokens, job.prompt_tokens or 0, job.first_token_at
-            )
+            self._progress[job.id] = _Progress.of(lease, now, self._ahead)
         return leases
 
     async def append(self, appends: Sequence[Append]) -> dict[str, Verdict]:
@@ -120,9 +140,10 @@ class JobWatch(Wrapper[Broker]):
             now = at + progress.ahead
             if append.ids:
                 progress.tokens = append.position + len(append.ids) - 1
+                progress.reasoning_tokens = append.reasoning_tokens
                 progress.first_at = progress.first_at or now
-            if append.prompt_tokens is not None:
-                progress.prompt_tokens = append.prompt_tokens
+            if append.prompt_tokens is not None and progress.prompt_tokens is None:
+                progress.prompt_tokens, progress.cached_tokens = append.prompt_tokens, append.cached_tokens
             verdict = verdicts[append.lease.job]
             if verdict is Verdict.LOST:
                 self._attempt_over(append.lease, "lost")
@@ -159,9 +180,7 @@ class JobWatch(Wrapper[Broker]):
         """Record the end of a job that the broker itself may have ended."""
         found = await self._wrapped.get(tenant, job)
         if found.status.terminal:
-            progress = _Progress(
-                Lease(found, found.attempt), 0.0, 0.0, found.tokens, found.prompt_tokens or 0, found.first_token_at
-            )
+            progress = _Progress.of(Lease(found, found.attempt))
             self._end(progress, found.status, found.error.code if found.error else None, found.ended_at or 0.0)
 
     def _held(self, key: LeaseKey) -> _Progress | None:
@@ -202,8 +221,10 @@ class JobWatch(Wrapper[Broker]):
             status=status,
             error=error,
             attempt=progress.lease.attempt,
-            prompt_tokens=progress.prompt_tokens,
+            prompt_tokens=progress.prompt_tokens or 0,
+            cached_tokens=progress.cached_tokens,
             completion_tokens=generated,
+            reasoning_tokens=progress.reasoning_tokens,
             queue_wait=elapsed(job.created_at, started),
             processing_time=elapsed(started, now),
             total_time=elapsed(job.created_at, now),

@@ -113,6 +113,8 @@ def _log_job(record: JobRecord) -> None:
         attempt=record.attempt,
         position=record.completion_tokens,
         prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        reasoning_tokens=record.reasoning_tokens,
         total_time=round(record.total_time, 4),
     )
 

@@ -109,6 +109,15 @@ class Metrics:
         self.replicas = Gauge(
             "penstock_replica_up", "Does this replica of an upstream model serve?", ["model", "replica"], registry=back
         )
+        self.usage = {
+            field: Counter(f"penstock_{field}", what, ["model"], registry=back)
+            for field, what in (
+                ("prompt_tokens", "Tokens of the prompts of jobs that have ended"),
+                ("cached_tokens", "Those of them that engines still had"),
+                ("completion_tokens", "Tokens of the replies of jobs that have ended"),
+                ("reasoning_tokens", "Those of them that were thoughts"),
+            )
+        }
         self.attempts = Counter("penstock_attempts", "Attempts at jobs that are over", ["outcome"], registry=back)
         self.verbs = Histogram(
             "penstock_broker_verb_seconds",
@@ -219,6 +228,8 @@ class Metrics:
             self.replicas.labels(facts["model"], facts["replica"]).set(_REPLICA_UP[name])
 
     def _job_ended(self, record: JobRecord) -> None:
+        for field, counter in self.usage.items():
+            counter.labels(record.model).inc(getattr(record, field))
         self.duration.labels(record.model).observe(record.total_time)
         if record.time_to_first_token is not None:
             self.first_token.labels(record.model).observe(record.time_to_first_token)

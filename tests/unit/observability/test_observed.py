@@ -14,8 +14,8 @@ from tests.support.telemetry import Recorder
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import ErrorInfo, NotFound
-from penstock.core.events import Event
-from penstock.core.job import Job, Request, new_job_id
+from penstock.core.events import Event, Phase
+from penstock.core.job import Job, Request, Usage, new_job_id
 from penstock.core.ports import Append, Broker, Finish, Lease, Query, Release, WorkerInfo
 from penstock.core.trace import TraceContext
 from penstock.observability.broker import VERBS, observed
@@ -146,6 +146,30 @@ async def test_the_end_of_a_job_is_an_event_in_opentelemetrys_words(broker: Brok
     record = JobRecord.of(facts)
     assert (record.job, record.status, record.completion_tokens) == (job.id, "completed", 5)
     assert record.facts == facts
+
+
+async def test_what_was_used_over_all_attempts_is_told_and_counted(
+    broker: Broker, told: Recorder, metrics: Metrics
+) -> None:
+    job = await broker.submit(new_job())
+    thought = [Phase.REASONING]
+    (lease,) = await broker.claim(WORKER, ["m"], 1, 0)
+    first = Append(lease.key, 1, [1], ["a"], prompt_tokens=7, phases=thought, reasoning_tokens=1, cached_tokens=4)
+    await broker.append([first])
+    await broker.release([Release(lease.key)])
+    (lease,) = await broker.claim(WORKER, ["m"], 1, 0)
+    second = Append(lease.key, 2, [2], ["b"], prompt_tokens=7, phases=thought, reasoning_tokens=2, cached_tokens=6)
+    await broker.append([second])
+    await broker.append([Append(lease.key, 3, [3], ["c"], finish=Finish(("stop",)), reasoning_tokens=2)])
+    usage = (await broker.get("t", job.id)).usage
+    (facts,) = told.happened("job.ended")
+    record = JobRecord.of(facts)
+    for field in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"):
+        counted = metrics.registry.get_sample_value(f"penstock_{field}_total", {"model": "m"})
+        assert counted == getattr(record, field) == getattr(usage, field)
+    assert usage == Usage(7, 3, 2, 4)
+    assert facts["gen_ai.usage.cache_read.input_tokens"] == 4
+    assert facts["gen_ai.usage.reasoning.output_tokens"] == 2
 
 
 async def test_a_job_that_nobody_ran_ends_once_when_it_is_cancelled(broker: Broker, told: Recorder) -> None:

@@ -49,7 +49,8 @@ def test_a_counter_too() -> None:
 def record(**fields: object) -> JobRecord:
     known = {
         "job": "job_1", "tenant": "t", "model": "m", "request_id": None, "status": Status.COMPLETED, "error": None,
-        "attempt": 1, "prompt_tokens": 3, "completion_tokens": 4, "queue_wait": 0.0, "processing_time": 1.0,
+        "attempt": 1, "prompt_tokens": 3, "cached_tokens": 2, "completion_tokens": 4, "reasoning_tokens": 1,
+        "queue_wait": 0.0, "processing_time": 1.0,
         "total_time": 2.0, "time_to_first_token": 0.3, "time_per_token": 0.1,
     }  # fmt: skip
     return JobRecord(**known | fields)  # type: ignore[arg-type]

@@ -18,10 +18,13 @@ class Choices:
 
     __slots__ = ("_ends", "_error", "_open", "_prompt_tokens", "cached_tokens", "key", "reported")
 
-    def __init__(self, key: int, count: int, prompt_tokens: int | None = None, cached_tokens: int = 0) -> None:
+    def __init__(
+        self, key: int, count: int, prompt_tokens: int | None = None, cached_tokens: int | None = None
+    ) -> None:
         self.key = key
         self.cached_tokens = cached_tokens
-        """How many of the prompt's tokens need not be computed; may be set until there is an output."""
+        """How many tokens need not be computed, of the prompt or behind it; may be set until there is an output (None:
+        not yet)."""
         self.reported = False
         """Was there an output?"""
         self._prompt_tokens = prompt_tokens
@@ -39,13 +42,14 @@ class Choices:
         prompt_tokens: int | None = None,
         cached_tokens: int = 0,
     ) -> Output:
-        """New tokens of *choice*; *prompt_tokens* and *cached_tokens* where they were not known before."""
+        """New tokens of *choice*; *prompt_tokens* and *cached_tokens* (as the attribute) where they were not known
+        before."""
         output = Output(self.key, ids, texts, [choice] * len(ids) if len(self._ends) > 1 else None, logprobs)
         output.phases = phases
         if not self.reported:
             self.reported = True
             output.prompt_tokens = prompt_tokens if self._prompt_tokens is None else self._prompt_tokens
-            output.cached_tokens = self.cached_tokens or cached_tokens
+            output.cached_tokens = min(self.cached_tokens or cached_tokens, output.prompt_tokens or 0)
         return output
 
     def end(
@@ -61,7 +65,7 @@ class Choices:
         last = Output(self.key, finish=Finish(error=self._error.info) if self._error else Finish.of(self._ends))
         if not self.reported:
             last.prompt_tokens = self._prompt_tokens
-            last.cached_tokens = self.cached_tokens
+            last.cached_tokens = min(self.cached_tokens or 0, self._prompt_tokens or 0)
         return last
 
 
@@ -70,7 +74,9 @@ class ThreadedChoices(Choices):
 
     __slots__ = ("_lock", "over")
 
-    def __init__(self, key: int, count: int, prompt_tokens: int | None = None, cached_tokens: int = 0) -> None:
+    def __init__(
+        self, key: int, count: int, prompt_tokens: int | None = None, cached_tokens: int | None = None
+    ) -> None:
         super().__init__(key, count, prompt_tokens, cached_tokens)
         self.over = False
         """Aborted or failed: nothing more must come."""

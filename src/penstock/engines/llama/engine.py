@@ -154,6 +154,8 @@ class _ChoiceThread:
         self._choice = choice
         self._reply = reply
         self._guide = guide = reply.guide
+        #: Tokens that llama.cpp had from an earlier prompt when it was first asked; None: it was not yet.
+        self._cached_tokens: int | None = None
         #: The reply so far, for a prompt that ends with it.
         self._said = [text if id == UNKNOWN_ID else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
         #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and nothing of
@@ -208,6 +210,7 @@ class _ChoiceThread:
         if (error := chunk.get("error")) is not None:
             raise _error(error)
         choice, timings = chunk["choices"][0], chunk["timings"]
+        prompt_tokens = self._given(timings) - self._behind
         swallowed = timings["predicted_n"] - self._seen
         self._seen += swallowed
         ids: list[int] = [UNKNOWN_ID] * swallowed
@@ -225,7 +228,7 @@ class _ChoiceThread:
         if count is not None and entry is not None:
             best = [(each["id"], each["logprob"]) for each in entry["top_logprobs"][:count]]
             logprobs = [self._text.logprob(entry["id"], entry["logprob"], best)]
-        self._push(ids, logprobs, timings["cache_n"] + timings["prompt_n"] - self._behind)
+        self._push(ids, logprobs, prompt_tokens)
         if self._here:
             return
         if self._reply.finish is None and choice["finish_reason"] is not None:
@@ -283,8 +286,14 @@ class _ChoiceThread:
         logits = np.full((1, self._text.vocab_size), -np.inf, np.float32)
         for entry in chunks[0]["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]:
             logits[0, entry["id"]] = entry["logprob"]
-        timings = chunks[0]["timings"]
-        return logits, timings["cache_n"] + timings["prompt_n"]
+        return logits, self._given(chunks[0]["timings"])
+
+    def _given(self, timings: dict[str, Any]) -> int:
+        """How many tokens llama.cpp was given, with all that it had of them already."""
+        cached: int = timings["cache_n"]
+        if self._cached_tokens is None:
+            self._cached_tokens = cached
+        return cached + int(timings["prompt_n"])
 
     # ------------------------------------------------------------------------------------ what comes of it
 
@@ -305,7 +314,10 @@ class _ChoiceThread:
                 break
         logprobs = None if logprobs is None else logprobs[: len(taken)]
         if taken:
-            self._queue.put(self._choices.output(self._choice, taken, texts, logprobs, told(phases), prompt_tokens))
+            cached = self._cached_tokens or 0
+            self._queue.put(
+                self._choices.output(self._choice, taken, texts, logprobs, told(phases), prompt_tokens, cached)
+            )
 
     def _end(self) -> None:
         if self._reply.finish is None:

@@ -31,8 +31,9 @@ from penstock.engines.openvino.files import ModelFiles, even_context, resolve
 from penstock.engines.openvino.options import OpenVINOOptions
 from penstock.engines.openvino.ov import ov, paged_attention_transformation
 from penstock.engines.parts.batching import ContinuousBatching
-from penstock.engines.parts.embedding import EmbeddingBackend, pool, pooling_of, recipe_of
+from penstock.engines.parts.embedding import EmbeddingBackend, recipe_of
 from penstock.engines.parts.kvcache import CACHE_SHARE
+from penstock.engines.parts.modules import Modules, modules_of
 from penstock.engines.parts.sampling import Floats, Ints
 from penstock.engines.text.model import TextModel
 
@@ -141,11 +142,11 @@ class OpenVINOEncoder:
         core = ov.Core()
         model = core.read_model(model_file)
         names = {name for port in model.outputs for name in port.get_names()}
-        self._pooling = ""
+        self.modules: Modules | None = None
         output = TEXT_VECTORS
         if TEXT_VECTORS not in names or options.pooling != "auto":
             output = next(name for name in TOKEN_VECTORS if name in names)
-            self._pooling = pooling_of(folder) if options.pooling == "auto" else options.pooling
+            self.modules = modules_of(folder, options.pooling)
         self._inputs = {port.get_any_name() for port in model.inputs}
         if strange := sorted(self._inputs - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}):
             raise ModelLoadError(
@@ -156,7 +157,8 @@ class OpenVINOEncoder:
         compiled = core.compile_model(model, options.device, options.properties(self.precision))
         self._request = compiled.create_infer_request()
         self._output = compiled.output(output)
-        self.dimensions = int(self._output.partial_shape[-1].get_length())
+        size = int(self._output.partial_shape[-1].get_length())
+        self.dimensions = self.modules.dimensions(size) if self.modules is not None else size
 
     def run(self, ids: Ints, mask: Ints) -> Floats:
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
@@ -168,7 +170,7 @@ class OpenVINOEncoder:
         }
         self._request.infer({name: ov.Tensor(given[name]) for name in self._inputs})
         result: Floats = self._request.get_tensor(self._output).data
-        return pool(result, mask, self._pooling) if self._pooling else result
+        return self.modules(result, mask) if self.modules is not None else result
 
 
 def _embeds(model_file: Path) -> bool:
@@ -179,15 +181,7 @@ def _embeds(model_file: Path) -> bool:
 
 def _embedding(name: str, files: ModelFiles, text: TextModel, options: OpenVINOOptions) -> EmbeddingBackend:
     encoder = OpenVINOEncoder(files.ir, files.text, options)
-    recipe = recipe_of(
-        files.text,
-        text,
-        max_length=options.max_length,
-        prompts={"query": options.query_instruction, "document": options.passage_instruction},
-        normalize=options.normalize,
-        matryoshka=options.matryoshka,
-        truncate=options.truncate,
-    )
+    recipe = recipe_of(files.text, text, options, encoder.modules)
     return EmbeddingBackend(
         name, "openvino", text, encoder, recipe, slots=options.slots, step_tokens=options.step_tokens
     )

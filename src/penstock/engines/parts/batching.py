@@ -2,7 +2,8 @@
 tokens are drawn and what text they make. The network itself, and whose library computes it, is the engine's.
 
 Sequences join and leave at any step; prompts are prefilled in chunks beside those that run; equal prompt beginnings may
-share blocks; when the cache is full the youngest sequence waits and is computed again later.
+share blocks, and then are computed once, also where they come together; when the cache is full the youngest sequence
+waits and is computed again later.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class Network(Protocol):
 
 # ------------------------------------------------------------------------------------------ sequences
 
+#: A place in the cache's tree of prefixes: the node above it, and the tokens of a block.
+_Place = tuple[int, tuple[int, ...]]
+
 
 class _Sequence:
     """One choice. The first ``published`` of its blocks are findable by others, at ``node`` of the prefix tree."""
@@ -93,6 +97,12 @@ class _Sequence:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.reply.ids)
+
+    @property
+    def shareable(self) -> list[int]:
+        """The tokens of which the cache may know: all but those whose logits are wanted, which have to be computed."""
+        ids = self.prompt + self.reply.ids if self.reply.ids else self.prompt
+        return ids if self.scores is None else ids[: max(0, self.scores.logged - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,15 +275,23 @@ class ContinuousBatching(Backend):
         while self._waiting and self._free_slots and self._fits(self._waiting[0]):
             self._enter(self._waiting.popleft())
         scores = STEP_SCORES
+        begun: set[_Place] = set()  # blocks that this step computes: who needs the same next takes them over later
         for sequence in self._prefilling:
             if budget <= 0:
                 break
+            self._share(sequence)
+            if (place := self._next_place(sequence)) in begun:
+                continue
             count = min(budget, sequence.length - int(self._past[sequence.slot]))
             if sequence.scores is not None:
                 count = min(count, scores)
                 scores -= count
                 if not count:
                     continue
+            if place is not None:
+                begun.add(place)
+            if sequence.choices.cached_tokens is None:
+                sequence.choices.cached_tokens = int(self._past[sequence.slot])
             prefills.append((sequence, count))
             budget -= count
         return prefills
@@ -295,25 +313,42 @@ class ContinuousBatching(Backend):
         running = len(self._decoding) + len(self._prefilling)
         # One block of headroom for everyone who runs: who gets in must not push others out at once.
         headroom = running if self._pool.block_size < self.info.context_length else 0
-        return not running or -(-sequence.length // self._pool.block_size) + headroom <= self._pool.available
+        missing = -(-sequence.length // self._pool.block_size) + headroom - self._pool.available
+        return not running or missing <= 0 or missing <= self._pool.in_use(sequence.shareable, self._root(sequence))
 
     def _enter(self, sequence: _Sequence) -> None:
         """Give *sequence* a slot, what the cache already knows of its tokens, and blocks for the rest of them."""
         slot = sequence.slot = self._free_slots.pop()
-        ids = sequence.prompt + sequence.reply.ids
-        # Whose logits are wanted has to be computed, whatever the cache knows.
-        known = ids if sequence.scores is None else ids[: max(0, sequence.scores.logged - 1)]
-        sequence.blocks, sequence.node = self._pool.find(known, self._root(sequence))
-        sequence.published = len(sequence.blocks)
-        self._table[slot, : len(sequence.blocks)] = sequence.blocks
-        self._past[slot] = past = len(sequence.blocks) * self._pool.block_size
-        self._grow(sequence, len(ids) - past)
+        sequence.node, sequence.published = self._root(sequence), 0
+        self._past[slot] = 0
+        self._share(sequence)
+        self._grow(sequence, sequence.length - int(self._past[slot]))
         self._drawn[slot] = len(sequence.reply.ids)
         reply = sequence.reply
         self._sampler.occupy(
             slot, sequence.request.sampling, sequence.rng, sequence.prompt, reply.ids, guide=reply.mask
         )
         self._prefilling.append(sequence)
+
+    def _share(self, sequence: _Sequence) -> None:
+        """Give *sequence* what the cache knows of its next tokens, in the place of blocks of its own."""
+        slot, size, begin = sequence.slot, self._pool.block_size, sequence.published
+        if self._past[slot] != begin * size:
+            return  # in the middle of a block of its own
+        found, sequence.node = self._pool.find(sequence.shareable, begin * size, sequence.node)
+        end = sequence.published = begin + len(found)
+        self._pool.release(sequence.blocks[begin:end])
+        sequence.blocks[begin:end] = found
+        self._table[slot, begin:end] = found
+        self._past[slot] = end * size
+
+    def _next_place(self, sequence: _Sequence) -> _Place | None:
+        """Where in the tree of prefixes the block will be that *sequence* computes next; None where none is shared."""
+        size = self._pool.block_size
+        start = sequence.published * size
+        if not self._pool.caching or start + size >= len(sequence.shareable):
+            return None
+        return sequence.node, tuple(sequence.shareable[start : start + size])
 
     def _root(self, sequence: _Sequence) -> int:
         """Whose cache blocks *sequence* may share: those of sequences that compute the same of the same tokens."""
@@ -423,6 +458,8 @@ class ContinuousBatching(Backend):
             sampled_tokens_indices=sampled,
         )
         self._past[slots] = after
+        for sequence, _ in prefills:
+            self._publish(sequence)
         return _Computed(drawing, drawing_slots, logits, scored)
 
     # ---------------------------------------------------------------------------- what comes of it

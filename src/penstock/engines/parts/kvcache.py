@@ -32,7 +32,7 @@ class BlockPool:
     def __init__(self, blocks: int, block_size: int, *, caching: bool = True) -> None:
         self.size = blocks
         self.block_size = block_size
-        self._caching = caching
+        self.caching = caching
         self._free = list(range(blocks))  # a heap: the lowest is given out first, so that those in use stay together
         self._users = [0] * blocks
         # The tree: (parent node, the block's tokens) → (node, block). Node numbers are never used twice, so what hung
@@ -72,7 +72,7 @@ class BlockPool:
 
     def publish(self, parent: int, tokens: Sequence[int], block: int) -> int:
         """Make a full *block*, whose prefix is *parent*, findable; its node. The first of equal blocks is kept."""
-        if not self._caching:
+        if not self.caching:
             return ROOT
         place = (parent, tuple(tokens))
         known = self._nodes.get(place)
@@ -83,17 +83,16 @@ class BlockPool:
         self._place[block] = place
         return self._last_node
 
-    def find(self, tokens: Sequence[int], root: int = ROOT) -> tuple[list[int], int]:
-        """The blocks that hold the longest known prefix of *tokens* below *root*, each with one more user, and the
-        last's node.
+    def find(self, tokens: Sequence[int], start: int = 0, node: int = ROOT) -> tuple[list[int], int]:
+        """The blocks that hold the longest known prefix of *tokens* from *start* on, which is behind the block at
+        *node*; each with one more user; and the last's node.
 
         At least one token is left out: the model must be run on something to give logits.
         """
         found: list[int] = []
-        node = root
         size = self.block_size
-        for start in range(0, len(tokens) - size, size):
-            entry = self._nodes.get((node, tuple(tokens[start : start + size])))
+        for begin in range(start, len(tokens) - size, size):
+            entry = self._nodes.get((node, tuple(tokens[begin : begin + size])))
             if entry is None:
                 break
             node, block = entry
@@ -102,6 +101,13 @@ class BlockPool:
             self._users[block] += 1
             found.append(block)
         return found, node
+
+    def in_use(self, tokens: Sequence[int], node: int = ROOT) -> int:
+        """How many of the blocks that `find` would give have users now: those that take no place of their own."""
+        found, _ = self.find(tokens, 0, node)
+        count = sum(self._users[block] > 1 for block in found)
+        self.release(found)
+        return count
 
 
 def fit_context(

@@ -51,12 +51,14 @@ COMPILE_WAIT = 0.001
 
 class Sampled(msgspec.Struct, array_like=True):
     """What a step drew for one sequence. ``logprobs``: for each token (id, log-probability, rank), the drawn one among
-    them. ``finish``: vLLM's word for why it stopped, None while it goes on."""
+    them. ``finish``: vLLM's word for why it stopped, None while it goes on. ``cached_tokens``: of what it was begun
+    with."""
 
     id: str
     tokens: list[int]
     logprobs: list[list[tuple[int, float, int]]] | None = None
     finish: str | None = None
+    cached_tokens: int = 0
 
 
 class Core(Protocol):
@@ -271,7 +273,8 @@ class VLLMBackend(Backend):
                 logprobs.append(self._logprob(token, sampled.logprobs[i], running.top))
             if reply.finish is not None:
                 break
-        return running.choices.output(running.choice, ids, texts, logprobs, told(phases))
+        cached = sampled.cached_tokens
+        return running.choices.output(running.choice, ids, texts, logprobs, told(phases), cached_tokens=cached)
 
     def _logprob(self, token: int, entries: list[tuple[int, float, int]], top: int) -> Logprob:
         drawn = next(value for id, value, rank in entries if id == token)
@@ -348,7 +351,13 @@ class VLLMCore:
 
     def step(self) -> list[Sampled]:
         return [
-            Sampled(output.request_id, part.token_ids, part.logprobs and _entries(part.logprobs), part.finish_reason)
+            Sampled(
+                output.request_id,
+                part.token_ids,
+                part.logprobs and _entries(part.logprobs),
+                part.finish_reason,
+                output.num_cached_tokens or 0,
+            )
             for output in self._engine.step()
             for part in output.outputs
         ]

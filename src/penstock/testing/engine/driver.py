@@ -150,6 +150,15 @@ class Result:
         return [output.prompt_tokens for output in self.outputs if output.prompt_tokens is not None]
 
     @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, as told with its count."""
+        told = {
+            output.prompt_tokens is not None: output.cached_tokens for output in self.outputs if output.cached_tokens
+        }
+        assert False not in told, "what was cached is told with the prompt's count"
+        return told.get(True, 0)
+
+    @property
     def text(self) -> str:
         return self.folded.texts[0]
 
@@ -178,7 +187,7 @@ class Result:
         events: list[Tokens | Ended] = []
         position = 1
         for output in self.outputs:
-            events.append(Tokens(position, 1, output.ids, output.texts, output.choices, output.logprobs))
+            events.append(Tokens(position, 1, output.ids, output.texts, output.choices, output.logprobs, output.phases))
             position += len(output.ids)
         events.append(Ended(position, 1, Status.COMPLETED, (), Usage()))
         return fold(events, self.n)
@@ -220,6 +229,8 @@ class Driver:
             if result.finish is not None and result.ids and result.finish.error is None:
                 # With the first output wherever it is known then; some servers tell it with the last.
                 assert len(result.prompt_counts) == 1, "the prompt must be counted, once"
+                [prompt_tokens] = result.prompt_counts
+                assert 0 <= result.cached_tokens <= prompt_tokens, "more is cached than the prompt has"
 
     async def finish(self, *keys: int) -> list[Result]:
         """Step until *keys* (default: all that were not aborted) have ended."""

@@ -40,6 +40,7 @@ def test_what_was_cached_is_told_with_the_prompt() -> None:
     choices = Choices(7, 1, 3)
     choices.cached_tokens = 2
     assert choices.end(0, "stop") == Output(7, prompt_tokens=3, finish=Finish(("stop",)), cached_tokens=2)
+    assert Choices(7, 1, 3, cached_tokens=9).output(0, [5], ["a"]).cached_tokens == 3, "the rest is of an earlier reply"
     learnt = Choices(7, 1).output(0, [5], ["a"], prompt_tokens=4, cached_tokens=1)
     assert (learnt.prompt_tokens, learnt.cached_tokens) == (4, 1)
 

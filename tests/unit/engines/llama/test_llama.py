@@ -128,6 +128,22 @@ def test_every_choice_has_its_own_seed_and_its_logprobs(backend: LlamaBackend) -
     assert all(each is not None and len(each.top) in (2, 3) for each in logprobs)
 
 
+def test_what_llama_cpp_had_of_a_prompt_is_told_with_its_count(backend: LlamaBackend) -> None:
+    prompt = tuple(range(100, 180))
+
+    def counts(ids: tuple[int, ...], prefix: Prefix | None = None, **sampling: int) -> tuple[int | None, int]:
+        asked = Request("m", prompt_ids=ids, sampling=Sampling(5, temperature=0.0, **sampling))
+        first, *others = generate(backend, asked, prefix)
+        assert {output.cached_tokens for output in others} <= {0}
+        return first.prompt_tokens, first.cached_tokens
+
+    assert counts(prompt) == (80, 0)
+    assert counts(prompt) == (80, 79)
+    assert counts((*prompt[:60], 7, 8, 9)) == (63, 60)
+    assert counts((*prompt[:60], 7, 8, 9), min_tokens=2) == (63, 62), "of the first of many calls"
+    assert counts((*prompt[:60], 7, 8, 9), Prefix([200, 201], ["", ""])) == (63, 63), "of the prompt, not the reply"
+
+
 def test_what_cannot_be_served_says_why(tmp_path: Path, backend: LlamaBackend) -> None:
     with pytest.raises(InvalidRequest, match="4095"):
         backend.add(9, Request("m", prompt_ids=(5000,), sampling=GREEDY), [Prefix()], 1)

@@ -160,6 +160,156 @@ def test_a_full_cache_sends_sequences_back_without_a_trace(
     assert small._pool.available == small._network.blocks
 
 
+# ------------------------------------------------------------------------------------------ what is shared
+
+BLOCK = 32
+SHORT = Sampling(max_tokens=3, temperature=0, ignore_eos=True)
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(4, 300, count).tolist()
+
+
+@pytest.fixture
+def computed(backend: ContinuousBatching, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each run of the network computed."""
+    counts: list[int] = []
+    run = backend._network.run
+
+    def counting(**inputs: Any) -> Any:
+        counts.append(len(inputs["input_ids"]))
+        return run(**inputs)
+
+    monkeypatch.setattr(backend._network, "run", counting)
+    return counts
+
+
+def cached(run: Run, key: int = 0) -> int:
+    """What is told of the prompt's cached tokens, once."""
+    assert [
+        output.cached_tokens for output in run.outputs[key] if output.prompt_tokens is None and output.cached_tokens
+    ] == []
+    [told] = [output.cached_tokens for output in run.outputs[key] if output.prompt_tokens is not None]
+    return told
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(100, 96), (96, 64), (97, 96), (33, 32), (32, 0), (5, 0)], ids=lambda value: str(value)
+)
+def test_a_prompt_that_was_there_is_cached_but_for_its_last_token(
+    backend: ContinuousBatching, computed: list[int], length: int, expected: int
+) -> None:
+    prompt = tokens(length, seed=length)
+    assert cached(generate(backend, request(prompt, SHORT))) == 0
+    computed.clear()
+    assert cached(generate(backend, request(prompt, SHORT))) == expected
+    assert sum(computed) == length - expected + 2
+
+
+def test_prompts_that_begin_alike_share_their_beginning(backend: ContinuousBatching, computed: list[int]) -> None:
+    common = tokens(80, seed=1)
+    generate(backend, request([*common, *tokens(30, seed=2)], SHORT))
+    computed.clear()
+    assert cached(generate(backend, request([*common, *tokens(25, seed=3)], SHORT))) == 64
+    assert computed[0] == 105 - 64
+
+
+def test_a_prompt_is_shared_as_soon_as_it_is_computed(backend: ContinuousBatching, computed: list[int]) -> None:
+    common = tokens(70, seed=4)
+    run = Run(backend)
+    run.add(1, request([*common, 5], GREEDY))
+    run.step()
+    run.add(2, request([*common, 6], GREEDY))
+    run.step()
+    assert computed == [71, 1 + 71 - 64]
+    run.end()
+    assert (cached(run, 1), cached(run, 2)) == (0, 64)
+
+
+def test_prompts_that_come_together_compute_their_beginning_once(
+    backend: ContinuousBatching, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is longer than what a step computes."""
+    monkeypatch.setattr(backend, "_step_tokens", 100)
+    common = tokens(150, seed=5)
+    run = Run(backend)
+    for key in range(4):
+        run.add(key, request([*common, 7 + key], SHORT))
+    run.end()
+    assert computed == [100, 51, 1 + 3 * (151 - 128), 4, 3]
+    assert [cached(run, key) for key in range(4)] == [0, 128, 128, 128]
+    for key in range(4):
+        assert run.ids(key) == generate(backend, request([*common, 7 + key], SHORT)).ids()
+
+
+def test_only_who_shares_a_beginning_waits_for_it(backend: ContinuousBatching, computed: list[int]) -> None:
+    common = tokens(40, seed=6)
+    run = Run(backend)
+    for key in range(3):
+        run.add(key, request([*common, 7 + key], SHORT))
+    run.add(9, request(tokens(50, seed=7), SHORT))
+    run.end()
+    assert computed == [41 + 50, 2 + 2 * (41 - 32), 4, 2]
+    assert [cached(run, key) for key in (0, 1, 2, 9)] == [0, 32, 32, 0]
+
+
+def test_without_sharing_nobody_waits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    run = Run(loaded(folder, prefix_caching="off"))
+    for key in range(3):
+        run.add(key, request(tokens(100, seed=40), SHORT))
+    run.step()
+    assert all(run.outputs[key] for key in range(3))
+    run.end()
+    assert [cached(run, key) for key in range(3)] == [0, 0, 0]
+
+
+def test_choices_share_their_prompt_and_count_it_once(backend: ContinuousBatching, computed: list[int]) -> None:
+    prompt = tokens(100, seed=8)
+    first = generate(backend, request(prompt, SHORT, n=4))
+    assert cached(first) == 0
+    assert sum(computed) == 100 + 3 * 4 + 4 * 2
+    assert cached(generate(backend, request(prompt, SHORT, n=4))) == 96
+
+
+def test_a_reply_is_not_counted_as_cached(backend: ContinuousBatching) -> None:
+    """Of an attempt that goes on with what is logged, which the cache may know as well."""
+    prompt = tokens(40, seed=9)
+    whole = generate(backend, request(prompt)).ids()
+    assert cached(generate(backend, request(prompt), [whole[:30]])) == 40
+
+
+def test_a_sequence_that_was_sent_back_tells_what_was_cached_at_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    block = 2 * 2 * BLOCK * 16 * 4 * 2
+    small = loaded(folder, cache_gb=block * 9 / 1e9)
+    run = Run(small)
+    for key in range(3):
+        run.add(key, request(tokens(50, seed=20 + key), Sampling(max_tokens=120, temperature=0, ignore_eos=True)))
+    run.end()
+    assert [cached(run, key) for key in range(3)] == [0, 0, 0]
+
+
+def test_what_is_shared_takes_no_place_twice(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    block = 2 * 2 * BLOCK * 16 * 4 * 2
+    small = loaded(folder, cache_gb=block * 9 / 1e9)
+    common = tokens(6 * BLOCK, seed=30)
+    run = Run(small)
+    run.add(0, request([*common, 5], SHORT))
+    run.step()
+    run.add(1, request([*common, 6], SHORT))
+    run.step()
+    assert run.outputs[1], "it runs beside the first, whose blocks it has"
+    run.end()
+    assert small._pool.available == small._network.blocks
+
+
+# ------------------------------------------------------------------------------------------ drawing
+
+
 def test_a_seed_repeats_and_its_absence_does_not(backend: ContinuousBatching) -> None:
     hot = Sampling(max_tokens=20, temperature=2.0, ignore_eos=True)
     seeded = Sampling(max_tokens=20, temperature=2.0, ignore_eos=True, seed=1)

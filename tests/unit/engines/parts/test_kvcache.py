@@ -54,6 +54,25 @@ def test_unused_blocks_are_found_until_their_place_is_needed() -> None:
     assert pool.find([1, 2, 3, 4, 5])[0] == []
 
 
+def test_a_search_may_go_on_behind_what_is_known() -> None:
+    pool = BlockPool(10, 2)
+    blocks = fill(pool, [1, 2, 3, 4, 5, 6, 7])
+    found, node = pool.find([1, 2, 3])
+    assert pool.find([1, 2, 3, 4, 5, 6, 7], 2, node)[0] == blocks[1:3]
+    assert found == blocks[:1]
+
+
+def test_only_blocks_that_others_have_now_are_in_use() -> None:
+    pool = BlockPool(10, 2)
+    first, second = fill(pool, [1, 2, 3, 4, 5]), fill(pool, [1, 2, 9, 9, 5])
+    assert pool.in_use([1, 2, 3, 4, 5]) == 2
+    pool.release(first)
+    assert pool.in_use([1, 2, 3, 4, 5]) == 1
+    pool.release(second)
+    assert pool.in_use([1, 2, 3, 4, 5]) == 0
+    assert pool.available == 10
+
+
 def test_the_end_of_a_sequence_is_forgotten_before_its_beginning() -> None:
     pool = BlockPool(3, 1)
     pool.release(fill(pool, [1, 2, 3]))

@@ -102,10 +102,19 @@ def test_every_scenario_is_recorded() -> None:
     assert list(SCENARIOS) == SCENARIO_NAMES
 
 
+@pytest.mark.parametrize(("cached", "expected"), [(3, 3), (9, 4)], ids=["of the prompt", "and of what is logged"])
+def test_what_vllm_had_of_a_prompt_is_told_with_its_count(cached: int, expected: int) -> None:
+    add, *steps = RECORDED["scenarios"]["greedy"]["calls"]
+    steps = [["step", [[*sampled, cached] for sampled in step]] for _, step in steps]
+    first, *others = play(backend(Recorded([add, *steps])), SCENARIOS["greedy"], {}).outputs
+    assert (first.prompt_tokens, first.cached_tokens) == (4, expected)
+    assert {output.cached_tokens for output in others} == {0}
+
+
 @pytest.mark.parametrize("name", SCENARIO_NAMES)
 def test_the_same_comes_of_it(played: dict[str, Played], name: str) -> None:
     recorded = RECORDED["scenarios"][name]
-    assert plain(played[name].outputs) == recorded["outputs"]
+    assert played[name].outputs == msgspec.convert(recorded["outputs"], list[Output])
     assert played[name].refusal == recorded["refusal"]
 
 

@@ -22,6 +22,7 @@ from penstock.engines.openvino.ir.gguf import GgufWeights
 from penstock.engines.openvino.ir.weights import Safetensors, Source, Weights
 from penstock.engines.openvino.ov import ov
 from penstock.engines.openvino.precision import Stored
+from penstock.engines.parts.modules import embeds, module_files
 from penstock.engines.text.gguf import GgufFile, write_text
 
 #: Part of the cache key: raise it when the network that is built changes.
@@ -35,7 +36,6 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    "1_Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
@@ -76,11 +76,22 @@ def built(place: Path, cache: Path, progress: Progress, stored: Stored = "as the
 
 def _from_folder(folder: Path, target: Path, stored: Stored, progress: Progress) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or ["network without a name"])[0]
+    if embeds(folder) and architecture not in PREFIXES:
+        raise ModelLoadError(
+            f"{folder} makes vectors with a {architecture}, which is not built here: serve it with --engine "
+            "transformers, or export it with optimum-intel (optimum-cli export openvino --task feature-extraction "
+            "--model MODEL FOLDER)."
+        )
     _build(config, Safetensors(folder), target, stored, progress)
-    for name in TEXT_FILES:
-        if (folder / name).is_file():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, target / name)
+    for name in _kept(folder):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+
+
+def _kept(folder: Path) -> list[str]:
+    """The files of *folder* that are needed beside the network."""
+    return [name for name in TEXT_FILES if (folder / name).is_file()] + module_files(folder)
 
 
 def _from_gguf(path: Path, target: Path, stored: Stored, progress: Progress) -> None:
@@ -103,9 +114,8 @@ def _build(config: dict[str, Any], source: Source, target: Path, stored: Stored,
 
 def _digest(place: Path, stored: Stored) -> str:
     digest = hashlib.sha256(f"{VERSION} {stored} {ov.__version__}\n".encode())
-    for name in TEXT_FILES:
-        if (place / name).is_file():
-            digest.update(name.encode() + (place / name).read_bytes())
+    for name in _kept(place) if place.is_dir() else []:
+        digest.update(name.encode() + (place / name).read_bytes())
     for path in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
