@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.families import PLAIN, SIZES, made
+from tests.support.architectures import PLAIN, SIZES, made
 from tests.support.torch import NO_TORCH, TORCH
 
 from penstock.core.events import Prefix
