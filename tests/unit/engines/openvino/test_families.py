@@ -1,5 +1,5 @@
-"""Networks of every family against the reference library, through the engine: greedy replies equal, logits close, alone,
-beside others, continued in the middle, with prompts longer than windows and than a step."""
+"""Networks of every family against the reference library, through the engine: greedy replies equal, logits close,
+alone, beside others, continued in the middle, with prompts longer than windows and than a step."""
 
 from __future__ import annotations
 
