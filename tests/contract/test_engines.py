@@ -42,6 +42,25 @@ class TestOpenVINO(OneProcess, EngineContract):
         return EngineSpec("openvino", "millrace")
 
 
+class TestOpenVINOInt4(OneProcess, EngineContract):
+    """The same in 4 bits, its embedding in 8: replies depend on nothing but the request, however weights are stored."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec() -> EngineSpec:
+        return EngineSpec("openvino", "millrace", None, {"precision": "int4"})
+
+
+@pytest.mark.long
+class TestOpenVINOGguf(OneProcess, EngineContract):
+    """The same as a quantised GGUF file, read into the default engine."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
+        return EngineSpec("openvino", "millrace", str(bundled_gguf(tmp_path_factory.mktemp("gguf"), "q4_1")))
+
+
 class TestOpenVINOEmbedding(OneProcess, TaskContract):
     """A small encoder at f32."""
 

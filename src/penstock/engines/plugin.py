@@ -21,6 +21,10 @@ def _finds_nothing_wrong(name: str, path: str | None, options: Any) -> None:
     pass
 
 
+def _as_in_the_files(name: str, path: str | None, options: Any) -> float:
+    return 1.0
+
+
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     """Known in the server's process too: the module that defines one must not import the engine's library."""
 
@@ -30,6 +34,8 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     """What ``--option`` can say: a struct whose fields all have defaults (see `penstock.engines.options.parse`)."""
     check: Callable[[str, str | None, Any], object] = _finds_nothing_wrong
     """(name, path, options): raises `ModelLoadError` for what loading would stumble over at once."""
+    weights: Callable[[str, str | None, Any], float] = _as_in_the_files
+    """(name, path, options): bytes that weights take in memory, at least, for each of their files'."""
     install: str = ""
     """How to get the libraries that it needs, e.g. ``pip install 'penstock[llama]'``."""
 

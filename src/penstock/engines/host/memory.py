@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import psutil
 
+from penstock.engines.host.process import EngineSpec
 from penstock.engines.models import local_place
+from penstock.engines.options import parse
+from penstock.engines.plugin import find_engine
 
 #: Bytes of an engine process without a model: the interpreter and the engine's library.
 BASE = 150_000_000
@@ -16,19 +19,21 @@ HEADROOM = 2.0
 _WEIGHTS = ("*.safetensors", "openvino_*.bin", "*.gguf", "*.bin")
 
 
-def estimate(name: str, path: str | None) -> tuple[int, int]:
-    """Bytes that a process with the model *name* at *path* will hold: at least, and likely.
+def estimate(spec: EngineSpec) -> tuple[int, int]:
+    """Bytes that a process with this model will hold: at least, and likely.
 
     `BASE` of a model whose files are not here.
     """
-    place = local_place(name, path)
+    place = local_place(spec.model, spec.path)
     size = 0
     if place.is_file():
         size = place.stat().st_size
     elif place.is_dir():
         sizes = (sum(file.stat().st_size for file in place.glob(pattern)) for pattern in _WEIGHTS)
         size = next(filter(None, sizes), 0)
-    return BASE + size, BASE + round(HEADROOM * size)
+    plugin = find_engine(spec.engine)
+    kept = size * plugin.weights(spec.model, spec.path, parse(plugin.options, spec.options, spec.engine))
+    return BASE + round(kept), BASE + round(HEADROOM * kept)
 
 
 def held_by(pid: int) -> int:

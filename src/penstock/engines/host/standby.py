@@ -218,7 +218,7 @@ class Standby:
 
     def estimate(self) -> tuple[int, int]:
         """Bytes that a process with this model will hold: at least, and likely."""
-        return estimate(self.spec.model, self.spec.path)
+        return estimate(self.spec)
 
     def measure(self) -> int:
         """Bytes that its largest process holds, spares included; 0 while none is up. For a thread."""

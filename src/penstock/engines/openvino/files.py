@@ -11,7 +11,7 @@ from penstock.core.errors import ModelLoadError
 from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.models import check_tokenizer, download, is_remote, local_place
-from penstock.engines.openvino.precision import PRECISIONS, SMALL, automatic
+from penstock.engines.openvino.precision import PRECISIONS, SHARES, SMALL, automatic
 from penstock.engines.text.model import read_json
 from penstock.models.cache import cache_folder
 from penstock.models.catalogue import CATALOGUE
@@ -43,10 +43,10 @@ def resolve(
     for ir in IR_NAMES:
         if (place / ir).is_file():
             return _exported(place / ir, precision)
-    from penstock.engines.openvino.ir import built, packed  # imports OpenVINO: not in the server
+    from penstock.engines.openvino.ir import built, is_packed  # imports OpenVINO: not in the server
 
     if precision == "auto":
-        precision = automatic(weights_size(place), psutil.virtual_memory().total, lambda: packed(place))
+        precision = automatic(weights_size(place), psutil.virtual_memory().total, lambda: is_packed(place))
         notify("engine.precision", precision=precision)
     target = built(place, cache / "ir", progress, PRECISIONS[precision].weights)
     return ModelFiles(target / "openvino_model.xml", target, precision)
@@ -63,6 +63,18 @@ def _exported(ir: Path, precision: str) -> ModelFiles:
             f"--weight-format {PRECISIONS[precision].weights} and serve it as f32 or fast, or serve its safetensors."
         )
     return ModelFiles(ir, ir.parent, precision, exported=True)
+
+
+def kept_share(name: str, path: str | None, precision: str) -> float:
+    """Bytes of the weights in memory for each in their files of 16-bit numbers, at least."""
+    place = local_place(name, path)
+    if precision == "auto":
+        if not place.is_dir() or read_json(place / "config.json").get("quantization_config"):
+            return 1.0
+        if any((place / ir).is_file() for ir in IR_NAMES):
+            return 1.0
+        precision = automatic(weights_size(place), psutil.virtual_memory().total, lambda: False)
+    return SHARES[PRECISIONS[precision].weights]
 
 
 def weights_size(place: Path) -> int:

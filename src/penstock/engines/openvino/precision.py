@@ -31,6 +31,9 @@ PRECISIONS = {
     "int4-fast": Precision("int4", False),
 }
 
+#: Bytes of weights for each in files of 16-bit numbers.
+SHARES: dict[Stored, float] = {"as they are": 1.0, "int8": 0.5, "int4": 0.3}
+
 #: Weights up to this many bytes in their files are left as they are.
 SMALL = 2_000_000_000
 #: The share of the machine's memory that larger ones may take; the cache and a second model need some, too.
@@ -42,4 +45,4 @@ def automatic(size: int, memory: int, packed: Callable[[], bool]) -> str:
     bytes; *packed*: do the files have whole numbers of few bits, which stay as they are?"""
     if size <= SMALL or packed():
         return "f32"
-    return "int8" if size / 2 <= SHARE * memory else "int4"
+    return "int8" if SHARES["int8"] * size <= SHARE * memory else "int4"

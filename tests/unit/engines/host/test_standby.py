@@ -196,7 +196,12 @@ class TestMemory:
     def test_the_files_tell_before_it_was_loaded(self, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(b"x" * 3_000_000)
         (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 9_000_000)  # the same weights again
-        assert estimate("m", str(tmp_path)) == (BASE + 3_000_000, BASE + 6_000_000)
-        assert estimate("m", str(tmp_path / "model.safetensors"))[0] == BASE + 3_000_000
-        assert estimate("some/where", None) == (BASE, BASE)
-        assert estimate("millrace", None)[0] > BASE
+
+        def told(path: str | None, name: str = "m", **options: str) -> tuple[int, int]:
+            return estimate(EngineSpec("openvino", name, path, options))
+
+        assert told(str(tmp_path)) == (BASE + 3_000_000, BASE + 6_000_000)
+        assert told(str(tmp_path), precision="int8") == (BASE + 1_500_000, BASE + 3_000_000)
+        assert told(str(tmp_path / "model.safetensors"))[0] == BASE + 3_000_000
+        assert told(None, "some/where") == (BASE, BASE)
+        assert told(None, "millrace")[0] > BASE

@@ -14,7 +14,7 @@ from tests.support import tiny_models as tiny
 from tests.unit.engines.openvino.test_ir import ignore, run
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines.openvino.ir import built, packed
+from penstock.engines.openvino.ir import built, is_packed
 from penstock.engines.openvino.ir.quantized import quantized
 
 Array = np.ndarray[Any, Any]
@@ -176,7 +176,7 @@ def test_logits_are_those_of_the_weights_widened(
 ) -> None:
     folder = tiny.llama(tmp_path / "packed", attention_bias=True)
     meant = quantise(folder, settings, write, **how)
-    assert packed(folder)
+    assert is_packed(folder)
     wide = tiny.llama(tmp_path / "wide", attention_bias=True)
     save_file(meant, wide / "model.safetensors")
     expected = run(wide, tmp_path / "cache")

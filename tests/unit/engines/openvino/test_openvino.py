@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backend(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ContinuousBatching:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PENSTOCK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return loaded(folder)
+def backends(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ContinuousBatching]:
+    """By precision; each is loaded once."""
+
+    @cache
+    def of(precision: str) -> ContinuousBatching:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PENSTOCK_CACHE", str(tmp_path_factory.mktemp("cache")))
+            return loaded(folder, precision=precision)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def backend(backends: Callable[[str], ContinuousBatching]) -> ContinuousBatching:
+    return backends("auto")
+
+
+#: What has to be the same whatever runs beside it. Weights of few bits are computed with in float32, too.
+EXACT = pytest.mark.parametrize(
+    ("precision", "sampling"),
+    [("auto", GREEDY), ("auto", SAMPLED), ("int8", GREEDY), ("int4", GREEDY)],
+    ids=["greedy", "sampled", "int8", "int4"],
+)
 
 
 def loaded(folder: Path, **options: Any) -> ContinuousBatching:
@@ -111,8 +131,12 @@ def prompts(count: int) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------ what a reply depends on
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_reply_does_not_depend_on_what_runs_beside_it(backend: ContinuousBatching, sampling: Sampling) -> None:
+@EXACT
+def test_a_reply_does_not_depend_on_what_runs_beside_it(
+    backends: Callable[[str], ContinuousBatching], precision: str, sampling: Sampling
+) -> None:
+    backend = backends(precision)
+    assert backend.info.deterministic
     together = Run(backend)
     for key, ids in enumerate(prompts(20)):  # more than there are slots
         together.add(key, request(ids, sampling))
@@ -123,8 +147,11 @@ def test_a_reply_does_not_depend_on_what_runs_beside_it(backend: ContinuousBatch
         assert generate(backend, request(ids, sampling)).ids() == together.ids(key)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_continued_reply_is_the_one_that_was_interrupted(backend: ContinuousBatching, sampling: Sampling) -> None:
+@EXACT
+def test_a_continued_reply_is_the_one_that_was_interrupted(
+    backends: Callable[[str], ContinuousBatching], precision: str, sampling: Sampling
+) -> None:
+    backend = backends(precision)
     for ids in prompts(5):
         whole = generate(backend, request(ids, sampling)).ids()
         for cut in (1, 17, 39):

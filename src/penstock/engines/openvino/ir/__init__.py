@@ -75,7 +75,7 @@ def built(place: Path, cache: Path, progress: Progress, stored: Stored = "as the
     return target
 
 
-def packed(place: Path) -> bool:
+def is_packed(place: Path) -> bool:
     """Are most weights of a .gguf file or of a folder stored in whole numbers of few bits?"""
     return bool(_source(place)[1].kind)
 

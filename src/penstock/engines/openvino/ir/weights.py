@@ -91,8 +91,8 @@ class Weights:
         return 0 if isinstance(tensor, Packed) and tensor.bits <= bits else bits
 
 
-#: Small tables that are looked up, not multiplied with.
-_KEPT = ("position", "token_type", "wpe")
+#: Small tables that are looked up, not multiplied with; and what chooses experts, where a little changes everything.
+_KEPT = ("position", "token_type", "wpe", ".gate.")
 
 
 class Safetensors:
