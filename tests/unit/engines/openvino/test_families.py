@@ -1,5 +1,5 @@
-"""Networks of every family against the reference library, through the engine: greedy replies equal, logits close, alone,
-beside others, continued in the middle, with prompts longer than windows and than a step."""
+"""Networks of every family against the reference library, through the engine: greedy replies equal, logits close;
+alone, beside others, continued in the middle, with prompts longer than windows and than a step."""
 
 from __future__ import annotations
 
@@ -89,6 +89,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi, normed": ("PhiForCausalLM", {**SIZES, "qk_layernorm": True}),
     "phi3": ("Phi3ForCausalLM", {**SIZES, "sliding_window": 30}),
     "phi4 mini": ("Phi3ForCausalLM", {**SIZES, "partial_rotary_factor": 0.75, "hidden_size": 64}),
+    "phi3.5": (
+        "Phi3ForCausalLM",
+        {
+            **SIZES,
+            "original_max_position_embeddings": 150,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.2, 1.5, 2.0],
+                "long_factor": [1.5, 3.0, 6.0, 12.0],
+            },
+        },
+    ),
     "smollm3": ("SmolLM3ForCausalLM", {**SIZES, "num_hidden_layers": 5}),
     "granite": (
         "GraniteForCausalLM",
@@ -146,12 +159,14 @@ def test_replies_are_the_references(pair: tuple[Any, Any]) -> None:
     together = replies(backend, [(prompt, []) for prompt in prompts])
     for prompt, outputs in zip(prompts, together, strict=True):
         compare(reference, prompt, outputs)
-    # Alone (what was computed of the prompt is found in the cache), and continued.
-    for prompt, outputs in zip(prompts, together, strict=True):
-        ids = ids_of(outputs)
-        assert ids_of(replies(backend, [(prompt, [])])[0]) == ids
-        for cut in (1, 17):
-            assert ids_of(replies(backend, [(prompt, ids[:cut])])[0]) == ids[cut:]
+    ids = [ids_of(outputs) for outputs in together]
+    # Alone; what was computed of the prompt is found in the cache.
+    for prompt, whole in list(zip(prompts, ids, strict=True))[1:3]:
+        assert ids_of(replies(backend, [(prompt, [])])[0]) == whole
+    # Continued, each somewhere else.
+    cuts = (1, 17, 39, 20)
+    continued = replies(backend, [(prompts[i], ids[i][:cut]) for i, cut in enumerate(cuts)])
+    assert [ids_of(outputs) for outputs in continued] == [ids[i][cut:] for i, cut in enumerate(cuts)]
 
 
 def replies(backend: Any, asked: list[tuple[list[int], list[int]]]) -> list[list[Output]]:
@@ -176,8 +191,14 @@ def compare(reference: Any, prompt: list[int], outputs: list[Output]) -> None:
 
     ids = ids_of(outputs)
     assert len(ids) == GREEDY.max_tokens
+    texts = torch.tensor([prompt + ids])
     with torch.no_grad():
-        logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        logits = reference(texts).logits[0]
+        # LongRoPE has other positions for all of a text that is longer than this.
+        trained = getattr(reference.config, "original_max_position_embeddings", None)
+        if trained is not None:
+            logits[:trained] = reference(texts[:, :trained]).logits[0]
+    logits = logits[len(prompt) - 1 : -1]
     assert logits.argmax(-1).tolist() == ids
     expected = torch.log_softmax(logits.double(), -1).numpy()
     logprobs = [logprob for output in outputs for logprob in output.logprobs or ()]

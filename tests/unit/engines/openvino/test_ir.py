@@ -148,7 +148,6 @@ def test_logits_are_those_of_the_textbook_network(changes: dict[str, Any], tmp_p
         ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM.*ALiBi"),
         ({"architectures": ["Gemma2ForCausalLM"]}, "softcapping"),
         ({"hidden_act": "mish"}, "mish"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "spiral"),
         ({"attention_sinks": 4, "bos_token_id": 0, "muP": None}, "unknown here: attention_sinks"),
         ({"quantization_config": {"bits": 4}}, "quantized"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.engines.openvino.ir.attention import Attention
+from penstock.engines.openvino.ir.attention import Attention, check_windows
 from penstock.engines.openvino.ir.experts import mixture
 from penstock.engines.openvino.ir.families import plan_of
 from penstock.engines.openvino.ir.nodes import ACTIVATIONS, constant, entry, floats, op, split, times
 from penstock.engines.openvino.ir.plan import Plan
 from penstock.engines.openvino.ir.refusal import unbuildable
 from penstock.engines.openvino.ov import ov
+
+#: Where a built model says up to how many tokens a text has the shorter of two LongRoPEs.
+LONG_ROPE_TRAINED = ["penstock", "long_rope_trained"]
 
 
 def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
@@ -34,7 +37,11 @@ def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
         x = network.block(x, layer)
     logits = network.logits(x, embedding)
     logits.output(0).set_names({"logits"})
-    return ov.Model([op.result(logits)], attention.sinks, [ids, mask, positions, beams], "decoder")
+    model = ov.Model([op.result(logits)], attention.sinks, [ids, mask, positions, beams], "decoder")
+    if trained := max((rotary.trained for rotary in plan.rotary if rotary is not None), default=0):
+        model.set_rt_info(trained, LONG_ROPE_TRAINED)
+    check_windows(model, plan)
+    return model
 
 
 class _Network:

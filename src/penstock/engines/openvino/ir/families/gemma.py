@@ -47,11 +47,13 @@ def gemma3(config: Config) -> Plan:
     interval = config.whole("sliding_window_pattern", "_sliding_window_pattern", default=6)
     kinds = common.layer_kinds(config, common.every(config, interval))
     head = config.whole("head_dim", default=256)
+    # Older configs scale only the layers that see everything.
+    given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    full = {"rope_theta": config.get("rope_theta"), **scaling, **given.get(common.FULL, {})}
+    sliding = {"rope_theta": config.get("rope_local_base_freq"), **given.get(common.SLIDING, {})}
     turns = {
-        common.FULL: rotary_of(config, head, theta=1e6, kind=common.FULL),
-        common.SLIDING: rotary_of(
-            config, head, theta=config.number("rope_local_base_freq", default=1e4), kind=common.SLIDING
-        ),
+        common.FULL: rotary_of(config, head, theta=1e6, rope=full),
+        common.SLIDING: rotary_of(config, head, theta=1e4, rope=sliding),
     }
     return _plan(
         config,

@@ -32,6 +32,7 @@ def phi(config: Config) -> Plan:
 
 def phi3(config: Config) -> Plan:
     kinds = [common.SLIDING] * config.whole("num_hidden_layers")
+    config.ignore("original_max_position_embeddings")  # read where the scaling needs it
     return common.plan(
         config,
         norm=Norm(config.number("rms_norm_eps", default=1e-5)),
