@@ -1,4 +1,4 @@
-"""Networks of every family against the reference library, through the engine: greedy replies equal, logits close;
+"""Networks of every family against the reference library, through the engine: greedy replies equal, logits close,
 alone, beside others, continued in the middle, with prompts longer than windows and than a step."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.families import PLAIN, SIZES, made
+from tests.support.architectures import PLAIN, SIZES, made
 from tests.support.torch import NO_TORCH, TORCH
 
 from penstock.core.events import Prefix
