@@ -31,9 +31,9 @@ def made(folder: Path, architecture: str, config: dict[str, Any]) -> Any:
     tokenizer = tiny.byte_level()
     tokenizer.save(str(folder / "tokenizer.json"))
     model_class = getattr(transformers, architecture)
-    settings = model_class.config_class(
-        **{"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 0, **config}
-    )
+    ids = {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
+    text = config.get("text_config")
+    settings = model_class.config_class(**({**config, "text_config": {**ids, **text}} if text else {**ids, **config}))
     settings._attn_implementation = "eager"
     torch.manual_seed(5)
     model = model_class(settings).eval().float()

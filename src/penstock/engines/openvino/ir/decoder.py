@@ -11,6 +11,7 @@ from penstock.engines.openvino.ir.families import plan_of
 from penstock.engines.openvino.ir.nodes import ACTIVATIONS, constant, entry, floats, op, split, times
 from penstock.engines.openvino.ir.plan import Plan
 from penstock.engines.openvino.ir.refusal import unbuildable
+from penstock.engines.openvino.ir.tensors import Tensors
 from penstock.engines.openvino.ov import ov
 
 #: Where a built model says up to how many tokens a text has the shorter of two LongRoPEs.
@@ -20,7 +21,7 @@ LONG_ROPE_TRAINED = ["penstock", "long_rope_trained"]
 def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
     """The stateful ``ov.Model`` in the form that OpenVINO's paged-attention transformation (and GenAI) expects.
 
-    *weights* gives a float32 node by name (``constant(name)``) and knows its names (``in``).
+    *weights* gives a float32 node by name (``constant(name)``) and knows its names (``in``, ``iter``).
     """
     plan = plan_of(config)
     if plan.activation not in ACTIVATIONS:
@@ -31,11 +32,13 @@ def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
     beams = entry("beam_idx", [-1], ov.Type.i32)
 
     attention = Attention(plan, ids, mask, positions, beams)
-    network = _Network(plan, weights, attention)
+    tensors = Tensors(weights, plan.names)
+    network = _Network(plan, tensors, attention)
     x, embedding = network.embedded(ids, positions)
     for layer in range(plan.layers):
         x = network.block(x, layer)
     logits = network.logits(x, embedding)
+    tensors.done()
     logits.output(0).set_names({"logits"})
     model = ov.Model([op.result(logits)], attention.sinks, [ids, mask, positions, beams], "decoder")
     if trained := max((rotary.trained for rotary in plan.rotary if rotary is not None), default=0):
@@ -47,7 +50,7 @@ def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
 class _Network:
     """The parts. Activations are [batch, tokens, hidden]."""
 
-    def __init__(self, plan: Plan, weights: Any, attention: Attention) -> None:
+    def __init__(self, plan: Plan, weights: Tensors, attention: Attention) -> None:
         self._plan = plan
         self._names = plan.names
         self._weights = weights

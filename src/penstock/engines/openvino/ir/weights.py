@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +61,7 @@ class Source(Protocol):
 
 
 class Weights:
-    """What the builders of networks see: `constant` and ``in``. Has to live as long as the network is not saved."""
+    """What the builders of networks see: `constant`, and the names. Has to live as long as the network is not saved."""
 
     def __init__(self, source: Source, stored: Stored, vocab: int, progress: Progress) -> None:
         self._source, self._stored, self._vocab, self._progress = source, stored, vocab, progress
@@ -70,6 +70,9 @@ class Weights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
     def constant(self, name: str) -> Any:
         """A node that gives the tensor in float32."""

@@ -66,6 +66,13 @@ def gemma3(config: Config) -> Plan:
     )
 
 
+def gemma3_seeing(config: Config) -> Plan:
+    text = config.text("Gemma3ForCausalLM")
+    plan = gemma3(text)
+    text.done()
+    return plan
+
+
 def _plan(config: Config, **changes: Any) -> Plan:
     config.ignore("hidden_act")
     return common.plan(
@@ -78,4 +85,9 @@ def _plan(config: Config, **changes: Any) -> Plan:
     )
 
 
-FAMILIES = {"GemmaForCausalLM": gemma, "Gemma2ForCausalLM": gemma2, "Gemma3ForCausalLM": gemma3}
+FAMILIES = {
+    "GemmaForCausalLM": gemma,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "Gemma3ForConditionalGeneration": gemma3_seeing,
+}

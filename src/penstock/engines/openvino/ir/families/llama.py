@@ -35,9 +35,21 @@ def mixtral(config: Config) -> Plan:
     return dataclasses.replace(_sliding(config, None), rotary=rotary, experts=experts)
 
 
+def mistral3_seeing(config: Config) -> Plan:
+    text = config.text("MistralForCausalLM")
+    plan = mistral(text)
+    text.done()
+    return plan
+
+
 def _sliding(config: Config, default: int | None) -> Plan:
     kinds = [common.SLIDING] * config.whole("num_hidden_layers")
     return common.plan(config, windows=common.windows(config, kinds, config.get("sliding_window", default)))
 
 
-FAMILIES = {"LlamaForCausalLM": llama, "MistralForCausalLM": mistral, "MixtralForCausalLM": mixtral}
+FAMILIES = {
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Mistral3ForConditionalGeneration": mistral3_seeing,
+    "MixtralForCausalLM": mixtral,
+}
