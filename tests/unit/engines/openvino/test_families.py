@@ -3,7 +3,9 @@ alone, beside others, continued in the middle, with prompts longer than windows 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from penstock.core.events import Prefix
 from penstock.core.job import Request, Sampling
 from penstock.core.ports import Output
 from penstock.engines.child.backend import load_backend
+from penstock.engines.openvino.ir.families import FAMILIES, REFUSED, plan_of
 
 pytestmark = pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
 
@@ -210,6 +213,25 @@ def test_replies_are_the_references(pair: tuple[Any, Any]) -> None:
     cuts = (1, 17, 39, 20)
     continued = replies(backend, [(prompts[i], ids[i][:cut]) for i, cut in enumerate(cuts)])
     assert [ids_of(outputs) for outputs in continued] == [ids[i][cut:] for i, cut in enumerate(cuts)]
+
+
+def test_every_family_is_compared() -> None:
+    assert {architecture for architecture, _ in MODELS.values()} == set(FAMILIES)
+
+
+def test_the_documents_say_which_families_there_are() -> None:
+    page = (Path(__file__).parents[4] / "docs/engines.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| [^|]+ \| [^|]+ \|$", page, re.MULTILINE))
+    equal = {name for name, verdict in rows.items() if verdict.startswith("equal")}
+    # Gemma 2 itself has capped scores; what is compared is one without.
+    assert equal == set(FAMILIES) - {"Gemma2ForCausalLM"}
+    assert {name for name in rows if rows[name].startswith("refused: ")} == {*REFUSED, "Gemma2ForCausalLM"}
+
+
+def test_gemma_3_reads_the_positions_of_older_configs() -> None:
+    config = {**GEMMA3, "architectures": ["Gemma3ForCausalLM"]}
+    scaling = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert plan_of({**config, "rope_parameters": None, **scaling}) == plan_of(config)
 
 
 def replies(backend: Any, asked: list[tuple[list[int], list[int]]]) -> list[list[Output]]:
