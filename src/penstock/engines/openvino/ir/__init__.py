@@ -27,7 +27,7 @@ from penstock.engines.parts.modules import embeds, module_files
 from penstock.engines.text.gguf import GgufFile, write_text
 
 #: Part of the cache key: raise it when the network that is built changes.
-VERSION = 3
+VERSION = 4
 
 #: Where the network's file says how its weights are stored, if it is not in floating point.
 WEIGHTS = ["penstock", "weights"]
