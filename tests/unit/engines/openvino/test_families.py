@@ -206,6 +206,7 @@ def test_replies_are_the_references(pair: tuple[Any, Any]) -> None:
     for prompt, outputs in zip(prompts, together, strict=True):
         compare(reference, prompt, outputs)
     ids = [ids_of(outputs) for outputs in together]
+    assert len({id for whole in ids for id in whole}) > 7  # a network that repeats itself would show little
     # Alone; what was computed of the prompt is found in the cache.
     for prompt, whole in list(zip(prompts, ids, strict=True))[1:3]:
         assert ids_of(replies(backend, [(prompt, [])])[0]) == whole
@@ -232,6 +233,20 @@ def test_gemma_3_reads_the_positions_of_older_configs() -> None:
     config = {**GEMMA3, "architectures": ["Gemma3ForCausalLM"]}
     scaling = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     assert plan_of({**config, "rope_parameters": None, **scaling}) == plan_of(config)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_in_fewer_bits_are_alike_alone_and_together(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2: its matrices are the other way round than all others'."""
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    made(tmp_path / "model", *MODELS["gpt2"])
+    options = {"slots": 8, "precision": precision}
+    backend = load_backend("openvino", "tiny", str(tmp_path / "model"), options, lambda what, fraction: None)
+    prompts = [list(range(4, length)) for length in (9, 60, 130)]
+    together = [ids_of(outputs) for outputs in replies(backend, [(prompt, []) for prompt in prompts])]
+    assert [ids_of(replies(backend, [(prompt, [])])[0]) for prompt in prompts] == together
 
 
 def replies(backend: Any, asked: list[tuple[list[int], list[int]]]) -> list[list[Output]]:

@@ -164,7 +164,7 @@ class _Network:
     # ---------------------------------------------------------------------------- pieces
 
     def _linear(self, x: Any, name: str) -> Any:
-        y = op.matmul(x, self._weights.constant(f"{name}.weight"), False, not self._plan.transposed)
+        y = op.matmul(x, self._weights.constant(f"{name}.weight", self._plan.transposed), False, True)
         return op.add(y, self._weights.constant(f"{name}.bias")) if f"{name}.bias" in self._weights else y
 
     def _norm(self, x: Any, name: str, prefix: str = "") -> Any:

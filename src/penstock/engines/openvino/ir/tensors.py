@@ -37,11 +37,13 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return self._name(name) in self._weights
 
-    def constant(self, name: str) -> Any:
-        """A node that gives the tensor in float32. Raises `ModelLoadError` where there is none."""
+    def constant(self, name: str, turned: bool = False) -> Any:
+        """A node that gives the tensor in float32; *turned*: [in, out] as [out, in].
+
+        Raises `ModelLoadError` where there is none."""
         name = self._name(name)
         self._asked.add(name)
-        return self._weights.constant(name)
+        return self._weights.constant(name, turned)
 
     def done(self) -> None:
         """Refuse weights that nobody asked for: the network would compute something with them."""

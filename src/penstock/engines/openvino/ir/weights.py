@@ -74,11 +74,13 @@ class Weights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
-    def constant(self, name: str) -> Any:
-        """A node that gives the tensor in float32."""
+    def constant(self, name: str, turned: bool = False) -> Any:
+        """A node that gives the tensor in float32; *turned*: a matrix that is [in, out] here, as [out, in]."""
         if name not in self._names:
             raise ModelLoadError(f"The weights lack the tensor {name!r}: is the download complete?")
         tensor = self._source.read(name)
+        if turned and isinstance(tensor, Plain):  # packed ones are [out, in] in every family
+            tensor = Plain(np.ascontiguousarray(tensor.values.T))
         if bits := self._bits(name, tensor):
             tensor = smaller(tensor, bits)
         self._used.append(tensor)
