@@ -20,15 +20,17 @@ def ignore(what: str, fraction: float | None) -> None:
 
 
 def test_a_folder_with_an_openvino_model_is_used_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "openvino_model.xml").touch()
-    (tmp_path / "tokenizer.json").touch()
+    for name in ("openvino_model.xml", "openvino_model.bin", "tokenizer.json"):
+        (tmp_path / name).touch()
     found = resolve("any", str(tmp_path), ignore)
-    assert (found.ir, found.text) == (tmp_path / "openvino_model.xml", tmp_path)
+    assert (found.ir, found.text, found.precision) == (tmp_path / "openvino_model.xml", tmp_path, "f32")
+    with pytest.raises(ModelLoadError, match="--weight-format int4"):
+        resolve("any", str(tmp_path), ignore, "int4-fast")
 
 
 def test_a_safetensors_folder_is_converted_into_the_cache(tmp_path: Path) -> None:
     folder = tiny.llama(tmp_path / "model")
-    found = resolve("any", str(folder), ignore, tmp_path / "cache")
+    found = resolve("any", str(folder), ignore, cache=tmp_path / "cache")
     assert found.ir.is_file()
     assert found.ir.is_relative_to(tmp_path / "cache")
     assert (found.text / "tokenizer.json").is_file()
@@ -46,7 +48,7 @@ def test_a_bundled_model_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.Mo
     tiny.llama(tmp_path / "bundled" / "brook")
     for module in (models, files):
         monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
-    assert resolve("brook", None, ignore, tmp_path / "cache").ir.is_file()
+    assert resolve("brook", None, ignore, cache=tmp_path / "cache").ir.is_file()
     with pytest.raises(ModelLoadError, match="or brook"):
         resolve("nothing", None, ignore)
 
@@ -69,7 +71,7 @@ def test_what_is_not_there(path: str, words: str, tmp_path: Path, monkeypatch: p
 
 def test_a_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
     file = bundled_gguf(tmp_path, "q8_0")
-    found = resolve("any", str(file), ignore, tmp_path / "cache")
+    found = resolve("any", str(file), ignore, cache=tmp_path / "cache")
     assert found.ir.is_relative_to(tmp_path / "cache")
     assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {each.name for each in found.text.iterdir()}
 
@@ -83,7 +85,7 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert resolve("any", "org/model", ignore, tmp_path / "cache").ir.is_file()
+    assert resolve("any", "org/model", ignore, cache=tmp_path / "cache").ir.is_file()
     assert asked == [("org/model", False, False)]
 
 
