@@ -38,7 +38,7 @@ from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.frames import Progress
 from penstock.engines.llama.gguf_text import UNKNOWN_ID, GgufText
 from penstock.engines.llama.options import LlamaOptions
-from penstock.engines.models import find_gguf
+from penstock.engines.models import gguf_file
 from penstock.engines.parts.guide import Guides, followed, lark_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Sampler, stream_key
@@ -410,7 +410,7 @@ def _error(error: Mapping[str, Any]) -> PenstockError:
 
 def load(name: str, path: str | None, options: LlamaOptions, progress: Progress) -> LlamaBackend:
     """See `penstock.engines.child.backend.Loader`."""
-    file = find_gguf(name, path)
+    file = gguf_file(name, path, progress)
     progress("reading the file", None)
     metadata = GgufFile(file)
     text = GgufText.of(metadata)

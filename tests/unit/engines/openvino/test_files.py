@@ -10,9 +10,8 @@ from tests.support import tiny_models as tiny
 from tests.support.gguf import bundled_gguf
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines import models
-from penstock.engines.openvino import files
-from penstock.engines.openvino.files import resolve
+from penstock.engines.models import BUNDLED, find_gguf, find_weights
+from penstock.engines.openvino.files import find, resolve
 
 
 def ignore(what: str, fraction: float | None) -> None:
@@ -44,13 +43,30 @@ def test_a_folder_without_a_tokenizer_is_refused_before_it_is_converted(tmp_path
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_bundled_model_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.llama(tmp_path / "bundled" / "brook")
-    for module in (models, files):
-        monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
-    assert resolve("brook", None, ignore, cache=tmp_path / "cache").ir.is_file()
-    with pytest.raises(ModelLoadError, match="or brook"):
-        resolve("nothing", None, ignore)
+def test_a_short_name_is_the_folder_in_the_package_or_the_one_it_was_pulled_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    assert find("millrace", None) == BUNDLED / "millrace"
+    assert find("mine", "millrace") == BUNDLED / "millrace"
+    assert find("smollm2", None) is None  # to be pulled
+    pulled = tmp_path / "models" / "smollm2"
+    pulled.mkdir(parents=True)
+    file = bundled_gguf(tmp_path, "q8_0").rename(pulled / "some.gguf")
+    assert find("smollm2", None) == find("mine", "smollm2") == file
+    assert find_gguf("smollm2", None) == file
+    with pytest.raises(ModelLoadError, match="engine openvino or llama"):
+        find_weights("smollm2", None)
+    with pytest.raises(ModelLoadError, match="or smollm2 or"):
+        find("nothing", None)
+
+
+def test_a_path_that_exists_wins_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    tiny.llama(tmp_path / "minilm")
+    monkeypatch.chdir(tmp_path)
+    assert find("mine", "minilm") == Path("minilm")
+    assert find("minilm", None) is None
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,7 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tiny.llama(tmp_path / "snapshot")
     asked: list[object] = []
 
-    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, *, allow_patterns: list[str], **_: object) -> str:
         asked.append((name, "*.bin" in allow_patterns, "*.py" in allow_patterns))
         return str(folder)
 
