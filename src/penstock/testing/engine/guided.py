@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from penstock.core.calls import read_calls
 from penstock.core.job import Message, ResponseFormat, Tool
 from penstock.core.ports import Engine, Finish
-from penstock.core.tools import parse_tool_calls
 from penstock.testing.engine.driver import (
     PERSON,
     Contract,
@@ -90,8 +90,8 @@ class GuidedContract(Contract):
         wanted = guided_lease(engine, response_format=None, tool_name="look_up", **asked)
         (result,) = await run(engine, wanted)
         assert result.finish == Finish(("tool_calls",))
-        content, (call,) = parse_tool_calls(result.text, wanted.job.request)
-        assert content is None
+        assert result.text == ""
+        (call,) = read_calls(result.folded.calls[0])
         assert call.name == "look_up"
         assert_obeys(call.arguments)
 
