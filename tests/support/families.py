@@ -65,12 +65,13 @@ class Family:
     def scripts(self) -> dict[str, str]:
         """By selector."""
         thought = self.thought(THOUGHT)
+        bare = thought.rstrip("\n")  # a form begins at once
         name, values = CALLS[0]
         forced = js({"name": name, "arguments": values})
         return {
             "~": thought + (self.before_calls or self.text)(TEXT) + self.calls(self.called),
-            "^": thought + self.text(js(ANSWER)),
-            "@": thought + self.text(forced),
+            "^": bare + self.text(compact(ANSWER)),
+            "@": bare + self.text(forced),
         }
 
     @property
@@ -104,6 +105,11 @@ def _quoted(text: str) -> str:
 
 def js(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def compact(value: Any) -> str:
+    """As a guide has it: without white space."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def think(text: str) -> str:

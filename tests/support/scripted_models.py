@@ -28,8 +28,8 @@ SELECTORS = "~^@"
 
 WIDTH = 128  # of a token's code, and of a head
 HEADS = 3
-SIZE = (HEADS + 2) * WIDTH + 64  # a token, what each head found, what comes next; and constants
-ONE, SELECTS, OTHER = range(SIZE - 64, SIZE - 61)
+SIZE = (HEADS + 2) * WIDTH + 80  # a token, what each head found, what comes next; and constants
+ONE, SELECTS, OTHER = range(SIZE - 80, SIZE - 77)
 THETA = 1e6
 #: How clearly a head looks at one token: the scores of others are less by so much.
 SHARP = 60.0
