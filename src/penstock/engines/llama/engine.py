@@ -38,7 +38,7 @@ from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.frames import Progress
 from penstock.engines.llama.gguf_text import UNKNOWN_ID, GgufText
 from penstock.engines.llama.options import LlamaOptions
-from penstock.engines.models import find_gguf
+from penstock.engines.models import gguf_file
 from penstock.engines.parts.guide import Guides, followed, lark_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Sampler, stream_key
@@ -54,6 +54,8 @@ CANDIDATES = 256
 #: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
 #: continuations apart.
 MAX_REPLY = 1 << 24
+#: Tokens that a step computes at most: who is cancelled, or comes, is noticed between two steps.
+BATCH = 512
 #: Seconds for tokens of a prompt, whose size is bounded.
 TOKENIZE_TIMEOUT = 20.0
 
@@ -248,7 +250,9 @@ class _ChoiceThread:
         few = not sampling.logit_bias and (self._guide is None or mask is self._guide)
         while reply.finish is None and not self._choices.over:
             for count in (CANDIDATES, text.vocab_size) if few else (text.vocab_size,):
-                own, prompt_tokens = self._candidates(self._prompt(prompt), count)
+                if (found := self._candidates(self._prompt(prompt), count)) is None:
+                    return
+                own, prompt_tokens = found
                 allowed = own[0].copy()
                 if mask is not None:
                     mask.mask(allowed)
@@ -265,10 +269,9 @@ class _ChoiceThread:
                 reply.end("length")
         self._end()
 
-    def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int]:
+    def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int] | None:
         """The model's log-probabilities of its *count* likeliest next tokens ([1, vocabulary], -inf elsewhere), and how
-        many tokens the prompt has."""
-        chunks: list[dict[str, Any]] = []
+        many tokens the prompt has. None where the request was aborted meanwhile."""
         body = {
             "prompt": prompt,
             "stream": True,
@@ -279,14 +282,24 @@ class _ChoiceThread:
             # What it draws is of no interest, but half a character would not be told.
             "logit_bias": [[self._text.letter, 1000.0]],
             "timings_per_token": True,
+            "return_progress": True,
         }
-        self._server.handle_completions(body, chunks.append)
-        if (error := chunks[0].get("error")) is not None:
+        told: dict[str, Any] = {}
+
+        def take(chunk: dict[str, Any]) -> bool:
+            if not told and ("error" in chunk or chunk["choices"][0]["logprobs"] is not None):
+                told.update(chunk)
+            return self._choices.over
+
+        self._server.handle_completions(body, take)
+        if not told:
+            return None
+        if (error := told.get("error")) is not None:
             raise _error(error)
         logits = np.full((1, self._text.vocab_size), -np.inf, np.float32)
-        for entry in chunks[0]["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]:
+        for entry in told["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]:
             logits[0, entry["id"]] = entry["logprob"]
-        return logits, self._given(chunks[0]["timings"])
+        return logits, self._given(told["timings"])
 
     def _given(self, timings: dict[str, Any]) -> int:
         """How many tokens llama.cpp was given, with all that it had of them already."""
@@ -376,6 +389,8 @@ def _body(request: Request, choice: int, before: int) -> dict[str, Any]:
         "n_probs": max(1, sampling.logprobs or 0),
         "post_sampling_probs": sampling.logprobs is None,
         "timings_per_token": True,
+        # A chunk for each batch of the prompt: between two of them it asks whether somebody still wants it.
+        "return_progress": True,
     }
 
 
@@ -393,7 +408,7 @@ def _error(error: Mapping[str, Any]) -> PenstockError:
 
 def load(name: str, path: str | None, options: LlamaOptions, progress: Progress) -> LlamaBackend:
     """See `penstock.engines.child.backend.Loader`."""
-    file = find_gguf(name, path)
+    file = gguf_file(name, path, progress)
     progress("reading the file", None)
     metadata = GgufFile(file)
     text = GgufText.of(metadata)
@@ -402,6 +417,7 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_parallel = options.slots
+    params.n_batch = params.n_ubatch = BATCH
     params.n_ctx = context * options.slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or psutil.cpu_count(False) or 1
     params.n_gpu_layers = options.gpu_layers
