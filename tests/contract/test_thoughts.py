@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from tests.support.engines import OneProcess
 from tests.support.families import FAMILIES
@@ -16,7 +18,7 @@ from penstock.testing.engine.thoughts import Script
 class Thoughts(OneProcess, ThoughtContract):
     family = ""
     engine_name = "openvino"
-    options: dict[str, str] = {}
+    options: ClassVar[dict[str, str]] = {}
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -69,24 +71,24 @@ class TestGptOss(Thoughts):
 class TestLlamaQwen3(Thoughts):
     family = "qwen3"
     engine_name = "llama"
-    options = {"context": "1024", "slots": "16"}
+    options: ClassVar[dict[str, str]] = {"context": "1024", "slots": "16"}
 
 
 class TestLlamaGptOss(Thoughts):
     family = "gpt-oss"
     engine_name = "llama"
-    options = {"context": "1024", "slots": "16"}
+    options: ClassVar[dict[str, str]] = {"context": "1024", "slots": "16"}
 
 
 @pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
 class TestTransformersQwen3(Thoughts):
     family = "qwen3"
     engine_name = "transformers"
-    options = {"batching": "continuous"}
+    options: ClassVar[dict[str, str]] = {"batching": "continuous"}
 
 
 @pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
 class TestTransformersStaticDeepSeek(Thoughts):
     family = "deepseek"
     engine_name = "transformers"
-    options = {"batching": "static", "slots": "16"}
+    options: ClassVar[dict[str, str]] = {"batching": "static", "slots": "16"}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.support.families import ANSWER, CALL, FORCED, JSON, TEXT, THOUGHT, TOOLS, Family
-
 from penstock.testing.engine.thoughts import Script
+from tests.support.families import ANSWER, CALL, FORCED, JSON, TEXT, THOUGHT, TOOLS, Family
 
 
 def script_of(family: Family) -> Script:
