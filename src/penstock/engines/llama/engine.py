@@ -87,6 +87,8 @@ class LlamaBackend(ThreadedBackend):
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             no_chat=text.no_chat,
+            tool_format=text.formats.tools,
+            reasoning_format=text.formats.thoughts,
             tasks=("generate", "tokenize"),
         )
         self.server = server
@@ -414,6 +416,7 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     progress("reading the file", None)
     metadata = GgufFile(file)
     text = GgufText.of(metadata)
+    text.use_formats(options.tool_format, options.reasoning_format)
     context = _context(metadata, options)
     progress("loading the weights", None)
     params = xllamacpp.CommonParams()

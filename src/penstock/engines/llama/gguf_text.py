@@ -36,7 +36,7 @@ class GgufText(TextModel):
             },
             generation_config={"eos_token_id": ends},
             tokenizer_config=names,
-            chat_template=file.get("tokenizer.chat_template", None),
+            chat_template=file.chat_templates,
         )
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -48,9 +48,9 @@ class GgufText(TextModel):
     def _cut(self, text: str) -> list[int]:
         return self.tokens_of([text])
 
-    def _tail(self, prompt: Sequence[int | str]) -> str:
-        names = (piece if isinstance(piece, str) else self.tokenizer.id_to_token(piece) or "" for piece in prompt[-8:])
-        return "".join(names)[-200:]
+    def _ends_with(self, prompt: Sequence[int | str], word: str) -> bool:
+        # What somebody wrote of it is in pieces of its own.
+        return bool(prompt) and isinstance(last := prompt[-1], str) and last.rstrip().endswith(word)
 
     def pieces(self, request: Request) -> list[int | str]:
         """The prompt for llama.cpp: ids, and texts that it tokenizes.

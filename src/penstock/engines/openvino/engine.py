@@ -203,6 +203,7 @@ def load(name: str, path: str | None, options: OpenVINOOptions, progress: Progre
     """See `penstock.engines.child.backend.Loader`."""
     files = resolve(name, path, progress, options.precision)
     text = TextModel.load(files.text)
+    text.use_formats(options.tool_format, options.reasoning_format)
     progress("compiling the model", None)
     try:
         if _embeds(files.ir):

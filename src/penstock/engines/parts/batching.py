@@ -183,6 +183,8 @@ class ContinuousBatching(Backend):
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             no_chat=text.no_chat,
+            tool_format=text.formats.tools,
+            reasoning_format=text.formats.thoughts,
             unsupported=() if text.has_token_bytes else ("response_format",),
             tasks=("generate", "tokenize", "score"),
         )

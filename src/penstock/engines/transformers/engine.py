@@ -66,6 +66,7 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
     warnings.filterwarnings("ignore")
     progress(f"loading the weights on {device}", None)
     text = _text(folder)
+    text.use_formats(options.tool_format, options.reasoning_format)
     dtype = _dtype(options.dtype, device, folder)
     if is_encoder(folder, options):
         encoder = TorchEncoder(folder, dtype, device, options)
@@ -111,6 +112,8 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
         vocab_size=text.vocab_size,
         chat=text.has_chat_template,
         no_chat=text.no_chat,
+        tool_format=text.formats.tools,
+        reasoning_format=text.formats.thoughts,
         unsupported=() if text.has_token_bytes else ("response_format",),
         tasks=("generate", "tokenize"),
     )

@@ -167,6 +167,8 @@ class VLLMBackend(Backend):
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             no_chat=text.no_chat,
+            tool_format=text.formats.tools,
+            reasoning_format=text.formats.thoughts,
             tasks=("generate", "tokenize"),
         )
         self._text = text
@@ -392,6 +394,7 @@ def load(name: str, path: str | None, options: VLLMOptions, progress: Progress) 
     """See `penstock.engines.child.backend.Loader`."""
     folder = weights_folder(name, path, progress)
     text = TextModel.load(folder)
+    text.use_formats(options.tool_format, options.reasoning_format)
     progress("starting vLLM", None)
     _prepare_environment()
     try:

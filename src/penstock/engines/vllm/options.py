@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
-from penstock.engines.options import Amount, Count, Positive
+from penstock.engines.options import Amount, Count, Positive, TextOptions
 
 
-class VLLMOptions(msgspec.Struct, frozen=True):
+class VLLMOptions(TextOptions, frozen=True):
     """vLLM's arguments under vLLM's names. 0 and "" leave a value to vLLM.
 
     ``max_num_seqs``: sequences that run at once (64 on a CPU, else 256). ``kv_cache_gb``: memory for the key/value
