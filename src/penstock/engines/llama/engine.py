@@ -166,7 +166,9 @@ class _ChoiceThread:
         #: thoughts, and it has no way to forbid texts, or an end for a while.
         sampling = request.sampling
         guided_here = guide is not None and (self._said or reply.may_think)
-        self._here = bool(guided_here or sampling.bad_words or sampling.min_tokens)
+        #: And it would take the rest of a character that its prompt begins for one that is broken.
+        within = self._text.within_character(prefix.ids)
+        self._here = bool(guided_here or sampling.bad_words or sampling.min_tokens or within)
 
     def run(self, prompt: list[int | str]) -> None:
         try:

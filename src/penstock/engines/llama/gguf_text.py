@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -86,6 +87,12 @@ class GgufText(TextModel):
     def letter(self) -> int:
         """Some token that is a whole character."""
         return next(id for data, id in self._by_bytes.items() if data.isalpha())
+
+    def within_character(self, ids: list[int]) -> bool:
+        """Is the last character that *ids* make not complete?"""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(self._bytes[id] for id in ids[-4:] if id >= 0))
+        return bool(decoder.getstate()[0])
 
     def swallowed(self, text: str, last_token: int, count: int) -> list[int]:
         """The *count* tokens before *last_token*, which together with it became *text*.

@@ -54,12 +54,6 @@ class GuidedContract(Contract):
         for cut in sorted({1, len(whole.ids) // 3, len(whole.ids) // 2, len(whole.ids) - 1, len(whole.ids)}):
             logged: dict[str, Any] = {"prefix": whole.ids[:cut], "texts": whole.texts[:cut], "attempt": 2}
             (rest,) = await run(engine, guided_lease(engine, **logged))
-            # (One of which nobody has seen a character may begin anew: tokens that came together have one text.)
-            if not self.guided_replies_resume and cut < len(whole.ids) and any(logged["texts"]):
-                assert rest.finish is not None
-                assert rest.finish.error is not None, "it says so, and does not begin anew in the middle"
-                assert not rest.ids
-                continue
             assert rest.finish == Finish(("stop",))
             assert_obeys("".join(whole.texts[:cut]) + rest.text)
             if engine.models[0].deterministic:
@@ -116,8 +110,6 @@ class GuidedContract(Contract):
                 assert whole.finish == Finish(("stop",))
                 assert re.fullmatch(right, whole.text)
             for cut in sorted({1, len(whole.ids) // 2}):
-                if not self.guided_replies_resume:
-                    break
                 logged: dict[str, Any] = {"prefix": whole.ids[:cut], "texts": whole.texts[:cut], "attempt": 2}
                 (rest,) = await run(engine, lease(engine, **settings, **wanted, **logged))
                 if rest.finish != Finish(("length",)):
