@@ -9,6 +9,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from penstock.core.errors import ModelLoadError
+from penstock.engines.adapters import refuse_as_model
 from penstock.engines.frames import Progress
 from penstock.engines.models import BUNDLED, HUB_NAME, check_tokenizer, download, local_place
 from penstock.engines.text.model import read_json
@@ -72,6 +73,7 @@ def find(name: str, path: str | None) -> Path | None:
 
 
 def _checked(folder: Path) -> Path:
+    refuse_as_model(folder)
     if not any((folder / name).is_file() for name in IR_NAMES) and not any(folder.glob("*.safetensors")):
         raise ModelLoadError(
             f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "
