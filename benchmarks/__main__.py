@@ -408,6 +408,25 @@ def fairness(
         raise typer.Exit(1)
 
 
+@app.command()
+def precision(
+    model: Annotated[Path, typer.Option(help="A folder with safetensors, or a .gguf file.")],
+    only: Annotated[list[str] | None, typer.Option(help="A precision (repeatable); all by default.")] = None,
+    out: Out = None,
+) -> None:
+    """What int8, int4 and the rest cost in agreement with f32, and gain in size and speed, in process."""
+    from benchmarks.scenarios import precision as scenario
+
+    names = ["f32", *(each for each in only or scenario.PRECISIONS if each != "f32")]
+    with _progress() as bar:
+        task = bar.add_task("precision", total=len(names) + (model.suffix == ".gguf"))
+        results = scenario.measure(model, names, lambda name: bar.advance(task))
+    markdown = scenario.markdown(results)
+    rows = {name: {**asdict(each), "perplexity": each.perplexity} for name, each in results.items()}
+    document = {"environment": report.environment(), "model": model.name, "results": rows}
+    _finish(markdown, report.write(out or RESULTS / "precision", document, markdown))
+
+
 @app.command(name="cold-start")
 def cold_start(
     rounds: Annotated[int, typer.Option(help="Turns of each server that count.")] = 5,

@@ -38,12 +38,12 @@ from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.frames import Progress
 from penstock.engines.llama.gguf_text import UNKNOWN_ID, GgufText
 from penstock.engines.llama.options import LlamaOptions
-from penstock.engines.models import find_gguf
-from penstock.engines.parts.guide import Guide, Guides, followed, lark_of
+from penstock.engines.models import gguf_file
+from penstock.engines.parts.guide import Guides, followed, lark_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Sampler, stream_key
 from penstock.engines.text.gguf import GgufFile
-from penstock.engines.text.reply import Reply
+from penstock.engines.text.reply import Reply, told
 
 #: How llama.cpp writes JSON that obeys a schema.
 SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -104,13 +104,12 @@ class LlamaBackend(ThreadedBackend):
         prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
         self.requests[key] = choices = ThreadedChoices(key, len(prefixes), prompt_tokens)
         for choice, prefix in enumerate(prefixes):
-            guide = guides[choice]
-            reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guide)
+            reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guides[choice], prompt=prompt)
             if reply.finish is not None:
                 if (last := choices.end(choice, reply.finish, reply.stop)) is not None:
                     self.queue.put(last)
                 continue
-            self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix, guide).run, prompt)
+            self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix).run, prompt)
 
     def tokenize(self, request: Request) -> Tokenized:
         ids: Sequence[int] | None = request.prompt_ids
@@ -148,7 +147,6 @@ class _ChoiceThread:
         choice: int,
         reply: Reply,
         prefix: Prefix,
-        guide: Guide | None,
     ) -> None:
         self._server = backend.server
         self._text = backend.text
@@ -157,15 +155,16 @@ class _ChoiceThread:
         self._request = request
         self._choice = choice
         self._reply = reply
-        self._guide = guide
+        self._guide = guide = reply.guide
         #: Tokens that llama.cpp had from an earlier prompt when it was first asked; None: it was not yet.
         self._cached_tokens: int | None = None
         #: The reply so far, for a prompt that ends with it.
         self._said = [text if id == UNKNOWN_ID else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
-        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and it has no way to
-        #: forbid texts, or an end for a while.
+        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and nothing of
+        #: thoughts, and it has no way to forbid texts, or an end for a while.
         sampling = request.sampling
-        self._here = bool((guide is not None and self._said) or sampling.bad_words or sampling.min_tokens)
+        guided_here = guide is not None and (self._said or reply.may_think)
+        self._here = bool(guided_here or sampling.bad_words or sampling.min_tokens)
 
     def run(self, prompt: list[int | str]) -> None:
         try:
@@ -314,7 +313,7 @@ class _ChoiceThread:
     def _push(self, ids: list[int], logprobs: list[Logprob | None] | None, prompt_tokens: int) -> None:
         """The next tokens, up to the reply's end, or to one that the guide does not allow: that, and what follows, is
         drawn anew, here."""
-        reply, taken, texts = self._reply, [], []
+        reply, taken, texts, phases = self._reply, [], [], []
         for token in ids:
             if self._guide is not None and not self._guide.allows(token):
                 self._here = True
@@ -322,6 +321,7 @@ class _ChoiceThread:
             text = reply.push(token)
             taken.append(token)
             texts.append(text)
+            phases.append(reply.phase)
             self._said.append(text if token == UNKNOWN_ID else token)
             if reply.finish is not None:
                 break
@@ -329,9 +329,7 @@ class _ChoiceThread:
         if taken:
             cached = self._cached_tokens or 0
             self._queue.put(
-                self._choices.output(
-                    self._choice, taken, texts, logprobs, prompt_tokens=prompt_tokens, cached_tokens=cached
-                )
+                self._choices.output(self._choice, taken, texts, logprobs, told(phases), prompt_tokens, cached)
             )
 
     def _end(self) -> None:
@@ -410,7 +408,7 @@ def _error(error: Mapping[str, Any]) -> PenstockError:
 
 def load(name: str, path: str | None, options: LlamaOptions, progress: Progress) -> LlamaBackend:
     """See `penstock.engines.child.backend.Loader`."""
-    file = find_gguf(name, path)
+    file = gguf_file(name, path, progress)
     progress("reading the file", None)
     metadata = GgufFile(file)
     text = GgufText.of(metadata)

@@ -10,9 +10,8 @@ from tests.support import tiny_models as tiny
 from tests.support.gguf import bundled_gguf
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines import models
-from penstock.engines.openvino import files
-from penstock.engines.openvino.files import resolve
+from penstock.engines.models import BUNDLED, find_gguf, find_weights
+from penstock.engines.openvino.files import find, resolve
 
 
 def ignore(what: str, fraction: float | None) -> None:
@@ -20,15 +19,17 @@ def ignore(what: str, fraction: float | None) -> None:
 
 
 def test_a_folder_with_an_openvino_model_is_used_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "openvino_model.xml").touch()
-    (tmp_path / "tokenizer.json").touch()
+    for name in ("openvino_model.xml", "openvino_model.bin", "tokenizer.json"):
+        (tmp_path / name).touch()
     found = resolve("any", str(tmp_path), ignore)
-    assert (found.ir, found.text) == (tmp_path / "openvino_model.xml", tmp_path)
+    assert (found.ir, found.text, found.precision) == (tmp_path / "openvino_model.xml", tmp_path, "f32")
+    with pytest.raises(ModelLoadError, match="--weight-format int4"):
+        resolve("any", str(tmp_path), ignore, "int4-fast")
 
 
 def test_a_safetensors_folder_is_converted_into_the_cache(tmp_path: Path) -> None:
     folder = tiny.llama(tmp_path / "model")
-    found = resolve("any", str(folder), ignore, tmp_path / "cache")
+    found = resolve("any", str(folder), ignore, cache=tmp_path / "cache")
     assert found.ir.is_file()
     assert found.ir.is_relative_to(tmp_path / "cache")
     assert (found.text / "tokenizer.json").is_file()
@@ -42,13 +43,30 @@ def test_a_folder_without_a_tokenizer_is_refused_before_it_is_converted(tmp_path
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_bundled_model_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.llama(tmp_path / "bundled" / "brook")
-    for module in (models, files):
-        monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
-    assert resolve("brook", None, ignore, tmp_path / "cache").ir.is_file()
-    with pytest.raises(ModelLoadError, match="or brook"):
-        resolve("nothing", None, ignore)
+def test_a_short_name_is_the_folder_in_the_package_or_the_one_it_was_pulled_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    assert find("millrace", None) == BUNDLED / "millrace"
+    assert find("mine", "millrace") == BUNDLED / "millrace"
+    assert find("smollm2", None) is None  # to be pulled
+    pulled = tmp_path / "models" / "smollm2"
+    pulled.mkdir(parents=True)
+    file = bundled_gguf(tmp_path, "q8_0").rename(pulled / "some.gguf")
+    assert find("smollm2", None) == find("mine", "smollm2") == file
+    assert find_gguf("smollm2", None) == file
+    with pytest.raises(ModelLoadError, match="engine openvino or llama"):
+        find_weights("smollm2", None)
+    with pytest.raises(ModelLoadError, match="or smollm2 or"):
+        find("nothing", None)
+
+
+def test_a_path_that_exists_wins_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    tiny.llama(tmp_path / "minilm")
+    monkeypatch.chdir(tmp_path)
+    assert find("mine", "minilm") == Path("minilm")
+    assert find("minilm", None) is None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +87,7 @@ def test_what_is_not_there(path: str, words: str, tmp_path: Path, monkeypatch: p
 
 def test_a_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
     file = bundled_gguf(tmp_path, "q8_0")
-    found = resolve("any", str(file), ignore, tmp_path / "cache")
+    found = resolve("any", str(file), ignore, cache=tmp_path / "cache")
     assert found.ir.is_relative_to(tmp_path / "cache")
     assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {each.name for each in found.text.iterdir()}
 
@@ -78,12 +96,12 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tiny.llama(tmp_path / "snapshot")
     asked: list[object] = []
 
-    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, *, allow_patterns: list[str], **_: object) -> str:
         asked.append((name, "*.bin" in allow_patterns, "*.py" in allow_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert resolve("any", "org/model", ignore, tmp_path / "cache").ir.is_file()
+    assert resolve("any", "org/model", ignore, cache=tmp_path / "cache").ir.is_file()
     assert asked == [("org/model", False, False)]
 
 
