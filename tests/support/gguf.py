@@ -105,6 +105,22 @@ def _interleave(weight: Any, heads: int) -> Any:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
+def lora_gguf(target: Path, matrices: dict[str, tuple[Any, Any]], alpha: float) -> Path:
+    """A LoRA adapter for llama.cpp: by tensor of the model, what leads down ([rank, in]) and up ([out, rank])."""
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, (down, up) in matrices.items():
+        writer.add_tensor(f"{name}.lora_a", down.astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", up.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
 def _add_tokenizer(writer: Any, model: Path, config: dict[str, Any]) -> None:
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     settings = json.loads((model / "tokenizer_config.json").read_text())

@@ -54,6 +54,18 @@ def check_folders(text: str) -> dict[str, Path]:
     return adapters
 
 
+def check_files(text: str) -> dict[str, Path]:
+    """As `parse_adapters`, of adapters that are GGUF files."""
+    adapters = parse_adapters(text)
+    for name, file in adapters.items():
+        if not file.is_file():
+            raise ModelLoadError(
+                f"The adapter {name!r} is a GGUF file, and there is none at {file}. llama.cpp's "
+                "convert_lora_to_gguf.py makes one of a folder that peft has saved."
+            )
+    return adapters
+
+
 def refuse_as_model(folder: Path) -> None:
     """Raise `ModelLoadError` for a folder that is an adapter, and no model."""
     if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
