@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 from tests.support import tiny_models
-from tests.support.gguf import bundled_gguf, convert, lora_gguf
+from tests.support.encoder import encoder
+from tests.support.gguf import bundled_gguf, convert, encoder_gguf, lora_gguf
 
 from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
@@ -170,8 +172,6 @@ def test_what_cannot_be_served_says_why(tmp_path: Path, backend: LlamaBackend) -
 
 def test_it_listens_for_nobody(backend: LlamaBackend) -> None:
     """llama.cpp always opens its own HTTP port; it answers only who knows this process's key."""
-    import httpx
-
     url = backend.server.listening_address
     assert "127.0.0.1" in url
     reply = httpx.post(f"{url}/completion", json={"prompt": "x"}, timeout=10)
@@ -305,3 +305,31 @@ def test_each_adapter_writes_what_its_merged_weights_write(tmp_path: Path) -> No
 def test_an_adapter_that_is_not_there_is_told(file: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"convert_lora_to_gguf\.py"):
         loaded(file, adapters="a=/nowhere.gguf")
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "t5", "plamo2", "rwkv"])
+def test_tokens_of_every_kind_of_vocabulary_are_the_text_that_llama_cpp_makes_of_them(
+    tmp_path: Path, kind: str
+) -> None:
+    file = convert(tiny_models.llama(tmp_path / "base"), tmp_path / "model.gguf", vocabulary=kind)
+    backend = loaded(file, threads="1", slots="1")
+    random = np.random.default_rng(0)
+    character = [3 + byte for byte in "水".encode()]
+    for _ in range(8):
+        ids = [*character, *random.integers(259, 275, 6).tolist(), *character]
+        answer = httpx.post(
+            f"{backend.server.listening_address}/detokenize",
+            json={"tokens": ids},
+            headers={"Authorization": f"Bearer {backend._key}"},
+            trust_env=False,
+        )
+        detokenizer = backend.text.detokenizer(continuing=True)
+        assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == answer.json()["content"]
+    ids, _ = told(generate(backend, Request("m", prompt="the water", sampling=replace(GREEDY, ignore_eos=True))))
+    assert len(ids) == 16
+
+
+def test_an_encoder_is_told_where_it_is_served(tmp_path: Path) -> None:
+    file = encoder_gguf(encoder(tmp_path / "m"), tmp_path / "m.gguf")
+    with pytest.raises(ModelLoadError, match="is an encoder"):
+        loaded(file)
