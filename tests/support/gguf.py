@@ -52,8 +52,9 @@ def bundled_gguf(folder: Path, weights: str = "f32") -> Path:
     return convert(BUNDLED / "millrace", folder / f"millrace-{weights}.gguf", weights)
 
 
-def convert(model: Path, target: Path, weights: str = "f32") -> Path:
-    """Write the model folder *model* to *target*; *weights*: one of `TYPES` (matrices; the norms stay f32)."""
+def convert(model: Path, target: Path, weights: str = "f32", vocabulary: str = "gpt2") -> Path:
+    """Write the model folder *model* to *target*; *weights*: one of `TYPES` (matrices; the norms stay f32).
+    *vocabulary*: of another kind than the model's has some made-up tokens instead."""
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(target, "llama")
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
@@ -73,7 +74,10 @@ def convert(model: Path, target: Path, weights: str = "f32") -> Path:
     theta = (config.get("rope_parameters") or config).get("rope_theta") or config.get("rope_theta", 10000.0)
     writer.add_rope_freq_base(theta)
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, model, config)
+    if vocabulary == "gpt2":
+        _add_tokenizer(writer, model, config)
+    else:
+        _add_vocabulary(writer, vocabulary, config["vocab_size"])
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, "numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a mapping
@@ -103,6 +107,51 @@ def _interleave(weight: Any, heads: int) -> Any:
     """From halves (Hugging Face) to pairs (llama.cpp) of rotated dimensions."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def lora_gguf(target: Path, matrices: dict[str, tuple[Any, Any]], alpha: float) -> Path:
+    """A LoRA adapter for llama.cpp: by tensor of the model, what leads down ([rank, in]) and up ([out, rank])."""
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, (down, up) in matrices.items():
+        writer.add_tensor(f"{name}.lora_a", down.astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", up.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _add_vocabulary(writer: Any, kind: str, size: int) -> None:
+    """Bytes from token 3 on, words behind them."""
+    control, normal, byte = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.BYTE
+    tokens = ["<unk>", "<s>", "</s>"]
+    if kind == "rwkv":
+        tokens += [f"\\x{value:02x}" for value in range(256)] + ["the", "\\n\\n", " water", "\\\\a", "größer", "水"]
+    else:
+        tokens += [f"<0x{value:02X}>" for value in range(256)] + [
+            "▁",
+            "▁the",
+            "th",
+            "h",
+            "t",
+            "e",
+            "he",
+            "größer",
+            "水",
+        ]
+    kinds = [gguf.TokenType.UNKNOWN, control, control] + [normal if kind == "rwkv" else byte] * 256
+    tokens += [f"w{id}" for id in range(len(tokens), size)]
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds + [normal] * (size - len(kinds)))
+    writer.add_token_scores([-float(id) for id in range(size)])
+    writer.add_token_merges(["t h", "h e"])
+    for name, id in (("unk", 0), ("bos", 1), ("eos", 2)):
+        getattr(writer, f"add_{name}_token_id")(id)
 
 
 def _add_tokenizer(writer: Any, model: Path, config: dict[str, Any]) -> None:

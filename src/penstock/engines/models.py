@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from penstock.core.errors import ModelLoadError
+from penstock.engines.adapters import refuse_as_model
 from penstock.engines.frames import Progress
 from penstock.models.cache import folder_of, pulled
 from penstock.models.catalogue import CATALOGUE, PACKAGED
@@ -42,6 +43,7 @@ def find_weights(name: str, path: str | None) -> Path | None:
 def _checked_weights(place: Path) -> Path:
     if place.suffix == ".gguf":
         raise ModelLoadError(f"{place} is a GGUF file: serve it with the engine openvino or llama.")
+    refuse_as_model(place)
     if not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
         raise ModelLoadError(
             f"{place} needs config.json and *.safetensors. Other weight files (pickles: .bin, .pt) are not loaded, "

@@ -59,6 +59,11 @@ def parse(options: type[T], given: Mapping[str, Any], engine: str) -> T:
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in fields:
+            if name == "adapters":
+                raise ModelLoadError(
+                    f"The {engine} engine serves no LoRA adapters: transformers, vllm and llama do. Or merge it into "
+                    "the model's weights (peft's merge_and_unload) and serve those."
+                )
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}."
             raise ModelLoadError(f"The {engine} engine has no option {name!r}: {hint}")

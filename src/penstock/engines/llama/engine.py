@@ -32,6 +32,7 @@ from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
+from penstock.engines.adapters import OPTION, adapter_names, check_files
 from penstock.engines.child.backend import failed_output
 from penstock.engines.child.choices import ThreadedChoices
 from penstock.engines.child.output_queue import ThreadedBackend
@@ -92,6 +93,7 @@ class LlamaBackend(ThreadedBackend):
             tasks=("generate", "tokenize"),
         )
         self.server = server
+        self._adapters = adapter_names({OPTION: options.adapters})
         self._key = key
         self.text = text
         text.tokens_of = self._tokens_of
@@ -112,6 +114,11 @@ class LlamaBackend(ThreadedBackend):
                     self.queue.put(last)
                 continue
             self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix).run, prompt)
+
+    def adapters(self, request: Request) -> list[dict[str, Any]]:
+        """How much of each LoRA adapter *request* wants: all of the one that it names as its model. llama.cpp computes
+        requests of different adapters in turn, and shares no cache between them."""
+        return [{"id": id, "scale": float(name == request.model)} for id, name in enumerate(self._adapters)]
 
     def tokenize(self, request: Request) -> Tokenized:
         ids: Sequence[int] | None = request.prompt_ids
@@ -151,6 +158,7 @@ class _ChoiceThread:
         prefix: Prefix,
     ) -> None:
         self._server = backend.server
+        self._lora = backend.adapters(request)
         self._text = backend.text
         self._queue = backend.queue
         self._choices = choices
@@ -187,7 +195,7 @@ class _ChoiceThread:
 
     def _draw(self, prompt: list[int | str]) -> None:
         body = _body(self._request, self._choice, len(self._said))
-        body["prompt"] = self._prompt(prompt)
+        body |= {"prompt": self._prompt(prompt), "lora": self._lora}
         if (form := self._request.form) is not None:
             # It has the same library for this as we have, in a version to which separators are no patterns, and which
             # knows less; where it cannot compile something, it draws freely. What it allows counts only where ours
@@ -278,6 +286,7 @@ class _ChoiceThread:
         many tokens the prompt has. None where the request was aborted meanwhile."""
         body = {
             "prompt": prompt,
+            "lora": self._lora,
             "stream": True,
             "n_predict": 1,
             "n_probs": count,
@@ -415,6 +424,7 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     file = gguf_file(name, path, progress)
     progress("reading the file", None)
     metadata = GgufFile(file)
+    adapters = check_files(options.adapters)
     text = GgufText.of(metadata)
     text.use_formats(options.tool_format, options.reasoning_format)
     context = _context(metadata, options)
@@ -426,6 +436,8 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     params.n_ctx = context * options.slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or psutil.cpu_count(False) or 1
     params.n_gpu_layers = options.gpu_layers
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 0.0) for path in adapters.values()]
+    params.lora_init_without_apply = bool(adapters)
     params.verbosity = 1
     # llama.cpp listens for HTTP in any case: let nobody in.
     params.hostnames = ["127.0.0.1"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
+from penstock.core.errors import ModelLoadError
 from penstock.core.foreign import whole
 from penstock.core.job import Request
-from penstock.engines.text.detokenize import REPLACEMENT, Detokenizer
+from penstock.engines.text.detokenize import REPLACEMENT, Detokenizer, byte_level_alphabet
 from penstock.engines.text.gguf import GgufFile, decoder_of
 from penstock.engines.text.model import TextModel
 
@@ -18,13 +21,47 @@ from penstock.engines.text.model import TextModel
 UNKNOWN_ID = -1
 
 
+def _pieces(file: GgufFile) -> tuple[list[str], Any]:
+    """What each token stands for, in the way that the decoder beside it reads."""
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if file.vocabulary == "rwkv":
+        alphabet = {byte: char for char, byte in byte_level_alphabet().items()}
+        return ["".join(alphabet[byte] for byte in _unescaped(token)) for token in file.tokens], decoders.ByteLevel()
+    if file.vocabulary == "gemma4":
+        return file.tokens, decoders.Sequence(spaces)
+    if file.vocabulary == "plamo2":
+        return file.tokens, decoders.Sequence(spaces[1:])
+    if file.vocabulary == "t5":
+        return file.tokens, decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)])
+    if file.vocabulary == "bert":
+        raise ModelLoadError(
+            f"{file.path} is an encoder, which llama.cpp is not asked for here: serve the model's folder with the "
+            "engine openvino or transformers."
+        )
+    return file.tokens, decoder_of(file)
+
+
+_ESCAPES = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
+
+
+def _unescaped(token: str) -> bytes:
+    """Tokens of RWKV are any bytes, written as in a string of C."""
+
+    def byte(match: re.Match[bytes]) -> bytes:
+        number, char = match.groups()
+        return bytes([int(number, 16)]) if number else _ESCAPES.get(char, char)
+
+    return re.sub(rb"\\(?:x([0-9a-fA-F]{2})|(.))", byte, token.encode(), flags=re.DOTALL)
+
+
 class GgufText(TextModel):
     """The vocabulary of a GGUF file, for making text of ids. Prompts stay text, in pieces: llama.cpp tokenizes them."""
 
     @classmethod
     def of(cls, file: GgufFile) -> GgufText:
-        tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(file.tokens)}, []))
-        tokenizer.decoder = decoder_of(file)
+        pieces, decoder = _pieces(file)
+        tokenizer = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, []))
+        tokenizer.decoder = decoder
         tokenizer.add_special_tokens([token for token in file.added() if token.special])
         ends = [id for name in ("eos", "eot", "eom") if (id := file.token(name)) is not None]
         names = {f"{name}_token": file.tokens[id] for name in ("bos", "eos") if (id := file.token(name)) is not None}

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from penstock.core.errors import ModelLoadError
+from penstock.engines.adapters import refuse_as_model
 from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.models import check_tokenizer, download, is_remote, local_place
@@ -103,6 +104,7 @@ def find(name: str, path: str | None) -> Path | None:
 def _checked(folder: Path) -> Path:
     if folder.suffix == ".gguf" and folder.is_file():
         return folder
+    refuse_as_model(folder)
     if not any((folder / name).is_file() for name in IR_NAMES) and not any(folder.glob("*.safetensors")):
         raise ModelLoadError(
             f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "

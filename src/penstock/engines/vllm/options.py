@@ -14,7 +14,7 @@ class VLLMOptions(TextOptions, frozen=True):
 
     ``max_num_seqs``: sequences that run at once (64 on a CPU, else 256). ``kv_cache_gb``: memory for the key/value
     cache in GB; on a CPU by default what ``max_num_seqs`` full contexts need, at most a quarter of the memory.
-    ``threads``: of a CPU, 0 for all cores.
+    ``threads``: of a CPU, 0 for all cores. ``adapters``: NAME=PATH[,NAME=PATH…], see `penstock.engines.adapters`.
     """
 
     tensor_parallel_size: Positive = 1
@@ -28,3 +28,4 @@ class VLLMOptions(TextOptions, frozen=True):
     enforce_eager: bool = False
     kv_cache_gb: Amount = 0.0
     threads: Count = 0
+    adapters: str = ""
