@@ -45,6 +45,7 @@ def load(
     dialect: Annotated[str, typer.Option(help="completions, chat or generate.")] = "completions",
     prompts: Annotated[str, typer.Option(help="ids or text.")] = "text",
     prompt_tokens: Annotated[str, typer.Option(help="Shortest-longest prompt.")] = "16-32",
+    shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with, in front of their own.")] = 0,
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, to count the tokens of text prompts.")] = "",
     concurrency: Annotated[list[int], typer.Option("--concurrency", "-c", help="Closed loop.")] = [1, 8, 64],  # noqa: B006
     rate: Annotated[list[float] | None, typer.Option(help="Open loop: Poisson arrivals a second.")] = None,
@@ -70,6 +71,7 @@ def load(
         prompts=prompts,
         min_prompt=int(low),
         max_prompt=int(high or low),
+        shared_prefix=shared_prefix,
         max_tokens=max_tokens,
         tokenizer=tokenizer,
         seed=seed,
@@ -404,6 +406,25 @@ def fairness(
     _finish(markdown, report.write(out or RESULTS / "fairness", document, markdown))
     if not all(run.holds for run in runs.values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def precision(
+    model: Annotated[Path, typer.Option(help="A folder with safetensors, or a .gguf file.")],
+    only: Annotated[list[str] | None, typer.Option(help="A precision (repeatable); all by default.")] = None,
+    out: Out = None,
+) -> None:
+    """What int8, int4 and the rest cost in agreement with f32, and gain in size and speed, in process."""
+    from benchmarks.scenarios import precision as scenario
+
+    names = ["f32", *(each for each in only or scenario.PRECISIONS if each != "f32")]
+    with _progress() as bar:
+        task = bar.add_task("precision", total=len(names) + (model.suffix == ".gguf"))
+        results = scenario.measure(model, names, lambda name: bar.advance(task))
+    markdown = scenario.markdown(results)
+    rows = {name: {**asdict(each), "perplexity": each.perplexity} for name, each in results.items()}
+    document = {"environment": report.environment(), "model": model.name, "results": rows}
+    _finish(markdown, report.write(out or RESULTS / "precision", document, markdown))
 
 
 @app.command(name="cold-start")

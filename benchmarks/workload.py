@@ -30,6 +30,8 @@ class Workload:
     min_prompt: int = 16
     max_prompt: int = 32
     """Prompt length in tokens. Without a tokenizer a text prompt has this many words instead."""
+    shared_prefix: int = 0
+    """Tokens that all prompts begin with, in front of those of their own: a system prompt."""
     vocab: int = 2000
     """Random ids are drawn from [10, vocab)."""
     max_tokens: int = 64
@@ -43,12 +45,14 @@ class Workload:
         """The first `number` prompts."""
         rng = random.Random(self.seed)
         if self.prompts == "ids":
-            return [
-                [rng.randrange(10, self.vocab) for _ in range(rng.randint(self.min_prompt, self.max_prompt))]
-                for _ in range(number)
-            ]
+            shared = self._ids(rng, self.shared_prefix)
+            return [shared + self._ids(rng, rng.randint(self.min_prompt, self.max_prompt)) for _ in range(number)]
         measure = self._measure()
-        return [_text(rng, rng.randint(self.min_prompt, self.max_prompt), measure) for _ in range(number)]
+        before = _text(rng, self.shared_prefix, measure) + "\n\n" if self.shared_prefix else ""
+        return [before + _text(rng, rng.randint(self.min_prompt, self.max_prompt), measure) for _ in range(number)]
+
+    def _ids(self, rng: random.Random, count: int) -> list[int]:
+        return [rng.randrange(10, self.vocab) for _ in range(count)]
 
     def exchanges(self, dialect: Dialect, model: str, extra: dict[str, Any], number: int = 0) -> Iterator[Exchange]:
         """Requests without end, all written before this returns; the prompts repeat after `number` or `DISTINCT`."""

@@ -105,6 +105,15 @@ def test_workloads_are_reproducible_and_within_bounds() -> None:
     assert all(16 <= len(prompt) <= 32 and all(10 <= int(token) < 50 for token in prompt) for prompt in prompts)
 
 
+def test_prompts_may_begin_alike() -> None:
+    first, *others = Workload(vocab=50, shared_prefix=9).prompt_list(5)
+    assert all(prompt[:9] == first[:9] and prompt[9:] != first[9:] for prompt in others)
+    assert {16 <= len(prompt) - 9 <= 32 for prompt in [first, *others]} == {True}
+    first, *others = Workload(prompts="text", shared_prefix=9).prompt_list(5)
+    assert isinstance(first, str)
+    assert {str(prompt).split("\n\n")[0].count(" ") for prompt in [first, *others]} == {8}
+
+
 def test_sse_is_parsed_as_browsers_do() -> None:
     stream = b": ping\nid: 1\nevent: token\ndata: a\ndata: b\n\nid: 2\n\ndata:c\n\n"
     assert parse_events(stream) == [

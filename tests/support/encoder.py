@@ -74,6 +74,45 @@ def encoder(folder: Path, *, pooling: str | None = "mean", seed: int = 0, **chan
     return folder
 
 
+def with_modules(folder: Path, *kinds: str, **pooling: Any) -> Path:
+    """Write what sentence-transformers writes of the modules *kinds* behind the network and its *pooling*: ``Dense``
+    (into 24 dimensions first, then 12 …) and others; weights are random."""
+    random = np.random.default_rng(3)
+    listed = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    _write(folder / "1_Pooling/config.json", {"word_embedding_dimension": SIZE, **pooling})
+    modes = pooling.get("pooling_mode") or [name for name, on in pooling.items() if on is True]
+    size = SIZE * (1 if isinstance(modes, str) else len(modes))
+    for index, kind in enumerate(kinds, 2):
+        place = f"{index}_{kind}"
+        listed.append((kind, place))
+        (folder / place).mkdir()
+        if kind == "Dense":
+            smaller = 24 if size > 24 else size // 2
+            activation = "Tanh" if smaller == 24 else "Identity"
+            _write(
+                folder / place / "config.json",
+                {
+                    "in_features": size,
+                    "out_features": smaller,
+                    "bias": smaller == 24,
+                    "activation_function": f"torch.nn.modules.activation.{activation}"
+                    if activation == "Tanh"
+                    else "torch.nn.modules.linear.Identity",
+                },
+            )
+            tensors = {"linear.weight": random.normal(0, 0.3, (smaller, size)).astype(np.float32)}
+            if smaller == 24:
+                tensors["linear.bias"] = random.normal(0, 0.3, smaller).astype(np.float32)
+            save_file(tensors, folder / place / "model.safetensors")
+            size = smaller
+    names = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(listed)
+    ]
+    (folder / "modules.json").write_text(json.dumps(names))
+    return folder
+
+
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value))

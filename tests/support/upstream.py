@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from penstock.core.events import Prefix
+from penstock.core.events import Phase, Prefix
 from penstock.core.job import Message, Request, Sampling
 from penstock.core.ports import Finish, Output
 from penstock.core.tasks import vector_text, vector_values
@@ -243,8 +243,11 @@ def chat(*messages: Message, **fields: Any) -> Request:
     )
 
 
-def text_of(outputs: list[Output]) -> str:
-    return "".join(text for output in outputs for text in output.texts)
+def text_of(outputs: list[Output], phase: Phase | None = None) -> str:
+    """All of it, or what is of one *phase*."""
+    if phase is None:
+        return "".join(text for output in outputs for text in output.texts)
+    return "".join(Prefix(each.ids, each.texts, each.phases).text_of(phase) for each in outputs)
 
 
 def error_of(outputs: list[Output]) -> Any:
@@ -266,6 +269,11 @@ def sse(*events: Any) -> Callable[[Upstream, web.Request, web.StreamResponse], A
 def said(text: Any, finish: str | None = None, **more: Any) -> dict[str, Any]:
     """An event of a chat."""
     return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish, **more}]}
+
+
+def thought(text: str, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    """An event of a chat whose model thinks."""
+    return {"choices": [{"index": 0, "delta": {"reasoning_content": text}, "finish_reason": finish, **more}]}
 
 
 def called(*calls: Any, finish: str | None = None) -> dict[str, Any]:

@@ -19,6 +19,25 @@ Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]
 
+
+class EmbeddingOptions(msgspec.Struct, frozen=True):
+    """Of models that embed: ``pooling``: cls, mean, last, or auto, what the folder says. ``normalize``: vectors have
+    the length 1. ``max_length``: tokens that an input may have, 0 for what the folder says; ``truncate``: longer ones
+    are cut instead of refused. ``query_instruction``, ``passage_instruction``: what is put before a text; empty: what
+    the folder says. ``matryoshka``: may vectors be cut to fewer dimensions? on, off, or auto, what the folder says.
+    ``step_tokens``: computed at once, with padding.
+    """
+
+    pooling: Literal["cls", "mean", "last", "auto"] = "auto"
+    normalize: bool = True
+    max_length: Count = 0
+    truncate: bool = False
+    query_instruction: str = ""
+    passage_instruction: str = ""
+    matryoshka: Literal["on", "off", "auto"] = "auto"
+    step_tokens: Positive = 1024
+
+
 _SWITCH = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
 

@@ -39,11 +39,11 @@ from penstock.engines.frames import Progress
 from penstock.engines.llama.gguf_text import UNKNOWN_ID, GgufText
 from penstock.engines.llama.options import LlamaOptions
 from penstock.engines.models import gguf_file
-from penstock.engines.parts.guide import Guide, Guides, followed, lark_of
+from penstock.engines.parts.guide import Guides, followed, lark_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Sampler, stream_key
 from penstock.engines.text.gguf import GgufFile
-from penstock.engines.text.reply import Reply
+from penstock.engines.text.reply import Reply, told
 
 #: How llama.cpp writes JSON that obeys a schema.
 SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -54,6 +54,8 @@ CANDIDATES = 256
 #: More tokens than a reply can have: how far penalties look back, and what keeps the random numbers of choices and of
 #: continuations apart.
 MAX_REPLY = 1 << 24
+#: Tokens that a step computes at most: who is cancelled, or comes, is noticed between two steps.
+BATCH = 512
 #: Seconds for tokens of a prompt, whose size is bounded.
 TOKENIZE_TIMEOUT = 20.0
 
@@ -102,13 +104,12 @@ class LlamaBackend(ThreadedBackend):
         prompt_tokens = None if request.prompt_ids is None else len(request.prompt_ids)
         self.requests[key] = choices = ThreadedChoices(key, len(prefixes), prompt_tokens)
         for choice, prefix in enumerate(prefixes):
-            guide = guides[choice]
-            reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guide)
+            reply = text.reply(request, request.sampling.max_tokens, prefix.ids, guides[choice], prompt=prompt)
             if reply.finish is not None:
                 if (last := choices.end(choice, reply.finish, reply.stop)) is not None:
                     self.queue.put(last)
                 continue
-            self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix, guide).run, prompt)
+            self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix).run, prompt)
 
     def tokenize(self, request: Request) -> Tokenized:
         ids: Sequence[int] | None = request.prompt_ids
@@ -146,7 +147,6 @@ class _ChoiceThread:
         choice: int,
         reply: Reply,
         prefix: Prefix,
-        guide: Guide | None,
     ) -> None:
         self._server = backend.server
         self._text = backend.text
@@ -155,15 +155,16 @@ class _ChoiceThread:
         self._request = request
         self._choice = choice
         self._reply = reply
-        self._guide = guide
+        self._guide = guide = reply.guide
         #: Tokens that llama.cpp had from an earlier prompt when it was first asked; None: it was not yet.
         self._cached_tokens: int | None = None
         #: The reply so far, for a prompt that ends with it.
         self._said = [text if id == UNKNOWN_ID else id for id, text in zip(prefix.ids, prefix.texts, strict=True)]
-        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and it has no way to
-        #: forbid texts, or an end for a while.
+        #: Whether tokens are drawn here. llama.cpp's grammars know only what it generates itself, and nothing of
+        #: thoughts, and it has no way to forbid texts, or an end for a while.
         sampling = request.sampling
-        self._here = bool((guide is not None and self._said) or sampling.bad_words or sampling.min_tokens)
+        guided_here = guide is not None and (self._said or reply.may_think)
+        self._here = bool(guided_here or sampling.bad_words or sampling.min_tokens)
 
     def run(self, prompt: list[int | str]) -> None:
         try:
@@ -249,7 +250,9 @@ class _ChoiceThread:
         few = not sampling.logit_bias and (self._guide is None or mask is self._guide)
         while reply.finish is None and not self._choices.over:
             for count in (CANDIDATES, text.vocab_size) if few else (text.vocab_size,):
-                own, prompt_tokens = self._candidates(self._prompt(prompt), count)
+                if (found := self._candidates(self._prompt(prompt), count)) is None:
+                    return
+                own, prompt_tokens = found
                 allowed = own[0].copy()
                 if mask is not None:
                     mask.mask(allowed)
@@ -266,10 +269,9 @@ class _ChoiceThread:
                 reply.end("length")
         self._end()
 
-    def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int]:
+    def _candidates(self, prompt: dict[str, Any], count: int) -> tuple[Floats, int] | None:
         """The model's log-probabilities of its *count* likeliest next tokens ([1, vocabulary], -inf elsewhere), and how
-        many tokens the prompt has."""
-        chunks: list[dict[str, Any]] = []
+        many tokens the prompt has. None where the request was aborted meanwhile."""
         body = {
             "prompt": prompt,
             "stream": True,
@@ -280,14 +282,24 @@ class _ChoiceThread:
             # What it draws is of no interest, but half a character would not be told.
             "logit_bias": [[self._text.letter, 1000.0]],
             "timings_per_token": True,
+            "return_progress": True,
         }
-        self._server.handle_completions(body, chunks.append)
-        if (error := chunks[0].get("error")) is not None:
+        told: dict[str, Any] = {}
+
+        def take(chunk: dict[str, Any]) -> bool:
+            if not told and ("error" in chunk or chunk["choices"][0]["logprobs"] is not None):
+                told.update(chunk)
+            return self._choices.over
+
+        self._server.handle_completions(body, take)
+        if not told:
+            return None
+        if (error := told.get("error")) is not None:
             raise _error(error)
         logits = np.full((1, self._text.vocab_size), -np.inf, np.float32)
-        for entry in chunks[0]["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]:
+        for entry in told["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]:
             logits[0, entry["id"]] = entry["logprob"]
-        return logits, self._given(chunks[0]["timings"])
+        return logits, self._given(told["timings"])
 
     def _given(self, timings: dict[str, Any]) -> int:
         """How many tokens llama.cpp was given, with all that it had of them already."""
@@ -301,7 +313,7 @@ class _ChoiceThread:
     def _push(self, ids: list[int], logprobs: list[Logprob | None] | None, prompt_tokens: int) -> None:
         """The next tokens, up to the reply's end, or to one that the guide does not allow: that, and what follows, is
         drawn anew, here."""
-        reply, taken, texts = self._reply, [], []
+        reply, taken, texts, phases = self._reply, [], [], []
         for token in ids:
             if self._guide is not None and not self._guide.allows(token):
                 self._here = True
@@ -309,6 +321,7 @@ class _ChoiceThread:
             text = reply.push(token)
             taken.append(token)
             texts.append(text)
+            phases.append(reply.phase)
             self._said.append(text if token == UNKNOWN_ID else token)
             if reply.finish is not None:
                 break
@@ -316,9 +329,7 @@ class _ChoiceThread:
         if taken:
             cached = self._cached_tokens or 0
             self._queue.put(
-                self._choices.output(
-                    self._choice, taken, texts, logprobs, prompt_tokens=prompt_tokens, cached_tokens=cached
-                )
+                self._choices.output(self._choice, taken, texts, logprobs, told(phases), prompt_tokens, cached)
             )
 
     def _end(self) -> None:
@@ -378,6 +389,8 @@ def _body(request: Request, choice: int, before: int) -> dict[str, Any]:
         "n_probs": max(1, sampling.logprobs or 0),
         "post_sampling_probs": sampling.logprobs is None,
         "timings_per_token": True,
+        # A chunk for each batch of the prompt: between two of them it asks whether somebody still wants it.
+        "return_progress": True,
     }
 
 
@@ -404,6 +417,7 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_parallel = options.slots
+    params.n_batch = params.n_ubatch = BATCH
     params.n_ctx = context * options.slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or psutil.cpu_count(False) or 1
     params.n_gpu_layers = options.gpu_layers

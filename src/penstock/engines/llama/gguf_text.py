@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from tokenizers import Tokenizer, models
@@ -46,6 +46,10 @@ class GgufText(TextModel):
 
     def _cut(self, text: str) -> list[int]:
         return self.tokens_of([text])
+
+    def _tail(self, prompt: Sequence[int | str]) -> str:
+        names = (piece if isinstance(piece, str) else self.tokenizer.id_to_token(piece) or "" for piece in prompt[-8:])
+        return "".join(names)[-200:]
 
     def pieces(self, request: Request) -> list[int | str]:
         """The prompt for llama.cpp: ids, and texts that it tokenizes.

@@ -8,11 +8,12 @@ continued reply), and because it is faster in large batches.
 Exported encoders embed (`embedding`), with our tokens and our pooling: GenAI's pipeline for that takes texts only, does
 not tell how many tokens they had, and cuts those that are too long without a word.
 
-With ``precision=f32`` activations and the cache are float32. Greedy replies were then the same alone, in a batch,
-after a resume, and with or without prefix caching, in every reply that was compared. Seeded ones draw from the same
-random numbers, but the attention kernel's last bits depend on the batch, and now and then (2 of 64 replies of 150
-tokens at temperature 1) a number falls between the two. ``precision=fast`` leaves the formats to the device (bfloat16
-and an 8-bit cache on recent CPUs): faster, and none of that holds.
+With ``precision`` f32, int8 and int4, activations and the cache are float32, however the weights are stored. Greedy
+replies were then the same alone, in a batch, after a resume, and with or without prefix caching, in every reply that
+was compared. Seeded ones draw from the same random numbers, but the attention kernel's last bits depend on the batch,
+and now and then (2 of 64 replies of 150 tokens at temperature 1) a number falls between the two. ``fast``,
+``int8-fast`` and ``int4-fast`` leave the formats to the device (bfloat16 and an 8-bit cache on recent CPUs): faster,
+and none of that holds.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from penstock.engines.child.backend import Backend
 from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.openvino.files import ModelFiles, even_context, resolve
+from penstock.engines.openvino.ir import WEIGHTS
 from penstock.engines.openvino.options import OpenVINOOptions
 from penstock.engines.openvino.ov import ov, paged_attention_transformation
+from penstock.engines.openvino.precision import PRECISIONS
 from penstock.engines.parts.batching import ContinuousBatching
-from penstock.engines.parts.embedding import EmbeddingBackend, pool, pooling_of, recipe_of
+from penstock.engines.parts.embedding import EmbeddingBackend, recipe_of
 from penstock.engines.parts.kvcache import CACHE_SHARE
+from penstock.engines.parts.modules import Modules, modules_of
 from penstock.engines.parts.sampling import Floats, Ints
 from penstock.engines.text.model import TextModel
 
@@ -48,8 +52,8 @@ class OpenVINONetwork:
 
     recompute_beyond: int | None = None
 
-    def __init__(self, model_file: Path, options: OpenVINOOptions, context: int) -> None:
-        core = ov.Core()
+    def __init__(self, files: ModelFiles, options: OpenVINOOptions, context: int) -> None:
+        core, model_file = ov.Core(), files.ir
         model = core.read_model(model_file)
         paged_attention_transformation(model)
         _gather_before_head(model)
@@ -70,9 +74,10 @@ class OpenVINONetwork:
                 f"{model_file} is not a plain decoder-only text model (it asks for {', '.join(strange) or 'no ids'}). "
                 "Serve it with another engine."
             )
-        self.precision = options.precision_of(model_file)
-        properties = options.properties(self.precision)
-        if self.precision == "f32":
+        self.precision = _told(model, files.precision)
+        self.exact = PRECISIONS[files.precision].exact
+        properties = options.properties(exact=self.exact)
+        if self.exact:
             properties["KV_CACHE_PRECISION"] = "f32"
         compiled = core.compile_model(model, options.device, properties)
         self._request = compiled.create_infer_request()
@@ -110,6 +115,13 @@ class OpenVINONetwork:
         return logits
 
 
+def _told(model: Any, precision: str) -> str:
+    """The precision for people: with the kind of the weights, where they are as their files have them and packed."""
+    return (
+        f"{precision} ({model.get_rt_info(WEIGHTS).astype(str)} weights)" if model.has_rt_info(WEIGHTS) else precision
+    )
+
+
 def _gather_before_head(model: Any) -> None:
     """Compute logits only for the tokens that are asked for: a prompt needs those of its last token only.
 
@@ -137,26 +149,28 @@ class OpenVINOEncoder:
     """See `penstock.engines.parts.embedding.Encoder`. Where the network makes the vectors of texts itself, they are
     taken, unless another *pooling* than "auto" is asked for."""
 
-    def __init__(self, model_file: Path, folder: Path, options: OpenVINOOptions) -> None:
-        core = ov.Core()
+    def __init__(self, files: ModelFiles, options: OpenVINOOptions) -> None:
+        core, model_file = ov.Core(), files.ir
         model = core.read_model(model_file)
         names = {name for port in model.outputs for name in port.get_names()}
-        self._pooling = ""
+        self.modules: Modules | None = None
         output = TEXT_VECTORS
         if TEXT_VECTORS not in names or options.pooling != "auto":
             output = next(name for name in TOKEN_VECTORS if name in names)
-            self._pooling = pooling_of(folder) if options.pooling == "auto" else options.pooling
+            self.modules = modules_of(files.text, options.pooling)
         self._inputs = {port.get_any_name() for port in model.inputs}
         if strange := sorted(self._inputs - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}):
             raise ModelLoadError(
                 f"{model_file} is not a plain text encoder: it asks for {', '.join(strange)}. Export it with "
                 "optimum-intel (optimum-cli export openvino --task feature-extraction --model MODEL FOLDER)."
             )
-        self.precision = options.precision_of(model_file)
-        compiled = core.compile_model(model, options.device, options.properties(self.precision))
+        self.precision = _told(model, files.precision)
+        properties = options.properties(exact=PRECISIONS[files.precision].exact)
+        compiled = core.compile_model(model, options.device, properties)
         self._request = compiled.create_infer_request()
         self._output = compiled.output(output)
-        self.dimensions = int(self._output.partial_shape[-1].get_length())
+        size = int(self._output.partial_shape[-1].get_length())
+        self.dimensions = self.modules.dimensions(size) if self.modules is not None else size
 
     def run(self, ids: Ints, mask: Ints) -> Floats:
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
@@ -168,7 +182,7 @@ class OpenVINOEncoder:
         }
         self._request.infer({name: ov.Tensor(given[name]) for name in self._inputs})
         result: Floats = self._request.get_tensor(self._output).data
-        return pool(result, mask, self._pooling) if self._pooling else result
+        return self.modules(result, mask) if self.modules is not None else result
 
 
 def _embeds(model_file: Path) -> bool:
@@ -178,16 +192,8 @@ def _embeds(model_file: Path) -> bool:
 
 
 def _embedding(name: str, files: ModelFiles, text: TextModel, options: OpenVINOOptions) -> EmbeddingBackend:
-    encoder = OpenVINOEncoder(files.ir, files.text, options)
-    recipe = recipe_of(
-        files.text,
-        text,
-        max_length=options.max_length,
-        prompts={"query": options.query_instruction, "document": options.passage_instruction},
-        normalize=options.normalize,
-        matryoshka=options.matryoshka,
-        truncate=options.truncate,
-    )
+    encoder = OpenVINOEncoder(files, options)
+    recipe = recipe_of(files.text, text, options, encoder.modules)
     return EmbeddingBackend(
         name, "openvino", text, encoder, recipe, slots=options.slots, step_tokens=options.step_tokens
     )
@@ -195,7 +201,7 @@ def _embedding(name: str, files: ModelFiles, text: TextModel, options: OpenVINOO
 
 def load(name: str, path: str | None, options: OpenVINOOptions, progress: Progress) -> Backend:
     """See `penstock.engines.child.backend.Loader`."""
-    files = resolve(name, path, progress)
+    files = resolve(name, path, progress, options.precision)
     text = TextModel.load(files.text)
     progress("compiling the model", None)
     try:
@@ -204,7 +210,7 @@ def load(name: str, path: str | None, options: OpenVINOOptions, progress: Progre
         if (even := even_context(files, text.context_length)) < text.context_length:
             notify("engine.context_cut", error=f"{even} tokens: beyond, all texts of a batch have one LongRoPE")
             text.context_length = even
-        network = OpenVINONetwork(files.ir, options, text.context_length)
+        network = OpenVINONetwork(files, options, text.context_length)
     except RuntimeError as error:
         raise ModelLoadError(f"OpenVINO cannot load {files.ir} on {options.device}: {error}") from error
     backend = ContinuousBatching(
@@ -213,7 +219,7 @@ def load(name: str, path: str | None, options: OpenVINOOptions, progress: Progre
         text,
         network,
         slots=options.slots,
-        deterministic=network.precision == "f32",
+        deterministic=network.exact,
         prefix_caching=options.prefix_caching,
     )
     backend.spare_time = backend.warm_up(WARM_UP)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from penstock.core.errors import ModelLoadError
+from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.models import check_tokenizer, download, is_remote, local_place
+from penstock.engines.openvino.precision import PRECISIONS, SMALL, automatic
 from penstock.engines.text.model import read_json
 from penstock.models.cache import cache_folder
 from penstock.models.catalogue import CATALOGUE
@@ -17,29 +21,53 @@ IR_NAMES = ("openvino_model.xml", "openvino_language_model.xml")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """``ir``: the network's .xml; ``text``: the folder with tokenizer.json and the configs. ``exported``: somebody else
-    made the network."""
+    """``ir``: the network's .xml; ``text``: the folder with tokenizer.json and the configs; ``precision``: the name of
+    the one to compute with. ``exported``: somebody else made the network."""
 
     ir: Path
     text: Path
+    precision: str
     exported: bool = False
 
 
-def resolve(name: str, path: str | None, progress: Progress, cache: Path | None = None) -> ModelFiles:
-    """The files of a model: a bundled name, a folder (OpenVINO or safetensors), a .gguf file, or a hub name.
+def resolve(
+    name: str, path: str | None, progress: Progress, precision: str = "auto", cache: Path | None = None
+) -> ModelFiles:
+    """The files of a model: a bundled name, a folder (OpenVINO or safetensors), a .gguf file, or a hub name; its
+    weights stored as *precision* wants them.
 
     Raises `ModelLoadError` that says what to do.
     """
     cache = cache or cache_folder()
     place = find(name, path) or _checked(download(path or name, progress))
-    if place.is_dir():
-        for ir in IR_NAMES:
-            if (place / ir).is_file():
-                return ModelFiles(place / ir, place, exported=True)
-    from penstock.engines.openvino.ir import built  # imports OpenVINO: not in the server
+    for ir in IR_NAMES:
+        if (place / ir).is_file():
+            return _exported(place / ir, precision)
+    from penstock.engines.openvino.ir import built, packed  # imports OpenVINO: not in the server
 
-    target = built(place, cache / "ir", progress)
-    return ModelFiles(target / "openvino_model.xml", target)
+    if precision == "auto":
+        precision = automatic(weights_size(place), psutil.virtual_memory().total, lambda: packed(place))
+        notify("engine.precision", precision=precision)
+    target = built(place, cache / "ir", progress, PRECISIONS[precision].weights)
+    return ModelFiles(target / "openvino_model.xml", target, precision)
+
+
+def _exported(ir: Path, precision: str) -> ModelFiles:
+    """A network that somebody else has built: its weights stay as they are."""
+    if precision == "auto":
+        precision = "f32" if ir.with_suffix(".bin").stat().st_size <= SMALL else "fast"
+        notify("engine.precision", precision=precision)
+    if PRECISIONS[precision].weights != "as they are":
+        raise ModelLoadError(
+            f"{ir.parent} is an exported model, whose weights cannot be made smaller here: export it with "
+            f"--weight-format {PRECISIONS[precision].weights} and serve it as f32 or fast, or serve its safetensors."
+        )
+    return ModelFiles(ir, ir.parent, precision, exported=True)
+
+
+def weights_size(place: Path) -> int:
+    """Bytes of the weights in a folder with safetensors, or of a .gguf file."""
+    return sum(path.stat().st_size for path in (place.glob("*.safetensors") if place.is_dir() else [place]))
 
 
 def find(name: str, path: str | None) -> Path | None:

@@ -222,7 +222,9 @@ class ContinuousBatching(Backend):
                     sequence.reply.end("stop")
             else:
                 guide = self._guides.begin(request) if self._guides else None
-                sequence = _Sequence(choices, choice, request, prompt, text.reply(request, limit, prefix.ids, guide))
+                sequence = _Sequence(
+                    choices, choice, request, prompt, text.reply(request, limit, prefix.ids, guide, prompt=prompt)
+                )
             sequences.append(sequence)
         self._requests[key] = sequences
         for sequence in sequences:
@@ -495,7 +497,8 @@ class ContinuousBatching(Backend):
             logprob: list[Logprob | None] | None = None
             if row in logprobs:
                 logprob = [self._text.logprob(token, *logprobs[row])]
-            output = choices.output(sequence.choice, [token], [reply.push(token)], logprob)
+            text = reply.push(token)
+            output = choices.output(sequence.choice, [token], [text], logprob, reply.phases)
             if (earlier := outputs.get(choices.key)) is None:
                 outputs[choices.key] = output
             else:  # another choice of the same request

@@ -1,5 +1,5 @@
-"""Vectors of texts: which inputs are computed together, how a network's output becomes a vector, and the text side. The
-network itself, and whose library computes it, is the engine's.
+"""Vectors of texts: which inputs are computed together, and the text side. The network itself, and whose library
+computes it, is the engine's; how its output becomes a vector is in `modules`.
 
 The inputs of all requests are computed in steps of a bounded size. Requests take turns, so that one with thousands of
 inputs does not keep others waiting; within a request the longest go first, so that those of a step are of about one
@@ -23,18 +23,13 @@ from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized, vector_text
 from penstock.engines.child.backend import Backend
 from penstock.engines.child.choices import Choices
+from penstock.engines.options import EmbeddingOptions
+from penstock.engines.parts.modules import Modules
 from penstock.engines.parts.sampling import Floats, Ints
 from penstock.engines.text.model import TextModel, read_json
 
-POOLINGS = ("cls", "mean", "last")
-#: What sentence-transformers calls them in ``1_Pooling/config.json``.
-_POOLING_FIELDS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-}
 #: Networks whose positions begin behind that of the padding token.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "mpnet")
 
 
 class Encoder(Protocol):
@@ -49,20 +44,6 @@ class Encoder(Protocol):
         ...
 
 
-def pool(hidden: Floats, mask: Ints, pooling: str) -> Floats:
-    """One vector a text, [texts, size], of the vectors of its tokens, *hidden* ([texts, tokens, size])."""
-    if pooling == "cls":
-        first: Floats = hidden[:, 0]
-        return first
-    lengths = mask.sum(axis=1)
-    if pooling == "last":
-        last: Floats = hidden[np.arange(len(hidden)), lengths - 1]
-        return last
-    weights = mask.astype(np.float32) / lengths[:, None]
-    mean: Floats = np.einsum("bts,bt->bs", hidden, weights)
-    return mean
-
-
 # ------------------------------------------------------------------------------------------ what the files say
 
 
@@ -72,6 +53,7 @@ class Recipe:
 
     ``prompts``: what is put before a text, by its ``input_type``. ``cut``: to how many dimensions a vector may be cut
     (None: to none; empty: to any number). ``truncate``: are texts cut to ``max_length`` tokens, or refused?
+    ``lower``: are texts in lower case before they are cut into tokens?
     """
 
     max_length: int
@@ -79,19 +61,7 @@ class Recipe:
     normalize: bool = True
     cut: tuple[int, ...] | None = None
     truncate: bool = False
-
-
-def pooling_of(folder: Path) -> str:
-    """What sentence-transformers has written into a model's folder. Raises `ModelLoadError` where it has not."""
-    written = read_json(folder / "1_Pooling" / "config.json")
-    found = [name for field, name in _POOLING_FIELDS.items() if written.get(field)]
-    found = found or [{"lasttoken": "last"}.get(mode, mode) for mode in [written.get("pooling_mode")] if mode]
-    if len(found) == 1 and found[0] in POOLINGS:
-        return str(found[0])
-    raise ModelLoadError(
-        f"{folder} does not say how a text's vector is made of its tokens' (1_Pooling/config.json). The model's page "
-        "does: --option pooling=cls (as bge, arctic-embed), mean (as e5, MiniLM, gte) or last (as Qwen3-Embedding)."
-    )
+    lower: bool = False
 
 
 def max_length_of(folder: Path, text: TextModel) -> int:
@@ -120,27 +90,25 @@ def cuts_of(folder: Path) -> tuple[int, ...] | None:
     return () if config.get("is_matryoshka") else None
 
 
-def recipe_of(
-    folder: Path,
-    text: TextModel,
-    *,
-    max_length: int,
-    prompts: Mapping[str, str],
-    normalize: bool,
-    matryoshka: str,
-    truncate: bool,
-) -> Recipe:
-    """What the files say, and the operator instead: *max_length* 0, prompts that are empty and *matryoshka* "auto" are
-    left to the files. Raises `ModelLoadError`."""
+def recipe_of(folder: Path, text: TextModel, options: EmbeddingOptions, modules: Modules | None) -> Recipe:
+    """What the files say, and the operator instead: a ``max_length`` of 0, prompts that are empty and a ``matryoshka``
+    of "auto" are left to the files. *modules*: where vectors are made of tokens' here. Raises `ModelLoadError`."""
     most = max_length_of(folder, text)
-    if max_length > text.context_length:
+    if options.max_length > text.context_length:
         raise ModelLoadError(f"Option max_length is at most {text.context_length}: the model has no more positions.")
+    given = {"query": options.query_instruction, "document": options.passage_instruction}
+    prompts = prompts_of(folder) | {kind: prompt for kind, prompt in given.items() if prompt}
+    if modules is not None and not modules.include_prompt and any(prompts.values()):
+        raise ModelLoadError(
+            f"{folder} leaves the prompt out of a text's vector (include_prompt of its pooling): it cannot be served."
+        )
     return Recipe(
-        max_length=max_length or most,
-        prompts=prompts_of(folder) | {kind: prompt for kind, prompt in prompts.items() if prompt},
-        normalize=normalize,
-        cut={"on": (), "off": None}.get(matryoshka, cuts_of(folder)),
-        truncate=truncate,
+        max_length=options.max_length or most,
+        prompts=prompts,
+        normalize=options.normalize,
+        cut={"on": (), "off": None}.get(options.matryoshka, cuts_of(folder)),
+        truncate=options.truncate,
+        lower=bool(read_json(folder / "sentence_bert_config.json").get("do_lower_case")),
     )
 
 
@@ -240,6 +208,7 @@ class EmbeddingBackend(Backend):
         """The token ids of an input; given ids are taken as they are."""
         most = self._recipe.max_length
         if isinstance(given, str):
+            given = given.lower() if self._recipe.lower else given
             if not self._recipe.truncate:
                 self._text.check_size(len(prompt) + len(given), "input")
             ids = self._text.encode(prompt + given)

@@ -20,8 +20,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 from penstock.core.errors import EngineError, InvalidRequest
 from penstock.core.job import Request, ResponseFormat
 from penstock.core.tools import check_form
+from penstock.engines.text.masks import Follows
 from penstock.engines.text.model import TextModel
-from penstock.engines.text.reply import Follows
 
 Floats = npt.NDArray[np.float32]
 

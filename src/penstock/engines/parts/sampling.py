@@ -87,7 +87,7 @@ class _Adjustment:
 
 
 class Mask(Protocol):
-    """Forbids tokens (`penstock.engines.parts.guide.Guide`, `penstock.engines.text.reply.Bans`)."""
+    """Forbids tokens (`penstock.engines.parts.guide.Guide`, `penstock.engines.text.masks.Bans`)."""
 
     def mask(self, logits: Floats) -> None:
         """Set the logits of tokens that must not be drawn to -inf, in one row; never all of them."""

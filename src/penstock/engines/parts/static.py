@@ -57,7 +57,7 @@ class Row:
         """The next token; with its log-probability and the best alternatives where they were asked for."""
         text = self.reply.push(token)
         logprobs: list[Logprob | None] | None = None if logprob is None else [self._text.logprob(token, *logprob)]
-        self._queue.put(self._choices.output(self._choice, [token], [text], logprobs))
+        self._queue.put(self._choices.output(self._choice, [token], [text], logprobs, self.reply.phases))
         if self.reply.finish is not None:
             self.end()
 
@@ -105,7 +105,8 @@ class StaticBatching(ThreadedBackend):
         choices = ThreadedChoices(key, len(prefixes), len(prompt))
         rows = []
         for choice, prefix in enumerate(prefixes):
-            reply = text.reply(request, limit, prefix.ids, self._guides.begin(request) if self._guides else None)
+            guide = self._guides.begin(request) if self._guides else None
+            reply = text.reply(request, limit, prefix.ids, guide, prompt=prompt)
             rows.append(Row(self, choices, choice, request, prompt, reply))
         self.requests[key] = choices
         for row in rows:

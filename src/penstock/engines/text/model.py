@@ -27,7 +27,9 @@ from penstock.engines.text.detokenize import (
     WindowDetokenizer,
     byte_level_alphabet,
 )
-from penstock.engines.text.reply import Follows, Reply
+from penstock.engines.text.formats.table import choose
+from penstock.engines.text.masks import Follows
+from penstock.engines.text.reply import Reply
 from penstock.engines.text.tools import (
     strings_in,
     tool_view,
@@ -130,6 +132,9 @@ class TextModel:
         strings = sorted((token.content for id, token in added.items() if token.special), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
         self._chat: ChatTemplate | None = None
+        self._source = chat_template or ""
+        self._marks_of: dict[frozenset[str], dict[int, str]] = {}
+        self.use_formats("auto", "auto")
         self.no_chat = ""
         """Why it cannot chat, where its template cannot be read."""
         if chat_template is not None:
@@ -138,6 +143,11 @@ class TextModel:
             except ModelLoadError as error:
                 self.no_chat = error.message
                 notify("engine.no_chat", error=error.message)
+
+    def use_formats(self, tools: str, reasoning: str) -> None:
+        """How it writes calls and thoughts, by name, as the engines' options have it. Raises `ModelLoadError`."""
+        knows = self.tokenizer.token_to_id
+        self.formats = choose(self._source, lambda word: knows(word) is not None, tools, reasoning)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> TextModel:
@@ -332,20 +342,53 @@ class TextModel:
             return ByteFallbackDetokenizer(texts, data, 0 if continuing else strip)
         return WindowDetokenizer(self.tokenizer.decode)
 
-    def reply(self, request: Request, limit: int, prefix: Iterable[int] = (), guide: Follows | None = None) -> Reply:
-        """One choice of *request*, at most *limit* tokens, behind what an earlier attempt logged of it."""
+    def reply(
+        self,
+        request: Request,
+        limit: int,
+        prefix: Iterable[int] = (),
+        guide: Follows | None = None,
+        *,
+        prompt: Sequence[int | str] = (),
+    ) -> Reply:
+        """One choice of *request*, at most *limit* tokens, behind its *prompt* and what an earlier attempt logged."""
         detokenizer = self.detokenizer(continuing=request.messages is None or request.continue_final)
         sampling = request.sampling
+        reader = self.formats.reader(request, opened=self.opens_thought(request, prompt))
         return Reply(
             detokenizer,
             sampling,
             self.eos_ids,
             limit,
             prefix,
-            request=request,
+            reader=reader,
+            marks=self._marks(reader.words) if reader is not None else None,
             guide=guide,
+            thinks=[id for word in self.formats.begins if (id := self.tokenizer.token_to_id(word)) is not None],
             bad_words=[spelling for word in sampling.bad_words for spelling in self.spellings(word)],
         )
+
+    def opens_thought(self, request: Request, prompt: Sequence[int | str]) -> bool:
+        """Has the *prompt* begun a thought: by what the chat template put at its end, or in the reply's beginning?"""
+        begins, ends = self.formats.begins, self.formats.ends
+        if request.messages is None or not begins:
+            return False
+        text = self._tail(prompt).rstrip()
+        if request.continue_final:
+            text = request.messages[-1].content
+            return max(map(text.rfind, begins)) > max(map(text.rfind, ends))
+        return text.endswith(begins)
+
+    def _tail(self, prompt: Sequence[int | str]) -> str:
+        """The end of a prompt, special tokens and all: long enough for any mark."""
+        return str(self.tokenizer.decode([id for id in prompt[-24:] if isinstance(id, int)], skip_special_tokens=False))
+
+    def _marks(self, words: frozenset[str]) -> dict[int, str]:
+        """The special tokens that are in *words*: the detokenizer says nothing of them."""
+        if words not in self._marks_of:
+            names = ((id, self.tokenizer.id_to_token(id) or "") for id in self._special - self.eos_ids)
+            self._marks_of[words] = {id: name for id, name in names if name and any(name in word for word in words)}
+        return self._marks_of[words]
 
     def spellings(self, text: str) -> list[list[int]]:
         """*text* in tokens, at a text's beginning and behind a space."""

@@ -1,15 +1,15 @@
-"""One choice of a request, as its tokens come: its text, its stop strings, its end."""
+"""One choice of a request, as its tokens come: its text, thoughts and calls, its stop strings, its end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
-from penstock.core.job import Request, Sampling
-from penstock.core.tools import finish_reason
+from penstock.core.events import Phase, TokenPhase
+from penstock.core.job import Sampling
 from penstock.engines.text.detokenize import Detokenizer
+from penstock.engines.text.formats.family import Reader
+from penstock.engines.text.formats.source import Segment
+from penstock.engines.text.masks import AfterThought, Bans, Follows
 
 
 class StopStrings:
@@ -51,50 +51,16 @@ class StopStrings:
         return held
 
 
-class Follows(Protocol):
-    """What is asked of `penstock.engines.parts.guide.Guide`."""
-
-    over: bool
-
-    @property
-    def error(self) -> str | None: ...
-
-    def accept(self, token: int) -> None: ...
-
-    def mask(self, logits: Any) -> None: ...
-
-
-class Bans:
-    """Tokens that a reply must not go on with: its ends before it has ``min_tokens``, and the last token of a text that
-    it must not have. Never all that its guide leaves: the guide comes first."""
-
-    def __init__(self, reply: Reply, least: int, ends: Iterable[int], spellings: Iterable[Sequence[int]]) -> None:
-        """*spellings*: the forbidden texts in tokens."""
-        self._reply = reply
-        self._least = least
-        self._ends = sorted(ends)
-        self._spellings = [(list(spelling[:-1]), spelling[-1]) for spelling in spellings]
-
-    def mask(self, logits: Any) -> None:
-        if self._reply.guide is not None:
-            self._reply.guide.mask(logits)
-        ids = self._reply.ids
-        banned = [last for before, last in self._spellings if not before or ids[-len(before) :] == before]
-        if len(ids) < self._least:
-            banned += self._ends
-        values = logits[banned]
-        logits[banned] = -np.inf
-        if not np.isfinite(logits).any():
-            logits[banned] = values
-
-
 class Reply:
     """One choice of one request, as its tokens come.
 
     ``finish`` is None until the reply has ended. *limit* is the number of tokens it may have, counted from its start.
-    Construct it with the logged *prefix* of an earlier attempt to continue that attempt's reply. A *request* with tools
-    ends with ``tool_calls`` when the reply has calls. A *guide* is told of every token, and ends the reply once nothing
-    more can follow. *bad_words* are the sampling's in tokens.
+    Construct it with the logged *prefix* of an earlier attempt to continue that attempt's reply.
+
+    Its text goes from the *detokenizer* through the *reader*, which splits it into thoughts, text and calls (None: all
+    is text), and what is text through the stop strings. *marks*: the text of special tokens that the reader looks for,
+    by id. A *guide* is told of every token behind a thought, and ends the reply once nothing more can follow; *thinks*
+    are the tokens that begin a thought. *bad_words* are the sampling's in tokens.
     """
 
     __slots__ = (
@@ -102,13 +68,14 @@ class Reply:
         "_ends",
         "_least",
         "_limit",
-        "_request",
+        "_marks",
+        "_reader",
         "_stops",
-        "_texts",
         "finish",
         "guide",
         "ids",
         "mask",
+        "phase",
         "push_text",
     )
 
@@ -120,24 +87,30 @@ class Reply:
         limit: int,
         prefix: Iterable[int] = (),
         *,
-        request: Request | None = None,
+        reader: Reader | None = None,
+        marks: Mapping[int, str] | None = None,
         guide: Follows | None = None,
+        thinks: Iterable[int] = (),
         bad_words: Iterable[Sequence[int]] = (),
     ) -> None:
         self._detokenizer = detokenizer
         self.push_text = detokenizer.push
-        self._request = request if request is not None and request.callable_tools else None
-        self._texts: list[str] = []
-        self.guide = guide
+        self._reader = reader
+        self._marks = marks or {}
         ends: frozenset[int] = frozenset() if sampling.ignore_eos and guide is None else eos_ids
         self._ends = ends.union(sampling.stop_token_ids)
+        self.guide = guide
+        if guide is not None and reader is not None:
+            self.guide = AfterThought(guide, reader, thinks, self._ends)
         self._least = sampling.min_tokens
         self._stops = StopStrings(sampling.stop) if sampling.stop else None
         self._limit = limit
         self.ids: list[int] = []
         self.finish: str | None = None
         """None, or a reason as `penstock.core.job.FinishReason` has them."""
-        self.mask: Follows | Bans | None = guide
+        self.phase: TokenPhase = Phase.TEXT
+        """Of the last token."""
+        self.mask: Follows | Bans | None = self.guide
         """Takes out of one row of logits what must not come next; None where everything may."""
         if sampling.min_tokens or sampling.bad_words:
             self.mask = Bans(self, sampling.min_tokens, self._ends, bad_words)
@@ -151,57 +124,99 @@ class Reply:
         return self._limit - len(self.ids)
 
     @property
+    def phases(self) -> list[TokenPhase] | None:
+        """The phase of the last token, as outputs have it: None for text."""
+        return None if self.phase is Phase.TEXT else [self.phase]
+
+    @property
+    def may_think(self) -> bool:
+        """May the next token be one that the guide does not hold?"""
+        return isinstance(self.guide, AfterThought) and self.guide.may_think
+
+    @property
     def stop(self) -> str | None:
         """The stop string that ended it, if one did."""
         return None if self._stops is None else self._stops.met
 
     def push(self, token: int) -> str:
-        """The text that *token* completed (perhaps none); sets ``finish`` when the reply ends with it.
+        """The text that *token* completed (perhaps none); sets ``finish`` when the reply ends with it, and ``phase``.
 
         The end token itself and the tokens of a stop string give no text of their own.
         """
-        text = self._next(token)
-        if self._request is not None:
-            self._texts.append(text)
-            if self.finish is not None:
-                self.end(self.finish)
-        return text
+        ids, guide = self.ids, self.guide
+        ids.append(token)
+        if guide is not None:
+            guide.accept(token)
+        if token in self._ends:
+            return self._take("", "stop")
+        text = self.push_text(token)
+        if token in self._marks:
+            text += self._detokenizer.flush() + self._marks[token]
+        if guide is not None and guide.over:
+            return self._take(text, "stop")
+        if len(ids) >= self._limit:
+            return self._take(text, "length")
+        return text if self._reader is None and self._stops is None else self._take(text, None)
 
     def end(self, reason: str) -> None:
         """The engine ended it for a *reason* of its own."""
-        self.finish = reason
-        if self._request is not None:
-            self.finish = finish_reason(self._request, reason, "".join(self._texts))
+        self.finish = "tool_calls" if reason == "stop" and self._reader is not None and self._reader.calls else reason
 
-    def _next(self, token: int) -> str:
-        ids = self.ids
-        ids.append(token)
-        if self.guide is not None:
-            self.guide.accept(token)
-        if token in self._ends:
-            self.finish = "stop"
-            return self._rest("")
-        text = self.push_text(token)
-        if self._stops is not None and len(ids) > self._least:
-            text, stopped = self._stops.push(text)
-            if stopped:
-                self.finish = "stop"
-                return text
-        if self.guide is not None and self.guide.over:
-            self.finish = "stop"
-            return self._rest(text)
-        if len(ids) >= self._limit:
-            self.finish = "length"
-            return self._rest(text)
+    def _take(self, text: str, reason: str | None) -> str:
+        """What is given out of the new *text*; and of all that was held back, where it is the last, for a *reason*."""
+        if reason is not None:
+            text += self._detokenizer.flush()
+        if self._reader is None:
+            text, met = self._visible(text, last=reason is not None)
+        else:
+            text, met = self._split(self._reader, text, last=reason is not None)
+        if met or reason is not None:
+            self.end("stop" if met else reason or "stop")
         return text
 
-    def _rest(self, text: str) -> str:
-        """*text* and whatever is held back, once it is known that nothing follows."""
-        last = self._detokenizer.flush()
-        if self._stops is None:
-            return text + last
-        more, stopped = self._stops.push(last)
-        if stopped:
-            self.finish = "stop"
-            return text + more
-        return text + more + self._stops.flush()
+    def _visible(self, text: str, *, last: bool) -> tuple[str, bool]:
+        """As much of *text* as no stop string can begin in, and whether one was met."""
+        stops, met = self._stops, False
+        if stops is None:
+            return text, False
+        if len(self.ids) > self._least:
+            text, met = stops.push(text)
+        return (text + stops.flush() if last and not met else text), met
+
+    def _split(self, reader: Reader, text: str, *, last: bool) -> tuple[str, bool]:
+        before = reader.phase
+        segments = reader.push(text)
+        if isinstance(self.guide, AfterThought):
+            self.guide.wrote(segments)
+        if last:
+            segments += reader.finish()
+        written: list[Segment] = []
+        met = False
+        for phase, part in [*segments, (Phase.TEXT, "")] if last else segments:
+            if phase is Phase.TEXT:
+                part, met = self._visible(part, last=last)
+            elif self._stops is not None:
+                written.append((Phase.TEXT, self._stops.flush()))
+            written.append((phase, part))
+            if met:
+                break
+        self.phase = _phase(before, reader.phase, written)
+        return "".join(part for _, part in written), met
+
+
+def told(phases: list[TokenPhase]) -> list[TokenPhase] | None:
+    """*phases* as outputs have them: None where all are text."""
+    return phases if any(phase is not Phase.TEXT for phase in phases) else None
+
+
+def _phase(before: Phase, now: Phase, written: list[Segment]) -> TokenPhase:
+    """The phase of a token that gave the segments *written*; where it gave no text, of what it was a mark of."""
+    parts: list[Segment] = []
+    for phase, text in written:
+        if parts and parts[-1][0] is phase:
+            parts[-1] = (phase, parts[-1][1] + text)
+        elif text:
+            parts.append((phase, text))
+    if not parts:
+        return now if before is Phase.TEXT else before
+    return parts[0][0] if len(parts) == 1 else [(phase, len(text)) for phase, text in parts]

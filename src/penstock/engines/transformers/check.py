@@ -35,14 +35,14 @@ ADDED = 4
 def why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
     """Why continuous batching would go wrong for *model*; None when its logits are those of the unchanged model. Its
     attention is the network's from here on."""
-    texts = _texts(vocab, *LENGTHS)
+    given = texts(vocab, *LENGTHS)
     try:
         with torch.inference_mode(), _narrowed(model):
-            wanted = [model(network.tensor(text)[None], use_cache=False).logits[0].float().cpu() for text in texts]
+            wanted = [model(network.tensor(text)[None], use_cache=False).logits[0].float().cpu() for text in given]
             model.set_attn_implementation("penstock")
             had: Sequence[int] = (0, 0)
             for cut in CUTS:
-                parts = [(i, texts[i][had[i] : cut[i]]) for i in (0, 1) if cut[i] > had[i]]
+                parts = [(i, given[i][had[i] : cut[i]]) for i in (0, 1) if cut[i] > had[i]]
                 counts = [len(part) for _, part in parts]
                 logits = network.run(
                     input_ids=np.concatenate([part for _, part in parts]),
@@ -56,9 +56,8 @@ def why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
                     sampled_tokens_indices=np.cumsum(counts) - 1,
                 )
                 for row, (i, _) in zip(torch.from_numpy(logits), parts, strict=True):
-                    off = _off(row, wanted[i][cut[i] - 1])
-                    if not off <= _tolerance(model):
-                        return f"its logits are {off:.2g} standard deviations off"
+                    if not (far := off(row, wanted[i][cut[i] - 1])) <= tolerance(model):
+                        return f"its logits are {far:.2g} standard deviations off"
                 had = cut
     except Exception as error:  # whatever a stranger's module raises when it is called in a way it does not know
         return f"{type(error).__name__}: {error}"
@@ -68,8 +67,8 @@ def why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
 def together(model: Any, device: torch.device, vocab: int) -> Together:
     """Which rows the library's ``generate`` computes in one batch as it does each alone. A model that ignores the mask
     (a state instead of attention) takes padding for text."""
-    longer, shorter = _texts(vocab, *LENGTHS)
-    others = _texts(vocab, LENGTHS[0], LENGTHS[0])
+    longer, shorter = texts(vocab, *LENGTHS)
+    others = texts(vocab, LENGTHS[0], LENGTHS[0])
     with torch.inference_mode(), _narrowed(model):
         if _as_alone(model, device, [longer, shorter]):
             return "any"
@@ -80,7 +79,7 @@ def _as_alone(model: Any, device: torch.device, texts: Sequence[Ints]) -> bool:
     alone = [_generated(model, device, [text])[0] for text in texts]
     beside = _generated(model, device, texts)
     return all(
-        _off(row, right) <= _tolerance(model)
+        off(row, right) <= tolerance(model)
         for rows, rights in zip(beside, alone, strict=True)
         for row, right in zip(rows, rights, strict=True)
     )
@@ -119,16 +118,16 @@ class _Told(LogitsProcessor):  # type: ignore[misc]
         return forced
 
 
-def _texts(vocab: int, *lengths: int) -> list[Ints]:
+def texts(vocab: int, *lengths: int) -> list[Ints]:
     random = np.random.default_rng(0)
     return [random.integers(0, vocab, length) for length in lengths]
 
 
-def _off(logits: torch.Tensor, right: torch.Tensor) -> float:
+def off(logits: torch.Tensor, right: torch.Tensor) -> float:
     return float((logits - right).abs().max() / right.std())
 
 
-def _tolerance(model: Any) -> float:
+def tolerance(model: Any) -> float:
     return TOLERANCE[str(model.dtype).removeprefix("torch.")]
 
 

@@ -22,11 +22,12 @@ HARMLESS = re.compile(
 NAMED = 3
 
 
-def read(kind: Any, folder: Path, dtype: Any, device: torch.device) -> Any:
+def read(kind: Any, folder: Path, dtype: Any, device: torch.device, unneeded: re.Pattern[str] | None = None) -> Any:
     """The model in *folder* as *kind* (one of the library's ``AutoModel…``) makes it, ready to compute.
 
-    Raises `ModelLoadError` for what the library cannot read, and where it would fill in random numbers for tensors that
-    the files lack, or leave out some that the model was trained with.
+    *unneeded*: tensors that what is wanted of the model does not depend on. Raises `ModelLoadError` for what the
+    library cannot read, and where it would fill in random numbers for tensors that the files lack, or leave out some
+    that the model was trained with.
     """
     try:
         model, told = kind.from_pretrained(
@@ -40,9 +41,13 @@ def read(kind: Any, folder: Path, dtype: Any, device: torch.device) -> Any:
         model = model.to(device).eval()
     except Exception as error:  # the library's checks raise whatever they like
         raise ModelLoadError(f"transformers cannot load {folder}: {error}") from error
-    unused = [name for name in told["unexpected_keys"] if not HARMLESS.search(name)]
+    missing, unused = (
+        [name for name in told[keys] if not (unneeded is not None and unneeded.search(name))]
+        for keys in ("missing_keys", "unexpected_keys")
+    )
+    unused = [name for name in unused if not HARMLESS.search(name)]
     for names, problem in (
-        (told["missing_keys"], "are not in its files, and would be random"),
+        (missing, "are not in its files, and would be random"),
         (unused, f"of its files have no place in a {type(model).__name__}, which would go on without them"),
     ):
         if names:

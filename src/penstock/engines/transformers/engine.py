@@ -37,10 +37,12 @@ from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.parts.batching import STEP_TOKENS, ContinuousBatching
+from penstock.engines.parts.embedding import EmbeddingBackend, recipe_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.static import StaticBatching
 from penstock.engines.text.model import TextModel
 from penstock.engines.transformers import check, checkpoint
+from penstock.engines.transformers.embed import TorchEncoder, is_encoder
 from penstock.engines.transformers.generate import Generate
 from penstock.engines.transformers.network import DTYPES, TorchNetwork
 from penstock.engines.transformers.options import TransformersOptions
@@ -64,7 +66,14 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
     warnings.filterwarnings("ignore")
     progress(f"loading the weights on {device}", None)
     text = _text(folder)
-    model = checkpoint.read(AutoModelForCausalLM, folder, _dtype(options.dtype, device, folder), device)
+    dtype = _dtype(options.dtype, device, folder)
+    if is_encoder(folder, options):
+        encoder = TorchEncoder(folder, dtype, device, options)
+        recipe = recipe_of(folder, text, options, encoder.modules)
+        return EmbeddingBackend(
+            name, "transformers", text, encoder, recipe, slots=options.slots, step_tokens=options.step_tokens
+        )
+    model = checkpoint.read(AutoModelForCausalLM, folder, dtype, device)
     text.vocab_size = min(text.vocab_size, model.get_output_embeddings().weight.shape[0])
 
     network = TorchNetwork(model, device)

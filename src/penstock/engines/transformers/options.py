@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
-
-from penstock.engines.options import Amount, Count, Positive
+from penstock.engines.options import Amount, Count, EmbeddingOptions, Positive
 
 
-class TransformersOptions(msgspec.Struct, frozen=True):
+class TransformersOptions(EmbeddingOptions, frozen=True):
     """``device``: cpu, cuda, cuda:1 …; auto takes the first CUDA device if there is one. ``dtype``: f32, bf16, f16, or
     auto: the checkpoint's own on CUDA; on a CPU f32 for weights up to 2 GB, else bf16. ``slots``: sequences that run at
     once. ``context``: tokens that each may have, 0 for what the model was trained for, or less where the cache of all

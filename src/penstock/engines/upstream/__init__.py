@@ -5,7 +5,9 @@ A reply that a replica did not finish goes on at another, from what was logged; 
 ===========  ===========================================================================================
 options      what the operator says
 dialects     what a request looks like for each kind of server, and what a refusal means
-stream       chunks into tokens: the hot path
+stream       what comes down a stream: lines, chunks
+reply        chunks into tokens: the hot path
+calls        calls of tools, in any form
 answers      what is no stream: vectors, and the tokens of a prompt
 replicas     what each can do, health, circuit breakers, the choice among them
 backend      calls, retries, failover

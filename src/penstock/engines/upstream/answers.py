@@ -117,14 +117,14 @@ class _Pieces(msgspec.Struct):
     tokens: list[_Piece]
 
 
-def tokenize_body(model: str, request: Request) -> dict[str, Any]:
+def tokenize_body(dialect: ServerDialect, model: str, request: Request) -> dict[str, Any]:
     """The JSON for ``/tokenize`` as vLLM has it."""
     sent: dict[str, Any] = {"model": model, "return_token_strs": True}
     if request.messages is None:
         return sent | {"prompt": request.prompt, "add_special_tokens": request.add_special_tokens}
     if request.callable_tools:
         sent["tools"] = tool_views(request.callable_tools)
-    return sent | chat(request, "")
+    return sent | chat(dialect, request)
 
 
 def detokenize_body(dialect: ServerDialect, model: str, ids: list[int]) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def detokenize_body(dialect: ServerDialect, model: str, ids: list[int]) -> dict[
     return sent
 
 
-def template_body(model: str, request: Request) -> dict[str, Any]:
+def template_body(dialect: ServerDialect, model: str, request: Request) -> dict[str, Any]:
     """The JSON for llama.cpp's ``/apply-template``."""
     tools = {"tools": tool_views(request.callable_tools)} if request.callable_tools else {}
-    return {"model": model, **chat(request, ""), **tools}
+    return {"model": model, **chat(dialect, request), **tools}
 
 
 def pieces_body(model: str, request: Request, prompt: str | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from penstock.engines.upstream.answers import (
     template_body,
     tokenize_body,
 )
-from penstock.engines.upstream.dialects import ServerDialect, UpstreamError, body, endpoint
+from penstock.engines.upstream.dialects import Resume, ServerDialect, UpstreamError, body, endpoint
 from penstock.engines.upstream.options import TASKS, UpstreamOptions, addresses
 from penstock.engines.upstream.replicas import (
     MAX_RESULT,
@@ -57,7 +57,8 @@ from penstock.engines.upstream.replicas import (
     read_answer,
     reason,
 )
-from penstock.engines.upstream.stream import Lines, StreamError, UpstreamReply
+from penstock.engines.upstream.reply import Diverged, UpstreamReply
+from penstock.engines.upstream.stream import Lines, StreamError
 
 T = TypeVar("T")
 
@@ -224,7 +225,7 @@ class UpstreamBackend(AsyncBackend):
     async def _run(self, request: Request, choice: int, reply: UpstreamReply, faults: Faults) -> AsyncGenerator[Output]:
         """Call until the reply has ended, on one replica after another."""
         tries = Tries(self._replicas, "generate", faults)
-        if reply.ids and request.response_format is not None and _is_json("".join(reply.texts)):
+        if reply.ids and request.response_format is not None and _is_json(reply.text):
             reply.finish = "stop"  # only its end was not told
         while reply.finish is None:
             replica = await tries.next()
@@ -245,16 +246,16 @@ class UpstreamBackend(AsyncBackend):
         """One call to one replica. Raises `Broken`, `Unable`, or what refuses the request."""
         dialect = replica.dialect
         assert dialect is not None
-        by_ids = self._by_ids(dialect, request, reply)
-        sent = body(dialect, replica.model, self.info.context_length, request, choice, reply, by_ids=by_ids)
-        if request.messages is not None:
+        resume = self._resume(dialect, request, reply)
+        sent = body(dialect, replica.model, self.info.context_length, request, choice, reply, resume)
+        if "messages" in sent:
             sent[replica.limit_field] = sent.pop("max_tokens")
-        reply.begin()
+        reply.begin(again=resume == "again", prompt=resume in ("ids", "text"))
         cut = False
         with self._hearing():
             while True:
                 async with self._session.post(
-                    replica.address.api + endpoint(request), json=sent, allow_redirects=False
+                    replica.address.api + endpoint(sent), json=sent, allow_redirects=False
                 ) as response:
                     if response.status == 200:
                         async for output in self._read(replica, response, reply):
@@ -288,6 +289,8 @@ class UpstreamBackend(AsyncBackend):
             raise Broken(reason(error), lost=isinstance(error, aiohttp.ClientConnectorError)) from None
         except StreamError as error:
             raise Broken(f"it sent {error}", garbled=True) from None
+        except Diverged:
+            raise _lost("asked again, it says something else") from None
 
     async def _prompt_tokens(self, replica: Replica, prompt: str | list[int]) -> int:
         """How many there are, as far as it can be found out: else as many as there is room for."""
@@ -334,31 +337,31 @@ class UpstreamBackend(AsyncBackend):
 
     # ------------------------------------------------------------------------------------ continuation
 
-    def _by_ids(self, dialect: ServerDialect, request: Request, reply: UpstreamReply) -> bool:
-        """How a reply that has begun goes on. Raises `EngineError` where it cannot."""
+    def _resume(self, dialect: ServerDialect, request: Request, reply: UpstreamReply) -> Resume:
+        """How a reply that has begun goes on. Raises `EngineError` where it must not."""
         if not reply.ids:
-            return False
+            return "anew"
         continuation = self._options.continuation
-        # An id without text may be the beginning of a character: better to go on before it, where the text ends.
-        prompt_known = request.prompt_ids is not None or (
-            request.messages is None and reply.prompt_ids is not None and reply.texts[-1] != ""
-        )
-        # What a server held back as the beginning of a stop string is in its ids, and not in its text.
-        if prompt_known and not reply.has_unknown_ids and continuation in ("auto", "ids") and not request.sampling.stop:
-            return True
+        # Ids say all that a server has to know: but not which of them it took for the beginning of a call or of a stop
+        # string. And one without text may be the beginning of a character: better to go on before it.
+        prompt_known = request.prompt_ids is not None or (reply.prompt_ids is not None and reply.texts[-1] != "")
+        written = request.messages is None or (bool(reply.text) and not request.callable_tools)
+        free = request.form is None and not request.sampling.stop
+        if prompt_known and written and free and not reply.has_unknown_ids and continuation in ("auto", "ids"):
+            return "ids"
         if not any(reply.texts):  # nobody has seen anything of it
-            return False
+            return "anew"
         if continuation in ("none", "ids"):
             raise _lost("the option continuation forbids it")
-        if request.response_format is not None or request.tool_choice == "required":
-            raise _lost("its grammar would begin anew")
-        if request.tools and (dialect.name == "penstock" or "<tool_call>" in "".join(reply.texts)):
-            raise _lost("it may call tools")
-        if request.messages is not None and not dialect.begun_chat and continuation != "text":
-            raise _lost(f"a server of the kind {dialect.name!r} does not continue a chat (see the option continuation)")
-        if request.prompt_ids is not None and dialect.name != "llama":
-            raise _lost("its prompt is token ids, and those of the reply are not all known")
-        return False
+        if (
+            reply.thought  # which a template may leave out
+            or request.form is not None  # whose grammar would begin anew
+            or (request.tools and dialect.name == "penstock")
+            or (request.messages is not None and not dialect.begun_chat and continuation != "text")
+            or (request.prompt_ids is not None and dialect.name != "llama")
+        ):
+            return "again"
+        return "text"
 
     # ------------------------------------------------------------------------------------ calls with one answer
 
@@ -457,7 +460,7 @@ class UpstreamBackend(AsyncBackend):
             sent = score_body(dialect, model, request)
             scored = read_scores(await self._ask(replica, f"{replica.address.api}/completions", sent))
             if (ids := scored.ids or list(request.prompt_ids or ())) == []:
-                asked = tokenize_body(model, request)
+                asked = tokenize_body(dialect, model, request)
                 ids = read(await self._ask(replica, f"{replica.address.root}/tokenize", asked), TokenizeAnswer).tokens
             reported, entries = scored.entries(ids, request.sampling.logprobs or 0)
         texts = [text or "" for text in reported]
@@ -477,13 +480,13 @@ class UpstreamBackend(AsyncBackend):
             if dialect.name == "llama":
                 prompt = None
                 if request.messages is not None:
-                    answer = await self._ask(replica, f"{root}/apply-template", template_body(model, request))
+                    answer = await self._ask(replica, f"{root}/apply-template", template_body(dialect, model, request))
                     prompt = read(answer, TemplateAnswer).prompt
                 return read_pieces(await self._ask(replica, f"{root}/tokenize", pieces_body(model, request, prompt)))
             ids, names = list(request.prompt_ids or ()), None
             if request.prompt_ids is None:
                 found = read(
-                    await self._ask(replica, f"{root}/tokenize", tokenize_body(model, request)), TokenizeAnswer
+                    await self._ask(replica, f"{root}/tokenize", tokenize_body(dialect, model, request)), TokenizeAnswer
                 )
                 ids, names = found.tokens, found.token_strs
             text = DetokenizeAnswer(prompt="")

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,7 +23,8 @@ from penstock.core.errors import (
 from penstock.core.foreign import Malformed, Mismatch, decode, whole
 from penstock.core.job import Message, Request, ResponseFormat, Task, Tool
 from penstock.core.tools import check_form
-from penstock.engines.upstream.stream import UpstreamReply, as_count
+from penstock.engines.upstream.reply import UpstreamReply
+from penstock.engines.upstream.stream import as_count
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,14 @@ def _card(given: dict[str, Any]) -> ModelCard:
 # ------------------------------------------------------------------------------------------ requests
 
 
-def endpoint(request: Request) -> str:
-    return "/completions" if request.messages is None else "/chat/completions"
+#: How a call treats what is logged of its reply: there is nothing, or nobody has seen it (anew); it is part of the
+#: prompt, as token ids or as text; or the reply is asked for again, and new is what comes behind it (again).
+Resume = Literal["anew", "ids", "text", "again"]
+
+
+def endpoint(sent: dict[str, Any]) -> str:
+    """The route that a body is for."""
+    return "/chat/completions" if "messages" in sent else "/completions"
 
 
 def body(
@@ -137,25 +144,23 @@ def body(
     request: Request,
     choice: int,
     reply: UpstreamReply,
-    *,
-    by_ids: bool,
+    resume: Resume,
 ) -> dict[str, Any]:
-    """The request's JSON for one choice, continued behind what *reply* has: by token ids, or by its text."""
+    """The request's JSON for one choice."""
     sampling = request.sampling
+    logged = 0 if resume == "again" else len(reply.ids)
     sent: dict[str, Any] = {
         "model": model,
-        "max_tokens": sampling.max_tokens - len(reply.ids),
+        "max_tokens": sampling.max_tokens - logged,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    text = "" if by_ids else "".join(reply.texts)
-    if request.messages is not None:
-        # Servers that render with the model's own template would lose what it does not know.
-        developer = "system" if dialect.name in ("vllm", "llama") else "developer"
-        sent |= chat(request, text, developer) | _tools(dialect, request)
-    elif by_ids:
+    text = reply.text if resume == "text" else ""
+    if resume == "ids":
         prompt = request.prompt_ids if request.prompt_ids is not None else reply.prompt_ids
         sent["prompt"] = [*(prompt or ()), *reply.ids]
+    elif request.messages is not None:
+        sent |= chat(dialect, request, text) | _tools(dialect, request)
     elif request.prompt is not None:
         sent["prompt"] = request.prompt + text
     else:
@@ -166,20 +171,20 @@ def body(
     if dialect.name == "llama":
         sent["timings_per_token"] = True
     sent |= _format(dialect, request)
-    sent |= _sampling(dialect, request, context)
-    if (least := sampling.min_tokens - len(reply.ids)) > 0:
+    sent |= _sampling(dialect, request, context, in_chat="messages" in sent)
+    if (least := sampling.min_tokens - logged) > 0:
         sent["min_tokens"] = least
     if sampling.seed is not None:
-        sent["seed"] = _seed(sampling.seed, choice, len(reply.ids))
+        sent["seed"] = _seed(sampling.seed, choice, logged)
         if dialect.name == "llama":
             sent["seed"] %= 2**32 - 1  # it has 32 bits; all ones mean "at random"
     return sent
 
 
-def chat(request: Request, text: str, developer: str = "system") -> dict[str, Any]:
-    """The messages, and that the last one is the reply's beginning, where it is (*text* goes on with it). *developer*:
-    what the server calls that role."""
-    messages = [_message(message, developer) for message in request.messages or ()]
+def chat(dialect: ServerDialect, request: Request, text: str = "") -> dict[str, Any]:
+    """The messages, what the template is told beside them, and that the last one is the reply's beginning, where it is
+    (*text* goes on with it)."""
+    messages = [_message(dialect, message) for message in request.messages or ()]
     sent: dict[str, Any] = {"messages": messages}
     if request.continue_final:
         messages[-1]["content"] = (messages[-1]["content"] or "") + text
@@ -187,7 +192,20 @@ def chat(request: Request, text: str, developer: str = "system") -> dict[str, An
         messages.append({"role": "assistant", "content": text})
     if text or request.continue_final:
         sent |= {"add_generation_prompt": False, "continue_final_message": True}
-    return sent
+    return sent | _template(dialect, request)
+
+
+def _template(dialect: ServerDialect, request: Request) -> dict[str, Any]:
+    """How much to think, and what else the template is told."""
+    told, effort = dict(request.chat_template_kwargs), request.reasoning_effort
+    sent: dict[str, Any] = {}
+    if effort is not None and dialect.name in ("vllm", "llama"):
+        # These leave it to the template: most know only whether to think, and the servers' fields not all the words.
+        thinks = effort not in ("none", "minimal")
+        told = {"enable_thinking": thinks} | ({"reasoning_effort": effort} if thinks else {}) | told
+    elif effort is not None:
+        sent["reasoning_effort"] = effort
+    return sent | ({"chat_template_kwargs": told} if told else {})
 
 
 def _format(dialect: ServerDialect, request: Request) -> dict[str, Any]:
@@ -246,9 +264,14 @@ def tool_views(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     ]
 
 
-def _message(message: Message, developer: str) -> dict[str, Any]:
-    role = developer if message.role == "developer" else message.role
-    sent: dict[str, Any] = {"role": role, "content": message.content}
+def _message(dialect: ServerDialect, message: Message) -> dict[str, Any]:
+    # Servers that render with the model's own template would lose a role that it does not know.
+    system = message.role == "developer" and dialect.name in ("vllm", "llama")
+    sent: dict[str, Any] = {"role": "system" if system else message.role, "content": message.content}
+    if message.name is not None:
+        sent["name"] = message.name
+    if message.reasoning and dialect.name != "openai":  # OpenAI's API has no such field
+        sent |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
     if message.tool_calls:
         sent["content"] = message.content or None
         sent["tool_calls"] = [
@@ -260,27 +283,18 @@ def _message(message: Message, developer: str) -> dict[str, Any]:
     return sent
 
 
-def _sampling(dialect: ServerDialect, request: Request, context: int) -> dict[str, Any]:
-    """Sampling fields. vLLM and llama.cpp have defaults of their own (a model's, or not neutral ones): they are told
-    everything. To the others go the fields that ask for something."""
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def _sampling(dialect: ServerDialect, request: Request, context: int, *, in_chat: bool) -> dict[str, Any]:
+    """The sampling fields that ask for something; the others are the server's and its model's to choose."""
     sampling = request.sampling
-    sent: dict[str, Any] = {}
-    if dialect.name in ("vllm", "llama"):
-        penalty = "repetition_penalty" if dialect.name == "vllm" else "repeat_penalty"
-        sent = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": sampling.min_p,
-            penalty: sampling.repetition_penalty,
-        }
-        if dialect.name == "llama" and (
-            sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
-        ):
+    sent = {name: value for name in _NEUTRAL if (value := getattr(sampling, name)) != _NEUTRAL[name]}
+    if dialect.name == "llama":
+        if "repetition_penalty" in sent:
+            sent["repeat_penalty"] = sent.pop("repetition_penalty")
+        if "repeat_penalty" in sent or sampling.presence_penalty or sampling.frequency_penalty:
             sent["repeat_last_n"] = context  # penalties count the whole text, not its last 64 tokens
-    else:
-        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        sent = {name: value for name in neutral if (value := getattr(sampling, name)) != neutral[name]}
     for name in ("presence_penalty", "frequency_penalty"):
         if value := getattr(sampling, name):
             sent[name] = value
@@ -294,10 +308,10 @@ def _sampling(dialect: ServerDialect, request: Request, context: int) -> dict[st
     if sampling.logit_bias:
         sent["logit_bias"] = {str(token): value for token, value in sampling.logit_bias.items()}
     if sampling.logprobs is not None:
-        if request.messages is None:
-            sent["logprobs"] = sampling.logprobs
-        else:
+        if in_chat:
             sent |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+        else:
+            sent["logprobs"] = sampling.logprobs
     return sent
 
 

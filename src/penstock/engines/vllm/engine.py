@@ -34,7 +34,7 @@ from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.parts.sampling import stream_key
 from penstock.engines.text.model import TextModel
-from penstock.engines.text.reply import Reply
+from penstock.engines.text.reply import Reply, told
 from penstock.engines.vllm import INSTALL
 from penstock.engines.vllm.options import VLLMOptions
 
@@ -187,15 +187,21 @@ class VLLMBackend(Backend):
                 raise Unsupported(
                     "This model has no end token, so it cannot end a reply of a given form.", param="response_format"
                 )
+            if text.opens_thought(request, prompt):
+                raise Unsupported(
+                    "This model thinks before it writes, and vLLM would hold the thought to the form too. Turn "
+                    "thinking off (chat_template_kwargs: enable_thinking false), or serve it with another engine.",
+                    param="response_format",
+                )
             # The grammar allows nothing but the end token once the text is complete.
             sampling = msgspec.structs.replace(sampling, ignore_eos=False)
         ends = frozenset() if sampling.ignore_eos else text.eos_ids
+        asked = msgspec.structs.replace(request, sampling=sampling)
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
         choices = Choices(key, len(prefixes), len(prompt))
         try:
             for choice, prefix in enumerate(prefixes):
-                detokenizer = text.detokenizer(continuing=request.messages is None or request.continue_final)
-                reply = Reply(detokenizer, sampling, text.eos_ids, limit, prefix.ids, request=request)
+                reply = text.reply(asked, limit, prefix.ids, prompt=prompt)
                 running = _RunningChoice(choices, choice, reply, sampling.logprobs or 0, guide is not None)
                 if reply.finish is None:
                     params = sampling_params(request, choice, limit, prefix.ids, ends, self._core.counts_prefix)
@@ -257,16 +263,18 @@ class VLLMBackend(Backend):
     # ---------------------------------------------------------------------------- what came of a step
 
     def _take(self, running: _RunningChoice, sampled: Sampled) -> Output:
-        reply, ids, texts = running.reply, [], []
+        reply, ids, texts, phases = running.reply, [], [], []
         logprobs: list[Logprob | None] | None = None if sampled.logprobs is None else []
         for i, token in enumerate(sampled.tokens):
             texts.append(reply.push(token))
+            phases.append(reply.phase)
             ids.append(token)
             if sampled.logprobs is not None and logprobs is not None:
                 logprobs.append(self._logprob(token, sampled.logprobs[i], running.top))
             if reply.finish is not None:
                 break
-        return running.choices.output(running.choice, ids, texts, logprobs, cached_tokens=sampled.cached_tokens)
+        cached = sampled.cached_tokens
+        return running.choices.output(running.choice, ids, texts, logprobs, told(phases), cached_tokens=cached)
 
     def _logprob(self, token: int, entries: list[tuple[int, float, int]], top: int) -> Logprob:
         drawn = next(value for id, value, rank in entries if id == token)

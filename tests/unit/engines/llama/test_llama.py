@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import select
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +224,35 @@ def test_a_call_that_breaks_costs_its_job_alone(backend: LlamaBackend, monkeypat
     assert ends[1].error is None
     assert ends[7].error is not None
     assert (ends[7].error.code, "KeyError" in ends[7].error.message) == ("engine_error", True)
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(max_tokens=16, min_tokens=16)], ids=["drawn there", "drawn here"]
+)
+def test_a_cancelled_prompt_is_left_at_the_next_batch(
+    file: Path, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    """A short request used to wait until the whole prompt of one that nobody wanted any more was computed."""
+    monkeypatch.setattr("penstock.engines.llama.engine.BATCH", 32)
+    backend = loaded(file, slots="1", context="1024", threads="1")
+    complete, begun, processed = backend.server.handle_completions, threading.Event(), [0]
+
+    def watched(body: dict[str, Any], take: Any) -> None:
+        def note(chunk: dict[str, Any]) -> bool:
+            processed.append(chunk.get("prompt_progress", {}).get("processed", 0))
+            if processed[-1] >= 64:
+                begun.set()
+                cancelled.wait(60)
+            wanted: bool = take(chunk)
+            return wanted
+
+        complete(body, note)
+
+    cancelled = threading.Event()
+    monkeypatch.setattr(backend, "server", SimpleNamespace(handle_completions=watched))
+    backend.add(7, Request("m", prompt_ids=tuple(range(100, 1000)), sampling=sampling), [Prefix()], 1)
+    assert begun.wait(60)
+    backend.abort(7)
+    cancelled.set()
+    generate(backend, Request("m", prompt_ids=(5, 6), sampling=Sampling(max_tokens=1)))
+    assert max(processed) == 64

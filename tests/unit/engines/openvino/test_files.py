@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from tests.support import tiny_models as tiny
 from tests.support.gguf import bundled_gguf
 
@@ -19,15 +20,17 @@ def ignore(what: str, fraction: float | None) -> None:
 
 
 def test_a_folder_with_an_openvino_model_is_used_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "openvino_model.xml").touch()
-    (tmp_path / "tokenizer.json").touch()
+    for name in ("openvino_model.xml", "openvino_model.bin", "tokenizer.json"):
+        (tmp_path / name).touch()
     found = resolve("any", str(tmp_path), ignore)
-    assert (found.ir, found.text) == (tmp_path / "openvino_model.xml", tmp_path)
+    assert (found.ir, found.text, found.precision) == (tmp_path / "openvino_model.xml", tmp_path, "f32")
+    with pytest.raises(ModelLoadError, match="--weight-format int4"):
+        resolve("any", str(tmp_path), ignore, "int4-fast")
 
 
 def test_a_safetensors_folder_is_converted_into_the_cache(tmp_path: Path) -> None:
     folder = tiny.llama(tmp_path / "model")
-    found = resolve("any", str(folder), ignore, tmp_path / "cache")
+    found = resolve("any", str(folder), ignore, cache=tmp_path / "cache")
     assert found.ir.is_file()
     assert found.ir.is_relative_to(tmp_path / "cache")
     assert (found.text / "tokenizer.json").is_file()
@@ -37,7 +40,7 @@ def test_a_folder_without_a_tokenizer_is_refused_before_it_is_converted(tmp_path
     folder = tiny.llama(tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelLoadError, match=r"has no tokenizer\.json"):
-        resolve("any", str(folder), ignore, tmp_path / "cache")
+        resolve("any", str(folder), ignore, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -85,11 +88,17 @@ def test_what_is_not_there(path: str, words: str, tmp_path: Path, monkeypatch: p
 
 def test_a_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
     file = bundled_gguf(tmp_path, "q8_0")
-    found = resolve("any", str(file), ignore, tmp_path / "cache")
+    found = resolve("any", str(file), ignore, cache=tmp_path / "cache")
     assert found.ir.is_relative_to(tmp_path / "cache")
     assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {each.name for each in found.text.iterdir()}
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_hub")
 def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.llama(tmp_path / "snapshot")
     asked: list[object] = []
@@ -99,14 +108,12 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert resolve("any", "org/model", ignore, tmp_path / "cache").ir.is_file()
+    assert resolve("any", "org/model", ignore, cache=tmp_path / "cache").ir.is_file()
     assert asked == [("org/model", False, False)]
 
 
-def test_without_a_network_the_error_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot(name: str, **_: object) -> str:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(ModelLoadError, match=r"no route to host.*hf download org/model"):
+@pytest.mark.usefixtures("no_hub")
+def test_without_a_network_the_error_says_how_to_get_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelLoadError, match=r"the hub cannot be reached.*hf download org/model"):
         resolve("org/model", None, ignore)

@@ -145,11 +145,13 @@ def test_logits_are_those_of_the_textbook_network(changes: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM.*ALiBi"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "softcapping"),
+        ({"hidden_act": "mish"}, "mish"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "spiral"),
+        ({"attention_sinks": 4, "bos_token_id": 0, "muP": None}, "unknown here: attention_sinks"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({"sliding_window": 16}, "sliding"),
     ],
 )
 def test_other_networks_are_refused_with_a_way_out(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

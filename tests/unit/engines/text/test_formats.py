@@ -501,6 +501,10 @@ def test_a_call_that_is_forced_is_read_in_the_logs_form() -> None:
     assert read(Formats("glm"), text[:-5], tool_choice="required")[2] == [("get_weather", '{"city": "U')]
 
 
+def no(word: str) -> bool:
+    return False
+
+
 class TestChoice:
     @pytest.mark.parametrize(
         ("template", "tools", "thoughts"),
@@ -518,17 +522,17 @@ class TestChoice:
         ],
     )
     def test_the_template_says_it(self, template: str, tools: str, thoughts: str) -> None:
-        assert choose(template, {}) == Formats(tools, thoughts)
+        assert choose(template, no) == Formats(tools, thoughts)
 
     def test_so_do_tokens(self) -> None:
-        assert choose("{% for m in messages %}", {"<think>": 5}).thoughts == "think"
+        assert choose("{% for m in messages %}", lambda word: word == "<think>").thoughts == "think"
 
     def test_the_operator_has_the_last_word(self) -> None:
-        assert choose("<tool_call> <think>", {}, "glm", "none") == Formats("glm", "")
-        assert choose("<tool_call> <think>", {}, "none") == Formats("", "think")
+        assert choose("<tool_call> <think>", no, "glm", "none") == Formats("glm", "")
+        assert choose("<tool_call> <think>", no, "none") == Formats("", "think")
 
     def test_nobody_knows_that_format(self) -> None:
         with pytest.raises(ModelLoadError, match="tool_format knows no format 'hermess': did you mean 'hermes'"):
-            choose("x", {}, "hermess")
+            choose("x", no, "hermess")
         with pytest.raises(ModelLoadError, match="reasoning_format knows no format 'x'"):
-            choose("x", {}, reasoning_format="x")
+            choose("x", no, reasoning_format="x")

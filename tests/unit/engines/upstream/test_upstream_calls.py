@@ -22,10 +22,10 @@ from tests.support.upstream import (
     write,
 )
 
-from penstock.core.events import Logprob, TopLogprob
+from penstock.core.calls import Call, read_calls
+from penstock.core.events import Logprob, Phase, TopLogprob
 from penstock.core.job import Sampling, Tool
 from penstock.core.ports import Finish
-from penstock.core.tools import Call, parse_tool_calls
 
 BROKEN_JSON = '{"a": 1, }}</tool_call> \\ud83d "'
 
@@ -86,9 +86,8 @@ async def test_calls_come_in_many_forms_and_are_calls(
     request = chat(tools=(Tool("sum"), Tool("now")))
     servers[0].script.append(then(0, sse(*events, said(None, finish))))
     outputs = await engine.run(request)
-    content, found = parse_tool_calls(text_of(outputs), request)
-    assert [(call.name, call.arguments) for call in found] == calls
-    assert "tool_call>" not in (content or "")
+    assert [(call.name, call.arguments) for call in read_calls(text_of(outputs, Phase.TOOL))] == calls
+    assert text_of(outputs, Phase.TEXT) in ("", "I look. ")
     assert outputs[-1].finish == Finish(("tool_calls",))
     assert len(servers[0].bodies) == 1
 
@@ -102,7 +101,7 @@ async def test_a_call_that_was_cut_short_is_given_out_as_far_as_it_came(
         then(0, sse(called(part(0, "x", name="sum", arguments='{"a": [1, ')), said(None, "length")))
     )
     outputs = await engine.run(request)
-    assert parse_tool_calls(text_of(outputs), request) == (None, [Call("sum", '{"a": [1, ')])
+    assert read_calls(text_of(outputs, Phase.TOOL)) == [Call("sum", '{"a": [1, ')]
     assert outputs[-1].finish == Finish(("length",))
 
 
@@ -111,7 +110,7 @@ async def test_a_call_without_a_name(servers: list[Upstream], engine_of: MakeEng
     nameless = then(0, sse(called(part(0, "x", arguments='{"a": 1}')), said(None, "tool_calls")))
     servers[0].script += [nameless] * 3
     one = chat(tools=(Tool("sum"), Tool("now")), tool_choice="required", tool_name="now")
-    assert parse_tool_calls(text_of(await engine.run(one)), one) == (None, [Call("now", '{"a": 1}')])
+    assert read_calls(text_of(await engine.run(one), Phase.TOOL)) == [Call("now", '{"a": 1}')]
     assert "a call that names no tool" in error_of(await engine.run(chat(tools=(Tool("sum"), Tool("now"))))).message
 
 
@@ -135,7 +134,8 @@ async def test_a_call_that_broke_off_is_made_anew(servers: list[Upstream], engin
         then(0, sse(called(part(0, "y", name="sum", arguments="{}")), said("", "stop"))),
     ]
     outputs = await engine.run(request)
-    assert parse_tool_calls(text_of(outputs), request) == (None, [Call("sum", "{}")])
+    assert text_of(outputs, Phase.TEXT) == ""
+    assert read_calls(text_of(outputs)) == [Call("sum", "{}")]
 
 
 # ------------------------------------------------------------------------------------------ log-probabilities

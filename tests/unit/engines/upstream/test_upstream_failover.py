@@ -140,10 +140,8 @@ async def test_a_complete_reply_only_ends(servers: list[Upstream], engine_of: Ma
 @pytest.mark.parametrize(
     ("request_", "options", "words"),
     [
-        (chat(), {"dialect": "openai"}, "does not continue a chat"),
         (ask(), {"continuation": "none"}, "option continuation forbids it"),
-        (chat(response_format=ResponseFormat("json_object")), {}, "grammar"),
-        (chat(tools=(Tool("t"),)), {"dialect": "penstock"}, "tools"),
+        (ask(), {"continuation": "ids"}, "option continuation forbids it"),
     ],
 )
 async def test_what_cannot_go_on_is_begun_again_before_its_first_token_only(
@@ -156,6 +154,31 @@ async def test_what_cannot_go_on_is_begun_again_before_its_first_token_only(
     assert words in error_of(outputs).message
     assert not outputs[-1].retryable
     assert len(servers[0].bodies) == 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "options"),
+    [
+        (chat(), {"dialect": "openai"}),
+        (chat(response_format=ResponseFormat("json_object")), {}),
+        (chat(tools=(Tool("t"),)), {"dialect": "penstock"}),
+    ],
+)
+async def test_what_cannot_be_continued_is_asked_for_again(
+    servers: list[Upstream], engine_of: MakeEngine, request_: Request, options: dict[str, str]
+) -> None:
+    """It goes on where the log ends, if the server says the same; else it fails, and nothing false is said."""
+    engine = await engine_of(servers[0], **options)
+    servers[0].script.append(then(2, end_early))
+    assert_complete(await engine.run(request_))
+    first, second = servers[0].bodies
+    assert first == second
+    other = then(0, write(b'data: {"choices":[{"delta":{"content":"w1 but"}}]}\n\n'))
+    servers[0].script += [then(2, end_early), other]
+    outputs = await engine.run(request_)
+    assert text_of(outputs) == "w1 w2 "
+    assert "asked again, it says something else" in error_of(outputs).message
+    assert not outputs[-1].retryable
 
 
 async def test_an_abort_closes_the_connection(servers: list[Upstream], engine_of: MakeEngine) -> None:

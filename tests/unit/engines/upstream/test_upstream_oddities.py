@@ -27,9 +27,10 @@ from tests.support.upstream import (
     write,
 )
 
+from penstock.core.calls import Call, read_calls
+from penstock.core.events import Phase
 from penstock.core.job import Sampling, Tool
 from penstock.core.ports import Finish
-from penstock.core.tools import Call, parse_tool_calls
 from penstock.engines.upstream.replicas import BROKEN, TRIP
 from penstock.engines.upstream.stream import MAX_LINE
 
@@ -174,8 +175,8 @@ async def test_a_reply_in_one_json_is_a_reply(servers: list[Upstream], engine_of
     request = chat(tools=(Tool("sum"),))
     request = msgspec.structs.replace(request, sampling=Sampling(max_tokens=10, logprobs=1))
     outputs = await engine.run(request)
-    content, (found,) = parse_tool_calls(text_of(outputs), request)
-    assert (content, found) == ("ab", Call("sum", '{"a": 1}'))
+    assert text_of(outputs, Phase.TEXT) == "ab"
+    assert read_calls(text_of(outputs, Phase.TOOL)) == [Call("sum", '{"a": 1}')]
     assert outputs[-1].finish == Finish(("tool_calls",))
     assert [output.prompt_tokens for output in outputs if output.prompt_tokens] == [5]
     assert sum(len(output.ids) for output in outputs) == 3

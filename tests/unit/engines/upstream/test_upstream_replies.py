@@ -23,7 +23,7 @@ from tests.support.upstream import (
     write,
 )
 
-from penstock.core.events import Prefix, fold
+from penstock.core.events import Phase, Prefix, fold
 from penstock.core.job import Message, ResponseFormat, Tool
 from penstock.core.ports import Finish
 
@@ -105,7 +105,7 @@ async def test_choices_are_requests_of_their_own_with_other_seeds(
     assert {len(server.bodies) for server in servers} == {1, 2}, "the least loaded replica gets the next one"
 
 
-async def test_tool_calls_are_logged_as_models_write_them(servers: list[Upstream], engine_of: MakeEngine) -> None:
+async def test_tool_calls_are_logged_in_one_form(servers: list[Upstream], engine_of: MakeEngine) -> None:
     def delta(index: int, **function: str) -> bytes:
         call = {"index": index, "function": function}
         return b"data: " + json.dumps({"choices": [{"delta": {"tool_calls": [call]}}]}).encode() + b"\n\n"
@@ -115,10 +115,10 @@ async def test_tool_calls_are_logged_as_models_write_them(servers: list[Upstream
     engine = await engine_of(servers[0])
     servers[0].script.append(then(0, write(calls + delta(1, name="now") + end)))
     outputs = await engine.run(chat(tools=(Tool("sum"), Tool("now"))))
-    assert text_of(outputs) == (
-        '<tool_call>\n{"name": "sum", "arguments": {"a":"1"}}\n</tool_call>\n'
-        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert text_of(outputs, Phase.TOOL) == (
+        '{"name": "sum", "arguments": {"a":"1"}}\n{"name": "now", "arguments": {}}\n'
     )
+    assert text_of(outputs) == text_of(outputs, Phase.TOOL)
     assert outputs[-1].finish == Finish(("tool_calls",))
     assert [tool["function"]["name"] for tool in servers[0].bodies[0]["tools"]] == ["sum", "now"]
 

@@ -19,13 +19,18 @@ from penstock.engines.frames import Progress
 from penstock.engines.openvino.ir.decoder import build_decoder
 from penstock.engines.openvino.ir.encoder import PREFIXES, build_encoder
 from penstock.engines.openvino.ir.gguf import GgufWeights
+from penstock.engines.openvino.ir.quantized import quantized
 from penstock.engines.openvino.ir.weights import Safetensors, Source, Weights
 from penstock.engines.openvino.ov import ov
 from penstock.engines.openvino.precision import Stored
+from penstock.engines.parts.modules import embeds, module_files
 from penstock.engines.text.gguf import GgufFile, write_text
 
 #: Part of the cache key: raise it when the network that is built changes.
-VERSION = 2
+VERSION = 3
+
+#: Where the network's file says how its weights are stored, if it is not in floating point.
+WEIGHTS = ["penstock", "weights"]
 
 #: Files that the text side needs, copied beside the model.
 TEXT_FILES = (
@@ -35,7 +40,6 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    "1_Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
@@ -57,10 +61,7 @@ def built(place: Path, cache: Path, progress: Progress, stored: Stored = "as the
     # Built beside its place and moved there in one go: two processes may build the same model at once.
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
     try:
-        if place.is_dir():
-            _from_folder(place, scratch, stored, progress)
-        else:
-            _from_gguf(place, scratch, stored, progress)
+        _build(place, scratch, stored, progress)
         scratch.chmod(0o755)
         try:
             os.rename(scratch, target)
@@ -74,27 +75,47 @@ def built(place: Path, cache: Path, progress: Progress, stored: Stored = "as the
     return target
 
 
-def _from_folder(folder: Path, target: Path, stored: Stored, progress: Progress) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _build(config, Safetensors(folder), target, stored, progress)
-    for name in TEXT_FILES:
-        if (folder / name).is_file():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, target / name)
+def packed(place: Path) -> bool:
+    """Are most weights of a .gguf file or of a folder stored in whole numbers of few bits?"""
+    return bool(_source(place)[1].kind)
 
 
-def _from_gguf(path: Path, target: Path, stored: Stored, progress: Progress) -> None:
-    file = GgufFile(path)
-    weights = GgufWeights(file)
-    write_text(file, target)  # before the long part: its vocabulary may be one that cannot be served
-    _build(weights.config, weights, target, stored, progress)
-    (target / "config.json").write_text(json.dumps(weights.config, indent=2), encoding="utf-8")
+def _kept(folder: Path) -> list[str]:
+    """The files of *folder* that are needed beside the network."""
+    return [name for name in TEXT_FILES if (folder / name).is_file()] + module_files(folder)
 
 
-def _build(config: dict[str, Any], source: Source, target: Path, stored: Stored, progress: Progress) -> None:
+def _source(place: Path) -> tuple[dict[str, Any], Source]:
+    """The config and the weights of a model."""
+    if place.is_file():
+        weights = GgufWeights(GgufFile(place))
+        return weights.config, weights
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or ["network without a name"])[0]
+    if embeds(place) and architecture not in PREFIXES:
+        raise ModelLoadError(
+            f"{place} makes vectors with a {architecture}, which is not built here: serve it with --engine "
+            "transformers, or export it with optimum-intel (optimum-cli export openvino --task feature-extraction "
+            "--model MODEL FOLDER)."
+        )
+    settings = config.pop("quantization_config", None)
+    return config, quantized(place, settings) if settings else Safetensors(place)
+
+
+def _build(place: Path, target: Path, stored: Stored, progress: Progress) -> None:
+    config, source = _source(place)
+    if isinstance(source, GgufWeights):
+        write_text(source.file, target)  # before the long part: its vocabulary may be one that cannot be served
+        (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    else:
+        for name in _kept(place):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(place / name, target / name)
     weights = Weights(source, stored, int(config.get("vocab_size", 0)), progress)
     encoder = (config.get("architectures") or [""])[0] in PREFIXES
     model = build_encoder(config, weights) if encoder else build_decoder(config, weights)
+    if stored == "as they are" and source.kind:
+        model.set_rt_info(source.kind, WEIGHTS)
     try:
         ov.save_model(model, target / "openvino_model.xml", compress_to_fp16=False)
     except RuntimeError as error:  # OpenVINO does not say of what kind
@@ -103,9 +124,8 @@ def _build(config: dict[str, Any], source: Source, target: Path, stored: Stored,
 
 def _digest(place: Path, stored: Stored) -> str:
     digest = hashlib.sha256(f"{VERSION} {stored} {ov.__version__}\n".encode())
-    for name in TEXT_FILES:
-        if (place / name).is_file():
-            digest.update(name.encode() + (place / name).read_bytes())
+    for name in _kept(place) if place.is_dir() else []:
+        digest.update(name.encode() + (place / name).read_bytes())
     for path in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())

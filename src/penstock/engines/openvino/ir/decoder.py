@@ -1,55 +1,17 @@
-"""The network of a decoder.
-
-Llama, Mistral, Qwen2 and Qwen3 are the same network up to biases, head norms and rotary scaling.
-"""
+"""The network of a decoder, made of the parts that its plan names (`penstock.engines.openvino.ir.families`)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from penstock.engines.openvino.ir.attention import Attention
+from penstock.engines.openvino.ir.experts import mixture
+from penstock.engines.openvino.ir.families import plan_of
+from penstock.engines.openvino.ir.nodes import ACTIVATIONS, constant, entry, floats, op, split, times
+from penstock.engines.openvino.ir.plan import Plan
 from penstock.engines.openvino.ir.refusal import unbuildable
-from penstock.engines.openvino.ir.rope import rotary_frequencies
 from penstock.engines.openvino.ov import ov
-
-op = ov.opset13
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-
-def _constant(value: Any, dtype: type = np.int64) -> Any:
-    return op.constant(np.array(value, dtype=dtype))
-
-
-def _floats(value: Any) -> Any:
-    return _constant(value, np.float32)
-
-
-class _Shape:
-    """The numbers of a config, checked."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        architecture = (config.get("architectures") or ["unknown"])[0]
-        if architecture not in ARCHITECTURES:
-            raise unbuildable(f"its architecture is {architecture}")
-        if config.get("hidden_act", "silu") != "silu":
-            raise unbuildable(f"its activation is {config['hidden_act']}")
-        if config.get("quantization_config"):
-            raise unbuildable("its weights are quantized")
-        sliding = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-        if sliding and sliding < config.get("max_position_embeddings", 0):
-            raise unbuildable("it uses sliding-window attention")
-        self.layers = int(config["num_hidden_layers"])
-        self.hidden = int(config["hidden_size"])
-        self.heads = int(config["num_attention_heads"])
-        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
-        self.head = int(config.get("head_dim") or self.hidden // self.heads)
-        self.epsilon = float(config.get("rms_norm_eps", 1e-6))
-        self.tied = bool(config.get("tie_word_embeddings", False))
-        self.frequencies = rotary_frequencies(config, self.head)
 
 
 def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
@@ -57,125 +19,156 @@ def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
 
     *weights* gives a float32 node by name (``constant(name)``) and knows its names (``in``).
     """
-    shape = _Shape(config)
-    ids = _input("input_ids", [-1, -1], ov.Type.i64)
-    attention_mask = _input("attention_mask", [-1, -1], ov.Type.i64)
-    positions = _input("position_ids", [-1, -1], ov.Type.i64)
-    beams = _input("beam_idx", [-1], ov.Type.i32)
-    network = _Network(shape, weights, ids, attention_mask, positions, beams)
+    plan = plan_of(config)
+    if plan.activation not in ACTIVATIONS:
+        raise unbuildable(f"its activation is {plan.activation}")
+    ids = entry("input_ids", [-1, -1], ov.Type.i64)
+    mask = entry("attention_mask", [-1, -1], ov.Type.i64)
+    positions = entry("position_ids", [-1, -1], ov.Type.i64)
+    beams = entry("beam_idx", [-1], ov.Type.i32)
 
-    embedding = weights.constant("model.embed_tokens.weight")
-    x = op.gather(embedding, op.convert(ids, "i32"), _constant(0))
-    for layer in range(shape.layers):
+    attention = Attention(plan, ids, mask, positions, beams)
+    network = _Network(plan, weights, attention)
+    x, embedding = network.embedded(ids, positions)
+    for layer in range(plan.layers):
         x = network.block(x, layer)
-    x = network.norm(x, "model.norm")
-    head = embedding if shape.tied or "lm_head.weight" not in weights else weights.constant("lm_head.weight")
-    logits = op.matmul(x, head, False, True)
+    logits = network.logits(x, embedding)
     logits.output(0).set_names({"logits"})
-    return ov.Model([op.result(logits)], network.sinks, [ids, attention_mask, positions, beams], "llama")
-
-
-def _input(name: str, shape: list[int], kind: Any) -> Any:
-    node = op.parameter(shape, kind, name=name)
-    node.output(0).set_names({name})
-    return node
+    return ov.Model([op.result(logits)], attention.sinks, [ids, mask, positions, beams], "decoder")
 
 
 class _Network:
-    """The nodes that all layers share, and the layers. Activations are [batch, tokens, hidden]."""
+    """The parts. Activations are [batch, tokens, hidden]."""
 
-    def __init__(self, shape: _Shape, weights: Any, ids: Any, mask: Any, positions: Any, beams: Any) -> None:
-        self._shape = shape
+    def __init__(self, plan: Plan, weights: Any, attention: Attention) -> None:
+        self._plan = plan
+        self._names = plan.names
         self._weights = weights
-        self._beams = beams
-        self.sinks: list[Any] = []
-        self._batch = op.gather(op.shape_of(ids), _constant([0]), _constant(0))
-        angles = op.multiply(
-            op.unsqueeze(op.convert(positions, "f32"), _constant(2)), _floats(shape.frequencies.reshape(1, 1, -1))
-        )
-        angles = op.concat([angles, angles], -1)
-        self._cos = op.unsqueeze(op.cos(angles), _constant(1))
-        self._sin = op.unsqueeze(op.sin(angles), _constant(1))
-        self._mask = self._causal_mask(ids, mask)
+        self._attention = attention
 
-    def _causal_mask(self, ids: Any, mask: Any) -> Any:
-        """[batch, 1, new tokens, all tokens]: 0 where a token may look, very negative elsewhere."""
-        new = op.gather(op.shape_of(ids), _constant(1), _constant(0))
-        total = op.gather(op.shape_of(mask), _constant(1), _constant(0))
-        one = _constant(1)
-        rows = op.unsqueeze(op.range(op.subtract(total, new), total, one, "i64"), _constant(1))
-        columns = op.unsqueeze(op.range(_constant(0), total, one, "i64"), _constant(0))
-        causal = op.unsqueeze(op.less_equal(columns, rows), _constant([0, 1]))
-        padding = op.unsqueeze(op.convert(mask, "boolean"), _constant([1, 2]))
-        return op.select(op.logical_and(causal, padding), _floats(0.0), _floats(-65504.0))
+    # ---------------------------------------------------------------------------- in and out
+
+    def embedded(self, ids: Any, positions: Any) -> tuple[Any, Any]:
+        """The tokens' vectors, and the table that they come from."""
+        plan, names = self._plan, self._names
+        embedding = self._weights.constant(f"{names.embedding}.weight")
+        x = times(op.gather(embedding, op.convert(ids, "i32"), constant(0)), plan.embedding_scale)
+        if names.project_in:
+            x = self._linear(x, names.project_in)
+        if names.positions:
+            table = self._weights.constant(f"{names.positions}.weight")
+            x = op.add(x, op.gather(table, op.add(positions, constant(plan.first_position)), constant(0)))
+        return x, embedding
+
+    def logits(self, x: Any, embedding: Any) -> Any:
+        """[batch, tokens, vocabulary]."""
+        plan, names = self._plan, self._names
+        if names.final_norm:
+            x = self._norm(x, names.final_norm)
+        if names.project_out:
+            x = self._linear(x, names.project_out)
+        own = not plan.tied and f"{names.head}.weight" in self._weights
+        logits = op.matmul(x, self._weights.constant(f"{names.head}.weight") if own else embedding, False, True)
+        if f"{names.head}.bias" in self._weights:
+            logits = op.add(logits, self._weights.constant(f"{names.head}.bias"))
+        logits = times(logits, plan.logit_scale)
+        if plan.logit_cap:
+            logits = times(op.tanh(times(logits, 1 / plan.logit_cap)), plan.logit_cap)
+        return logits
+
+    # ---------------------------------------------------------------------------- a layer
 
     def block(self, x: Any, layer: int) -> Any:
-        prefix = f"model.layers.{layer}"
-        x = op.add(x, self._attention(self.norm(x, f"{prefix}.input_layernorm"), f"{prefix}.self_attn", layer))
-        h = self.norm(x, f"{prefix}.post_attention_layernorm")
-        gate = op.swish(self._linear(h, f"{prefix}.mlp.gate_proj"))
-        up = self._linear(h, f"{prefix}.mlp.up_proj")
-        return op.add(x, self._linear(op.multiply(gate, up), f"{prefix}.mlp.down_proj"))
+        plan, names = self._plan, self._names
+        prefix = names.layer.format(layer) + "."
+        seen = x if plan.norm_after_sum else self._norm(x, names.before_attention, prefix)
+        attended = self._norm(self._attended(seen, prefix, layer), names.after_attention, prefix)
+        if plan.parallel:
+            shared = names.before_mlp == names.before_attention
+            seen = seen if shared else self._norm(x, names.before_mlp, prefix)
+            return op.add(op.add(x, attended), self._mlp(seen, prefix, layer))
+        x = op.add(x, times(attended, plan.residual_scale))
+        if plan.norm_after_sum:
+            seen = x = self._norm(x, names.before_attention, prefix)
+        else:
+            seen = self._norm(x, names.before_mlp, prefix)
+        made = self._norm(self._mlp(seen, prefix, layer), names.after_mlp, prefix)
+        x = op.add(x, times(made, plan.residual_scale))
+        return self._norm(x, names.before_mlp, prefix) if plan.norm_after_sum else x
 
-    def _attention(self, x: Any, prefix: str, layer: int) -> Any:
-        shape = self._shape
-        query = self._heads(self._linear(x, f"{prefix}.q_proj"), shape.heads, f"{prefix}.q_norm")
-        key = self._heads(self._linear(x, f"{prefix}.k_proj"), shape.kv_heads, f"{prefix}.k_norm")
-        value = self._heads(self._linear(x, f"{prefix}.v_proj"), shape.kv_heads, None)
-        # The names pair what is read with what is written; the paged-attention transformation goes by them.
-        key = self._cached(self._rotated(key), f"past_key_values.{layer}.keypresent.{layer}.key")
-        value = self._cached(value, f"past_key_values.{layer}.valuepresent.{layer}.value")
-        scale = _floats(1 / math.sqrt(shape.head))
-        out = op.scaled_dot_product_attention(
-            self._rotated(query), self._repeated(key), self._repeated(value), self._mask, scale, causal=False
+    def _attended(self, x: Any, prefix: str, layer: int) -> Any:
+        plan = self._plan
+        query, key, value = self._projected(x, prefix)
+        out = self._attention(
+            self._heads(query, plan.heads, self._names.query_norm, prefix),
+            self._heads(key, plan.kv_heads, self._names.key_norm, prefix),
+            self._heads(value, plan.kv_heads, "", prefix),
+            layer,
         )
-        merged = op.reshape(
-            op.transpose(out, _constant([0, 2, 1, 3])), _constant([0, 0, shape.heads * shape.head]), True
-        )
-        return self._linear(merged, f"{prefix}.o_proj")
+        merged = op.reshape(op.transpose(out, constant([0, 2, 1, 3])), constant([0, 0, plan.heads * plan.head]), True)
+        return self._linear(merged, prefix + self._names.output)
 
-    def norm(self, x: Any, name: str) -> Any:
-        """Root-mean-square norm over the last axis."""
-        mean = op.reduce_mean(op.power(x, _floats(2.0)), _constant(-1), keep_dims=True)
-        scale = op.divide(_floats(1.0), op.sqrt(op.add(mean, _floats(self._shape.epsilon))))
-        return op.multiply(op.multiply(x, scale), self._weights.constant(f"{name}.weight"))
+    def _projected(self, x: Any, prefix: str) -> tuple[Any, Any, Any]:
+        """Query, key and value, [batch, tokens, heads × head]."""
+        plan, names = self._plan, self._names
+        queries, keys = plan.heads * plan.head, plan.kv_heads * plan.head
+        if not names.fused:
+            parts = [self._linear(x, prefix + name) for name in (names.query, names.key, names.value)]
+        elif plan.fused == "blocks":
+            parts = split(self._linear(x, prefix + names.fused), [queries, keys, keys])
+        else:
+            shared = plan.heads // plan.kv_heads
+            groups = constant([0, 0, plan.kv_heads, (shared + 2) * plan.head])
+            grouped = op.reshape(self._linear(x, prefix + names.fused), groups, True)
+            pieces = split(grouped, [shared * plan.head, plan.head, plan.head])
+            sizes = (queries, keys, keys)
+            parts = [op.reshape(piece, constant([0, 0, size]), True) for piece, size in zip(pieces, sizes, strict=True)]
+        if plan.clip:
+            parts = [op.clamp(part, -plan.clip, plan.clip) for part in parts]
+        return parts[0], parts[1], parts[2]
+
+    def _heads(self, x: Any, heads: int, norm: str, prefix: str) -> Any:
+        """[batch, heads, tokens, head], from [batch, tokens, heads × head]."""
+        if self._plan.norms_whole:
+            x = self._norm(x, norm, prefix)
+        x = op.reshape(x, constant([0, 0, heads, self._plan.head]), True)
+        if not self._plan.norms_whole:
+            x = self._norm(x, norm, prefix)
+        return op.transpose(x, constant([0, 2, 1, 3]))
+
+    def _mlp(self, x: Any, prefix: str, layer: int) -> Any:
+        plan, names = self._plan, self._names
+        if plan.experts is not None and layer in plan.experts.layers:
+            return mixture(x, prefix, plan.experts, ACTIVATIONS[plan.activation], self._linear)
+        activated = ACTIVATIONS[plan.activation]
+        if names.gate_up:
+            both = self._linear(x, prefix + names.gate_up)
+            gate, up = op.split(both, constant(-1), 2).outputs()
+            inner = op.multiply(activated(gate), up)
+        elif names.gate:
+            inner = op.multiply(activated(self._linear(x, prefix + names.gate)), self._linear(x, prefix + names.up))
+        else:
+            inner = activated(self._linear(x, prefix + names.up))
+        return self._linear(inner, prefix + names.down)
+
+    # ---------------------------------------------------------------------------- pieces
 
     def _linear(self, x: Any, name: str) -> Any:
-        y = op.matmul(x, self._weights.constant(f"{name}.weight"), False, True)
+        y = op.matmul(x, self._weights.constant(f"{name}.weight"), False, not self._plan.transposed)
         return op.add(y, self._weights.constant(f"{name}.bias")) if f"{name}.bias" in self._weights else y
 
-    def _heads(self, x: Any, heads: int, norm: str | None) -> Any:
-        """[batch, heads, tokens, head], each head normed where the model has a norm for it (Qwen3)."""
-        x = op.reshape(x, _constant([0, 0, heads, self._shape.head]), True)
-        if norm is not None and f"{norm}.weight" in self._weights:
-            x = self.norm(x, norm)
-        return op.transpose(x, _constant([0, 2, 1, 3]))
-
-    def _rotated(self, x: Any) -> Any:
-        half = self._shape.head // 2
-        one, axis = _constant([1]), _constant([3])
-        first = op.slice(x, _constant([0]), _constant([half]), one, axis)
-        second = op.slice(x, _constant([half]), _constant([2**31 - 1]), one, axis)
-        turned = op.concat([op.multiply(second, _floats(-1.0)), first], -1)
-        return op.add(op.multiply(x, self._cos), op.multiply(turned, self._sin))
-
-    def _cached(self, x: Any, name: str) -> Any:
-        shape = self._shape
-        empty = op.broadcast(_floats(0.0), op.concat([self._batch, _constant([shape.kv_heads, 0, shape.head])], 0))
-        past = op.read_value(empty, name, ov.Type.f32, ov.PartialShape([-1, shape.kv_heads, -1, shape.head]))
-        whole = op.concat([op.gather(past, self._beams, _constant(0)), x], 2)
-        self.sinks.append(op.assign(whole, name))
-        return whole
-
-    def _repeated(self, x: Any) -> Any:
-        """Each key/value head once per query head that shares it."""
-        shape = self._shape
-        if shape.kv_heads == shape.heads:
+    def _norm(self, x: Any, name: str, prefix: str = "") -> Any:
+        """Over the last axis; no *name*: no norm."""
+        if not name:
             return x
-        tokens = op.gather(op.shape_of(x), _constant([2]), _constant(0))
-        target = op.concat(
-            [self._batch, _constant([shape.kv_heads, shape.heads // shape.kv_heads]), tokens, _constant([shape.head])],
-            0,
-        )
-        wide = op.broadcast(op.unsqueeze(x, _constant(2)), target)
-        return op.reshape(wide, _constant([0, shape.heads, -1, shape.head]), True)
+        name, norm = prefix + name, self._plan.norm
+        if norm.kind == "layer":
+            x = op.mvn(x, constant([-1]), True, norm.epsilon, "INSIDE_SQRT")
+        else:
+            mean = op.reduce_mean(op.power(x, floats(2.0)), constant(-1), keep_dims=True)
+            x = op.multiply(x, op.divide(floats(1.0), op.sqrt(op.add(mean, floats(norm.epsilon)))))
+        if norm.bare:
+            return x
+        weight = self._weights.constant(f"{name}.weight")
+        x = op.multiply(x, op.add(weight, floats(norm.offset)) if norm.offset else weight)
+        return op.add(x, self._weights.constant(f"{name}.bias")) if f"{name}.bias" in self._weights else x

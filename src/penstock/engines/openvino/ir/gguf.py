@@ -42,7 +42,7 @@ class GgufWeights:
     """A `penstock.engines.openvino.ir.weights.Source`."""
 
     def __init__(self, file: GgufFile) -> None:
-        self._path = file.path
+        self.file = file
         self.architecture = file.architecture
         if self.architecture not in ARCHITECTURES:
             raise refused(file.path, f"its architecture is {self.architecture!r}")
@@ -67,6 +67,8 @@ class GgufWeights:
         if embedding is None:
             raise refused(file.path, "it has no embedding")
         self.config["vocab_size"] = int(embedding.shape[1])
+        matrices = [tensor for tensor in self._tensors.values() if len(tensor.shape) > 1]
+        self.kind = file.precision if any(tensor.tensor_type in _UNPACKED for tensor in matrices) else ""
 
     def names(self) -> Iterable[str]:
         return self._tensors

@@ -1,4 +1,8 @@
-"""Rotary position embeddings: the angle per position of each pair of a head."""
+"""Rotary positions: how fast each pair of a head turns, by what the config says of scaling.
+
+Sources: linear (kaiokendev), llama3 (Llama 3.1's release), YaRN (arXiv 2309.00071), LongRoPE (arXiv 2402.13753), each
+with the defaults that Hugging Face's library has.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,101 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from penstock.engines.openvino.ir.config import Config
+from penstock.engines.openvino.ir.plan import Rotary
 from penstock.engines.openvino.ir.refusal import unbuildable
 
+Floats = npt.NDArray[np.float64]
 
-def rotary_frequencies(config: Mapping[str, Any], head: int) -> npt.NDArray[np.float32]:
-    """Angle per position of each of the head's pairs. Newer configs have one ``rope_parameters`` for all of it."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    frequencies = 1.0 / theta ** (np.arange(0, head, 2, dtype=np.float64) / head)
+
+def rotary_of(
+    config: Config,
+    head: int,
+    *,
+    part: float = 1.0,
+    theta: float = 10_000.0,
+    interleaved: bool = False,
+    kind: str | None = None,
+) -> Rotary:
+    """Of the config's ``rope_parameters`` (newer) or ``rope_scaling`` and ``rope_theta``. *part* of a head that is
+    turned and *theta* are the family's, where the config says nothing. *kind*: of layers, where each has its own."""
+    rope = _parameters(config, kind)
+    theta = float(rope.get("rope_theta") or theta)
+    part = float(rope.get("partial_rotary_factor") or part)
+    turned = int(head * part)
+    frequencies = 1.0 / theta ** (np.arange(0, turned, 2, dtype=np.float64) / turned)
+    frequencies, scale = _scaled(rope, frequencies, theta, config)
+    return Rotary(tuple(frequencies.tolist()), scale, interleaved)
+
+
+def _parameters(config: Config, kind: str | None) -> dict[str, Any]:
+    given, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    theta, part = config.get("rope_theta"), config.get("partial_rotary_factor")
+    if kind is not None and kind in given:
+        given = given[kind]
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise unbuildable("its layers have different rotary positions")
+    return {"rope_theta": theta, "partial_rotary_factor": part, **old, **given}
+
+
+def _scaled(rope: Mapping[str, Any], frequencies: Floats, theta: float, config: Config) -> tuple[Floats, float]:
+    """The scaled frequencies, and what cosines and sines are multiplied with."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    longest = config.get("max_position_embeddings")
+    trained = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if kind in ("default", "mrope"):
+        return frequencies, 1.0
     if kind == "linear":
-        frequencies = frequencies / float(rope["factor"])
-    elif kind == "llama3":
-        # Long wavelengths are stretched by the factor, short ones kept, those between blended.
-        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        trained = float(rope["original_max_position_embeddings"])
-        wavelengths = 2 * math.pi / frequencies
-        blend = np.clip((trained / wavelengths - low) / (high - low), 0, 1)
-        frequencies = (1 - blend) * frequencies / factor + blend * frequencies
-    elif kind == "divided":  # of GGUF files, which have the quotients of other kinds worked out
-        frequencies = frequencies / np.array(rope["factors"], np.float64)
-    elif kind != "default":
-        raise unbuildable(f"its rotary scaling is {kind!r}")
-    if float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise unbuildable("only a part of each head is rotated")
-    return frequencies.astype(np.float32)
+        return frequencies / float(rope["factor"]), 1.0
+    if kind == "divided":  # of GGUF files, which have the quotients of other kinds worked out
+        return frequencies / np.array(rope["factors"], np.float64), 1.0
+    if kind == "llama3":
+        return _llama3(rope, frequencies), 1.0
+    if kind == "dynamic":
+        # Stretched only beyond the config's context, which is what is served.
+        return frequencies, 1.0
+    if kind == "yarn" and trained:
+        return _yarn(rope, frequencies, theta, trained, longest)
+    if kind in ("longrope", "su") and trained:
+        # The short factors, which hold up to the trained length: the engine serves no more
+        # (`penstock.engines.openvino.files.even_context`).
+        factor = longest / trained if longest else rope.get("factor", 1.0)
+        scale = rope.get("attention_factor")
+        if scale is None:
+            scale = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+        return frequencies / np.array(rope["short_factor"], np.float64), float(scale)
+    raise unbuildable(f"its rotary scaling is {kind!r}")
+
+
+def _llama3(rope: Mapping[str, Any], frequencies: Floats) -> Floats:
+    """Long wavelengths are stretched by the factor, short ones kept, those between blended."""
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    wavelengths = 2 * math.pi / frequencies
+    blend = np.clip((float(rope["original_max_position_embeddings"]) / wavelengths - low) / (high - low), 0, 1)
+    return (1 - blend) * frequencies / factor + blend * frequencies
+
+
+def _yarn(
+    rope: Mapping[str, Any], frequencies: Floats, theta: float, trained: float, longest: float | None
+) -> tuple[Floats, float]:
+    factor = float(rope.get("factor") or (longest or trained) / trained)
+    size = 2 * len(frequencies)
+
+    def pair_of(turns: float) -> float:
+        """Which pair turns so often over the trained length."""
+        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_of(float(rope.get("beta_fast") or 32)), pair_of(float(rope.get("beta_slow") or 1))
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    stretched = np.clip((np.arange(len(frequencies)) - first) / ((last - first) or 0.001), 0, 1)
+
+    def gain(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scale = rope.get("attention_factor")
+    if scale is None:
+        weight, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        scale = gain(weight) / gain(of_all) if weight and of_all else gain(1.0)
+    return frequencies / factor * stretched + frequencies * (1 - stretched), float(scale)

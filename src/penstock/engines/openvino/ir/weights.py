@@ -48,6 +48,11 @@ class Plain:
 class Source(Protocol):
     """The tensors of a model's files, by the names that Hugging Face's library gives them."""
 
+    @property
+    def kind(self) -> str:
+        """How the matrices are stored, if not in floating point: q4_k_m, gptq …"""
+        ...
+
     def names(self) -> Iterable[str]: ...
 
     def read(self, name: str) -> Plain | Packed:
@@ -92,6 +97,8 @@ _KEPT = ("position", "token_type", "wpe")
 
 class Safetensors:
     """A `Source`: all safetensors files of a folder."""
+
+    kind = ""
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("*.safetensors"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import msgspec
 
@@ -57,7 +57,11 @@ class Reader:
     yet.
     """
 
+    WORDS: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, request: Request, thoughts: Thoughts | None, tools: Tools | None, *, opened: bool = False):
+        self.words = frozenset((*(thoughts.marks if thoughts else ()), *(tools.marks if tools else ()), *self.WORDS))
+        """All marks that are looked for."""
         self._source = Source(request)
         self._steps = self._read(thoughts, tools, opened)
         self.thinking = opened

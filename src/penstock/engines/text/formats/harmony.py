@@ -26,6 +26,8 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 class HarmonyReader(Reader):
     """See `Reader`. Its own marks say all: of the family's *tools*, only those that a guide forces are read."""
 
+    WORDS = MARKS
+
     def _read(self, thoughts: Thoughts | None, tools: Tools | None, opened: bool) -> Generator[None, None, None]:
         source, heads, ends = self._source, marks_of((START, CHANNEL, MESSAGE, *ENDS)), marks_of(ENDS)
         self.thinking = True

@@ -6,7 +6,7 @@ The names are those of the options ``tool_format`` and ``reasoning_format``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container
+from collections.abc import Callable
 
 import msgspec
 
@@ -94,21 +94,14 @@ class Formats(msgspec.Struct, frozen=True):
     thoughts: str = ""
 
     @property
-    def marks(self) -> frozenset[str]:
-        """All words that a reader looks for."""
-        if "harmony" in (self.tools, self.thoughts):
-            return frozenset(harmony.MARKS)
-        words: set[str] = set()
-        if self.tools:
-            words.update(TOOLS[self.tools][0].marks)
-        if self.thoughts:
-            words.update(THOUGHTS[self.thoughts][0].marks)
-        return frozenset(words)
+    def begins(self) -> tuple[str, ...]:
+        """What begins a thought, in a reply or at the end of its prompt."""
+        return () if self.thoughts in ("", "harmony") else THOUGHTS[self.thoughts][0].begins
 
     @property
-    def opening_marks(self) -> tuple[str, ...]:
-        """What a prompt ends with that has begun a thought."""
-        return () if self.thoughts in ("", "harmony") else THOUGHTS[self.thoughts][0].begins
+    def ends(self) -> tuple[str, ...]:
+        """What ends it."""
+        return () if self.thoughts in ("", "harmony") else THOUGHTS[self.thoughts][0].ends
 
     def reader(self, request: Request, *, opened: bool = False) -> Reader | None:
         """For one choice of *request*, whose prompt may have *opened* a thought; None where all is text."""
@@ -127,9 +120,11 @@ class Formats(msgspec.Struct, frozen=True):
         return Reader(request, thoughts, tools, opened=opened)
 
 
-def choose(template: str, tokens: Container[str], tool_format: str = "auto", reasoning_format: str = "auto") -> Formats:
-    """The formats of a model with this chat *template* (empty: none) and these *tokens*, or those that the operator
-    names. Raises `ModelLoadError` for a name that nobody knows."""
+def choose(
+    template: str, knows: Callable[[str], bool], tool_format: str = "auto", reasoning_format: str = "auto"
+) -> Formats:
+    """The formats of a model with this chat *template* (empty: none) that *knows* a word as a token, or those that the
+    operator names. Raises `ModelLoadError` for a name that nobody knows."""
     tools, thoughts = _named("tool_format", tool_format, TOOLS), _named("reasoning_format", reasoning_format, THOUGHTS)
     if not template:
         return Formats()
@@ -137,7 +132,7 @@ def choose(template: str, tokens: Container[str], tool_format: str = "auto", rea
         tools = next((name for name, (_, words) in TOOLS.items() if _all(words, template)), DEFAULT_TOOLS)
     if thoughts is None:
         found = next((name for name, (_, words) in THOUGHTS.items() if _all(words, template)), "")
-        thoughts = found or ("think" if "</think>" in template or _THINKS in tokens else "")
+        thoughts = found or ("think" if "</think>" in template or knows(_THINKS) else "")
     return Formats(tools, thoughts)
 
 

@@ -1,0 +1,43 @@
+"""Llama and Mistral, and Mixtral, which is Mistral with experts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from penstock.engines.openvino.ir.config import Config
+from penstock.engines.openvino.ir.families import common
+from penstock.engines.openvino.ir.plan import Experts, Plan
+from penstock.engines.openvino.ir.rope import rotary_of
+
+
+def llama(config: Config) -> Plan:
+    config.ignore("rope_interleaved")  # false in SmolLM2's config; the library knows no such key
+    # Llamas do not slide, but files of old put Mistrals under this name.
+    return _sliding(config, None) if config.get("sliding_window") else common.plan(config)
+
+
+def mistral(config: Config) -> Plan:
+    return _sliding(config, 4096)
+
+
+def mixtral(config: Config) -> Plan:
+    layers = config.whole("num_hidden_layers")
+    experts = Experts(
+        config.whole("num_local_experts", default=8),
+        config.whole("num_experts_per_tok", default=2),
+        normed=True,
+        layers=frozenset(range(layers)),
+        router="block_sparse_moe.gate",
+        expert="block_sparse_moe.experts.{}",
+        names=("w1", "w3", "w2"),
+    )
+    rotary = (rotary_of(config, common.head_of(config), theta=1e6),) * layers
+    return dataclasses.replace(_sliding(config, None), rotary=rotary, experts=experts)
+
+
+def _sliding(config: Config, default: int | None) -> Plan:
+    kinds = [common.SLIDING] * config.whole("num_hidden_layers")
+    return common.plan(config, windows=common.windows(config, kinds, config.get("sliding_window", default)))
+
+
+FAMILIES = {"LlamaForCausalLM": llama, "MistralForCausalLM": mistral, "MixtralForCausalLM": mixtral}
