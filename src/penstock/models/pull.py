@@ -197,9 +197,14 @@ def _from_hub(source: Hub, scratch: Path, files: Path, progress: Progress) -> No
 
 
 def snapshot(repository: str, progress: Callable[[float], None], **where: Any) -> Path:
-    """The folder of a hub repository, weights and text files only. Raises `PullError`."""
+    """The folder of a hub repository, weights and text files only; without a network, the one in the hub's own cache,
+    unless another place is named. Raises `PullError`."""
     from huggingface_hub import snapshot_download  # slow to import: only where it is needed
     from tqdm.auto import tqdm
+
+    away = _hub_away()
+    if away and "local_dir" in where:
+        raise PullError(away)
 
     class Told(tqdm):  # type: ignore[misc]
         """Draws no bar; tells how much of all bytes is here."""
@@ -215,11 +220,28 @@ def snapshot(repository: str, progress: Callable[[float], None], **where: Any) -
             return shown
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(HUB_PATTERNS), tqdm_class=Told, **where))
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=list(HUB_PATTERNS), tqdm_class=Told, local_files_only=bool(away), **where
+            )
+        )
     except Exception as error:  # its own errors, httpx's, the disk's: whatever the reason, the files are not here
         if isinstance(error, OSError) and error.errno in FULL:
             raise no_room(Path(error.filename or "the hub's cache"), error.strerror) from error
-        raise PullError((str(error) or type(error).__name__).splitlines()[0]) from error
+        raise PullError(away or (str(error) or type(error).__name__).splitlines()[0]) from error
+
+
+def _hub_away() -> str:
+    """Why the hub cannot be reached, asked once: its library asks for half a minute. Empty if it can."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked (HF_HUB_OFFLINE)"
+    try:
+        httpx.head(constants.ENDPOINT, timeout=TIMEOUT)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        return f"the hub cannot be reached ({error or type(error).__name__})"
+    return ""
 
 
 class _Nowhere:

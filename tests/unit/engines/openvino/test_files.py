@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from tests.support import tiny_models as tiny
 from tests.support.gguf import bundled_gguf
 
@@ -39,7 +40,7 @@ def test_a_folder_without_a_tokenizer_is_refused_before_it_is_converted(tmp_path
     folder = tiny.llama(tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelLoadError, match=r"has no tokenizer\.json"):
-        resolve("any", str(folder), ignore, tmp_path / "cache")
+        resolve("any", str(folder), ignore, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -92,6 +93,12 @@ def test_a_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
     assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {each.name for each in found.text.iterdir()}
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_hub")
 def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.llama(tmp_path / "snapshot")
     asked: list[object] = []
@@ -105,10 +112,8 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert asked == [("org/model", False, False)]
 
 
-def test_without_a_network_the_error_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot(name: str, **_: object) -> str:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(ModelLoadError, match=r"no route to host.*hf download org/model"):
+@pytest.mark.usefixtures("no_hub")
+def test_without_a_network_the_error_says_how_to_get_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelLoadError, match=r"the hub cannot be reached.*hf download org/model"):
         resolve("org/model", None, ignore)
