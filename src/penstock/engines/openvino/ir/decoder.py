@@ -154,7 +154,8 @@ class _Network:
     # ---------------------------------------------------------------------------- pieces
 
     def _linear(self, x: Any, name: str) -> Any:
-        y = op.matmul(x, self._weights.constant(f"{name}.weight"), False, not self._plan.transposed)
+        weight = self._weights.constant(f"{name}.weight", transposed=self._plan.transposed)
+        y = op.matmul(x, weight, False, True)
         return op.add(y, self._weights.constant(f"{name}.bias")) if f"{name}.bias" in self._weights else y
 
     def _norm(self, x: Any, name: str, prefix: str = "") -> Any:

@@ -71,11 +71,13 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
-    def constant(self, name: str) -> Any:
-        """A node that gives the tensor in float32."""
+    def constant(self, name: str, *, transposed: bool = False) -> Any:
+        """A node that gives the tensor in float32. *transposed*: of a matrix whose rows are columns in the files."""
         if name not in self._names:
             raise ModelLoadError(f"The weights lack the tensor {name!r}: is the download complete?")
         tensor = self._source.read(name)
+        if transposed and isinstance(tensor, Plain):  # those who quantise matrices have turned them
+            tensor = Plain(np.ascontiguousarray(tensor.values.T))
         if bits := self._bits(name, tensor):
             tensor = smaller(tensor, bits)
         self._used.append(tensor)
