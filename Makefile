@@ -54,7 +54,7 @@ examples/openai-node/node_modules/.installed: examples/openai-node/package-lock.
 	npm ci --prefix examples/openai-node --no-audit --no-fund --loglevel=error
 	@touch $@
 
-run: $(STAMP) ## Serve the bundled model on port 8000 (PORT=… changes it, ARGS=… adds flags)
+run: $(STAMP) ## Serve smollm2, a small chat model, on port 8000 (PORT=… changes it, ARGS=… adds flags)
 	$(BIN)/penstock serve --port $(PORT) $(ARGS)
 
 demo: $(STAMP) ## A stream that survives kill -9 of its server, shown

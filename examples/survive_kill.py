@@ -1,7 +1,7 @@
 """A stream that survives ``kill -9`` of its server: ``make demo``.
 
-Starts a server with the bundled model, submits a story, kills the server in the middle of it, starts it again on the
-same data directory, and goes on reading. The client resumes by itself after the last position it saw.
+Starts a server with the model that comes first, submits a story, kills the server in the middle of it, starts it again
+on the same data directory, and goes on reading. The client resumes by itself after the last position it saw.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         server = start(port, data)
         try:
             client = Client(f"http://127.0.0.1:{port}")
-            with console.status("Starting a server with the bundled model…"):
+            with console.status("Starting a server; the first time it fetches a model (93 MB)…"):
                 while not ready(client):
                     if server.poll() is not None:
                         sys.exit("The server did not start: try `penstock serve` to see why.")

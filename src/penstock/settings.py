@@ -24,6 +24,7 @@ from penstock.brokers.registry import EMBEDDED, broker_type
 from penstock.core.errors import InvalidRequest
 from penstock.core.ports import QueuePolicy
 from penstock.gateway.config import HttpSettings
+from penstock.models.catalogue import FIRST
 from penstock.worker.placement import Policy
 
 PREFIX = "PENSTOCK_"
@@ -32,9 +33,6 @@ FILE = "penstock.toml"
 #: Variables with our prefix that are not settings of a server: where the file is, where converted models are kept,
 #: which server the command line talks to.
 OTHER_VARIABLES = frozenset({"config", "cache", "url"})
-
-#: The bundled model.
-BUNDLED = "millrace"
 
 
 # ---------------------------------------------------------------------------------------------- types of values
@@ -221,7 +219,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     models: Annotated[
         list[ModelSettings], Meta(min_length=1, description="The models served; the first is the default.")
-    ] = field(default_factory=lambda: [ModelSettings(name=BUNDLED)])
+    ] = field(default_factory=lambda: [ModelSettings(name=FIRST)])
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()
     queue: QueuePolicy = QueuePolicy()

@@ -49,7 +49,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
 class TestUpstreamPenstock(OneProcess, EngineContract):
     """Penstock before Penstock: every token's id is told."""
 
-    guided_replies_resume = False
     tells_bytes = False
 
     @pytest.fixture(scope="class")
@@ -192,7 +191,6 @@ class TestUpstreamLlamaEmbedding(Embedding):
 class TestUpstreamLlama(OneProcess, EngineContract):
     """llama.cpp's server, which tells how many tokens it gave, but not which, nor which stop string ended them."""
 
-    guided_replies_resume = False
     tells_stops = False
     tells_bytes = False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.job import Tool
-from tests.support.scripted_models import Scripted, scripted
+from tests.support.scripted_models import GUIDED, Scripted, scripted
 
 THOUGHT = "The mill turns, STOP or not? {} größer 🚰"
 TEXT = "It turns: STOP 水車, I look"
@@ -50,6 +50,8 @@ class Family:
     text: Callable[[str], str] = str
     before_calls: Callable[[str], str] | None = None
     """Where text before a call is written in another way."""
+    formed: Callable[[str], str] | None = None
+    """Where text that must have a form is written in another way."""
     most: int = 2
     """Calls that one reply has."""
     begin: str = "<|im_start|>{}\n"
@@ -65,12 +67,15 @@ class Family:
     def scripts(self) -> dict[str, str]:
         """By selector."""
         thought = self.thought(THOUGHT)
-        name, values = CALLS[0]
-        forced = js({"name": name, "arguments": values})
+        bare = thought.rstrip("\n")  # a form begins at once
+        (name, values) = CALLS[0]
+        where, depth = js(values["where"]), js(values["depth"])
+        forced = f'{GUIDED}{{"name":"{name}","arguments":{{"where":"{GUIDED}{where[1:]}{GUIDED},"depth":{GUIDED}'
+        forced += f"{depth}}}}}"
         return {
             "~": thought + (self.before_calls or self.text)(TEXT) + self.calls(self.called),
-            "^": thought + self.text(js(ANSWER)),
-            "@": thought + self.text(forced),
+            "^": bare + (self.formed or self.text)(compact(ANSWER)),
+            "@": bare + (self.formed or self.text)(forced),
         }
 
     @property
@@ -104,6 +109,11 @@ def _quoted(text: str) -> str:
 
 def js(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def compact(value: Any) -> str:
+    """As a guide has it: without white space."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def think(text: str) -> str:
@@ -227,6 +237,7 @@ FAMILIES: Mapping[str, Family] = {
             "<|END_ACTION|>",
         ),
         text=lambda text: f"<|START_RESPONSE|>{text}<|END_RESPONSE|>",
+        formed=str,
         format=("command_r", "command_r"),
     ),
     "gpt-oss": Family(

@@ -45,9 +45,10 @@ def bundled_gguf(folder: Path, weights: str = "f32") -> Path:
     return convert(BUNDLED / "millrace", folder / f"millrace-{weights}.gguf", weights)
 
 
-def convert(model: Path, target: Path, weights: str = "f32", quotients: Any = None) -> Path:
+def convert(model: Path, target: Path, weights: str = "f32", vocabulary: str = "gpt2", quotients: Any = None) -> Path:
     """Write the model folder *model* to *target*; *weights*: one of `TYPES` (matrices; the norms stay f32).
-    *quotients*: of the rotary frequencies, by which Llama 3's files have them divided."""
+    *vocabulary*: of another kind than the model's has some made-up tokens instead. *quotients*: of the rotary
+    frequencies, by which Llama 3's files have them divided."""
     config = json.loads((model / "config.json").read_text())
     architecture = config["model_type"]
     writer = gguf.GGUFWriter(target, architecture)
@@ -73,7 +74,10 @@ def convert(model: Path, target: Path, weights: str = "f32", quotients: Any = No
             getattr(writer, add)(config[name])
     if quotients is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(quotients, np.float32))
-    _add_tokenizer(writer, model, config)
+    if vocabulary == "gpt2":
+        _add_tokenizer(writer, model, config)
+    else:
+        _add_vocabulary(writer, vocabulary, config["vocab_size"])
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], config["num_hidden_layers"])
     for file in sorted(model.glob("*.safetensors")):
@@ -100,6 +104,51 @@ def _add_tensor(writer: Any, name: str, tensor: Any, weights: str) -> None:
 def _interleave(weight: Any, heads: int) -> Any:
     """From halves (Hugging Face) to pairs (llama.cpp) of rotated dimensions."""
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def lora_gguf(target: Path, matrices: dict[str, tuple[Any, Any]], alpha: float) -> Path:
+    """A LoRA adapter for llama.cpp: by tensor of the model, what leads down ([rank, in]) and up ([out, rank])."""
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, (down, up) in matrices.items():
+        writer.add_tensor(f"{name}.lora_a", down.astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", up.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _add_vocabulary(writer: Any, kind: str, size: int) -> None:
+    """Bytes from token 3 on, words behind them."""
+    control, normal, byte = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.BYTE
+    tokens = ["<unk>", "<s>", "</s>"]
+    if kind == "rwkv":
+        tokens += [f"\\x{value:02x}" for value in range(256)] + ["the", "\\n\\n", " water", "\\\\a", "größer", "水"]
+    else:
+        tokens += [f"<0x{value:02X}>" for value in range(256)] + [
+            "▁",
+            "▁the",
+            "th",
+            "h",
+            "t",
+            "e",
+            "he",
+            "größer",
+            "水",
+        ]
+    kinds = [gguf.TokenType.UNKNOWN, control, control] + [normal if kind == "rwkv" else byte] * 256
+    tokens += [f"w{id}" for id in range(len(tokens), size)]
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds + [normal] * (size - len(kinds)))
+    writer.add_token_scores([-float(id) for id in range(size)])
+    writer.add_token_merges(["t h", "h e"])
+    for name, id in (("unk", 0), ("bos", 1), ("eos", 2)):
+        getattr(writer, f"add_{name}_token_id")(id)
 
 
 def _add_tokenizer(writer: Any, model: Path, config: dict[str, Any]) -> None:

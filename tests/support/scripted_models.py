@@ -26,10 +26,13 @@ from tests.support import gguf
 #: Characters that select a script, where a user's message has one; nothing else of a prompt should.
 SELECTORS = "~^@"
 
+#: Around what a guide leaves no choice in.
+GUIDED = "\0"
+
 WIDTH = 128  # of a token's code, and of a head
 HEADS = 3
-SIZE = (HEADS + 2) * WIDTH + 64  # a token, what each head found, what comes next; and constants
-ONE, SELECTS, OTHER = range(SIZE - 64, SIZE - 61)
+SIZE = (HEADS + 2) * WIDTH + 80  # a token, what each head found, what comes next; and constants
+ONE, SELECTS, OTHER = range(SIZE - 80, SIZE - 77)
 THETA = 1e6
 #: How clearly a head looks at one token: the scores of others are less by so much.
 SHARP = 60.0
@@ -63,15 +66,16 @@ def scripted(
 ) -> Scripted:
     """Make a model in *folder* that answers with the script whose selector the prompt has. *opening*: what the
     *template* ends a prompt with. *special*: tokens that are no text, *words*: other ones. The first of *ends* ends a
-    script that has none of them at its own end.
+    script that has none of them at its own end. What stands between two `GUIDED` in a script a guide makes the model
+    write, byte by byte, but for white space.
     """
     special = tuple(dict.fromkeys((*ends, *special)))
     scripts = {selector: script if script.endswith(ends) else script + ends[0] for selector, script in scripts.items()}
     cut = _Cut((*special, *words))
-    pieces = {selector: list(cut(script)) for selector, script in scripts.items()}
+    pieces = {selector: cut.script(script) for selector, script in scripts.items()}
     tokenizer = _tokenizer(special, tuple(words), cut.pieces)
     last = [tokenizer.token_to_id(end) for end in ends]
-    replies = {selector: [tokenizer.token_to_id(piece) for piece in pieces[selector]] for selector in scripts}
+    replies = {selector: [tokenizer.token_to_id(piece) for piece, _ in pieces[selector]] for selector in scripts}
 
     start = tokenizer.encode(f"  {opening}", add_special_tokens=False).ids[-3:]
     codes = _codes(tokenizer.get_vocab_size())
@@ -79,9 +83,13 @@ def scripted(
     for selector, reply in replies.items():
         (selecting,) = tokenizer.encode(selector, add_special_tokens=False).ids
         written = start + reply
-        for at, following in enumerate(reply, 3):
+        ways = [
+            (following, guided, at)
+            for at, (following, (_, guided)) in enumerate(zip(reply, pieces[selector], strict=True), 3)
+        ]
+        for following, guided, at in sorted(ways, key=lambda way: way[1]):
             known = steps.setdefault((written[at - 1], selecting, written[at - 2], written[at - 3]), following)
-            assert known == following, "the same three tokens of a script are followed by different ones"
+            assert guided or known == following, "the same three tokens of a script are followed by different ones"
     _write(folder, tokenizer, template, special, last, _tensors(codes, steps, last[0], tokenizer))
     return Scripted(folder, tokenizer, replies)
 
@@ -96,6 +104,15 @@ class _Cut:
         self._words = sorted(words, key=len, reverse=True)
         self._names = dict(zip(range(256), _alphabet(), strict=True))
         self.pieces: list[str] = []
+
+    def script(self, script: str) -> list[tuple[str, bool]]:
+        """The tokens, and whether a guide writes each."""
+        result: list[tuple[str, bool]] = []
+        for place, part in enumerate(script.split(GUIDED)):
+            guided = place % 2 == 1
+            tokens = [self._names[byte] for byte in part.encode()] if guided else self(part)
+            result += [(token, guided) for token in tokens]
+        return result
 
     def __call__(self, script: str) -> Iterator[str]:
         text = ""

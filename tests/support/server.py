@@ -232,7 +232,7 @@ class Server(Process):
     """``penstock serve``: everything in one process, its data in *data_dir*.
 
     *models* are entries of the ``models`` setting (see `model`); by default one synthetic model at *rate* tokens a
-    second.
+    second, or the *bundled* one.
     """
 
     command = "serve"
@@ -251,8 +251,9 @@ class Server(Process):
     ) -> None:
         super().__init__(folder, settings=settings, args=args)
         self.data_dir = data_dir or folder / "data"
-        if not bundled:
-            self.settings["models"] = models if models is not None else [model(rate=rate, **(options or {}))]
+        if bundled:
+            models = [model("millrace", engine="openvino")]
+        self.settings["models"] = models if models is not None else [model(rate=rate, **(options or {}))]
 
     def arguments(self) -> list[str]:
         return ["--data-dir", str(self.data_dir), *super().arguments()]

@@ -23,7 +23,8 @@ from penstock.cli.startup import Startup
 from penstock.client import End, ModelView, Submitted, Token
 from penstock.core.errors import ContextLengthExceeded, ErrorInfo, ModelNotFound, PenstockError
 from penstock.core.job import Status
-from penstock.settings import BUNDLED, SETTINGS, BrokerAddress, BrokerSettings, ModelSettings, Settings
+from penstock.models.catalogue import FIRST
+from penstock.settings import SETTINGS, BrokerAddress, BrokerSettings, ModelSettings, Settings
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -174,7 +175,7 @@ def test_config_prints_value_and_source(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert rows["log_dir"] == {"value": None, "source": "default"}
     text = run(app, ["config"]).stdout
     assert "PENSTOCK_LEASE_TTL" in text
-    assert f"{BUNDLED} (openvino)" in text
+    assert f"{FIRST} (openvino)" in text
 
 
 def test_config_file_by_flag(tmp_path: Path) -> None:
@@ -214,8 +215,8 @@ def test_which_models_are_loaded_on_demand_or_have_spares() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--on-demand", "x"], "no model 'x' among millrace"),
-        (["--standby", "x=1"], "no model 'x' among millrace"),
+        (["--on-demand", "x"], "no model 'x' among smollm2"),
+        (["--standby", "x=1"], "no model 'x' among smollm2"),
         (["--standby", "many"], "not of the form N"),
         (["--memory-budget", "lots"], "no size"),
         (["--memory-budget", "8"], "no size"),
@@ -247,7 +248,7 @@ def test_engines_pair_up_with_models_in_order() -> None:
     assert [each["engine"] for each in choose_models(["synthetic"], ["a", "b"])] == ["synthetic"] * 2
     assert "engine" not in choose_models([], ["a"])[0]
     assert [each["name"] for each in choose_models(["synthetic"], [])] == ["synthetic"]
-    assert [each["name"] for each in choose_models(["openvino"], [])] == [BUNDLED]
+    assert [each["name"] for each in choose_models(["openvino"], [])] == [FIRST]
 
 
 def test_an_option_is_for_the_model_whose_dotted_name_it_has() -> None:

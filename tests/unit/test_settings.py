@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from penstock.core.errors import InvalidRequest
-from penstock.settings import BUNDLED, SETTINGS, load_settings, without_passwords
+from penstock.models.catalogue import FIRST
+from penstock.settings import SETTINGS, load_settings, without_passwords
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_the_file_may_be_elsewhere_but_must_be_there(monkeypatch: pytest.MonkeyP
 
 
 def test_models_and_structures_come_from_the_file_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [model.name for model in load_settings().models] == [BUNDLED]
+    assert [model.name for model in load_settings().models] == [FIRST]
     write('tenant_weights = { acme = 2.0 }\n[[models]]\nname = "a"\nengine = "synthetic"\noptions = { rate = "5" }')
     settings = load_settings()
     assert settings.queue.weights == {"acme": 2.0}

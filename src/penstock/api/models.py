@@ -16,6 +16,10 @@ class ModelView(WireType, frozen=True):
     created: int
     owned_by: str
     state: str
+    root: str | None = None
+    """The model whose weights are loaded: itself, or its parent."""
+    parent: str | None = None
+    """The model that it is a LoRA adapter of."""
     engine: str | None = None
     context_length: int | None = None
     precision: str | None = None

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from penstock import __version__
-from penstock.cli import bench, chat, flags, jobs, models, serve
+from penstock.cli import bench, chat, flags, jobs, models, pull, serve
 from penstock.cli.common import say
 from penstock.client import Unreachable
 from penstock.core.errors import InvalidRequest, PenstockError
@@ -67,6 +67,7 @@ app.command(name="worker")(serve.worker)
 app.command(name="chat")(chat.chat)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.command(name="pull")(pull.pull)
 app.command(name="bench")(bench.bench)
 app.command(name="config")(flags.config)
 

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from penstock.cli.common import Json, print_json, stdout, table
 from penstock.core.errors import InvalidRequest, ModelLoadError
-from penstock.settings import BUNDLED, SETTINGS, ModelSettings, Settings, load_settings, without_passwords
+from penstock.models.catalogue import BUNDLED, FIRST
+from penstock.settings import SETTINGS, ModelSettings, Settings, load_settings, without_passwords
 
 #: What needs a table or more than one flag: environment or file.
 STRUCTURES = frozenset({"models", "tenant_weights"})
@@ -91,7 +92,8 @@ Models = Annotated[
     typer.Option(
         "--model",
         metavar="NAME[=PATH]",
-        help=f"A model to serve (repeatable; the first is the default). Without any: {BUNDLED}, the model in the box.",
+        help="A model to serve (repeatable; the first is the default): a name of `penstock models --available`, or "
+        f"your own and where it is. Without any: {FIRST}, or {BUNDLED} where {FIRST} cannot be pulled.",
     ),
 ]
 GatewayModels = Annotated[
@@ -171,7 +173,7 @@ def choose_models(engines: Sequence[str], models: Sequence[str]) -> list[dict[st
         if list(engines) == ["synthetic"]:
             models = ["synthetic"]
         elif set(engines) == {"openvino"}:
-            models = [BUNDLED]
+            models = [FIRST]
         else:
             raise typer.BadParameter("Say which models the engines run: --model NAME[=PATH].")
     if len(engines) > 1 and len(engines) != len(models):

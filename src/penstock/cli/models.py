@@ -1,28 +1,41 @@
-"""``penstock models``: what the server can serve; for its operator, to load and unload it."""
+"""``penstock models``: what the server can serve; for its operator, to load and unload it. And what could be served:
+the catalogue, and what of it is on this machine."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.text import Text
 
 from penstock.cli.common import URL, Json, Url, connect, print_json, say, stderr, stdout, table
+from penstock.cli.pull import find_entry
 from penstock.client import ModelView
 from penstock.core.ports import LoadProgress
+from penstock.models.cache import pulled
+from penstock.models.catalogue import CATALOGUE, Entry
+from penstock.models.pull import remove as remove_model
 
-app = typer.Typer(invoke_without_command=True, help="List the models; load and unload them.")
+app = typer.Typer(invoke_without_command=True, help="List the models; load, unload and remove them.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")]
 
 COLOURS = {"ready": "green", "failed": "red", "unavailable": "red"}
 
 
+Available = Annotated[
+    bool, typer.Option("--available", help="Ask no server: list the catalogue, and what of it is on this machine.")
+]
+
+
 @app.callback()
-def models(context: typer.Context, json: Json = False, url: Url = URL) -> None:
+def models(context: typer.Context, available: Available = False, json: Json = False, url: Url = URL) -> None:
     """List the models that the server serves; the first is the default."""
     source = context.get_parameter_source("url")
-    if context.invoked_subcommand is None:
+    if context.invoked_subcommand is None and available:
+        list_available(json)
+    elif context.invoked_subcommand is None:
         list_models(json, url)
     elif source is not None and source.name == "COMMANDLINE":
         verb = context.invoked_subcommand
@@ -48,6 +61,40 @@ def list_models(json: Json = False, url: Url = URL) -> None:
             ", ".join(view.unsupported or ()),
         )
     stdout().print(rows)
+
+
+def list_available(json: bool) -> None:
+    """The catalogue, what is pulled and where."""
+    entries = CATALOGUE.values()
+    if json:
+        print_json({"models": [_listed(entry) for entry in entries]})
+        return
+    rows = table("NAME", "MODEL", "TASK", "SIZE", "CONTEXT", "LICENCE", "ENGINES", "HERE")
+    for entry in entries:
+        rows.add_row(
+            entry.name,
+            entry.title,
+            entry.task,
+            f"{entry.size / 1e6:.0f} MB",
+            str(entry.context),
+            entry.licence,
+            ", ".join(entry.engines),
+            Text(str(pulled(entry) or "no")),
+        )
+    stdout().print(rows)
+
+
+def _listed(entry: Entry) -> dict[str, object]:
+    sources = [{"from": str(source), **msgspec.to_builtins(source, enc_hook=str)} for source in entry.sources]
+    place = pulled(entry)
+    return {**msgspec.to_builtins(entry, enc_hook=str), "sources": sources, "path": place and str(place)}
+
+
+@app.command()
+def remove(name: Name) -> None:
+    """Delete a pulled model from this machine's cache. A server that has it loaded goes on with it."""
+    size = remove_model(find_entry(name))
+    say(f"{name}: {size / 1e6:.0f} MB removed")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import structs
 
+from penstock.cli.common import say
 from penstock.cli.flags import (
     GATEWAY,
     SERVE,
@@ -23,9 +24,12 @@ from penstock.cli.flags import (
     settle,
     with_settings,
 )
+from penstock.cli.pull import pull_shown
 from penstock.cli.startup import Startup
 from penstock.core.errors import InvalidRequest
-from penstock.settings import Settings
+from penstock.models.catalogue import BUNDLED, CATALOGUE, FIRST
+from penstock.models.errors import PullError
+from penstock.settings import ModelSettings, Settings
 
 
 @with_settings(SERVE)
@@ -44,7 +48,7 @@ def serve(
     Everything below can also be set as PENSTOCK_<NAME> or in penstock.toml; a flag wins over both.
     """
     settings = settle(engine, model, option, config, flags, on_demand, standby)
-    _run(settings, gateway=True, workers=True)
+    _run(_with_first_model(settings), gateway=True, workers=True)
 
 
 @with_settings(GATEWAY)
@@ -76,7 +80,7 @@ def worker(
     Everything below can also be set as PENSTOCK_<NAME> or in penstock.toml; a flag wins over both.
     """
     settings = settle(engine, model, option, config, flags, on_demand, standby)
-    _run(_shared(settings, "worker"), gateway=False, workers=True)
+    _run(_with_first_model(_shared(settings, "worker")), gateway=False, workers=True)
 
 
 def _shared(settings: Settings, command: str) -> Settings:
@@ -85,6 +89,22 @@ def _shared(settings: Settings, command: str) -> Settings:
             f"penstock {command} needs a broker that other processes reach: --broker redis://HOST:6379/0. "
             "For everything in one process there is `penstock serve`."
         )
+    return settings
+
+
+def _with_first_model(settings: Settings) -> Settings:
+    """Where nobody said which models: the first of the catalogue, pulled now; the one in the package where that fails.
+
+    A model that somebody asked for by name is never replaced.
+    """
+    if "models" in settings.sources:
+        return settings
+    try:
+        pull_shown(CATALOGUE[FIRST])
+    except PullError as error:
+        say(error.message, "yellow")
+        say(f"Serving {BUNDLED} instead, the toy in the package. For the real one: penstock pull {FIRST}", "yellow")
+        return structs.replace(settings, models=[ModelSettings(name=BUNDLED)])
     return settings
 
 

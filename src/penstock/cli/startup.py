@@ -116,7 +116,7 @@ class Startup:
         self._tell_stop()
 
     def _tell_use(self) -> None:
-        body = '{"prompt": "Once upon a time", "stream": true}'
+        body = '{"prompt": "The capital of France is", "stream": true}'
         chat = "penstock chat" if self._url == URL else f"penstock chat --url {self._url}"
         say(f"  try it   curl -N {self._url}/v1/generate -d {shlex.quote(body)}")
         say(f"  talk     {chat}")

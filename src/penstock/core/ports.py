@@ -67,6 +67,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     engine: str
     context_length: int
+    parent: str = ""
+    """The model whose weights it changes a little, where it is a LoRA adapter of one."""
     precision: str = ""
     deterministic: bool = False
     """Greedy replies are the same alone, in any batch and after a resume."""

@@ -20,7 +20,15 @@ Count = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]
 
 
-class EmbeddingOptions(msgspec.Struct, frozen=True):
+class TextOptions(msgspec.Struct, frozen=True):
+    """Options of engines that make text themselves: how the model writes calls and thoughts, by a name of
+    `penstock.engines.text.formats.table`; auto: its chat template says it, none: all is text."""
+
+    tool_format: str = "auto"
+    reasoning_format: str = "auto"
+
+
+class EmbeddingOptions(TextOptions, frozen=True):
     """Of models that embed: ``pooling``: cls, mean, last, or auto, what the folder says. ``normalize``: vectors have
     the length 1. ``max_length``: tokens that an input may have, 0 for what the folder says; ``truncate``: longer ones
     are cut instead of refused. ``query_instruction``, ``passage_instruction``: what is put before a text; empty: what
@@ -51,6 +59,11 @@ def parse(options: type[T], given: Mapping[str, Any], engine: str) -> T:
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in fields:
+            if name == "adapters":
+                raise ModelLoadError(
+                    f"The {engine} engine serves no LoRA adapters: transformers, vllm and llama do. Or merge it into "
+                    "the model's weights (peft's merge_and_unload) and serve those."
+                )
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}."
             raise ModelLoadError(f"The {engine} engine has no option {name!r}: {hint}")

@@ -13,9 +13,10 @@ from starlette.types import ASGIApp
 
 from penstock.brokers.registry import open_broker
 from penstock.core.aio import first_done
-from penstock.core.errors import InvalidRequest
+from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.ports import Broker, SystemClock
 from penstock.core.telemetry import Telemetry
+from penstock.engines.adapters import adapter_names
 from penstock.engines.frames import Progress
 from penstock.engines.host.check import check
 from penstock.engines.host.process import EngineProcess, EngineSpec
@@ -154,6 +155,9 @@ def build_app(
 
 def check_models(settings: Settings) -> None:
     """Refuse what cannot be loaded at the start, before anybody connects. Models on demand cost their jobs only."""
+    names = [name for model in settings.models for name in (model.name, *adapter_names(model.options))]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ModelLoadError(f"Several models or adapters are called {', '.join(twice)}.")
     for model in settings.models:
         if model.load == "start":
             check(EngineSpec(model.engine, model.name, model.path, model.options))

@@ -95,7 +95,10 @@ class Model:
         self.process = process
         self.about = WorkerInfo(id=new_worker_id(), on_demand=on_demand)
         """What is told of it beyond what its worker knows."""
-        self.state = ModelState(name=name, id=self.about.id, on_demand=on_demand, required=not on_demand)
+        adapters = tuple(info.name for info in engine.models if info.parent)
+        self.state = ModelState(
+            name=name, adapters=adapters, id=self.about.id, on_demand=on_demand, required=not on_demand
+        )
         self.worker: Worker | None = None
         self.fraction: float | None = None
         """How much of its load is done."""
@@ -159,6 +162,7 @@ class ModelManager:
         *on_deferred* is told of a model that does not fit beside others at the start.
         """
         self.models = {model.name: model for model in models}
+        self._by_name = self.models | {name: model for model in models for name in model.state.adapters}
         self._broker = broker
         self._make_worker = make_worker
         self._memory = Memory(memory_budget)
@@ -298,7 +302,7 @@ class ModelManager:
         error = model.about.error
         assert error is not None
         with contextlib.suppress(PenstockError):
-            leases = await self._broker.claim(model.info, [model.name], REFUSED, 0)
+            leases = await self._broker.claim(model.info, [model.name, *model.state.adapters], REFUSED, 0)
             finish = Finish(error=error)
             await self._broker.append([Append(lease.key, len(lease.ids) + 1, finish=finish) for lease in leases])
 
@@ -423,7 +427,7 @@ class ModelManager:
         return [model.info for model in self.models.values()]
 
     def notify(self, name: str) -> None:
-        model = self.models.get(name)
+        model = self._by_name.get(name)
         if model is not None and model.worker is None and model.state.waiting_since is None:
             self._changed.set()
 
@@ -464,13 +468,13 @@ class ModelManager:
         raise BrokerUnavailable("The server is shutting down. Try again in a moment.", retry_after=2.0)
 
     def _find(self, name: str) -> Model:
-        if name not in self.models:
+        if name not in self._by_name:
             raise ModelNotFound(
                 f"This process has no model {name!r}. It has: {', '.join(self.models)}. If another worker has it, ask "
                 "that one.",
                 param="model",
             )
-        return self.models[name]
+        return self._by_name[name]
 
 
 def _size(count: int) -> str:

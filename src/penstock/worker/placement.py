@@ -82,6 +82,8 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     """How a model stands. Times are the manager's clock's."""
 
     name: str
+    adapters: tuple[str, ...] = ()
+    """The names under which jobs ask for it too."""
     id: str = ""
     """Its worker's."""
     phase: Phase = Phase.UNLOADED
@@ -314,7 +316,7 @@ class _Plan:
                 self._unload(model)
 
     def _idle(self, model: ModelState) -> bool:
-        return model.phase is Phase.READY and not model.busy and not _depth(self._queue, model.name)
+        return model.phase is Phase.READY and not model.busy and not _depth(self._queue, model)
 
     def _unload(self, model: ModelState) -> None:
         self._actions.append(Unload(model.name))
@@ -428,11 +430,13 @@ def _turn(model: ModelState) -> tuple[bool, float]:
 
 
 def _wanted(model: ModelState, queue: QueueStats | None) -> bool:
-    return model.requested or _depth(queue, model.name) > 0
+    return model.requested or _depth(queue, model) > 0
 
 
-def _depth(queue: QueueStats | None, name: str) -> int:
-    return sum(count for (model, _), count in queue.depth.items() if model == name) if queue is not None else 0
+def _depth(queue: QueueStats | None, model: ModelState) -> int:
+    """Jobs that wait for *model*."""
+    names = (model.name, *model.adapters)
+    return sum(count for (name, _), count in queue.depth.items() if name in names) if queue is not None else 0
 
 
 def _elsewhere(model: ModelState, queue: QueueStats | None) -> list[tuple[str, str]]:

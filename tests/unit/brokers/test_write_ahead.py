@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.brokers.embedded import EmbeddedBroker
 from penstock.core.errors import BrokerUnavailable, NotFound
-from penstock.core.events import Ended, Event, Tokens
-from penstock.core.job import Job, Request, Status, fingerprint, new_job_id
+from penstock.core.events import Ended, Event, Phase, Tokens
+from penstock.core.job import Job, Request, Status, Usage, fingerprint, new_job_id
 from penstock.core.ports import Append, Finish, Lease, Query, Verdict, WorkerInfo
 from penstock.testing.oracle import check_log
 
@@ -230,6 +231,28 @@ async def test_an_append_whose_commit_fails_can_be_sent_again(broker: EmbeddedBr
     ended = await broker.get("t", mine.id)
     assert ended.tokens == 6
     assert ended.status is Status.COMPLETED
+
+
+async def test_what_appends_counted_is_forgotten_if_their_commit_fails(broker: EmbeddedBroker, disk: Disk) -> None:
+    mine = await broker.submit(job())
+    (lease,) = await broker.claim(WORKER, ["m"], 1, 0)
+    thought = [Phase.REASONING] * 2
+    first = Append(
+        lease.key, 1, [1, 2], ["", "a"], phases=thought, reasoning_tokens=2, prompt_tokens=9, cached_tokens=4
+    )
+    second = Append(lease.key, 3, [3, 4], ["b", "c"], phases=thought, reasoning_tokens=4)
+    disk.broken = True
+    with pytest.raises(BrokerUnavailable):
+        await broker.append([first, second])
+    disk.broken = False
+    assert await broker.append([msgspec.structs.replace(first, prompt_tokens=8, cached_tokens=3)]) == {
+        mine.id: Verdict.OK
+    }
+    assert (await broker.get("t", mine.id)).usage == Usage(8, 2, 2, 3)
+    await broker.cancel("t", mine.id)
+    *_, ended = [event async for event in broker.tail("t", mine.id)]
+    assert isinstance(ended, Ended)
+    assert ended.usage == Usage(8, 2, 2, 3)
 
 
 async def test_a_claim_whose_commit_fails_leases_nothing(broker: EmbeddedBroker, disk: Disk) -> None:

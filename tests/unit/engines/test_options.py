@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -9,7 +10,9 @@ import pytest
 from msgspec import Meta
 
 from penstock.core.errors import ModelLoadError
+from penstock.engines.adapters import adapter_names, parse_adapters
 from penstock.engines.options import Amount, Count, Positive, parse
+from penstock.engines.plugin import find_engine
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -54,3 +57,17 @@ def test_what_is_wrong_is_said_with_what_is_right(given: dict[str, str], message
     with pytest.raises(ModelLoadError) as caught:
         parse(Options, given, "mine")
     assert caught.value.message.startswith(message)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "upstream", "synthetic"])
+def test_an_engine_without_adapters_says_who_has_them(engine: str) -> None:
+    with pytest.raises(ModelLoadError, match="serves no LoRA adapters: transformers, vllm and llama do"):
+        parse(find_engine(engine).options, {"adapters": "a=/b"}, engine)
+
+
+def test_adapters_are_names_and_paths() -> None:
+    assert parse_adapters("sql=/a/b, chat=/c") == {"sql": Path("/a/b"), "chat": Path("/c")}
+    assert adapter_names({"slots": "4"}) == ()
+    for wrong, words in (("sql", "NAME=PATH"), ("=/a", "NAME=PATH"), ("a=/b,a=/c", "two adapters 'a'")):
+        with pytest.raises(ModelLoadError, match=words):
+            parse_adapters(wrong)

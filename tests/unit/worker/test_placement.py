@@ -110,6 +110,11 @@ class TestDemand:
         assert decide([model("a"), model("b")], queued("b")) == [Load("b")]
         assert decide([model("a"), model("b")], queued()) == []
 
+    def test_it_is_loaded_when_a_job_waits_for_an_adapter_of_it(self) -> None:
+        state = model("a", adapters=("a-sql", "a-chat"))
+        assert decide([state], queued("a-chat")) == [Load("a")]
+        assert decide([state], queued("b")) == []
+
     def test_it_is_loaded_when_its_operator_says_so_even_if_the_queue_cannot_be_seen(self) -> None:
         assert decide([model("a", requested=True)]) == [Load("a")]
 

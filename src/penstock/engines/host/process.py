@@ -18,6 +18,7 @@ from penstock.core.errors import EngineDied, ErrorInfo, ModelLoadError, error_fr
 from penstock.core.events import split_choices
 from penstock.core.ports import Lease, ModelInfo, Output
 from penstock.core.telemetry import Fact, NoTelemetry, Telemetry
+from penstock.engines.adapters import adapter_names, served
 from penstock.engines.frames import (
     Abort,
     Add,
@@ -149,7 +150,7 @@ class EngineProcess(asyncio.Protocol):
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
-        return (self._info,) if self._info else ()
+        return served(self._info, adapter_names(self.spec.options)) if self._info else ()
 
     @property
     def slots(self) -> int:

@@ -17,6 +17,7 @@ from penstock.core.aio import Backoff, wait_for_event
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import Lease, ModelInfo, Output
 from penstock.core.telemetry import Telemetry
+from penstock.engines.adapters import adapter_names, served
 from penstock.engines.frames import Progress
 from penstock.engines.host.memory import estimate, held_by
 from penstock.engines.host.process import NO_TELEMETRY, Child, EngineProcess, EngineSpec
@@ -105,7 +106,8 @@ class Standby:
         self._quiet_until = 0.0
         self._filler: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._unloaded = ModelInfo(name=spec.model, engine=spec.engine, context_length=0)
+        unloaded = ModelInfo(name=spec.model, engine=spec.engine, context_length=0)
+        self._unloaded = served(unloaded, adapter_names(spec.options))
 
     # ------------------------------------------------------------------------------------ Engine
 
@@ -113,7 +115,7 @@ class Standby:
     def models(self) -> tuple[ModelInfo, ...]:
         """What is known of the model: before it was ever loaded, not more than its name and engine."""
         processes = (self._active, *self._spares)
-        return next((process.models for process in processes if process.models), (self._unloaded,))
+        return next((process.models for process in processes if process.models), self._unloaded)
 
     @property
     def slots(self) -> int:

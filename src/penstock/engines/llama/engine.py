@@ -32,13 +32,14 @@ from penstock.core.foreign import Malformed, decode
 from penstock.core.job import Request
 from penstock.core.ports import ModelInfo
 from penstock.core.tasks import Tokenized
+from penstock.engines.adapters import OPTION, adapter_names, check_files
 from penstock.engines.child.backend import failed_output
 from penstock.engines.child.choices import ThreadedChoices
 from penstock.engines.child.output_queue import ThreadedBackend
 from penstock.engines.frames import Progress
 from penstock.engines.llama.gguf_text import UNKNOWN_ID, GgufText
 from penstock.engines.llama.options import LlamaOptions
-from penstock.engines.models import find_gguf
+from penstock.engines.models import gguf_file
 from penstock.engines.parts.guide import Guides, followed, lark_of
 from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.sampling import Floats, Sampler, stream_key
@@ -87,9 +88,12 @@ class LlamaBackend(ThreadedBackend):
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             no_chat=text.no_chat,
+            tool_format=text.formats.tools,
+            reasoning_format=text.formats.thoughts,
             tasks=("generate", "tokenize"),
         )
         self.server = server
+        self._adapters = adapter_names({OPTION: options.adapters})
         self._key = key
         self.text = text
         text.tokens_of = self._tokens_of
@@ -110,6 +114,11 @@ class LlamaBackend(ThreadedBackend):
                     self.queue.put(last)
                 continue
             self._threads.submit(_ChoiceThread(self, choices, request, choice, reply, prefix).run, prompt)
+
+    def adapters(self, request: Request) -> list[dict[str, Any]]:
+        """How much of each LoRA adapter *request* wants: all of the one that it names as its model. llama.cpp computes
+        requests of different adapters in turn, and shares no cache between them."""
+        return [{"id": id, "scale": float(name == request.model)} for id, name in enumerate(self._adapters)]
 
     def tokenize(self, request: Request) -> Tokenized:
         ids: Sequence[int] | None = request.prompt_ids
@@ -149,6 +158,7 @@ class _ChoiceThread:
         prefix: Prefix,
     ) -> None:
         self._server = backend.server
+        self._lora = backend.adapters(request)
         self._text = backend.text
         self._queue = backend.queue
         self._choices = choices
@@ -164,7 +174,9 @@ class _ChoiceThread:
         #: thoughts, and it has no way to forbid texts, or an end for a while.
         sampling = request.sampling
         guided_here = guide is not None and (self._said or reply.may_think)
-        self._here = bool(guided_here or sampling.bad_words or sampling.min_tokens)
+        #: And it would take the rest of a character that its prompt begins for one that is broken.
+        within = self._text.within_character(prefix.ids)
+        self._here = bool(guided_here or sampling.bad_words or sampling.min_tokens or within)
 
     def run(self, prompt: list[int | str]) -> None:
         try:
@@ -183,7 +195,7 @@ class _ChoiceThread:
 
     def _draw(self, prompt: list[int | str]) -> None:
         body = _body(self._request, self._choice, len(self._said))
-        body["prompt"] = self._prompt(prompt)
+        body |= {"prompt": self._prompt(prompt), "lora": self._lora}
         if (form := self._request.form) is not None:
             # It has the same library for this as we have, in a version to which separators are no patterns, and which
             # knows less; where it cannot compile something, it draws freely. What it allows counts only where ours
@@ -274,6 +286,7 @@ class _ChoiceThread:
         many tokens the prompt has. None where the request was aborted meanwhile."""
         body = {
             "prompt": prompt,
+            "lora": self._lora,
             "stream": True,
             "n_predict": 1,
             "n_probs": count,
@@ -408,10 +421,12 @@ def _error(error: Mapping[str, Any]) -> PenstockError:
 
 def load(name: str, path: str | None, options: LlamaOptions, progress: Progress) -> LlamaBackend:
     """See `penstock.engines.child.backend.Loader`."""
-    file = find_gguf(name, path)
+    file = gguf_file(name, path, progress)
     progress("reading the file", None)
     metadata = GgufFile(file)
+    adapters = check_files(options.adapters)
     text = GgufText.of(metadata)
+    text.use_formats(options.tool_format, options.reasoning_format)
     context = _context(metadata, options)
     progress("loading the weights", None)
     params = xllamacpp.CommonParams()
@@ -421,6 +436,8 @@ def load(name: str, path: str | None, options: LlamaOptions, progress: Progress)
     params.n_ctx = context * options.slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads or psutil.cpu_count(False) or 1
     params.n_gpu_layers = options.gpu_layers
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 0.0) for path in adapters.values()]
+    params.lora_init_without_apply = bool(adapters)
     params.verbosity = 1
     # llama.cpp listens for HTTP in any case: let nobody in.
     params.hostnames = ["127.0.0.1"]

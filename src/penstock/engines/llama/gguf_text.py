@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
+from penstock.core.errors import ModelLoadError
 from penstock.core.foreign import whole
 from penstock.core.job import Request
-from penstock.engines.text.detokenize import REPLACEMENT, Detokenizer
+from penstock.engines.text.detokenize import REPLACEMENT, Detokenizer, byte_level_alphabet
 from penstock.engines.text.gguf import GgufFile, decoder_of
 from penstock.engines.text.model import TextModel
 
@@ -17,13 +21,47 @@ from penstock.engines.text.model import TextModel
 UNKNOWN_ID = -1
 
 
+def _pieces(file: GgufFile) -> tuple[list[str], Any]:
+    """What each token stands for, in the way that the decoder beside it reads."""
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if file.vocabulary == "rwkv":
+        alphabet = {byte: char for char, byte in byte_level_alphabet().items()}
+        return ["".join(alphabet[byte] for byte in _unescaped(token)) for token in file.tokens], decoders.ByteLevel()
+    if file.vocabulary == "gemma4":
+        return file.tokens, decoders.Sequence(spaces)
+    if file.vocabulary == "plamo2":
+        return file.tokens, decoders.Sequence(spaces[1:])
+    if file.vocabulary == "t5":
+        return file.tokens, decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)])
+    if file.vocabulary == "bert":
+        raise ModelLoadError(
+            f"{file.path} is an encoder, which llama.cpp is not asked for here: serve the model's folder with the "
+            "engine openvino or transformers."
+        )
+    return file.tokens, decoder_of(file)
+
+
+_ESCAPES = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
+
+
+def _unescaped(token: str) -> bytes:
+    """Tokens of RWKV are any bytes, written as in a string of C."""
+
+    def byte(match: re.Match[bytes]) -> bytes:
+        number, char = match.groups()
+        return bytes([int(number, 16)]) if number else _ESCAPES.get(char, char)
+
+    return re.sub(rb"\\(?:x([0-9a-fA-F]{2})|(.))", byte, token.encode(), flags=re.DOTALL)
+
+
 class GgufText(TextModel):
     """The vocabulary of a GGUF file, for making text of ids. Prompts stay text, in pieces: llama.cpp tokenizes them."""
 
     @classmethod
     def of(cls, file: GgufFile) -> GgufText:
-        tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(file.tokens)}, []))
-        tokenizer.decoder = decoder_of(file)
+        pieces, decoder = _pieces(file)
+        tokenizer = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, []))
+        tokenizer.decoder = decoder
         tokenizer.add_special_tokens([token for token in file.added() if token.special])
         ends = [id for name in ("eos", "eot", "eom") if (id := file.token(name)) is not None]
         names = {f"{name}_token": file.tokens[id] for name in ("bos", "eos") if (id := file.token(name)) is not None}
@@ -35,7 +73,7 @@ class GgufText(TextModel):
             },
             generation_config={"eos_token_id": ends},
             tokenizer_config=names,
-            chat_template=file.get("tokenizer.chat_template", None),
+            chat_template=file.chat_templates,
         )
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -47,9 +85,9 @@ class GgufText(TextModel):
     def _cut(self, text: str) -> list[int]:
         return self.tokens_of([text])
 
-    def _tail(self, prompt: Sequence[int | str]) -> str:
-        names = (piece if isinstance(piece, str) else self.tokenizer.id_to_token(piece) or "" for piece in prompt[-8:])
-        return "".join(names)[-200:]
+    def _ends_with(self, prompt: Sequence[int | str], word: str) -> bool:
+        # What somebody wrote of it is in pieces of its own.
+        return bool(prompt) and isinstance(last := prompt[-1], str) and last.rstrip().endswith(word)
 
     def pieces(self, request: Request) -> list[int | str]:
         """The prompt for llama.cpp: ids, and texts that it tokenizes.
@@ -86,6 +124,12 @@ class GgufText(TextModel):
     def letter(self) -> int:
         """Some token that is a whole character."""
         return next(id for data, id in self._by_bytes.items() if data.isalpha())
+
+    def within_character(self, ids: list[int]) -> bool:
+        """Is the last character that *ids* make not complete?"""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(self._bytes[id] for id in ids[-4:] if id >= 0))
+        return bool(decoder.getstate()[0])
 
     def swallowed(self, text: str, last_token: int, count: int) -> list[int]:
         """The *count* tokens before *last_token*, which together with it became *text*.

@@ -30,6 +30,8 @@ from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
 from penstock.engines.openvino.files import ModelFiles, even_context, resolve
 from penstock.engines.openvino.ir import WEIGHTS
+from penstock.engines.openvino.ir.decoder import LONG_ROPE_TRAINED
+from penstock.engines.openvino.ir.rope import LONG
 from penstock.engines.openvino.options import OpenVINOOptions
 from penstock.engines.openvino.ov import ov, paged_attention_transformation
 from penstock.engines.openvino.precision import PRECISIONS
@@ -50,11 +52,11 @@ WARM_UP = 1.0
 class OpenVINONetwork:
     """A compiled decoder with its cache tensors: tokens of several sequences in, logits of some of them out."""
 
-    recompute_beyond: int | None = None
-
     def __init__(self, files: ModelFiles, options: OpenVINOOptions, context: int) -> None:
         core, model_file = ov.Core(), files.ir
         model = core.read_model(model_file)
+        trained = model.get_rt_info(LONG_ROPE_TRAINED).astype(int) if model.has_rt_info(LONG_ROPE_TRAINED) else None
+        self.recompute_beyond: int | None = trained
         paged_attention_transformation(model)
         _gather_before_head(model)
         known = {
@@ -105,6 +107,9 @@ class OpenVINONetwork:
 
     def run(self, **inputs: np.ndarray[Any, Any]) -> Floats:
         """Logits, one row per entry of ``sampled_tokens_indices``; valid (and writable) until the next call."""
+        if self.recompute_beyond is not None:
+            long = np.repeat(inputs["total_lens"] > self.recompute_beyond, np.diff(inputs["subsequence_begins"]))
+            inputs["position_ids"] = np.where(long, inputs["position_ids"] + LONG, inputs["position_ids"])
         for name, value in inputs.items():
             if (port := self._ports.get(name)) is not None:
                 self._request.set_tensor(port, ov.Tensor(value, shared_memory=True))
@@ -203,6 +208,7 @@ def load(name: str, path: str | None, options: OpenVINOOptions, progress: Progre
     """See `penstock.engines.child.backend.Loader`."""
     files = resolve(name, path, progress, options.precision)
     text = TextModel.load(files.text)
+    text.use_formats(options.tool_format, options.reasoning_format)
     progress("compiling the model", None)
     try:
         if _embeds(files.ir):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from platformdirs import user_cache_path
 
 from penstock.core.errors import ModelLoadError
+from penstock.engines.adapters import refuse_as_model
 from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
-from penstock.engines.models import BUNDLED, HUB_NAME, check_tokenizer, download, local_place
+from penstock.engines.models import check_tokenizer, download, is_remote, local_place
 from penstock.engines.openvino.precision import PRECISIONS, SHARES, SMALL, automatic
 from penstock.engines.text.model import read_json
+from penstock.models.cache import cache_folder
+from penstock.models.catalogue import CATALOGUE
 
 IR_NAMES = ("openvino_model.xml", "openvino_language_model.xml")
 
@@ -28,12 +29,6 @@ class ModelFiles:
     text: Path
     precision: str
     exported: bool = False
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept. ``PENSTOCK_CACHE`` moves it."""
-    given = os.environ.get("PENSTOCK_CACHE")
-    return Path(given) if given else user_cache_path("penstock")
 
 
 def resolve(
@@ -93,24 +88,23 @@ def find(name: str, path: str | None) -> Path | None:
 
     Raises `ModelLoadError` that says what to do.
     """
-    wanted = path or name
-    place = local_place(name, path)
-    if place.is_dir():
-        return _checked(place)
-    if place.suffix == ".gguf":
-        if not place.is_file():
-            raise ModelLoadError(f"There is no file {place}.")
-        return place
-    if HUB_NAME.fullmatch(wanted) and not place.exists():
+    if is_remote(name, path):
         return None
-    bundled = sorted(folder.name for folder in BUNDLED.iterdir() if (folder / "config.json").is_file())
-    raise ModelLoadError(
-        f"There is no model {wanted!r}. Give a folder with an OpenVINO or safetensors model, a .gguf file, a name "
-        f"on the hub (organisation/name){', or ' + ' or '.join(bundled) if bundled else ''}: --model NAME=PATH."
-    )
+    place = local_place(name, path)
+    if not place.exists() and place.suffix == ".gguf":
+        raise ModelLoadError(f"There is no file {place}.")
+    if not place.exists():
+        raise ModelLoadError(
+            f"There is no model {path or name!r}. Give a folder with an OpenVINO or safetensors model, a .gguf file, a "
+            f"name on the hub (organisation/name), or {' or '.join(CATALOGUE)}: --model NAME=PATH."
+        )
+    return _checked(place)
 
 
 def _checked(folder: Path) -> Path:
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder
+    refuse_as_model(folder)
     if not any((folder / name).is_file() for name in IR_NAMES) and not any(folder.glob("*.safetensors")):
         raise ModelLoadError(
             f"{folder} has neither openvino_model.xml nor *.safetensors. Weights in other formats have to be exported "

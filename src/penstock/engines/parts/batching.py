@@ -23,7 +23,7 @@ from penstock.core.tasks import Tokenized
 from penstock.engines.child.backend import Backend
 from penstock.engines.child.choices import Choices
 from penstock.engines.parts.guide import Guides, followed
-from penstock.engines.parts.kvcache import LONG, ROOT, BlockPool
+from penstock.engines.parts.kvcache import ROOT, BlockPool
 from penstock.engines.parts.sampling import Floats, Ints, Sampler, alternatives, stream_key
 from penstock.engines.text.model import TextModel
 from penstock.engines.text.reply import Reply
@@ -53,7 +53,8 @@ class Network(Protocol):
         The tokens of all sequences follow each other in ``input_ids`` and ``position_ids``; sequence *i* has those from
         ``subsequence_begins[i]`` on, has ``past_lens[i]`` tokens in the cache, and its blocks are in ``block_indices``
         from ``block_indices_begins[i]`` on. ``max_context_len``: tokens of the longest, these ones included.
-        ``total_lens``: tokens of each, with those that are not computed yet.
+        ``total_lens``: tokens of each, with those that are not computed yet. ``adapters``: the LoRA adapter of each,
+        from 1 on, 0 for none.
         """
         ...
 
@@ -170,7 +171,9 @@ class ContinuousBatching(Backend):
         step_tokens: int = STEP_TOKENS,
         deterministic: bool = False,
         prefix_caching: bool = False,
+        adapters: tuple[str, ...] = (),
     ) -> None:
+        """*adapters*: the models that a request may name beside this one, by their numbers from 1 on."""
         text.vocab_size = min(text.vocab_size, network.vocab)
         self.slots = slots
         self._step_tokens = step_tokens
@@ -183,9 +186,12 @@ class ContinuousBatching(Backend):
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             no_chat=text.no_chat,
+            tool_format=text.formats.tools,
+            reasoning_format=text.formats.thoughts,
             unsupported=() if text.has_token_bytes else ("response_format",),
             tasks=("generate", "tokenize", "score"),
         )
+        self._adapter_numbers = {name: number for number, name in enumerate(adapters, 1)}
         self._text = text
         self._guides = Guides(text) if text.has_token_bytes else None
         self._network = network
@@ -203,6 +209,7 @@ class ContinuousBatching(Backend):
         self._past = np.zeros(slots, np.int32)
         self._next = np.zeros(slots, np.int64)
         self._drawn = np.zeros(slots, np.int64)
+        self._adapter = np.zeros(slots, np.int64)
         self._decoding_slots: Ints | None = None  # those of _decoding; None when it has changed
 
     # ---------------------------------------------------------------------------- Backend
@@ -324,6 +331,7 @@ class ContinuousBatching(Backend):
         self._share(sequence)
         self._grow(sequence, sequence.length - int(self._past[slot]))
         self._drawn[slot] = len(sequence.reply.ids)
+        self._adapter[slot] = self._adapter_numbers.get(sequence.request.model, 0)
         reply = sequence.reply
         self._sampler.occupy(
             slot, sequence.request.sampling, sequence.rng, sequence.prompt, reply.ids, guide=reply.mask
@@ -353,7 +361,8 @@ class ContinuousBatching(Backend):
     def _root(self, sequence: _Sequence) -> int:
         """Whose cache blocks *sequence* may share: those of sequences that compute the same of the same tokens."""
         most = self._network.recompute_beyond
-        return ROOT if most is None or sequence.length <= most else LONG
+        long = most is not None and sequence.length > most
+        return -(2 * self._adapter_numbers.get(sequence.request.model, 0) + long)
 
     def _leave(self, sequence: _Sequence) -> None:
         """Take slot and blocks from *sequence*."""
@@ -451,6 +460,7 @@ class ContinuousBatching(Backend):
             position_ids=positions,
             past_lens=before,
             total_lens=total,
+            adapters=self._adapter[slots],
             subsequence_begins=begins,
             block_indices=self._table[slots, :most][np.arange(most) < used[:, None]],
             block_indices_begins=table_begins,
@@ -540,6 +550,7 @@ class ContinuousBatching(Backend):
                 position_ids=np.zeros(size, np.int64),
                 past_lens=zeros,
                 total_lens=zeros + 1,
+                adapters=zeros,
                 subsequence_begins=np.arange(size + 1, dtype=np.int32),
                 block_indices=np.full(size, block, np.int32),
                 block_indices_begins=np.arange(size + 1, dtype=np.int32),

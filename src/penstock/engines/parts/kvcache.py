@@ -17,8 +17,8 @@ CACHE_SHARE = 0.25
 #: Contexts are cut to multiples of this, and a model with less than one is not worth serving.
 CONTEXT_STEP = 256
 
-#: The node above every first block; of sequences that are long to a model to which that makes a difference, another.
-ROOT, LONG = 0, -1
+#: The node above every first block. Sequences that compute something else of the same tokens have others, below zero.
+ROOT = 0
 
 
 class BlockPool:

@@ -153,6 +153,7 @@ class StaticBatching(ThreadedBackend):
             row
             for row in waiting
             if row.reply.left == waiting[0].reply.left
+            and row.request.model == waiting[0].request.model  # another adapter
             and (self._together == "any" or len(row.ids) == len(waiting[0].ids))
         ]
 

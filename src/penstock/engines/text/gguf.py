@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,15 @@ class GgufFile:
         """The id of the token that is called *name*: bos, eos, eot …"""
         id: int | None = self.get(f"tokenizer.ggml.{name}_token_id", None)
         return id if id is not None and 0 <= id < len(self.tokens) else None
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """By name; most files have one, which is ``default``."""
+        key = "tokenizer.chat_template"
+        named = {
+            name.removeprefix(f"{key}."): self.get(name, "") for name in self._fields if name.startswith(f"{key}.")
+        }
+        return {**({"default": self.get(key, "")} if key in self._fields else {}), **named}
 
     def added(self) -> list[AddedToken]:
         """The tokens that are matched in a text before it is cut up, special or not."""
@@ -148,6 +158,8 @@ _COMPOSED = ("qwen2", "deepseek-r1-qwen")
 
 #: What ends a turn, by name: files often tell one of a model's end tokens only.
 _ENDS = (
+    "<|return|>",
+    "<|call|>",
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -236,16 +248,23 @@ def write_text(file: GgufFile, folder: Path) -> None:
     }
     _write(folder / "tokenizer_config.json", {**names, "add_bos_token": adds_bos(file)})
     _write(folder / "generation_config.json", {"eos_token_id": sorted(ends_of(file))})
-    if template := file.get("tokenizer.chat_template", ""):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    for name, template in file.chat_templates.items():
+        place = (
+            folder / "chat_template.jinja" if name == "default" else folder / f"additional_chat_templates/{name}.jinja"
+        )
+        if re.fullmatch(r"\w+", name):
+            place.parent.mkdir(exist_ok=True)
+            place.write_text(template, encoding="utf-8")
 
 
 def ends_of(file: GgufFile) -> set[int]:
     """The ids of the tokens that end a reply."""
     told = {id for name in ("eos", "eot", "eom") if (id := file.token(name)) is not None}
     control = gguf.TokenType.CONTROL
-    known = (i for i, token in enumerate(file.tokens) if token in _ENDS and file.kinds[i] == control)
-    return told.union(known)
+    known = {token: i for i, token in enumerate(file.tokens) if token in _ENDS and file.kinds[i] == control}
+    if "<|return|>" in known:  # gpt-oss, whose messages within a reply have ends too
+        known.pop("<|end|>", None)
+    return told.union(known.values())
 
 
 def _write(path: Path, value: Any) -> None:

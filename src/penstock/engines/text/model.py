@@ -19,6 +19,7 @@ from penstock.core.tasks import Tokenized
 from penstock.engines.child.notices import notify
 from penstock.engines.models import check_tokenizer
 from penstock.engines.text.chat_template import ChatTemplate
+from penstock.engines.text.conversation import conversation, strings_in, variables_of
 from penstock.engines.text.detokenize import (
     REPLACEMENT,
     ByteFallbackDetokenizer,
@@ -30,13 +31,6 @@ from penstock.engines.text.detokenize import (
 from penstock.engines.text.formats.table import choose
 from penstock.engines.text.masks import Follows
 from penstock.engines.text.reply import Reply
-from penstock.engines.text.tools import (
-    strings_in,
-    tool_view,
-    turns_of,
-    with_developers_as_system,
-    with_tools_as_text,
-)
 
 #: Context length when no file tells one.
 DEFAULT_CONTEXT = 2048
@@ -64,15 +58,21 @@ def _token_string(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """A model's templates by name; most have one, which is ``default``."""
     source = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(source, list):  # several named ones: [{"name": "default", "template": …}, …]
+    named: dict[str, str] = {}
+    if isinstance(source, list):  # [{"name": "default", "template": …}, …]
         named = {entry["name"]: entry["template"] for entry in source}
-        return named.get("default") or next(iter(named.values()), None)
-    return source
+    elif isinstance(source, str):
+        named = {"default": source}
+    for name, file in (
+        ("default", folder / "chat_template.jinja"),
+        *((file.stem, file) for file in sorted(folder.glob("additional_chat_templates/*.jinja"))),
+    ):
+        if file.is_file():
+            named[name] = file.read_text(encoding="utf-8", errors="replace")
+    return named
 
 
 def _context_length(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int:
@@ -106,8 +106,9 @@ class TextModel:
         config: Mapping[str, Any] | None = None,
         generation_config: Mapping[str, Any] | None = None,
         tokenizer_config: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
+        """*chat_template*: one, or several by name (``default``, ``tool_use``)."""
         config, generation_config, tokenizer_config = config or {}, generation_config or {}, tokenizer_config or {}
         # Files may ask for padding or truncation to a training length; a server wants the text as it is.
         tokenizer.no_padding()
@@ -119,35 +120,44 @@ class TextModel:
 
         added = tokenizer.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
-        self._names = {
+        self._names: dict[str, Any] = {
             name: string
             for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
             if (string := _token_string(tokenizer_config.get(name))) is not None
         }
+        more = tokenizer_config.get("additional_special_tokens") or tokenizer_config.get("extra_special_tokens") or []
+        self._names["additional_special_tokens"] = [each for each in map(_token_string, more) if each is not None]
         bos = self._names.get("bos_token")
         self.bos_id = None if bos is None else tokenizer.token_to_id(bos)
         self._add_bos = tokenizer_config.get("add_bos_token")
         self.eos_ids = self._find_eos(generation_config, config)
 
-        strings = sorted((token.content for id, token in added.items() if token.special), key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
         self._chat: ChatTemplate | None = None
-        self._source = chat_template or ""
-        self._marks_of: dict[frozenset[str], dict[int, str]] = {}
-        self.use_formats("auto", "auto")
+        self._with_tools: ChatTemplate | None = None
         self.no_chat = ""
         """Why it cannot chat, where its template cannot be read."""
-        if chat_template is not None:
-            try:
-                self._chat = ChatTemplate(chat_template, self._names)
-            except ModelLoadError as error:
-                self.no_chat = error.message
-                notify("engine.no_chat", error=error.message)
+        named = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
+        try:
+            if (source := named.get("default") or next(iter(named.values()), None)) is not None:
+                self._chat = ChatTemplate(source, self._names)
+            if (source := named.get("tool_use")) is not None and self._chat is not None:
+                self._with_tools = ChatTemplate(source, self._names)
+        except ModelLoadError as error:
+            self._chat, self.no_chat = None, error.message
+            notify("engine.no_chat", error=error.message)
+        self._marks_of: dict[frozenset[str], dict[int, str]] = {}
+        self.use_formats("auto", "auto")
 
     def use_formats(self, tools: str, reasoning: str) -> None:
         """How it writes calls and thoughts, by name, as the engines' options have it. Raises `ModelLoadError`."""
         knows = self.tokenizer.token_to_id
-        self.formats = choose(self._source, lambda word: knows(word) is not None, tools, reasoning)
+        source = "".join(template.source for template in (self._chat, self._with_tools) if template is not None)
+        self.formats = choose(source, lambda word: knows(word) is not None, tools, reasoning)
+        special = [self.tokenizer.id_to_token(id) or "" for id in self._special]
+        self._special_pattern = _any_of(special)
+        """Tokens that nobody may write in a message; and those, and marks of thoughts and calls that are tokens."""
+        marks = {word for word in self.formats.words if knows(word) is not None}
+        self._token_pattern = _any_of([*special, *marks])
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> TextModel:
@@ -166,7 +176,7 @@ class TextModel:
             config=read_json(folder / "config.json"),
             generation_config=read_json(folder / "generation_config.json"),
             tokenizer_config=tokenizer_config,
-            chat_template=_chat_template_source(folder, tokenizer_config),
+            chat_template=_chat_templates(folder, tokenizer_config),
         )
 
     @property
@@ -208,7 +218,9 @@ class TextModel:
                 return self._tokenize(request.prompt, special=False)
             return self.encode(request.prompt)
         try:
-            return self.encode_chat(request.messages or (), request.callable_tools, begun=request.continue_final)
+            return self.encode_chat(
+                request.messages or (), request.callable_tools, begun=request.continue_final, request=request
+            )
         except RecursionError as error:
             raise InvalidRequest("The arguments of a call are nested too deeply.", param="messages") from error
 
@@ -254,8 +266,16 @@ class TextModel:
                 del ids[0]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, begun: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        begun: bool = False,
+        request: Request | None = None,
+    ) -> list[int]:
         """Messages through the chat template. *begun*: the last one is the beginning of the reply, and stays open.
+        *request* may tell the template more.
 
         A special token written out in a message is encoded as plain text, so that nobody can end a turn or forge a
         system prompt: a mark that is no character is put inside it before the template runs, and the rendered text
@@ -266,12 +286,10 @@ class TextModel:
                 f"{self.no_chat or 'This model has no chat template'}: give 'prompt' instead of 'messages'.",
                 param="messages",
             )
-        turns, shown = turns_of(messages), [tool_view(tool) for tool in tools]
-        if not self._chat.takes_developers:
-            turns = with_developers_as_system(turns)
-        if not self._chat.takes_tools:
-            turns, shown = with_tools_as_text(turns, shown), []
-        texts = [*strings_in(turns), *strings_in(shown)]
+        template = self._with_tools if tools and self._with_tools is not None else self._chat
+        turns, shown = conversation(messages, tools, template)
+        told = {} if request is None else variables_of(request, template)
+        texts = [*strings_in(turns), *strings_in(shown), *strings_in(told)]
         self.check_size(sum(map(len, texts)), "messages")
         for message in messages:
             # Templates put roles between the halves of a special token: <|{{ role }}|>.
@@ -280,10 +298,11 @@ class TextModel:
         mark = next((mark for mark in _MARKS if all(mark not in text for text in texts)), None)
         if mark is None:
             raise InvalidRequest("The messages are full of code points that are not characters.", param="messages")
-        turns, shown = self._defuse_all(turns, mark), self._defuse_all(shown, mark)
+        turns = [self._defuse_turn(turn, mark) for turn in turns]
+        shown, told = self._defuse_all(shown, mark), self._defuse_all(told, mark)
         if begun:
-            turns[-1]["content"] += mark * 2  # the turn is cut off here
-        rendered = self._chat.render(turns, reply=not begun, tools=shown)
+            turns[-1] = _with_mark(turns[-1], mark * 2)  # the turn is cut off here
+        rendered = template.render(turns, reply=not begun, tools=shown, variables=told)
         if begun:
             rendered, found, _ = rendered.rpartition(mark * 2)
             if not found:
@@ -301,20 +320,25 @@ class TextModel:
         ids: list[int] = self.tokenizer.encode(whole(text), add_special_tokens=special).ids
         return ids
 
-    def _defuse(self, text: str, mark: str) -> str:
-        if self._special_pattern is None:
-            return text
-        # A mark between any two characters, so that no shorter special token is left inside a longer one. A special
-        # token of one character cannot be cut; no tokenizer in use has one.
-        return self._special_pattern.sub(lambda match: mark.join(match.group()), text)
+    def _defuse_turn(self, turn: dict[str, Any], mark: str) -> dict[str, Any]:
+        """A past reply may have thoughts in it, between marks that the template looks for; nobody else has."""
+        pattern = self._special_pattern if turn["role"] == "assistant" else self._token_pattern
+        defused: dict[str, Any] = self._defuse_all(turn, mark, pattern)
+        return defused
 
-    def _defuse_all(self, value: Any, mark: str) -> Any:
+    def _defuse_all(self, value: Any, mark: str, pattern: re.Pattern[str] | None = None) -> Any:
+        pattern = pattern or self._token_pattern
         if isinstance(value, str):
-            return self._defuse(value, mark)
+            # A mark between any two characters, so that no shorter special token is left inside a longer one. A special
+            # token of one character cannot be cut; no tokenizer in use has one.
+            return pattern.sub(lambda match: mark.join(match.group()), value)
         if isinstance(value, list):
-            return [self._defuse_all(part, mark) for part in value]
+            return [self._defuse_all(part, mark, pattern) for part in value]
         if isinstance(value, dict):
-            return {self._defuse(name, mark): self._defuse_all(part, mark) for name, part in value.items()}
+            return {
+                self._defuse_all(name, mark, pattern): self._defuse_all(part, mark, pattern)
+                for name, part in value.items()
+            }
         return value
 
     def check_size(self, characters: int, param: str) -> None:
@@ -373,15 +397,18 @@ class TextModel:
         begins, ends = self.formats.begins, self.formats.ends
         if request.messages is None or not begins:
             return False
-        text = self._tail(prompt).rstrip()
         if request.continue_final:
             text = request.messages[-1].content
             return max(map(text.rfind, begins)) > max(map(text.rfind, ends))
-        return text.endswith(begins)
+        return any(self._ends_with(prompt, word) for word in begins)
 
-    def _tail(self, prompt: Sequence[int | str]) -> str:
-        """The end of a prompt, special tokens and all: long enough for any mark."""
-        return str(self.tokenizer.decode([id for id in prompt[-24:] if isinstance(id, int)], skip_special_tokens=False))
+    def _ends_with(self, prompt: Sequence[int | str], word: str) -> bool:
+        """Is *word* the end of a prompt, but for white space? A token of that name, where there is one: a text that
+        somebody wrote has none (`_defuse_turn`)."""
+        tail = [id for id in prompt[-24:] if isinstance(id, int)]
+        text = str(self.tokenizer.decode(tail, skip_special_tokens=False))
+        token = self.tokenizer.token_to_id(word)
+        return text.rstrip().endswith(word) and (token is None or token in tail[-8:])
 
     def _marks(self, words: frozenset[str]) -> dict[int, str]:
         """The special tokens that are in *words*: the detokenizer says nothing of them."""
@@ -483,6 +510,18 @@ class TextModel:
             else:
                 texts[id] = name
         return texts, data
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Any of *words*, the longest where there are several."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, words), key=len, reverse=True))) or "(?!)")
+
+
+def _with_mark(turn: dict[str, Any], mark: str) -> dict[str, Any]:
+    """A turn with *mark* behind its content."""
+    if isinstance(parts := turn["content"], list):
+        return {**turn, "content": [{"type": "text", "text": parts[0]["text"] + mark}]}
+    return {**turn, "content": parts + mark}
 
 
 def _whole_text(data: bytes) -> str | None:

@@ -69,6 +69,7 @@ class Reply:
         "_least",
         "_limit",
         "_marks",
+        "_plain",
         "_reader",
         "_stops",
         "finish",
@@ -105,6 +106,7 @@ class Reply:
         self._least = sampling.min_tokens
         self._stops = StopStrings(sampling.stop) if sampling.stop else None
         self._limit = limit
+        self._plain = reader is None and guide is None and self._stops is None
         self.ids: list[int] = []
         self.finish: str | None = None
         """None, or a reason as `penstock.core.job.FinishReason` has them."""
@@ -145,6 +147,8 @@ class Reply:
         """
         ids, guide = self.ids, self.guide
         ids.append(token)
+        if self._plain and token not in self._ends and len(ids) < self._limit:
+            return self.push_text(token)
         if guide is not None:
             guide.accept(token)
         if token in self._ends:
@@ -156,7 +160,7 @@ class Reply:
             return self._take(text, "stop")
         if len(ids) >= self._limit:
             return self._take(text, "length")
-        return text if self._reader is None and self._stops is None else self._take(text, None)
+        return self._take(text, None)
 
     def end(self, reason: str) -> None:
         """The engine ended it for a *reason* of its own."""

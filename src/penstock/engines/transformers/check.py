@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from penstock.engines.parts.sampling import Ints
 from penstock.engines.parts.static import Together
+from penstock.engines.transformers.adapters import Adapters
 from penstock.engines.transformers.network import TorchNetwork
 
 #: How far logits may be from those of the unchanged model, in their standard deviations.
@@ -32,13 +33,16 @@ CUTS = [(4, 3), (12, 4), (26, 17), (27, 20), (28, 21), (29, 21)]
 ADDED = 4
 
 
-def why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
+def why_not(model: Any, network: TorchNetwork, vocab: int, adapters: Adapters) -> str | None:
     """Why continuous batching would go wrong for *model*; None when its logits are those of the unchanged model. Its
-    attention is the network's from here on."""
+    attention is the network's from here on. Where there are *adapters*, one of the texts goes through the first."""
     given = texts(vocab, *LENGTHS)
     try:
         with torch.inference_mode(), _narrowed(model):
-            wanted = [model(network.tensor(text)[None], use_cache=False).logits[0].float().cpu() for text in given]
+            numbers = np.array([min(1, len(adapters.names)), 0])
+            wanted = []
+            for text, adapters.alone in zip(given, numbers.tolist(), strict=True):
+                wanted.append(model(network.tensor(text)[None], use_cache=False).logits[0].float().cpu())
             model.set_attn_implementation("penstock")
             had: Sequence[int] = (0, 0)
             for cut in CUTS:
@@ -47,6 +51,7 @@ def why_not(model: Any, network: TorchNetwork, vocab: int) -> str | None:
                 logits = network.run(
                     input_ids=np.concatenate([part for _, part in parts]),
                     position_ids=np.concatenate([np.arange(had[i], cut[i]) for i, _ in parts]),
+                    adapters=numbers[[i for i, _ in parts]],
                     past_lens=np.array([had[i] for i, _ in parts]),
                     total_lens=np.array([cut[i] for i, _ in parts]),
                     subsequence_begins=np.cumsum([0, *counts]),

@@ -22,7 +22,7 @@ from penstock.engines.transformers.options import TransformersOptions
 #: Tensors without which the vectors of tokens are the same: the head of what it was trained by, another pooling.
 UNNEEDED = re.compile(r"(^|\.)(pooler|cls|lm_head|vocab_\w+|head|decoder|discriminator_predictions)\.")
 #: Architectures of networks that write nothing.
-ENCODERS = re.compile(r"(Model|ForMaskedLM|ForPreTraining)$")
+ENCODERS = re.compile(r"((?<!Head)Model|ForMaskedLM|ForPreTraining)$")
 
 
 def is_encoder(folder: Path, options: TransformersOptions) -> bool:

@@ -32,6 +32,7 @@ from transformers import (
 
 from penstock.core.errors import ModelLoadError
 from penstock.core.ports import ModelInfo
+from penstock.engines.adapters import check_folders
 from penstock.engines.child.backend import Backend
 from penstock.engines.child.notices import notify
 from penstock.engines.frames import Progress
@@ -42,6 +43,7 @@ from penstock.engines.parts.kvcache import fit_context
 from penstock.engines.parts.static import StaticBatching
 from penstock.engines.text.model import TextModel
 from penstock.engines.transformers import check, checkpoint
+from penstock.engines.transformers.adapters import Adapters
 from penstock.engines.transformers.embed import TorchEncoder, is_encoder
 from penstock.engines.transformers.generate import Generate
 from penstock.engines.transformers.network import DTYPES, TorchNetwork
@@ -66,6 +68,7 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
     warnings.filterwarnings("ignore")
     progress(f"loading the weights on {device}", None)
     text = _text(folder)
+    text.use_formats(options.tool_format, options.reasoning_format)
     dtype = _dtype(options.dtype, device, folder)
     if is_encoder(folder, options):
         encoder = TorchEncoder(folder, dtype, device, options)
@@ -76,11 +79,13 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
     model = checkpoint.read(AutoModelForCausalLM, folder, dtype, device)
     text.vocab_size = min(text.vocab_size, model.get_output_embeddings().weight.shape[0])
 
-    network = TorchNetwork(model, device)
+    adapters = Adapters(check_folders(options.adapters))
+    adapters.attach(model)
+    network = TorchNetwork(model, device, adapters)
     reason: str | None = "static batching was asked for"
     if options.batching != "static":
         progress("checking continuous batching", None)
-        reason = check.why_not(model, network, text.vocab_size)
+        reason = check.why_not(model, network, text.vocab_size, adapters)
         if reason is not None and options.batching == "continuous":
             raise ModelLoadError(f"{name} cannot be batched continuously: {reason}. Use --option batching=auto.")
     if reason is None:
@@ -92,7 +97,14 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
         exact = device.type == "cpu" and model.dtype == torch.float32
         tokens = STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
         return ContinuousBatching(
-            name, "transformers", text, network, slots=options.slots, deterministic=exact, step_tokens=tokens
+            name,
+            "transformers",
+            text,
+            network,
+            slots=options.slots,
+            deterministic=exact,
+            step_tokens=tokens,
+            adapters=adapters.names,
         )
 
     if options.batching == "auto":
@@ -111,10 +123,12 @@ def load(name: str, path: str | None, options: TransformersOptions, progress: Pr
         vocab_size=text.vocab_size,
         chat=text.has_chat_template,
         no_chat=text.no_chat,
+        tool_format=text.formats.tools,
+        reasoning_format=text.formats.thoughts,
         unsupported=() if text.has_token_bytes else ("response_format",),
         tasks=("generate", "tokenize"),
     )
-    generate = Generate(model, device, model.get_output_embeddings().weight.shape[0], options.slots)
+    generate = Generate(model, device, model.get_output_embeddings().weight.shape[0], options.slots, adapters)
     return StaticBatching(info, text, generate, slots=options.slots, window=options.window / 1000, together=together)
 
 

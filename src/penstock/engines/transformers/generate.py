@@ -17,14 +17,16 @@ from transformers import (
 
 from penstock.engines.parts.sampling import Sampler
 from penstock.engines.parts.static import Row
+from penstock.engines.transformers.adapters import Adapters
 
 
 class Generate:
     """Runs a batch of rows to its end through the library's ``generate``. Tokens are drawn by our sampler: each step's
     scores are replaced by the choice that was made."""
 
-    def __init__(self, model: Any, device: torch.device, vocab: int, slots: int) -> None:
+    def __init__(self, model: Any, device: torch.device, vocab: int, slots: int, adapters: Adapters) -> None:
         self._model = model
+        self._adapters = adapters
         self._device = device
         self._sampler = Sampler(slots, vocab)
         model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
@@ -38,6 +40,7 @@ class Generate:
             mask[i, width - len(row.ids) :] = 1
             self._sampler.occupy(i, row.request.sampling, row.rng, row.prompt, row.reply.ids, row.reply.mask)
         draw = _Draw(rows, self._sampler)
+        self._adapters.alone = self._adapters.number(rows[0].request.model)
         with torch.inference_mode():
             self._model.generate(
                 ids.to(self._device),

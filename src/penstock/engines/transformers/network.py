@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from penstock.engines.child.notices import notify
 from penstock.engines.parts.sampling import Floats, Ints
 from penstock.engines.transformers import rope
+from penstock.engines.transformers.adapters import Adapters
 
 #: Devices whose steps are recorded (`RecordedStep`).
 RECORDED = {"cuda"}
@@ -27,8 +28,9 @@ class _Unsuited(Exception):
 class TorchNetwork:
     """See `penstock.engines.parts.batching.Network`. A block is a row of the cache and holds a whole sequence."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, adapters: Adapters | None = None) -> None:
         self._model = model
+        self._adapters = adapters or Adapters({})
         self.device = device
         self._recording = device.type in RECORDED
         self.precision = precision_name(model.dtype)
@@ -58,6 +60,7 @@ class TorchNetwork:
             rows = np.arange(len(inputs["past_lens"]))
             if (
                 self._recording
+                and not inputs["adapters"].any()
                 and len(inputs["input_ids"]) == len(rows)
                 and np.array_equal(inputs["sampled_tokens_indices"], rows)
             ):
@@ -74,14 +77,31 @@ class TorchNetwork:
         return logits
 
     def _compute(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Floats:
-        logits = self.forward(
-            Step(self, inputs),
-            self.tensor(inputs["input_ids"]),
-            self.tensor(inputs["position_ids"]),
-            self.tensor(inputs["sampled_tokens_indices"]),
-        )
+        step = Step(self, inputs)
+        self._adapters.routes, self._adapters.tokens = self._routes(inputs), step.tokens
+        try:
+            logits = self.forward(
+                step,
+                self.tensor(inputs["input_ids"]),
+                self.tensor(inputs["position_ids"]),
+                self.tensor(inputs["sampled_tokens_indices"]),
+            )
+        finally:
+            self._adapters.routes = None
         result: Floats = logits.cpu().numpy()
         return result
+
+    def _routes(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[tuple[int, torch.Tensor | None]]:
+        """Which tokens go through which adapter."""
+        adapters = inputs["adapters"]
+        if not adapters.any():
+            return []
+        if (adapters == adapters[0]).all():
+            return [(int(adapters[0]), None)]
+        by_token = np.repeat(adapters, np.diff(inputs["subsequence_begins"]))
+        return [
+            (int(number), self.tensor(np.flatnonzero(by_token == number))) for number in np.unique(adapters) if number
+        ]
 
     def _replay(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Floats:
         rows, past = inputs["block_indices"], inputs["past_lens"]

@@ -13,6 +13,7 @@ class TransformersOptions(EmbeddingOptions, frozen=True):
     once. ``context``: tokens that each may have, 0 for what the model was trained for, or less where the cache of all
     slots would not fit into ``cache_gb`` (GB; 0: a quarter of the memory). ``batching``: continuous, static, or auto.
     ``window``: milliseconds that a static batch waits for others of its kind. ``threads``: 0 for all cores.
+    ``adapters``: NAME=PATH[,NAME=PATH…], see `penstock.engines.adapters`.
     """
 
     device: str = "auto"
@@ -23,3 +24,4 @@ class TransformersOptions(EmbeddingOptions, frozen=True):
     batching: Literal["continuous", "static", "auto"] = "auto"
     window: Amount = 20.0
     threads: Count = 0
+    adapters: str = ""

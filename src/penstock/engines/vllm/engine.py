@@ -16,7 +16,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -28,12 +30,13 @@ from penstock.core.job import Request, ResponseFormat
 from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized
 from penstock.core.tools import check_form
+from penstock.engines.adapters import CONFIG, check_folders
 from penstock.engines.child.backend import Backend, failed_output
 from penstock.engines.child.choices import Choices
 from penstock.engines.frames import Progress
 from penstock.engines.models import weights_folder
 from penstock.engines.parts.sampling import stream_key
-from penstock.engines.text.model import TextModel
+from penstock.engines.text.model import TextModel, read_json
 from penstock.engines.text.reply import Reply, told
 from penstock.engines.vllm import INSTALL
 from penstock.engines.vllm.options import VLLMOptions
@@ -67,9 +70,12 @@ class Core(Protocol):
     counts_prefix: bool
     """Can it be told which tokens of a prompt are the reply's (see `sampling_params`)?"""
 
-    def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
+    def add(
+        self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int, adapter: int = 0
+    ) -> None:
         """Begin a sequence. *guide*: what it must obey, as arguments of vLLM's ``StructuredOutputsParams``, or None;
-        the last *logged* tokens of *prompt* are the reply's beginning. Raises ValueError for what vLLM refuses."""
+        the last *logged* tokens of *prompt* are the reply's beginning; *adapter*: the number of its LoRA adapter, from
+        1 on, 0 for none. Raises ValueError for what vLLM refuses."""
         ...
 
     def abort(self, ids: list[str]) -> None: ...
@@ -157,8 +163,11 @@ class _RunningChoice:
 class VLLMBackend(Backend):
     """See `penstock.engines.child.backend.Backend`."""
 
-    def __init__(self, name: str, text: TextModel, core: Core, slots: int, precision: str) -> None:
+    def __init__(
+        self, name: str, text: TextModel, core: Core, slots: int, precision: str, adapters: tuple[str, ...] = ()
+    ) -> None:
         self.slots = slots
+        self._adapters = adapters
         self.info = ModelInfo(
             name=name,
             engine="vllm",
@@ -167,6 +176,8 @@ class VLLMBackend(Backend):
             vocab_size=text.vocab_size,
             chat=text.has_chat_template,
             no_chat=text.no_chat,
+            tool_format=text.formats.tools,
+            reasoning_format=text.formats.thoughts,
             tasks=("generate", "tokenize"),
         )
         self._text = text
@@ -198,6 +209,7 @@ class VLLMBackend(Backend):
         ends = frozenset() if sampling.ignore_eos else text.eos_ids
         asked = msgspec.structs.replace(request, sampling=sampling)
         limit = min(sampling.max_tokens, text.context_length - len(prompt))
+        adapter = self._adapters.index(request.model) + 1 if request.model in self._adapters else 0
         choices = Choices(key, len(prefixes), len(prompt))
         try:
             for choice, prefix in enumerate(prefixes):
@@ -205,7 +217,7 @@ class VLLMBackend(Backend):
                 running = _RunningChoice(choices, choice, reply, sampling.logprobs or 0, guide is not None)
                 if reply.finish is None:
                     params = sampling_params(request, choice, limit, prefix.ids, ends, self._core.counts_prefix)
-                    self._core.add(running.id, prompt + prefix.ids, params, guide, len(prefix.ids))
+                    self._core.add(running.id, prompt + prefix.ids, params, guide, len(prefix.ids), adapter)
                     self._running[running.id] = running
                 elif (last := choices.end(choice, reply.finish, reply.stop)) is not None:
                     self._complete.append(last)
@@ -320,26 +332,37 @@ class VLLMBackend(Backend):
 class VLLMCore:
     """`Core` over vLLM's ``LLMEngine`` with the engine core in this process."""
 
-    def __init__(self, engine: Any, counts_prefix: bool) -> None:
+    def __init__(self, engine: Any, counts_prefix: bool, adapters: Mapping[str, Path]) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         self.counts_prefix = counts_prefix
         self._engine = engine
+        # vLLM's prefix cache tells them apart by their names.
+        self._adapters = {
+            number: LoRARequest(name, number, str(folder)) for number, (name, folder) in enumerate(adapters.items(), 1)
+        }
+        for adapter in self._adapters.values():
+            engine.add_lora(adapter)  # now, so that one that does not fit is told at the start
         self._tokens_input = tokens_input
         self._params = SamplingParams
         self._guide = StructuredOutputsParams
         self._refusal = VLLMClientError
         self._fixed = {"detokenize": False, "output_kind": RequestOutputKind.DELTA, "skip_clone": True}
 
-    def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
+    def add(
+        self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int, adapter: int = 0
+    ) -> None:
         given = self._params(**params, **self._fixed)
         if guide is not None:
             given.structured_outputs = self._guide(**guide)
         try:
-            inner = self._engine.add_request(id, self._tokens_input(prompt), given)
+            inner = self._engine.add_request(
+                id, self._tokens_input(prompt), given, lora_request=self._adapters.get(adapter)
+            )
         except self._refusal as error:
             raise ValueError(str(error)) from error
         if guide is not None and logged:
@@ -392,6 +415,8 @@ def load(name: str, path: str | None, options: VLLMOptions, progress: Progress) 
     """See `penstock.engines.child.backend.Loader`."""
     folder = weights_folder(name, path, progress)
     text = TextModel.load(folder)
+    text.use_formats(options.tool_format, options.reasoning_format)
+    adapters = check_folders(options.adapters)
     progress("starting vLLM", None)
     _prepare_environment()
     try:
@@ -426,6 +451,8 @@ def load(name: str, path: str | None, options: VLLMOptions, progress: Progress) 
     for field in ("gpu_memory_utilization", "quantization", "max_model_len", "max_num_batched_tokens"):
         if value := getattr(options, field):
             arguments[field] = value
+    if adapters:
+        arguments |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank(adapters.values())}
     if options.kv_cache_gb:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 1e9)
     try:
@@ -448,10 +475,29 @@ def load(name: str, path: str | None, options: VLLMOptions, progress: Progress) 
     precision = str(model.dtype).removeprefix("torch.")
     if model.quantization:
         precision = f"{model.quantization}/{precision}"
-    backend = VLLMBackend(name, text, VLLMCore(engine, counts_prefix), slots, precision)
+    try:
+        core = VLLMCore(engine, counts_prefix, adapters)
+    except Exception as error:  # as above
+        raise ModelLoadError(f"vLLM cannot load an adapter: {_first_line(error)}") from error
+    backend = VLLMBackend(name, text, core, slots, precision, tuple(adapters))
     progress("warming up", None)
     backend.warm_up()
     return backend
+
+
+#: Ranks that vLLM has room for.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def _rank(adapters: Iterable[Path]) -> int:
+    """What vLLM must have room for: the largest rank of *adapters*, or the next that it knows."""
+    largest = 0
+    for folder in adapters:
+        config = read_json(folder / CONFIG)
+        largest = max(largest, int(config.get("r", 8)), *(config.get("rank_pattern") or {}).values())
+    if (rank := next((rank for rank in RANKS if rank >= largest), None)) is None:
+        raise ModelLoadError(f"vLLM has room for LoRA adapters of a rank of {RANKS[-1]} at most, not {largest}.")
+    return rank
 
 
 def _prepare_environment() -> None:

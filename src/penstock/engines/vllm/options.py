@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
-from penstock.engines.options import Amount, Count, Positive
+from penstock.engines.options import Amount, Count, Positive, TextOptions
 
 
-class VLLMOptions(msgspec.Struct, frozen=True):
+class VLLMOptions(TextOptions, frozen=True):
     """vLLM's arguments under vLLM's names. 0 and "" leave a value to vLLM.
 
     ``max_num_seqs``: sequences that run at once (64 on a CPU, else 256). ``kv_cache_gb``: memory for the key/value
     cache in GB; on a CPU by default what ``max_num_seqs`` full contexts need, at most a quarter of the memory.
-    ``threads``: of a CPU, 0 for all cores.
+    ``threads``: of a CPU, 0 for all cores. ``adapters``: NAME=PATH[,NAME=PATH…], see `penstock.engines.adapters`.
     """
 
     tensor_parallel_size: Positive = 1
@@ -29,3 +28,4 @@ class VLLMOptions(msgspec.Struct, frozen=True):
     enforce_eager: bool = False
     kv_cache_gb: Amount = 0.0
     threads: Count = 0
+    adapters: str = ""

@@ -92,6 +92,8 @@ def model_view(catalogue: Catalogue, name: str) -> ModelView:
         created=int(catalogue.started_at),
         owned_by="penstock",
         state=catalogue.state(name),
+        root=(info.parent if info is not None else "") or name,
+        parent=(info.parent if info is not None else "") or None,
         engine=info.engine if info is not None else None,
     )
     if info is None or not info.context_length:  # it never was loaded

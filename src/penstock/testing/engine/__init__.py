@@ -15,7 +15,7 @@ An engine that is slow to start may be shared by the tests of the class (a fixtu
 scope); some tests close it, so it has to be started where it is not running.
 
 Promises that need a deterministic engine are skipped where `ModelInfo.deterministic` is false. An engine that does not
-generate takes `TaskContract` alone.
+generate takes `TaskContract` alone. `ThoughtContract` is for a model whose thoughts and calls are known beforehand.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from penstock.testing.engine.prompts import PromptContract
 from penstock.testing.engine.replies import ReplyContract
 from penstock.testing.engine.resume import ResumeContract
 from penstock.testing.engine.tasks import TaskContract
+from penstock.testing.engine.thoughts import ThoughtContract
 
-__all__ = ["EngineContract", "TaskContract"]
+__all__ = ["EngineContract", "TaskContract", "ThoughtContract"]
 
 
 class EngineContract(

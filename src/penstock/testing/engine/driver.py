@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from penstock.core.events import Completion, Ended, Logprob, Tokens, fold
+from penstock.core.events import Completion, Ended, Logprob, Phase, TokenPhase, Tokens, fold
 from penstock.core.job import Job, Message, Request, ResponseFormat, Sampling, Status, Task, Tool, ToolCall, Usage
 from penstock.core.ports import Engine, Finish, Lease, Output
 from penstock.core.tasks import Tokenized, vector_values, vectors
@@ -29,6 +29,7 @@ def lease(
     prefix: Iterable[int] = (),
     texts: Iterable[str] | None = None,
     choices: list[int] | None = None,
+    phases: list[TokenPhase] | None = None,
     attempt: int = 1,
     response_format: ResponseFormat | None = None,
     tools: tuple[Tool, ...] = (),
@@ -52,7 +53,7 @@ def lease(
     )
     ids = list(prefix)
     logged = [""] * len(ids) if texts is None else list(texts)
-    return Lease(Job(id="job", tenant="t", request=request), attempt, ids, logged, choices)
+    return Lease(Job(id="job", tenant="t", request=request), attempt, ids, logged, choices, phases)
 
 
 def task_lease(
@@ -144,6 +145,10 @@ class Result:
     @property
     def choices(self) -> list[int]:
         return [c for output in self.outputs for c in (output.choices or [0] * len(output.ids))]
+
+    @property
+    def phases(self) -> list[TokenPhase]:
+        return [phase for output in self.outputs for phase in output.phases or [Phase.TEXT] * len(output.ids)]
 
     @property
     def prompt_counts(self) -> list[int]:
@@ -306,8 +311,6 @@ class Contract:
 
     vector_tolerance = 1e-4
     """How far two components of one vector may be apart: the last bits of float32 differ in batches of other sizes."""
-    guided_replies_resume = True
-    """False for an engine over somebody else's server that has no way to go on inside a grammar."""
     tells_stops = True
     """False for an engine over somebody else's server that does not say which stop string ended a reply."""
     tells_bytes = True

@@ -12,10 +12,12 @@ import pytest
 from tests.support.odd_engine import ODDITIES, OUTPUTS, spawn
 
 from penstock.core.errors import EngineDied
-from penstock.core.ports import Finish
+from penstock.core.events import Phase, Prefix, TokenPhase
+from penstock.core.job import Request
+from penstock.core.ports import Finish, Output
 from penstock.engines.child import backend
 from penstock.engines.child import main as child
-from penstock.engines.frames import Failed, Load, Splitter, ToParent, encode
+from penstock.engines.frames import Add, Failed, Load, Outputs, Splitter, ToChild, ToParent, encode
 from penstock.engines.host.process import EngineProcess, EngineSpec
 from penstock.engines.plugin import find_engine
 from penstock.testing.engine.driver import lease, run
@@ -56,6 +58,15 @@ async def test_an_engine_that_breaks_while_it_computes_has_died() -> None:
             await run(engine, lease(engine, "x", max_tokens=10_000), lease(engine, "breaks the engine"))
     finally:
         await engine.close()
+
+
+def test_frames_carry_what_a_token_is_part_of() -> None:
+    phases: list[TokenPhase] = [Phase.REASONING, [(Phase.REASONING, 2), (Phase.TEXT, 1)], Phase.TEXT, Phase.TOOL]
+    texts = ["a", "b c", "d", "{"]
+    output = Output(7, [1, 2, 3, 4], texts, prompt_tokens=9, phases=phases, cached_tokens=4)
+    add = Add(7, Request("m", prompt="x"), [Prefix([1, 2, 3, 4], texts, phases), Prefix()], 2)
+    assert Splitter(ToParent).feed(encode(Outputs([output]))) == [Outputs([output])]
+    assert Splitter(ToChild).feed(encode(add)) == [add]
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 import select
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
+from msgspec.structs import replace
+from safetensors.numpy import load_file, save_file
 from tests.support import tiny_models
-from tests.support.gguf import bundled_gguf
+from tests.support.encoder import encoder
+from tests.support.gguf import bundled_gguf, convert, encoder_gguf, lora_gguf
 
 from penstock.core.errors import InvalidRequest, ModelLoadError
 from penstock.core.events import Prefix
@@ -166,8 +172,6 @@ def test_what_cannot_be_served_says_why(tmp_path: Path, backend: LlamaBackend) -
 
 def test_it_listens_for_nobody(backend: LlamaBackend) -> None:
     """llama.cpp always opens its own HTTP port; it answers only who knows this process's key."""
-    import httpx
-
     url = backend.server.listening_address
     assert "127.0.0.1" in url
     reply = httpx.post(f"{url}/completion", json={"prompt": "x"}, timeout=10)
@@ -256,3 +260,76 @@ def test_a_cancelled_prompt_is_left_at_the_next_batch(
     cancelled.set()
     generate(backend, Request("m", prompt_ids=(5, 6), sampling=Sampling(max_tokens=1)))
     assert max(processed) == 64
+
+
+def test_each_adapter_writes_what_its_merged_weights_write(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    files, adapters = {"m": convert(base, tmp_path / "base.gguf")}, {}
+    for seed, name in enumerate(("m-a", "m-b")):
+        random = np.random.default_rng(seed)
+        matrices, merged = {}, dict(tensors)
+        for layer in range(2):
+            key = f"model.layers.{layer}.mlp.down_proj.weight"
+            down, up = (random.normal(0, 0.4, shape) for shape in ((4, 96), (64, 4)))
+            matrices[f"blk.{layer}.ffn_down.weight"] = (down, up)
+            merged[key] = (tensors[key] + 2 * up @ down).astype(np.float32)  # alpha 8 over rank 4
+        adapters[name] = lora_gguf(tmp_path / f"{name}.gguf", matrices, 8.0)
+        folder = shutil.copytree(base, tmp_path / name)
+        save_file(merged, folder / "model.safetensors")
+        files[name] = convert(folder, tmp_path / f"{name}-merged.gguf")
+
+    def reply(backend: LlamaBackend, model: str, sampling: Sampling) -> list[int]:
+        return told(generate(backend, Request(model, prompt_ids=(5, 6, 7), sampling=sampling)))[0]
+
+    backend = loaded(
+        files["m"], adapters=",".join(f"{name}={path}" for name, path in adapters.items()), threads="1", slots="2"
+    )
+    for sampling in (replace(GREEDY, ignore_eos=True), replace(GREEDY, ignore_eos=True, min_tokens=16)):
+        right = {name: reply(loaded(file, threads="1", slots="1"), name, sampling) for name, file in files.items()}
+        assert len({tuple(ids) for ids in right.values()}) == 3, "an adapter that changes nothing"
+        for name in ("m", "m-a", "m-b", "m-a", "m"):  # one after the other in the same slot, with one prompt
+            assert reply(backend, name, sampling) == right[name], name
+    requests = [Request(name, prompt_ids=(5, 6, 7), sampling=sampling) for name in right]
+    found: dict[int, list[int]] = {key: [] for key in range(3)}
+    for key, request in enumerate(requests):
+        backend.add(key, request, [Prefix()], 1)
+    while backend.busy:
+        assert backend.wakeup is not None
+        select.select([backend.wakeup], [], [], 60)
+        for output in backend.step():
+            found[output.key] += output.ids
+    assert list(found.values()) == list(right.values())
+
+
+def test_an_adapter_that_is_not_there_is_told(file: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"convert_lora_to_gguf\.py"):
+        loaded(file, adapters="a=/nowhere.gguf")
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "t5", "plamo2", "rwkv"])
+def test_tokens_of_every_kind_of_vocabulary_are_the_text_that_llama_cpp_makes_of_them(
+    tmp_path: Path, kind: str
+) -> None:
+    file = convert(tiny_models.llama(tmp_path / "base"), tmp_path / "model.gguf", vocabulary=kind)
+    backend = loaded(file, threads="1", slots="1")
+    random = np.random.default_rng(0)
+    character = [3 + byte for byte in "水".encode()]
+    for _ in range(8):
+        ids = [*character, *random.integers(259, 275, 6).tolist(), *character]
+        answer = httpx.post(
+            f"{backend.server.listening_address}/detokenize",
+            json={"tokens": ids},
+            headers={"Authorization": f"Bearer {backend._key}"},
+            trust_env=False,
+        )
+        detokenizer = backend.text.detokenizer(continuing=True)
+        assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == answer.json()["content"]
+    ids, _ = told(generate(backend, Request("m", prompt="the water", sampling=replace(GREEDY, ignore_eos=True))))
+    assert len(ids) == 16
+
+
+def test_an_encoder_is_told_where_it_is_served(tmp_path: Path) -> None:
+    file = encoder_gguf(encoder(tmp_path / "m"), tmp_path / "m.gguf")
+    with pytest.raises(ModelLoadError, match="is an encoder"):
+        loaded(file)

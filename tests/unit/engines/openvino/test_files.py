@@ -6,13 +6,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from tests.support import tiny_models as tiny
 from tests.support.gguf import bundled_gguf
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines import models
-from penstock.engines.openvino import files
-from penstock.engines.openvino.files import resolve
+from penstock.engines.models import BUNDLED, find_gguf, find_weights
+from penstock.engines.openvino.files import find, resolve
 
 
 def ignore(what: str, fraction: float | None) -> None:
@@ -40,17 +40,34 @@ def test_a_folder_without_a_tokenizer_is_refused_before_it_is_converted(tmp_path
     folder = tiny.llama(tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelLoadError, match=r"has no tokenizer\.json"):
-        resolve("any", str(folder), ignore, tmp_path / "cache")
+        resolve("any", str(folder), ignore, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_bundled_model_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.llama(tmp_path / "bundled" / "brook")
-    for module in (models, files):
-        monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
-    assert resolve("brook", None, ignore, cache=tmp_path / "cache").ir.is_file()
-    with pytest.raises(ModelLoadError, match="or brook"):
-        resolve("nothing", None, ignore)
+def test_a_short_name_is_the_folder_in_the_package_or_the_one_it_was_pulled_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    assert find("millrace", None) == BUNDLED / "millrace"
+    assert find("mine", "millrace") == BUNDLED / "millrace"
+    assert find("smollm2", None) is None  # to be pulled
+    pulled = tmp_path / "models" / "smollm2"
+    pulled.mkdir(parents=True)
+    file = bundled_gguf(tmp_path, "q8_0").rename(pulled / "some.gguf")
+    assert find("smollm2", None) == find("mine", "smollm2") == file
+    assert find_gguf("smollm2", None) == file
+    with pytest.raises(ModelLoadError, match="engine openvino or llama"):
+        find_weights("smollm2", None)
+    with pytest.raises(ModelLoadError, match="or smollm2 or"):
+        find("nothing", None)
+
+
+def test_a_path_that_exists_wins_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    tiny.llama(tmp_path / "minilm")
+    monkeypatch.chdir(tmp_path)
+    assert find("mine", "minilm") == Path("minilm")
+    assert find("minilm", None) is None
 
 
 @pytest.mark.parametrize(
@@ -76,11 +93,17 @@ def test_a_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
     assert {"tokenizer.json", "config.json", "chat_template.jinja"} <= {each.name for each in found.text.iterdir()}
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_hub")
 def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.llama(tmp_path / "snapshot")
     asked: list[object] = []
 
-    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, *, allow_patterns: list[str], **_: object) -> str:
         asked.append((name, "*.bin" in allow_patterns, "*.py" in allow_patterns))
         return str(folder)
 
@@ -89,10 +112,8 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert asked == [("org/model", False, False)]
 
 
-def test_without_a_network_the_error_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot(name: str, **_: object) -> str:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(ModelLoadError, match=r"no route to host.*hf download org/model"):
+@pytest.mark.usefixtures("no_hub")
+def test_without_a_network_the_error_says_how_to_get_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelLoadError, match=r"the hub cannot be reached.*hf download org/model"):
         resolve("org/model", None, ignore)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tests.support import tiny_models as tiny
 
 from penstock.core.errors import ModelLoadError
@@ -148,7 +148,7 @@ def test_logits_are_those_of_the_textbook_network(changes: dict[str, Any], tmp_p
         ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM.*ALiBi"),
         ({"architectures": ["Gemma2ForCausalLM"]}, "softcapping"),
         ({"hidden_act": "mish"}, "mish"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        ({"sliding_window": 16}, "sliding"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "spiral"),
         ({"attention_sinks": 4, "bos_token_id": 0, "muP": None}, "unknown here: attention_sinks"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
@@ -156,7 +156,7 @@ def test_logits_are_those_of_the_textbook_network(changes: dict[str, Any], tmp_p
 )
 def test_other_networks_are_refused_with_a_way_out(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     folder = tiny.llama(tmp_path / "model", **changes)
-    with pytest.raises(ModelLoadError, match=rf"{words}.*optimum-cli"):
+    with pytest.raises(ModelLoadError, match=rf"{words}.*--engine transformers.*llama.*optimum-cli"):
         built(folder, tmp_path / "cache", ignore)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -167,6 +167,28 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(ModelLoadError, match=r"model\.layers\.2\..*complete"):
         built(folder, tmp_path / "cache", ignore)
+
+
+def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
+    folder = tiny.llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    more = np.ones(16, np.float32)
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": more}, folder / "model.safetensors")
+    built(folder, tmp_path / "cache", ignore)
+    save_file({**tensors, "model.layers.1.self_attn.q_norm.weight": more}, folder / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"no place.*layers\.1\.self_attn\.q_norm"):
+        built(folder, tmp_path / "cache", ignore)
+
+
+def test_networks_saved_without_their_head_or_within_another_are_found(tmp_path: Path) -> None:
+    folder = tiny.llama(tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    expected = run(folder, tmp_path / "cache")
+    ways = {"": "", "language_model.model.": "vision_tower.x", "model.language_model.": "model.vision_tower.x"}
+    for prefix, other in ways.items():
+        renamed = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        save_file(renamed | ({other: np.ones(1, np.float32)} if other else {}), folder / "model.safetensors")
+        np.testing.assert_array_equal(run(folder, tmp_path / "cache"), expected)
 
 
 def test_a_built_model_is_found_again_until_its_source_changes(tmp_path: Path) -> None:

@@ -127,7 +127,10 @@ def test_the_quotients_of_rotary_scaling_are_obeyed(tmp_path: Path) -> None:
     rope = {**scaling, "rope_theta": 1e4, "original_max_position_embeddings": 64}
     plain = tiny.llama(tmp_path / "plain")
     scaled = tiny.llama(tmp_path / "scaled", rope_parameters=rope)
-    turns = [np.array(rotary_of(Config({"rope_parameters": each}), 16).frequencies) for each in ({}, rope)]
+    turns = [
+        np.array(rotary_of(Config({"max_position_embeddings": 256, "rope_parameters": each}), 16).frequencies)
+        for each in ({}, rope)
+    ]
     file = files.convert(plain, tmp_path / "scaled.gguf", quotients=turns[0] / turns[1])
     expected = run(scaled, tmp_path / "cache")
     np.testing.assert_allclose(run(file, tmp_path / "cache"), expected, atol=1e-4 * np.abs(expected).max())

@@ -518,7 +518,7 @@ def test_a_folder_whose_chat_template_cannot_be_read_completes(
 
 def test_an_exported_longrope_is_served_where_all_texts_have_the_same(folder: Path, tmp_path: Path) -> None:
     exported = tmp_path / "exported"
-    shutil.copytree(resolve("tiny", str(folder), lambda what, fraction: None, tmp_path / "cache").text, exported)
+    shutil.copytree(resolve("tiny", str(folder), lambda what, fraction: None, cache=tmp_path / "cache").text, exported)
     config = json.loads((exported / "config.json").read_text())
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     config |= {"rope_scaling": {"type": "longrope", **factors}, "original_max_position_embeddings": 64}

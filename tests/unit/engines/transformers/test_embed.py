@@ -28,6 +28,8 @@ from transformers import AutoConfig, AutoModel
 
 from penstock.engines.child.backend import Backend, load_backend
 from penstock.engines.parts.embedding import EmbeddingBackend
+from penstock.engines.transformers.embed import is_encoder
+from penstock.engines.transformers.options import TransformersOptions
 
 ENCODER = {**SMALL, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0, "type_vocab_size": 2}
 
@@ -136,3 +138,9 @@ def test_the_default_engine_says_who_embeds_with_a_decoder(tmp_path: Path, monke
     folder = folder_of(tmp_path / "m", "qwen3", "lasttoken")
     with pytest.raises(ModelLoadError, match="serve it with --engine transformers"):
         load_backend("openvino", "tiny", str(folder), {}, lambda what, fraction: None)
+
+
+@pytest.mark.parametrize(("architecture", "embeds"), [("GPT2LMHeadModel", False), ("BertModel", True)])
+def test_a_network_with_a_head_writes(architecture: str, embeds: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    assert is_encoder(tmp_path, TransformersOptions()) is embeds

@@ -148,6 +148,15 @@ async def test_a_thought_that_comes_out_otherwise_begins_anew_behind_what_is_log
     assert servers[0].bodies[0] == servers[0].bodies[1]
 
 
+async def test_the_words_of_a_thought_said_as_text_are_no_repetition(
+    servers: list[Upstream], engine_of: MakeEngine
+) -> None:
+    engine = await engine_of(servers[0])
+    servers[0].script.append(then(0, sse(said("It "), said("turns.", "stop"))))
+    outputs = await engine.run(chat(), [Prefix([-1], ["It "], [Phase.REASONING])])
+    assert (text_of(outputs, Phase.REASONING), text_of(outputs, Phase.TEXT)) == ("", "It turns.")
+
+
 async def test_a_thought_that_begins_anew_has_the_room_that_is_left(
     servers: list[Upstream], engine_of: MakeEngine
 ) -> None:

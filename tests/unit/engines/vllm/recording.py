@@ -157,7 +157,9 @@ class Recorder:
         self.counts_prefix = core.counts_prefix
         self.calls: list[Any] = []
 
-    def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
+    def add(
+        self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int, adapter: int = 0
+    ) -> None:
         call = ["add", id, prompt, params, guide, logged]
         try:
             self._core.add(id, prompt, params, guide, logged)

@@ -23,7 +23,7 @@ from penstock.engines.child.backend import load_backend
 from penstock.engines.models import BUNDLED
 from penstock.engines.options import parse
 from penstock.engines.text.model import TextModel
-from penstock.engines.vllm.engine import Sampled, VLLMBackend, sampling_params
+from penstock.engines.vllm.engine import Sampled, VLLMBackend, _rank, sampling_params
 from penstock.engines.vllm.options import VLLMOptions
 
 RECORDED = json.loads(recording.FILE.read_text())
@@ -48,7 +48,9 @@ class Recorded:
         assert plain(asked) == call[: len(asked)]
         return call[len(asked) :]
 
-    def add(self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int) -> None:
+    def add(
+        self, id: str, prompt: list[int], params: dict[str, Any], guide: Any, logged: int, adapter: int = 0
+    ) -> None:
         (refusal,) = self._next("add", id, prompt, params, guide, logged)
         if refusal is not None:
             raise ValueError(refusal)
@@ -66,7 +68,7 @@ def backend(core: Recorded) -> VLLMBackend:
     text = TextModel.load(BUNDLED / "millrace")
     text.context_length, text.vocab_size = info.context_length, info.vocab_size
     made = VLLMBackend("millrace", text, core, 64, info.precision)
-    assert made.info == info
+    assert made.info == msgspec.structs.replace(info, tool_format="hermes")
     return made
 
 
@@ -291,8 +293,32 @@ def test_ends_and_bad_words_go_to_vllm() -> None:
 def test_forms_go_to_vllm_in_its_words(form: ResponseFormat, guide: dict[str, Any]) -> None:
     core = Recorded([["add", "1-0", [5], None, guide, 0, None]])
     asked: list[Any] = []
-    core.add = lambda id, prompt, params, guide, logged: asked.append(guide)  # type: ignore[method-assign]
+    core.add = lambda id, prompt, params, guide, logged, adapter: asked.append(guide)  # type: ignore[method-assign]
     backend(core).add(1, Request("m", prompt_ids=(5,), response_format=form), [Prefix()], 1)
     assert asked == [guide]
     with pytest.raises(InvalidRequest, match="empty"):
         backend(core).add(2, Request("m", prompt_ids=(5,), response_format=ResponseFormat("choice")), [Prefix()], 1)
+
+
+def test_a_request_for_an_adapter_is_one_of_vllms() -> None:
+    asked: list[int] = []
+
+    class Noted(Recorded):
+        def add(self, *given: Any) -> None:
+            asked.append(given[-1])
+
+    text = TextModel.load(BUNDLED / "millrace")
+    engine = VLLMBackend("base", text, Noted([]), 64, "float32", ("sql", "chat"))
+    for key, model in enumerate(("base", "chat", "sql", "base")):
+        engine.add(key, Request(model, prompt_ids=(5, 6)), [Prefix()], 1)
+    assert asked == [0, 2, 1, 0]
+
+
+def test_room_is_made_for_the_largest_rank(tmp_path: Path) -> None:
+    for name, config in {"a": {"r": 8}, "b": {"r": 16, "rank_pattern": {"q_proj": 40}}, "c": {"r": 4096}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    assert _rank([tmp_path / "a"]) == 8
+    assert _rank([tmp_path / "a", tmp_path / "b"]) == 64
+    with pytest.raises(ModelLoadError, match="512 at most, not 4096"):
+        _rank([tmp_path / "c"])

@@ -27,7 +27,7 @@ from penstock.engines.parts.modules import embeds, module_files
 from penstock.engines.text.gguf import GgufFile, write_text
 
 #: Part of the cache key: raise it when the network that is built changes.
-VERSION = 3
+VERSION = 4
 
 #: Where the network's file says how its weights are stored, if it is not in floating point.
 WEIGHTS = ["penstock", "weights"]
@@ -111,7 +111,7 @@ def _build(place: Path, target: Path, stored: Stored, progress: Progress) -> Non
         for name in _kept(place):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(place / name, target / name)
-    weights = Weights(source, stored, int(config.get("vocab_size", 0)), progress)
+    weights = Weights(source, stored, int((config.get("text_config") or config).get("vocab_size", 0)), progress)
     encoder = (config.get("architectures") or [""])[0] in PREFIXES
     model = build_encoder(config, weights) if encoder else build_decoder(config, weights)
     if stored == "as they are" and source.kind:

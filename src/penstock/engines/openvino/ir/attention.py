@@ -9,9 +9,30 @@ import numpy as np
 
 from penstock.engines.openvino.ir.nodes import constant, floats, op, split
 from penstock.engines.openvino.ir.plan import Plan, Rotary
-from penstock.engines.openvino.ov import ov
+from penstock.engines.openvino.ir.refusal import unbuildable
+from penstock.engines.openvino.ir.rope import LONG
+from penstock.engines.openvino.ov import ov, paged_attention_transformation
 
 HIDDEN = -65504.0
+
+
+def check_windows(model: Any, plan: Plan) -> None:
+    """Refuse a *model* in which the paged-attention transformation does not find each layer's window: it goes by the
+    shape of a graph, and another version of OpenVINO may look for another one."""
+    if not any(plan.windows):
+        return
+    paged = model.clone()
+    paged_attention_transformation(paged)
+    nodes = [node for node in paged.get_ordered_ops() if node.get_type_name() == "PagedAttentionExtension"]
+    of_layer = {node.input_value(CACHE_INPUT).get_any_name(): node.input_value(WINDOW_INPUT) for node in nodes}
+    windows = [op.result(of_layer[f"key_cache.{layer}"]) for layer in range(plan.layers)]
+    found = ov.compile_model(ov.Model(windows, []), "CPU")([])
+    if [int(found[layer]) for layer in range(plan.layers)] != list(plan.windows):
+        raise unbuildable(f"OpenVINO {ov.__version__} does not carry its sliding windows")
+
+
+#: Inputs of the operation that the transformation puts in place of attention.
+CACHE_INPUT, WINDOW_INPUT = 3, 10
 
 
 class Attention:
@@ -21,7 +42,7 @@ class Attention:
     def __init__(self, plan: Plan, ids: Any, mask: Any, positions: Any, beams: Any) -> None:
         self._plan = plan
         self._beams = beams
-        self._positions = op.convert(positions, "f32")
+        self._positions = positions
         self._batch = op.gather(op.shape_of(ids), constant([0]), constant(0))
         self._new = op.gather(op.shape_of(ids), constant([1]), constant(0))
         self._total = op.gather(op.shape_of(mask), constant([1]), constant(0))
@@ -100,8 +121,13 @@ class Attention:
     def _turn(self, rotary: Rotary) -> tuple[Any, Any]:
         """Cosines and sines, [batch, 1, tokens, 2 × pairs], or [batch, 1, tokens, pairs, 1] for neighbours."""
         if rotary not in self._turns:
+            positions = op.unsqueeze(self._positions, constant(2))
             frequencies = floats(np.array(rotary.frequencies).reshape(1, 1, -1))
-            angles = op.multiply(op.unsqueeze(self._positions, constant(2)), frequencies)
+            if rotary.longer:
+                is_long = op.greater_equal(positions, constant(LONG))
+                positions = op.subtract(positions, op.select(is_long, constant(LONG), constant(0)))
+                frequencies = op.select(is_long, floats(np.array(rotary.longer).reshape(1, 1, -1)), frequencies)
+            angles = op.multiply(op.convert(positions, "f32"), frequencies)
             if rotary.interleaved:
                 angles = op.unsqueeze(angles, constant([1, 4]))
             else:

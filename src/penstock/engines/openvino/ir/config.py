@@ -67,6 +67,14 @@ class Config:
         if self.get(name):
             raise unbuildable(why)
 
+    def text(self, architecture: str) -> Config:
+        """Of the text part of a network that sees or hears too; the rest of it is not built."""
+        text = self.get("text_config")
+        if not isinstance(text, dict):
+            raise unbuildable("its config has no text_config")
+        self.ignore(*(name for name in self._values if name != "quantization_config"))
+        return Config({"tie_word_embeddings": self.get("tie_word_embeddings"), **text, "architectures": [architecture]})
+
     def ignore(self, *names: str) -> None:
         """Keys that change nothing in this family."""
         self._seen.update(names)

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.engines.openvino.ir.attention import Attention
+from penstock.engines.openvino.ir.attention import Attention, check_windows
 from penstock.engines.openvino.ir.experts import mixture
 from penstock.engines.openvino.ir.families import plan_of
 from penstock.engines.openvino.ir.nodes import ACTIVATIONS, constant, entry, floats, op, split, times
 from penstock.engines.openvino.ir.plan import Plan
 from penstock.engines.openvino.ir.refusal import unbuildable
+from penstock.engines.openvino.ir.tensors import Tensors
 from penstock.engines.openvino.ov import ov
+
+#: Where a built model says up to how many tokens a text has the shorter of two LongRoPEs.
+LONG_ROPE_TRAINED = ["penstock", "long_rope_trained"]
 
 
 def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
     """The stateful ``ov.Model`` in the form that OpenVINO's paged-attention transformation (and GenAI) expects.
 
-    *weights* gives a float32 node by name (``constant(name)``) and knows its names (``in``).
+    *weights* gives a float32 node by name (``constant(name)``) and knows its names (``in``, ``iter``).
     """
     plan = plan_of(config)
     if plan.activation not in ACTIVATIONS:
@@ -28,19 +32,25 @@ def build_decoder(config: Mapping[str, Any], weights: Any) -> Any:
     beams = entry("beam_idx", [-1], ov.Type.i32)
 
     attention = Attention(plan, ids, mask, positions, beams)
-    network = _Network(plan, weights, attention)
+    tensors = Tensors(weights, plan.names)
+    network = _Network(plan, tensors, attention)
     x, embedding = network.embedded(ids, positions)
     for layer in range(plan.layers):
         x = network.block(x, layer)
     logits = network.logits(x, embedding)
+    tensors.done()
     logits.output(0).set_names({"logits"})
-    return ov.Model([op.result(logits)], attention.sinks, [ids, mask, positions, beams], "decoder")
+    model = ov.Model([op.result(logits)], attention.sinks, [ids, mask, positions, beams], "decoder")
+    if trained := max((rotary.trained for rotary in plan.rotary if rotary is not None), default=0):
+        model.set_rt_info(trained, LONG_ROPE_TRAINED)
+    check_windows(model, plan)
+    return model
 
 
 class _Network:
     """The parts. Activations are [batch, tokens, hidden]."""
 
-    def __init__(self, plan: Plan, weights: Any, attention: Attention) -> None:
+    def __init__(self, plan: Plan, weights: Tensors, attention: Attention) -> None:
         self._plan = plan
         self._names = plan.names
         self._weights = weights
@@ -154,8 +164,7 @@ class _Network:
     # ---------------------------------------------------------------------------- pieces
 
     def _linear(self, x: Any, name: str) -> Any:
-        weight = self._weights.constant(f"{name}.weight", transposed=self._plan.transposed)
-        y = op.matmul(x, weight, False, True)
+        y = op.matmul(x, self._weights.constant(f"{name}.weight", self._plan.transposed), False, True)
         return op.add(y, self._weights.constant(f"{name}.bias")) if f"{name}.bias" in self._weights else y
 
     def _norm(self, x: Any, name: str, prefix: str = "") -> Any:

@@ -21,11 +21,14 @@ class Norm:
 @dataclass(frozen=True)
 class Rotary:
     """How positions turn queries and keys. ``frequencies``: angle per position of each pair; what the pairs leave of a
-    head is not turned. ``scale``: of cosines and sines. ``interleaved``: pairs are neighbours, not halves apart."""
+    head is not turned. ``scale``: of cosines and sines. ``interleaved``: pairs are neighbours, not halves apart.
+    ``longer``: other frequencies, of texts of more than ``trained`` tokens."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
     interleaved: bool = False
+    longer: tuple[float, ...] = ()
+    trained: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +61,7 @@ class Source(Protocol):
 
 
 class Weights:
-    """What the builders of networks see: `constant` and ``in``. Has to live as long as the network is not saved."""
+    """What the builders of networks see: `constant`, and the names. Has to live as long as the network is not saved."""
 
     def __init__(self, source: Source, stored: Stored, vocab: int, progress: Progress) -> None:
         self._source, self._stored, self._vocab, self._progress = source, stored, vocab, progress
@@ -71,12 +71,15 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
-    def constant(self, name: str, *, transposed: bool = False) -> Any:
-        """A node that gives the tensor in float32. *transposed*: of a matrix whose rows are columns in the files."""
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def constant(self, name: str, turned: bool = False) -> Any:
+        """A node that gives the tensor in float32; *turned*: a matrix that is [in, out] here, as [out, in]."""
         if name not in self._names:
             raise ModelLoadError(f"The weights lack the tensor {name!r}: is the download complete?")
         tensor = self._source.read(name)
-        if transposed and isinstance(tensor, Plain):  # those who quantise matrices have turned them
+        if turned and isinstance(tensor, Plain):  # packed ones are [out, in] in every family
             tensor = Plain(np.ascontiguousarray(tensor.values.T))
         if bits := self._bits(name, tensor):
             tensor = smaller(tensor, bits)

@@ -27,6 +27,13 @@ BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 BETWEEN = "<｜tool▁sep｜>"
 
+#: What a model is told whose template shows calls, but no tools (V3, R1).
+HOW = f"""
+{BEGIN}{CALL}function{BETWEEN}<its name>
+```json
+<an object with the arguments>
+```{CALL_END}{END}"""
+
 
 class DeepSeekCalls:
     begins = (BEGIN, CALL)

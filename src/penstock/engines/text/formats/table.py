@@ -94,6 +94,12 @@ class Formats(msgspec.Struct, frozen=True):
     thoughts: str = ""
 
     @property
+    def words(self) -> set[str]:
+        """All marks of thoughts and calls."""
+        thoughts = THOUGHTS[self.thoughts][0].marks if self.thoughts else ()
+        return {*thoughts, *(TOOLS[self.tools][0].marks if self.tools else ())}
+
+    @property
     def begins(self) -> tuple[str, ...]:
         """What begins a thought, in a reply or at the end of its prompt."""
         return () if self.thoughts in ("", "harmony") else THOUGHTS[self.thoughts][0].begins

@@ -47,11 +47,13 @@ def gemma3(config: Config) -> Plan:
     interval = config.whole("sliding_window_pattern", "_sliding_window_pattern", default=6)
     kinds = common.layer_kinds(config, common.every(config, interval))
     head = config.whole("head_dim", default=256)
+    # Older configs scale only the layers that see everything.
+    given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    full = {"rope_theta": config.get("rope_theta"), **scaling, **given.get(common.FULL, {})}
+    sliding = {"rope_theta": config.get("rope_local_base_freq"), **given.get(common.SLIDING, {})}
     turns = {
-        common.FULL: rotary_of(config, head, theta=1e6, kind=common.FULL),
-        common.SLIDING: rotary_of(
-            config, head, theta=config.number("rope_local_base_freq", default=1e4), kind=common.SLIDING
-        ),
+        common.FULL: rotary_of(config, head, theta=1e6, rope=full),
+        common.SLIDING: rotary_of(config, head, theta=1e4, rope=sliding),
     }
     return _plan(
         config,
@@ -62,6 +64,13 @@ def gemma3(config: Config) -> Plan:
         logit_cap=config.get("final_logit_softcapping") or 0.0,
         activation=config.get("hidden_activation", "gelu_pytorch_tanh"),
     )
+
+
+def gemma3_seeing(config: Config) -> Plan:
+    text = config.text("Gemma3ForCausalLM")
+    plan = gemma3(text)
+    text.done()
+    return plan
 
 
 def _plan(config: Config, **changes: Any) -> Plan:
@@ -76,4 +85,9 @@ def _plan(config: Config, **changes: Any) -> Plan:
     )
 
 
-FAMILIES = {"GemmaForCausalLM": gemma, "Gemma2ForCausalLM": gemma2, "Gemma3ForCausalLM": gemma3}
+FAMILIES = {
+    "GemmaForCausalLM": gemma,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "Gemma3ForConditionalGeneration": gemma3_seeing,
+}

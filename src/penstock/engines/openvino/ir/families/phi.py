@@ -32,6 +32,8 @@ def phi(config: Config) -> Plan:
 
 def phi3(config: Config) -> Plan:
     kinds = [common.SLIDING] * config.whole("num_hidden_layers")
+    config.ignore("full_attn_mod", "interpolate_factor", "lm_head_bias")  # the library knows none of them
+    config.ignore("original_max_position_embeddings")  # read where the scaling needs it
     return common.plan(
         config,
         norm=Norm(config.number("rms_norm_eps", default=1e-5)),

@@ -43,7 +43,7 @@ def _dense(config: Config, names: Names, head: int | None = None) -> Plan:
     first = config.whole("max_window_layers", default=28)
     kinds = [common.SLIDING if layer >= first else common.FULL for layer in range(layers)]
     kinds = common.layer_kinds(config, kinds)
-    config.ignore("use_mrope")
+    config.refuse("use_mrope", "its positions have several dimensions")
     return common.plan(config, names=names, windows=common.windows(config, kinds, window))
 
 
