@@ -412,6 +412,7 @@ def fairness(
 def precision(
     model: Annotated[Path, typer.Option(help="A folder with safetensors, or a .gguf file.")],
     only: Annotated[list[str] | None, typer.Option(help="A precision (repeatable); all by default.")] = None,
+    text: Annotated[Path | None, typer.Option(help="What is scored; some prose by default.")] = None,
     out: Out = None,
 ) -> None:
     """What int8, int4 and the rest cost in agreement with f32, and gain in size and speed, in process."""
@@ -420,7 +421,8 @@ def precision(
     names = ["f32", *(each for each in only or scenario.PRECISIONS if each != "f32")]
     with _progress() as bar:
         task = bar.add_task("precision", total=len(names) + (model.suffix == ".gguf"))
-        results = scenario.measure(model, names, lambda name: bar.advance(task))
+        words = (text or scenario.PROSE).read_text(encoding="utf-8")
+        results = scenario.measure(model, names, words, lambda name: bar.advance(task))
     markdown = scenario.markdown(results)
     rows = {name: {**asdict(each), "perplexity": each.perplexity} for name, each in results.items()}
     document = {"environment": report.environment(), "model": model.name, "results": rows}

@@ -17,7 +17,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 
 url = os.environ.get("PENSTOCK_URL", "http://127.0.0.1:8000")
-model = ChatOpenAI(base_url=f"{url}/v1", api_key="unused", model=os.environ.get("PENSTOCK_MODEL", "millrace"))
+model = ChatOpenAI(base_url=f"{url}/v1", api_key="unused", model=os.environ.get("PENSTOCK_MODEL", "smollm2"))
 
 for chunk in model.stream("What is a river?", max_tokens=40):
     print(chunk.text, end="", flush=True)

@@ -59,17 +59,17 @@ class Measured:
         return float(np.mean([np.append(np.array(ours) == theirs, False).argmin() for ours, theirs in pairs]))
 
 
-def measure(model: Path, precisions: Sequence[str], advance: Callable[[str], None]) -> dict[str, Measured]:
+def measure(model: Path, precisions: Sequence[str], text: str, advance: Callable[[str], None]) -> dict[str, Measured]:
     """By precision; ``file``: a GGUF file as it is."""
     results: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory(prefix="penstock-precision-") as scratch:
         folder = model
         if model.suffix == ".gguf":
             folder = _alone(_widened, model, Path(scratch) / model.stem)
-            results["file"] = _alone(_measured, model, "f32", scratch)
+            results["file"] = _alone(_measured, model, "f32", text, scratch)
             advance("file")
         for precision in precisions:
-            results[precision] = _alone(_measured, folder, precision, scratch)
+            results[precision] = _alone(_measured, folder, precision, text, scratch)
             advance(precision)
     return results
 
@@ -96,7 +96,7 @@ def _widened(file: Path, folder: Path) -> Path:
     return folder
 
 
-def _measured(place: Path, precision: str, cache: str) -> Measured:
+def _measured(place: Path, precision: str, text: str, cache: str) -> Measured:
     os.environ["PENSTOCK_CACHE"] = cache
     from penstock.core.job import Request, Sampling
     from penstock.engines.child.backend import load_backend
@@ -114,10 +114,10 @@ def _measured(place: Path, precision: str, cache: str) -> Measured:
     def request(ids: Sequence[int], tokens: int) -> Request:
         return Request("m", prompt_ids=tuple(ids), sampling=Sampling(max_tokens=tokens, temperature=0, ignore_eos=True))
 
-    scored = Request("m", prompt=PROSE.read_text(encoding="utf-8"), task="score", sampling=Sampling(logprobs=1))
+    scored = Request("m", prompt=text, task="score", sampling=Sampling(logprobs=1))
     (outputs,) = _run(backend, [scored])
     scores = [score for output in outputs for score in output.logprobs or () if score is not None]
-    text = [id for output in outputs for id in output.ids]
+    tokens = [id for output in outputs for id in output.ids]
     random = np.random.default_rng(1)
     speed = {}
     for count in CONCURRENCY:
@@ -125,8 +125,8 @@ def _measured(place: Path, precision: str, cache: str) -> Measured:
         start = time.perf_counter()
         _run(backend, requests)
         speed[count] = count * TOKENS / (time.perf_counter() - start)
-    every = (len(text) - 32) // REPLIES
-    prompts = [request(text[i * every : i * every + 32], REPLY_TOKENS) for i in range(REPLIES)]
+    every = (len(tokens) - 32) // REPLIES
+    prompts = [request(tokens[i * every : i * every + 32], REPLY_TOKENS) for i in range(REPLIES)]
     return Measured(
         backend.info.precision,
         backend.info.deterministic,

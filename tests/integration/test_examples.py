@@ -39,7 +39,12 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def running_example(server: Server, *arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
     """An example that runs as a user would run it; killed at the end if it still does. Its pipes are not buffered."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENSTOCK_", "OPENAI_"))}
-    environment |= {"PENSTOCK_URL": server.url, "NO_PROXY": "127.0.0.1", "PYTHONIOENCODING": "utf-8"}
+    environment |= {
+        "PENSTOCK_URL": server.url,
+        "PENSTOCK_MODEL": "millrace",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONIOENCODING": "utf-8",
+    }
     command_line = [str(argument) for argument in arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command_line, cwd=EXAMPLES, env=environment, stdout=pipe, stderr=pipe, bufsize=0) as program:

@@ -1,7 +1,7 @@
 """Our own small models as GGUF files, so that llama.cpp can be tested on weights that the other engines have too.
 
-For Llama-shaped folders (safetensors) with a byte-level BPE ``tokenizer.json``; the names and the permutation of the
-rotary halves are those of llama.cpp's converter.
+For folders (safetensors) of the architectures in `PAIRED` with a byte-level BPE ``tokenizer.json``; the names are those
+of the `gguf` package, and the permutation of the rotary halves is that of llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -17,27 +17,20 @@ from safetensors import safe_open
 
 from penstock.engines.models import BUNDLED
 
-_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
     "q4_1": gguf.GGMLQuantizationType.Q4_1,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+#: Are the numbers that are rotated together side by side?
+PAIRED = {"llama": True, "smollm3": True, "granite": True, "qwen2": False, "qwen3": False, "olmo2": False}
+#: Numbers of a config that only some architectures have.
+_NUMBERS = {
+    "attention_multiplier": "add_attention_scale",
+    "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale",
+    "logits_scaling": "add_logit_scale",
 }
 FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -52,11 +45,13 @@ def bundled_gguf(folder: Path, weights: str = "f32") -> Path:
     return convert(BUNDLED / "millrace", folder / f"millrace-{weights}.gguf", weights)
 
 
-def convert(model: Path, target: Path, weights: str = "f32", vocabulary: str = "gpt2") -> Path:
+def convert(model: Path, target: Path, weights: str = "f32", vocabulary: str = "gpt2", quotients: Any = None) -> Path:
     """Write the model folder *model* to *target*; *weights*: one of `TYPES` (matrices; the norms stay f32).
-    *vocabulary*: of another kind than the model's has some made-up tokens instead."""
+    *vocabulary*: of another kind than the model's has some made-up tokens instead. *quotients*: of the rotary
+    frequencies, by which Llama 3's files have them divided."""
     config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(target, "llama")
+    architecture = config["model_type"]
+    writer = gguf.GGUFWriter(target, architecture)
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_name(model.name)
@@ -74,14 +69,24 @@ def convert(model: Path, target: Path, weights: str = "f32", vocabulary: str = "
     theta = (config.get("rope_parameters") or config).get("rope_theta") or config.get("rope_theta", 10000.0)
     writer.add_rope_freq_base(theta)
     writer.add_vocab_size(config["vocab_size"])
+    for name, add in _NUMBERS.items():
+        if name in config:
+            getattr(writer, add)(config[name])
+    if quotients is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(quotients, np.float32))
     if vocabulary == "gpt2":
         _add_tokenizer(writer, model, config)
     else:
         _add_vocabulary(writer, vocabulary, config["vocab_size"])
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config["num_hidden_layers"])
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, "numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a mapping
-                _add_tensor(writer, name, tensors.get_tensor(name).astype(np.float32), heads, kv_heads, weights)
+                tensor = tensors.get_tensor(name).astype(np.float32)
+                if PAIRED[architecture] and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):
+                    tensor = _interleave(tensor, heads if part == "q_proj" else kv_heads)
+                _add_tensor(writer, names.get_name(name, (".weight", ".bias")), tensor, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -89,24 +94,16 @@ def convert(model: Path, target: Path, weights: str = "f32", vocabulary: str = "
     return target
 
 
-def _add_tensor(writer: Any, name: str, tensor: Any, heads: int, kv_heads: int, weights: str) -> None:
+def _add_tensor(writer: Any, name: str, tensor: Any, weights: str) -> None:
     kind = gguf.GGMLQuantizationType.F32
-    if (layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)) is not None:
-        part = layer[2]
-        if part.endswith(("q_proj", "k_proj")):
-            tensor = _interleave(tensor, heads if part.endswith("q_proj") else kv_heads)
-        target = f"blk.{layer[1]}.{_LAYER_NAMES[part]}.weight"
-    else:
-        target = _NAMES[name]
     if tensor.ndim > 1 and (weights == "f16" or tensor.shape[-1] % 32 == 0):
         kind = TYPES[weights]
-    writer.add_tensor(target, gguf.quantize(tensor, kind), raw_dtype=kind)
+    writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
 
 
 def _interleave(weight: Any, heads: int) -> Any:
     """From halves (Hugging Face) to pairs (llama.cpp) of rotated dimensions."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def lora_gguf(target: Path, matrices: dict[str, tuple[Any, Any]], alpha: float) -> Path:

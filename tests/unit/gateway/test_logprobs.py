@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from penstock.core.events import Completion, Ended, Event, Logprob, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage, new_job_id
-from penstock.gateway.dialects.openai.stream import ChatWriter, ChunkWriter, TextWriter, ToolWriter
+from penstock.gateway.dialects.openai.stream import ChatWriter, ChunkWriter, TextWriter
 from penstock.gateway.dialects.responses.items import View
 from penstock.gateway.dialects.responses.stream import whole
 from tests.support.sse import Parser
@@ -138,10 +138,10 @@ def check_chat(entries: list[dict[str, Any]]) -> None:
         )
 
 
-@pytest.mark.parametrize("dialect", [ChatWriter, ToolWriter])
+@pytest.mark.parametrize("tools", [(), (Tool("f"),)], ids=["plain", "tools"])
 @given(cuts=CUTS)
-def test_chat_has_an_entry_for_every_token(dialect: type[ChunkWriter], cuts: list[int]) -> None:
-    of = job(prompt=None, messages=(Message("user", "?"),), tools=(Tool("f"),))
+def test_chat_has_an_entry_for_every_token(tools: tuple[Tool, ...], cuts: list[int]) -> None:
+    of, dialect = job(prompt=None, messages=(Message("user", "?"),), tools=tools), ChatWriter
     (choice,) = msgspec.to_builtins(dialect(of, include_usage=False).reply(folded(log(cuts))).choices)
     check_chat(choice["logprobs"]["content"])
     parts = streamed(dialect, of, log(cuts))

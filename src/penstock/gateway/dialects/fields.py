@@ -107,6 +107,11 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_call_id: Identifier | None = None
     refusal: str | UnsetType = UNSET
     """What an earlier reply said instead of a content."""
+    reasoning: str | UnsetType = UNSET
+    """What an earlier reply thought. The name is vLLM's; the next one is that of most others."""
+    reasoning_content: str | UnsetType = UNSET
+    name: Annotated[str, Meta(max_length=256)] | UnsetType = UNSET
+    """Who says it, for templates that show it."""
 
     def plain(self, where: str) -> Message:
         """*where* the message is, for errors: ``messages[3]``."""
@@ -115,7 +120,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
                 f"{where}: a message of the role 'tool' needs the tool_call_id that it answers.", param=where
             )
         calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
-        return Message(self.role, self._text(where), calls, self.tool_call_id)
+        reasoning = self.reasoning or self.reasoning_content or ""
+        return Message(self.role, self._text(where), calls, self.tool_call_id, reasoning, self.name or None)
 
     def _text(self, where: str) -> str:
         if not isinstance(self.content, list):
@@ -402,7 +408,65 @@ def json_schema(schema: dict[str, Any], where: str) -> ResponseFormat:
     return ResponseFormat("json_schema", schema)
 
 
-class StructuredBody(ConstrainedBody, kw_only=True, frozen=True):
+#: How much to think, as models and other servers call it: none, minimal, low, medium, high …
+Effort = Annotated[str, Meta(pattern=r"^[a-z]{1,16}$")]
+#: Variables of every chat template: they say what the messages and the tools do.
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"})
+TemplateValues = Annotated[dict[Annotated[str, Meta(pattern=r"^[A-Za-z_]\w{0,63}$")], Any], Meta(max_length=64)]
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """Whether to think before the reply, as GLM, DeepSeek and Anthropic ask it. A budget is not enforced."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """OpenRouter's way: how much to think, and whether to show it. A number of tokens is not enforced."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool = False
+
+
+class ThinkingBody(ConstrainedBody, kw_only=True, frozen=True):
+    """What the chat template is told besides the messages: how much to think, and by its own variables' names. What it
+    does not know makes no difference."""
+
+    reasoning_effort: Effort | UnsetType = UNSET
+    chat_template_kwargs: TemplateValues | UnsetType = UNSET
+    enable_thinking: bool | UnsetType = UNSET
+    thinking: Thinking | UnsetType = UNSET
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | UnsetType = UNSET
+
+    def told(self, request: Request) -> Request:
+        """*request* with these fields. Raises `InvalidRequest` for a variable that has a field of its own, for values
+        that are too large, and where there are no messages."""
+        values: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        if taken := sorted(RESERVED.intersection(values)):
+            raise InvalidRequest(
+                f"chat_template_kwargs sets {taken[0]!r}, which the request itself says.", param="chat_template_kwargs"
+            )
+        if self.documents:
+            values.setdefault("documents", self.documents)
+        thinks = self.enable_thinking
+        if not isinstance(thinks, bool) and self.thinking and self.thinking.type in ("enabled", "disabled"):
+            thinks = self.thinking.type == "enabled"
+        if isinstance(thinks, bool):
+            values.setdefault("enable_thinking", thinks)
+        effort = self.reasoning_effort or None
+        if not values and effort is None:
+            return request
+        if request.messages is None:
+            raise InvalidRequest(
+                "A prompt is taken as it is: what a chat template is told needs messages.",
+                param="chat_template_kwargs" if values else "reasoning_effort",
+            )
+        check_schema(values, "chat_template_kwargs")
+        return msgspec.structs.replace(request, reasoning_effort=effort, chat_template_kwargs=values)
+
+
+class StructuredBody(ThinkingBody, kw_only=True, frozen=True):
     """What the reply has to be, and which tools it may call."""
 
     response_format: ResponseFormatBody | None = None
@@ -427,7 +491,7 @@ class StructuredBody(ConstrainedBody, kw_only=True, frozen=True):
             case given:
                 choice, name = given or "auto", None
         return structured(
-            request,
+            self.told(request),
             self.constraint("response_format", self.response_format.form() if self.response_format else None),
             tools,
             choice=choice,

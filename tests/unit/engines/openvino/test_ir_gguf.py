@@ -11,11 +11,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tests.support import gguf as files
 from tests.support import tiny_models as tiny
+from tests.support.architectures import SIZES, made
+from tests.support.torch import NO_TORCH, TORCH
 from tests.unit.engines.openvino.test_ir import ignore, run
 
 from penstock.core.errors import ModelLoadError
 from penstock.engines.openvino.ir import built
+from penstock.engines.openvino.ir.config import Config
 from penstock.engines.openvino.ir.gguf import GgufWeights
+from penstock.engines.openvino.ir.rope import rotary_of
 from penstock.engines.text.gguf import GgufFile
 
 SAFETENSORS = "model.safetensors"
@@ -87,6 +91,50 @@ def test_logits_are_those_of_the_same_weights_in_safetensors(weights: str, tmp_p
     save_file(rounded, folder / SAFETENSORS)
     expected = run(folder, tmp_path / "cache")
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(TORCH is None, reason=NO_TORCH)
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Qwen2ForCausalLM", {}),
+        ("Qwen3ForCausalLM", {"head_dim": 16}),
+        ("SmolLM3ForCausalLM", {"num_hidden_layers": 5}),
+        ("Olmo2ForCausalLM", {}),
+        (
+            "GraniteForCausalLM",
+            {
+                "attention_multiplier": 0.5,
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.4,
+                "logits_scaling": 2.0,
+            },
+        ),
+    ],
+)
+def test_every_family_has_its_names_and_numbers(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    made(folder, architecture, {**SIZES, **changes})
+    (folder / "tokenizer_config.json").write_text("{}")
+    logits = run(files.convert(folder, tmp_path / "model.gguf"), tmp_path / "cache")
+    expected = run(folder, tmp_path / "cache")
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_quotients_of_rotary_scaling_are_obeyed(tmp_path: Path) -> None:
+    """Llama 3's, whose files have them worked out."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {**scaling, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    plain = tiny.llama(tmp_path / "plain")
+    scaled = tiny.llama(tmp_path / "scaled", rope_parameters=rope)
+    turns = [
+        np.array(rotary_of(Config({"max_position_embeddings": 256, "rope_parameters": each}), 16).frequencies)
+        for each in ({}, rope)
+    ]
+    file = files.convert(plain, tmp_path / "scaled.gguf", quotients=turns[0] / turns[1])
+    expected = run(scaled, tmp_path / "cache")
+    np.testing.assert_allclose(run(file, tmp_path / "cache"), expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(run(plain, tmp_path / "cache") - expected).max() > 1e-2
 
 
 def _rounded(tensor: Any, kind: Type) -> Any:

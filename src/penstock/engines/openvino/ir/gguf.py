@@ -7,7 +7,8 @@ from them. The names and the order of the rows follow llama.cpp's converter, und
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,45 @@ Type = gguf.GGMLQuantizationType
 
 # ------------------------------------------------------------------------------------------ the config
 
-#: What each ``general.architecture`` is for Hugging Face's library. Others are refused.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-#: Those whose queries and keys have the two numbers that are rotated together side by side, not half a head apart.
-_PAIRED = ("llama",)
+
+@dataclass(frozen=True)
+class Family:
+    """What a ``general.architecture`` is for Hugging Face's library.
+
+    ``paired``: its queries and keys have the two numbers that are rotated together side by side, not half a head
+    apart. ``names``: of the tensors of its layers, where they differ from `_LAYER_NAMES`. ``numbers``: what its config
+    has besides the sizes, by the names there, with the names in the metadata. ``unrotated``: every so-manieth layer
+    has no positions.
+    """
+
+    architecture: str
+    paired: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    unrotated: int = 0
+
+
+#: Others are refused.
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", paired=True),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "smollm3": Family("SmolLM3ForCausalLM", paired=True, unrotated=4),
+    "granite": Family(
+        "GraniteForCausalLM",
+        paired=True,
+        numbers={
+            "attention_multiplier": "attention.scale",
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        },
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        names={"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    ),
+}
 
 
 def refused(file: Path, why: str) -> ModelLoadError:
@@ -43,12 +79,12 @@ class GgufWeights:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
-        self.architecture = file.architecture
-        if self.architecture not in ARCHITECTURES:
-            raise refused(file.path, f"its architecture is {self.architecture!r}")
+        if file.architecture not in FAMILIES:
+            raise refused(file.path, f"its architecture is {file.architecture!r}")
+        self._family = family = FAMILIES[file.architecture]
         if file.get("split.count", 1) > 1:
             raise refused(file.path, "it is one of several files that belong together")
-        self.config = _config(file)
+        self.config = _config(file, family)
         self._heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
         self._tensors: dict[str, Any] = {}
         for name, tensor in file.tensors.items():
@@ -56,7 +92,7 @@ class GgufWeights:
                 factors = _numbers(tensor).tolist()
                 self.config["rope_parameters"] |= {"rope_type": "divided", "factors": factors}
                 continue
-            ours = _name(name)
+            ours = _name(name, family)
             if ours is None:
                 raise refused(file.path, f"it has a tensor {name!r}")
             if tensor.tensor_type not in _UNPACKED and tensor.tensor_type not in _PLAIN:
@@ -78,7 +114,7 @@ class GgufWeights:
         shape = [int(size) for size in reversed(tensor.shape)]
         data = tensor.data.reshape(shape[0], -1)
         part = name.split(".")[-2]
-        if self.architecture in _PAIRED and part in self._heads:
+        if self._family.paired and part in self._heads:
             data = _halves(data, self._heads[part])
         if (kind := _PLAIN.get(tensor.tensor_type)) is not None:
             return Plain(np.ascontiguousarray(data).view(kind).reshape(shape))
@@ -89,7 +125,7 @@ def _numbers(tensor: Any) -> Any:
     return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
 
 
-def _config(file: GgufFile) -> dict[str, Any]:
+def _config(file: GgufFile, family: Family) -> dict[str, Any]:
     """What the file says of its network, as a config.json would."""
 
     def number(name: str) -> Any:
@@ -106,7 +142,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         raise refused(file.path, "it is a mixture of experts")
     rotated = file.of_model("rope.dimension_count", head)
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[file.architecture]],
+        "architectures": [family.architecture],
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": number("block_count"),
@@ -117,6 +153,9 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "max_position_embeddings": number("context_length"),
         "rope_parameters": {"rope_theta": file.of_model("rope.freq_base", 10_000.0), **_rope_scaling(file)},
     }
+    config |= {ours: number(theirs) for ours, theirs in family.numbers.items()}
+    if family.unrotated:
+        config["no_rope_layers"] = [int((i + 1) % family.unrotated != 0) for i in range(config["num_hidden_layers"])]
     if rotated != head:
         config["partial_rotary_factor"] = rotated / head
     if (window := file.of_model("attention.sliding_window", 0)) > 0:
@@ -150,11 +189,12 @@ _LAYER_NAMES = {
 }
 
 
-def _name(name: str) -> str | None:
+def _name(name: str, family: Family) -> str | None:
     """Hugging Face's name of a tensor; None where there is none."""
     base, _, kind = name.rpartition(".")
-    if (layer := re.fullmatch(r"blk\.(\d+)\.(\w+)", base)) is not None and layer[2] in _LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
+    if (layer := re.fullmatch(r"blk\.(\d+)\.(\w+)", base)) is not None:
+        ours = family.names.get(layer[2]) or _LAYER_NAMES.get(layer[2])
+        return f"model.layers.{layer[1]}.{ours}.{kind}" if ours else None
     return f"{_NAMES[base]}.{kind}" if base in _NAMES else None
 
 

@@ -7,9 +7,35 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, UnsetType
 
 from penstock.api.base import WireType
-from penstock.api.jobs import ToolCallView, UsageView
-from penstock.core.job import FinishReason
+from penstock.api.jobs import ToolCallView
+from penstock.core.job import FinishReason, Usage
 from penstock.gateway.dialects.answers import ChatTokenLogprob
+
+
+class PromptTokensDetails(WireType, frozen=True):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(WireType, frozen=True):
+    reasoning_tokens: int
+
+
+class TokenUsage(WireType, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+    @classmethod
+    def of(cls, usage: Usage) -> TokenUsage:
+        return cls(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.total_tokens,
+            PromptTokensDetails(usage.cached_tokens),
+            CompletionTokensDetails(usage.reasoning_tokens),
+        )
 
 
 class ChatLogprobs(WireType, frozen=True):
@@ -20,6 +46,9 @@ class ChatLogprobs(WireType, frozen=True):
 class AssistantMessage(WireType, kw_only=True, frozen=True):
     role: Literal["assistant"]
     content: str | None
+    reasoning: str | UnsetType = UNSET
+    """What it thought before; once more under the name that most clients read."""
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallView] | UnsetType = UNSET
     refusal: None
     annotations: Annotated[list[Any], Meta(max_length=0)]
@@ -40,7 +69,7 @@ class ChatReply(WireType, frozen=True):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: UsageView
+    usage: TokenUsage
 
 
 class FunctionCallDelta(WireType, kw_only=True, frozen=True):
@@ -58,6 +87,8 @@ class ToolCallDelta(WireType, kw_only=True, frozen=True):
 class ChatDelta(WireType, frozen=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
@@ -76,7 +107,7 @@ class ChatChunk(WireType, frozen=True):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: UsageView | UnsetType | None = UNSET
+    usage: TokenUsage | UnsetType | None = UNSET
 
 
 class TextLogprobs(WireType, frozen=True):
@@ -101,7 +132,7 @@ class TextReply(WireType, frozen=True):
     created: int
     model: str
     choices: list[TextChoice]
-    usage: UsageView
+    usage: TokenUsage
 
 
 class TextChunkChoice(WireType, frozen=True):
@@ -119,7 +150,7 @@ class TextChunk(WireType, frozen=True):
     created: int
     model: str
     choices: list[TextChunkChoice]
-    usage: UsageView | UnsetType | None = UNSET
+    usage: TokenUsage | UnsetType | None = UNSET
 
 
 class Embedding(WireType, frozen=True):

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import MaxTokens, ModelName, OptionalIdentifier, Priority, Request, Sampling, Task, TopLogprobs
-from penstock.gateway.dialects.fields import ChatMessages, Count, StructuredBody, TokenId, TokenIds, plain, several
+from penstock.gateway.dialects.fields import (
+    ChatMessages,
+    Count,
+    Reasoning,
+    StructuredBody,
+    TokenId,
+    TokenIds,
+    plain,
+    several,
+)
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -43,6 +52,25 @@ class ChatCompletion(OpenAIBody, kw_only=True, frozen=True):
     audio: Any = None
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
+    include_reasoning: bool | UnsetType = UNSET
+    """False: thoughts are not shown. They are counted, and cost what they cost."""
+    reasoning: Reasoning | UnsetType = UNSET
+
+    @property
+    def shows_reasoning(self) -> bool:
+        return self.include_reasoning is not False and not (self.reasoning and self.reasoning.exclude)
+
+    def told(self, request: Request) -> Request:
+        if not self.reasoning:
+            return super().told(request)
+        enabled = UNSET if self.reasoning.enabled is None else self.reasoning.enabled
+        body = msgspec.structs.replace(
+            self,
+            reasoning=UNSET,
+            reasoning_effort=self.reasoning_effort or self.reasoning.effort or UNSET,
+            enable_thinking=enabled if self.enable_thinking is UNSET else self.enable_thinking,
+        )
+        return body.told(request)
 
     def request(self, default_max_tokens: int) -> Request:
         if self.functions or self.function_call not in (None, "none", "auto"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from penstock.core.job import Job, Request
 from penstock.gateway.dialects.fields import submission_of
 from penstock.gateway.dialects.openai.answers import ChatChunk, ChatReply
 from penstock.gateway.dialects.openai.bodies import ChatCompletion, OpenAIBody
-from penstock.gateway.dialects.openai.stream import ChatWriter, ChunkWriter, ToolWriter
+from penstock.gateway.dialects.openai.stream import ChatWriter, ChunkWriter
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.jobs import Jobs
 from penstock.gateway.operation import Batchable, Operation, Prepared
@@ -20,12 +21,8 @@ from penstock.gateway.operation import Batchable, Operation, Prepared
 
 async def chat_completions(call: Call) -> ASGIApp:
     body = await call.body(ChatCompletion)
-    request = body.request(call.config.default_max_tokens)
-    return await respond(call, body, request, _writer(request))
-
-
-def _writer(request: Request) -> type[ChatWriter]:
-    return ToolWriter if request.callable_tools else ChatWriter
+    writer = partial(ChatWriter, shows_reasoning=body.shows_reasoning)
+    return await respond(call, body, body.request(call.config.default_max_tokens), writer)
 
 
 async def _prepare_chat(jobs: Jobs, body: ChatCompletion) -> Prepared:
@@ -33,10 +30,11 @@ async def _prepare_chat(jobs: Jobs, body: ChatCompletion) -> Prepared:
 
 
 def _write_chat(jobs: Jobs, body: ChatCompletion, job: Job, completion: Completion) -> Any:
-    return _writer(job.request)(job, include_usage=False, token_ids=body.return_token_ids).reply(completion)
+    writer = ChatWriter(job, include_usage=False, token_ids=body.return_token_ids, shows_reasoning=body.shows_reasoning)
+    return writer.reply(completion)
 
 
-async def respond(call: Call, body: OpenAIBody, request: Request, kind: type[ChunkWriter]) -> ASGIApp:
+async def respond(call: Call, body: OpenAIBody, request: Request, kind: Callable[..., ChunkWriter]) -> ASGIApp:
     """A job of *request*, streamed or answered as a writer of this *kind* does it."""
     submission = submission_of(
         call, body, user=body.user_id or body.user, on_disconnect="cancel", priority=body.priority_class()
@@ -48,8 +46,6 @@ async def respond(call: Call, body: OpenAIBody, request: Request, kind: type[Chu
         after = call.last_event_id or 0
         if after and writer.looks_back:
             writer.after, writer.replay = after, partial(call.jobs.log, job.id)
-            if isinstance(writer, ToolWriter) and job.status.terminal and after == job.tokens + 1:
-                after -= 1  # the end once more: its position is on more than the last block
         return await call.jobs.stream(call.jobs.follow(job, after), writer.render)
     completion = await call.jobs.fold(job, call.disconnected)
     return json_reply(writer.reply(completion), headers={"x-penstock-job": job.id})

@@ -13,13 +13,12 @@ import msgspec
 from msgspec import UNSET
 
 from penstock.api.errors import ErrorBody
-from penstock.api.jobs import UsageView
+from penstock.core.calls import CallDelta, CallReader, call_id, named, read_calls
 from penstock.core.errors import LogRewound
-from penstock.core.events import Completion, Ended, Event, Logprob, TokenLogprob, Tokens
+from penstock.core.events import Completion, Ended, Event, Logprob, Phase, TokenLogprob, TokenPhase, Tokens, segments
 from penstock.core.job import FinishReason, Job, Usage
-from penstock.core.tools import CallDelta, Piece, ToolParser, call_id, named, parse_tool_calls
 from penstock.gateway.dialects.answers import logprob_view
-from penstock.gateway.dialects.native.answers import tool_call_view, usage_view
+from penstock.gateway.dialects.native.answers import tool_call_view
 from penstock.gateway.dialects.openai.answers import (
     AssistantMessage,
     ChatChoice,
@@ -32,12 +31,15 @@ from penstock.gateway.dialects.openai.answers import (
     TextChunkChoice,
     TextLogprobs,
     TextReply,
+    TokenUsage,
     ToolCallDelta,
 )
 from penstock.gateway.sse import ascii_json, json_string
 
 ChunkChoice = ChatChunkChoice | TextChunkChoice
 Logprobs = list[TokenLogprob]
+#: What some tokens add, by the phase that it belongs to.
+Parts = dict[Phase, str]
 
 
 class ChunkWriter:
@@ -106,7 +108,7 @@ class ChunkWriter:
                     return
                 for i in range(min(len(event.ids), self.after - event.position + 1)):
                     choice = event.choices[i] if event.choices is not None else 0
-                    self._look_at(choice, event.texts[i], _at(event.logprobs, i))
+                    self._look_at(choice, _parts(event, [i]), _at(event.logprobs, i))
                 if event.last >= self.after:
                     return
         finally:
@@ -114,27 +116,33 @@ class ChunkWriter:
 
     def run(self, run: Tokens) -> str:
         """The chunks of some more tokens."""
-        if run.choices is None and run.logprobs is None and not self.token_ids:
+        if run.choices is None and run.logprobs is None and run.phases is None and not self.token_ids:
             choice = self._plain("".join(run.texts))
             return self._id(run.last) + self._chunk(f"[{choice}]") if choice else ""
-        # Each stretch of one choice's tokens is a chunk with the position of its last: a resume is exact anywhere.
+        # Each stretch of one choice's tokens is a chunk with the position of its last: a resume is exact anywhere. So
+        # a token of two phases is in one chunk.
         blocks = []
         choices = run.choices if run.choices is not None else [0] * len(run.ids)
-        for index, stretch in groupby(range(len(run.ids)), key=choices.__getitem__):
+        phases: list[TokenPhase] = run.phases if run.phases is not None else [Phase.TEXT] * len(run.ids)
+        for (index, _), stretch in groupby(range(len(run.ids)), key=lambda i: (choices[i], phases[i])):
             places = list(stretch)
-            text = "".join(run.texts[i] for i in places)
+            parts = _parts(run, places)
             logprobs: list[TokenLogprob] = [
-                (run.ids[i], run.texts[i], logprob) for i in places if (logprob := _at(run.logprobs, i))
+                (run.ids[i], _text(run, i), logprob)
+                for i in places
+                if (logprob := _at(run.logprobs, i)) and (phases[i] is Phase.TEXT or _text(run, i))
             ]
             ids = [run.ids[i] for i in places] if self.token_ids else None
-            if (text or logprobs or ids) and (delta := self._delta(index, text, logprobs, ids)) is not None:
+            if (any(parts.values()) or logprobs or ids) and (
+                delta := self._delta(index, parts, logprobs, ids)
+            ) is not None:
                 blocks.append(self._id(run.position + places[-1]) + self.chunk([delta]))
         return "".join(blocks)
 
-    def chunk(self, choices: Sequence[ChunkChoice], usage: UsageView | None = None) -> str:
+    def chunk(self, choices: Sequence[ChunkChoice], usage: TokenUsage | None = None) -> str:
         return self._chunk(ascii_json(choices), usage)
 
-    def _chunk(self, choices: str, usage: UsageView | None = None) -> str:
+    def _chunk(self, choices: str, usage: TokenUsage | None = None) -> str:
         tail = self._tail if usage is None else f',"usage":{ascii_json(usage)}}}'
         return f'data: {self._head}"choices":{choices}{tail}\n\n'
 
@@ -158,19 +166,19 @@ class ChunkWriter:
 
     def usage(self, usage: Usage) -> str:
         """The chunk that tells it, if it is wanted."""
-        return self.chunk([], usage_view(usage)) if self.include_usage else ""
+        return self.chunk([], TokenUsage.of(usage)) if self.include_usage else ""
 
     def _opening(self) -> str:
         return ""
 
-    def _look_at(self, choice: int, text: str, logprob: Logprob | None) -> None:
+    def _look_at(self, choice: int, parts: Parts, logprob: Logprob | None) -> None:
         """Of a token that the reader has seen, what matters for those behind it."""
 
     def _plain(self, text: str) -> str:
         """The entry of more *text* of the only choice, as JSON; empty where there is nothing to say yet."""
         raise NotImplementedError
 
-    def _delta(self, index: int, text: str, logprobs: Logprobs, ids: list[int] | None) -> ChunkChoice | None:
+    def _delta(self, index: int, parts: Parts, logprobs: Logprobs, ids: list[int] | None) -> ChunkChoice | None:
         """The entry of more of a choice; None where there is nothing to say yet."""
         raise NotImplementedError
 
@@ -199,94 +207,51 @@ class ChunkWriter:
 class ChatWriter(ChunkWriter):
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl-"
-    empty: str | None = ""
-    """The content of a message that has not begun."""
+
+    def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False, shows_reasoning: bool = True) -> None:
+        super().__init__(job, include_usage=include_usage, token_ids=token_ids)
+        self._calls = [CallReader() for _ in range(job.request.n)]
+        self._shows_reasoning = shows_reasoning
+        self.looks_back = bool(job.request.callable_tools)
 
     def _opening(self) -> str:
-        delta = ChatDelta("assistant", self.empty)
+        delta = ChatDelta("assistant", None if self.job.request.callable_tools else "")
         return "".join(
             self.chunk([ChatChunkChoice(index=i, delta=delta, finish_reason=None)]) for i in range(self.job.request.n)
         )
+
+    def _look_at(self, choice: int, parts: Parts, logprob: Logprob | None) -> None:
+        self._calls[choice].push(parts.get(Phase.TOOL, ""))
 
     def _plain(self, text: str) -> str:
         # Written by hand: a run of four tokens takes 0.6 µs so, and 5.7 µs as a `ChatChunkChoice`.
         return f'{{"index":0,"delta":{{"content":{json_string(text)}}},"finish_reason":null}}' if text else ""
 
-    def _delta(self, index: int, text: str, logprobs: Logprobs, ids: list[int] | None) -> ChunkChoice | None:
-        return self._entry(index, ChatDelta(content=text), logprobs, ids)
-
-    def _entry(
-        self, index: int, delta: ChatDelta, logprobs: list[TokenLogprob], ids: list[int] | None
-    ) -> ChatChunkChoice:
+    def _delta(self, index: int, parts: Parts, logprobs: Logprobs, ids: list[int] | None) -> ChunkChoice | None:
+        reasoning = parts.get(Phase.REASONING) if self._shows_reasoning else None
+        calls = self._more_calls(index, parts.get(Phase.TOOL, ""))
+        text = parts.get(Phase.TEXT)
+        if not (reasoning or calls or text or logprobs or ids):
+            return None
         return ChatChunkChoice(
             index=index,
-            delta=delta,
+            delta=ChatDelta(
+                content=UNSET if text is None else text,
+                reasoning=reasoning or UNSET,
+                reasoning_content=reasoning or UNSET,
+                tool_calls=calls or UNSET,
+            ),
             logprobs=self._logprobs(logprobs) if logprobs else UNSET,
             finish_reason=None,
             token_ids=UNSET if ids is None else ids,
         )
 
-    def _finish(self, index: int, reason: FinishReason, stop: str | None) -> ChunkChoice:
-        return ChatChunkChoice(
-            index=index, delta=ChatDelta(), finish_reason=reason, stop_reason=UNSET if stop is None else stop
-        )
-
-    def answer(self, choices: list[Any], usage: Usage) -> ChatReply:
-        return ChatReply(self.id, "chat.completion", self.created, self.job.request.model, choices, usage_view(usage))
-
-    def _choice(self, index: int, completion: Completion, reason: FinishReason) -> ChatChoice:
-        assert completion.ended is not None
-        logprobs, stop = completion.logprobs[index], completion.ended.stop(index)
-        return ChatChoice(
-            index=index,
-            message=self._message(index, completion.texts[index]),
-            logprobs=self._logprobs(logprobs) if logprobs else None,
-            finish_reason=reason,
-            stop_reason=UNSET if stop is None else stop,
-            token_ids=completion.ids[index] if self.token_ids else UNSET,
-        )
-
-    def _message(self, index: int, text: str) -> AssistantMessage:
-        return AssistantMessage(role="assistant", content=text, refusal=None, annotations=[])
-
-    def _logprobs(self, tokens: list[TokenLogprob]) -> ChatLogprobs:
-        count = self.job.request.sampling.logprobs or 0
-        return ChatLogprobs([logprob_view(text, logprob, count) for _, text, logprob in tokens if logprob], None)
-
-
-class ToolWriter(ChatWriter):
-    """Chat with tools: what a chunk says of a reply depends on all of its text so far."""
-
-    empty = None
-    looks_back = True
-
-    def __init__(self, job: Job, *, include_usage: bool, token_ids: bool = False) -> None:
-        super().__init__(job, include_usage=include_usage, token_ids=token_ids)
-        self._parsers = [ToolParser(job.request) for _ in range(job.request.n)]
-
-    def _look_at(self, choice: int, text: str, logprob: Logprob | None) -> None:
-        self._parsers[choice].push(text)
-
-    def _plain(self, text: str) -> str:
-        choice = self._delta(0, text, [], None) if text else None
-        return "" if choice is None else ascii_json(choice)
-
-    def _delta(self, index: int, text: str, logprobs: Logprobs, ids: list[int] | None) -> ChunkChoice | None:
-        delta = self._parts(index, self._parsers[index].push(text))
-        return self._entry(index, delta or ChatDelta(), logprobs, ids) if delta or logprobs or ids else None
-
-    def _parts(self, index: int, pieces: list[Piece]) -> ChatDelta | None:
-        text = "".join(piece for piece in pieces if isinstance(piece, str))
+    def _more_calls(self, index: int, text: str) -> list[ToolCallDelta]:
         calls: dict[int, ToolCallDelta] = {}
-        for piece in pieces:
-            if isinstance(piece, CallDelta):
-                call = calls.get(
-                    piece.index, ToolCallDelta(index=piece.index, function=FunctionCallDelta(arguments=""))
-                )
-                calls[piece.index] = self._more(call, piece, index)
-        if not (text or calls):
-            return None
-        return ChatDelta(content=text or UNSET, tool_calls=list(calls.values()) or UNSET)
+        for piece in self._calls[index].push(text):
+            call = calls.get(piece.index, ToolCallDelta(index=piece.index, function=FunctionCallDelta(arguments="")))
+            calls[piece.index] = self._more(call, piece, index)
+        return list(calls.values())
 
     def _more(self, call: ToolCallDelta, piece: CallDelta, index: int) -> ToolCallDelta:
         """*call* with one more *piece* of it; only its first one has a name."""
@@ -300,20 +265,44 @@ class ToolWriter(ChatWriter):
             index=piece.index, id=call_id(self.job.id, index, piece.index), type="function", function=function
         )
 
-    def _end(self, ended: Ended, first: bool) -> str:
-        rest = [self._parts(i, parser.finish()) for i, parser in enumerate(self._parsers)]
-        choices = [self._entry(i, delta, [], None) for i, delta in enumerate(rest) if delta is not None]
-        end = super()._end(ended, first)
-        if not choices or ended.error is not None or self.after >= ended.position:
-            return end
-        # What was held back to the end is in one block, which has the end's position: it is never written twice, and
-        # a reader who saw it and no more gets the blocks behind it again.
-        return f"id: {ended.position}\n" + self.chunk(choices) + end
+    def _finish(self, index: int, reason: FinishReason, stop: str | None) -> ChunkChoice:
+        return ChatChunkChoice(
+            index=index, delta=ChatDelta(), finish_reason=reason, stop_reason=UNSET if stop is None else stop
+        )
 
-    def _message(self, index: int, text: str) -> AssistantMessage:
-        content, calls = parse_tool_calls(text, self.job.request)
-        views = [tool_call_view(call) for call in named(calls, self.job.id, index)] if calls else UNSET
-        return AssistantMessage(role="assistant", content=content, tool_calls=views, refusal=None, annotations=[])
+    def answer(self, choices: list[Any], usage: Usage) -> ChatReply:
+        return ChatReply(
+            self.id, "chat.completion", self.created, self.job.request.model, choices, TokenUsage.of(usage)
+        )
+
+    def _choice(self, index: int, completion: Completion, reason: FinishReason) -> ChatChoice:
+        assert completion.ended is not None
+        logprobs, stop = completion.logprobs[index], completion.ended.stop(index)
+        return ChatChoice(
+            index=index,
+            message=self._message(index, completion),
+            logprobs=self._logprobs(logprobs) if logprobs else None,
+            finish_reason=reason,
+            stop_reason=UNSET if stop is None else stop,
+            token_ids=completion.ids[index] if self.token_ids else UNSET,
+        )
+
+    def _message(self, index: int, completion: Completion) -> AssistantMessage:
+        text, reasoning = completion.texts[index], completion.reasoning[index] if self._shows_reasoning else ""
+        calls = [tool_call_view(call) for call in named(read_calls(completion.calls[index]), self.job.id, index)]
+        return AssistantMessage(
+            role="assistant",
+            content=text or (None if calls else ""),
+            reasoning=reasoning or UNSET,
+            reasoning_content=reasoning or UNSET,
+            tool_calls=calls or UNSET,
+            refusal=None,
+            annotations=[],
+        )
+
+    def _logprobs(self, tokens: list[TokenLogprob]) -> ChatLogprobs:
+        count = self.job.request.sampling.logprobs or 0
+        return ChatLogprobs([logprob_view(text, logprob, count) for _, text, logprob in tokens if logprob], None)
 
 
 class TextWriter(ChunkWriter):
@@ -329,21 +318,22 @@ class TextWriter(ChunkWriter):
 
     def opening(self, n: int, text: str, ids: list[int], logprobs: list[TokenLogprob]) -> str:
         """The chunk with which *n* choices begin that echo their prompt."""
-        return self.chunk([self._delta(i, text, logprobs, ids if self.token_ids else None) for i in range(n)])
+        parts = {Phase.TEXT: text}
+        return self.chunk([self._delta(i, parts, logprobs, ids if self.token_ids else None) for i in range(n)])
 
-    def _look_at(self, choice: int, text: str, logprob: Logprob | None) -> None:
+    def _look_at(self, choice: int, parts: Parts, logprob: Logprob | None) -> None:
         if logprob is not None:
-            self._places[choice].next(text, logprob)
+            self._places[choice].next(parts.get(Phase.TEXT, ""), logprob)
 
     def _plain(self, text: str) -> str:
         # Written by hand, as in `ChatWriter`.
         index = self.first
         return f'{{"index":{index},"text":{json_string(text)},"logprobs":null,"finish_reason":null}}' if text else ""
 
-    def _delta(self, index: int, text: str, logprobs: Logprobs, ids: list[int] | None) -> TextChunkChoice:
+    def _delta(self, index: int, parts: Parts, logprobs: Logprobs, ids: list[int] | None) -> TextChunkChoice:
         return TextChunkChoice(
             index=self.first + index,
-            text=text,
+            text=parts.get(Phase.TEXT, ""),
             logprobs=_text_logprobs(logprobs, self._places[index]) if logprobs else None,
             finish_reason=None,
             token_ids=UNSET if ids is None else ids,
@@ -353,7 +343,9 @@ class TextWriter(ChunkWriter):
         return TextChunkChoice(self.first + index, "", None, reason, UNSET if stop is None else stop)
 
     def answer(self, choices: list[Any], usage: Usage) -> TextReply:
-        return TextReply(self.id, "text_completion", self.created, self.job.request.model, choices, usage_view(usage))
+        return TextReply(
+            self.id, "text_completion", self.created, self.job.request.model, choices, TokenUsage.of(usage)
+        )
 
     def _choice(self, index: int, completion: Completion, reason: FinishReason) -> TextChoice:
         assert completion.ended is not None
@@ -366,6 +358,22 @@ class TextWriter(ChunkWriter):
             stop_reason=UNSET if stop is None else stop,
             token_ids=completion.ids[index] if self.token_ids else UNSET,
         )
+
+
+def _parts(run: Tokens, places: Sequence[int]) -> Parts:
+    """What the tokens at *places* of a *run* add."""
+    if run.phases is None:
+        return {Phase.TEXT: "".join(run.texts[i] for i in places)}
+    parts: Parts = {}
+    for i in places:
+        for phase, text in segments(run.texts[i], run.phases[i]):
+            parts[phase] = parts.get(phase, "") + text
+    return parts
+
+
+def _text(run: Tokens, i: int) -> str:
+    """What the token at *i* adds to the reply's text."""
+    return _parts(run, [i]).get(Phase.TEXT, "")
 
 
 def _at(logprobs: list[Logprob | None] | None, i: int) -> Logprob | None:
