@@ -39,7 +39,7 @@ async def test_one_server(make_server: Callable[..., Server], tmp_path: Path, se
     """It dies, its engine dies, its engine hangs, and its clients go and come."""
     thinker = Thinker.make(THINKER, tmp_path / "model")
     faults = random.Random(seed).sample(["engine", "kill", "hang"], 3)
-    plan = Plan(seed, streams=8, tokens=400, faults=[*faults, "clients"], twins=0.25, cancels=0.1, every=600, overlap=2)
+    plan = Plan(seed, streams=8, tokens=400, faults=[*faults, "clients"], twins=0.25, cancels=0.1, every=300)
     server = make_server(models=[thinker.served], settings={"hang_timeout": 2})
     await storm(server, thinker, plan, interrupted=4)
 

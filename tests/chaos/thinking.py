@@ -6,17 +6,16 @@ again and has to know where it was: in the thought, in a mark, in a character, i
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.core.calls import read_calls
+from penstock.core.calls import Call, call_text, read_calls
 from penstock.core.events import Phase, segments
 from penstock.testing.oracle import Token
-from tests.support.families import CALL, FAMILIES, FORCED, JSON, TOOLS, Family, compact
+from tests.support.families import CALL, FAMILIES, FORCED, JSON, TOOLS, Family, compact, js
 from tests.support.server import model
 
 NAME = "thinker"
@@ -80,16 +79,13 @@ class Thinker:
         replies = [_parts([token for token in tokens if (token.choice or 0) == n]) for n in range(body.get("n", 1))]
         thought, text, calls = self._expected(body["messages"][0]["content"])
         for choice, (thinks, tells, called) in enumerate(replies):
-            heard = [(call.name, call.arguments) for call in read_calls(called)]
-            if whole:
-                heard_calls = [(name, json.loads(arguments)) for name, arguments in heard]
-                right = (thinks, tells, heard_calls) == (thought, text, calls)
-            else:  # the calls that are whole are right; what is behind a thought comes when the thought is over
-                right = thought.startswith(thinks) and text.startswith(tells) and len(heard) <= len(calls)
-                right = right and all(name == calls[i][0] for i, (name, _) in enumerate(heard))
-                right = right and (not (tells or called) or thinks == thought)
-            if not right:
-                found.append(f"choice {choice} says {thinks!r}, {tells!r}, {heard}")
+            found += [f"choice {choice}: {each}" for each in _differences("thought", thinks, thought, whole)]
+            found += [f"choice {choice}: {each}" for each in _differences("text", tells, text, whole)]
+            found += [f"choice {choice}: {each}" for each in _differences("calls", called, calls, whole)]
+            if (tells or called) and thinks != thought:
+                found.append(f"choice {choice}: it speaks before its thought is over")
+            if called and tells != text:
+                found.append(f"choice {choice}: it calls before its text is over")
         if view["status"] == "completed":
             reason = "length" if not whole else "tool_calls" if calls else "stop"
             if view["finish_reason"] != reason:
@@ -99,17 +95,33 @@ class Thinker:
         told = [(call["function"]["name"], call["function"]["arguments"]) for call in result.get("tool_calls") or []]
         if (result.get("reasoning") or "", result["text"]) != (thinks, tells):
             found.append(f"the result is not what was streamed: {result['text']!r} and {result.get('reasoning')!r}")
-        if whole and told != [(call.name, call.arguments) for call in read_calls(called)]:
+        if told != [(call.name, call.arguments) for call in read_calls(called)]:
             found.append(f"the result's calls are not those that were streamed: {told}")
         if view["usage"]["completion_tokens"] != len(tokens):
             found.append(f"{view['usage']['completion_tokens']} tokens, and {len(tokens)} were streamed")
         return found
 
-    def _expected(self, asked: str) -> tuple[str, str, list[tuple[str, Any]]]:
+    def _expected(self, asked: str) -> tuple[str, str, str]:
+        """Thought, text, and calls as the log has them."""
         if asked == JSON:
-            return self.family.thinks, compact(self.family.answers), []
-        calls = self.family.called
-        return (self.family.thinks, self.family.tells, calls) if asked == CALL else (self.family.thinks, "", calls[:1])
+            return self.family.thinks, compact(self.family.answers), ""
+        if asked == FORCED:
+            ((name, values), *_) = self.family.called
+            return self.family.thinks, "", call_text(Call(name, compact(values)))
+        calls = "".join(call_text(Call(name, js(values))) for name, values in self.family.called)
+        return self.family.thinks, self.family.tells, calls
+
+
+def _differences(what: str, said: str, wanted: str, whole: bool) -> list[str]:
+    """How what was *said* differs from what was *wanted*, or, if it is not *whole*, from its beginning, which may end
+    within a character."""
+    if not whole:
+        said = said.rstrip("\ufffd")
+        wanted = wanted[: len(said)]
+    if said == wanted:
+        return []
+    at = next((i for i, (one, other) in enumerate(zip(said, wanted, strict=False)) if one != other), len(wanted))
+    return [f"the {what} has {said[at : at + 40]!r} in place of {wanted[at : at + 40]!r} at {at} of {len(wanted)}"]
 
 
 def _user(text: str) -> list[dict[str, str]]:
