@@ -11,7 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import Identifier, MaxTokens, Message, ModelName, Request, StopString, Tool, ToolCall
-from penstock.gateway.dialects.fields import MAX_TOOLS, Effort, JobBody, json_schema, not_text, stops, structured
+from penstock.gateway.dialects.fields import MAX_TOOLS, Count, Effort, JobBody, json_schema, not_text, stops, structured
 
 #: Anthropic's names of tools are longer than OpenAI's.
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
@@ -87,7 +87,7 @@ class Thinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``budget_tokens`` is not enforced. ``display``: omitted, or summarized, which is all of it here."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Meta(ge=0)] | None = None
+    budget_tokens: Count | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
