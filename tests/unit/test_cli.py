@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from penstock.api import Links
 from penstock.cli import app
 from penstock.cli.bench import Sample, summary
 from penstock.cli.chat import Chat
-from penstock.cli.common import choose_model, duration, write
+from penstock.cli.common import ReplyWriter, choose_model, duration, write
 from penstock.cli.flags import STRUCTURES, add_options, choose_models
 from penstock.cli.startup import Startup
 from penstock.client import End, ModelView, Submitted, Token
@@ -368,7 +369,7 @@ def test_startup_tells_what_the_process_is_and_where_its_broker(
 
 
 class Server:
-    """As much of a `Client` as a chat uses: replies of three tokens, and a context of *context* messages."""
+    """As much of a `Client` as a chat uses: a thought and three tokens, and a context of *context* messages."""
 
     def __init__(self, context: int = 100, error: str | None = None) -> None:
         self.context = context
@@ -383,11 +384,12 @@ class Server:
         return Submitted(f"job_{len(self.seen)}", Status.QUEUED, 1, Links("", "", ""))
 
     def stream(self, job: Submitted) -> Any:
-        yield Token(1, "one ", 1, 1)
-        yield Token(2, "", 1, 1)
-        yield Token(3, "two", 1, 1)
+        yield Token(1, "", 1, 1, phase="reasoning", reasoning="Hm.")
+        yield Token(2, "one ", 1, 1)
+        yield Token(3, "", 1, 1)
+        yield Token(4, "two", 1, 1)
         error = ErrorInfo("broken", code=self.error) if self.error else None
-        yield End(4, Status.FAILED if error else Status.COMPLETED, ("stop",), None, error)
+        yield End(5, Status.FAILED if error else Status.COMPLETED, ("stop",), None, error)
 
     def cancel(self, job: Submitted) -> None:
         self.cancelled.append(job)
@@ -400,9 +402,9 @@ def conversation(server: Server, system: str | None = None) -> Chat:
 def test_a_chat_sends_the_whole_conversation() -> None:
     server = Server()
     chat = conversation(server, "Be brief.")
-    shown: list[str] = []
+    shown: list[Token] = []
     assert chat.reply("Hi", shown.append) == "one two"
-    assert shown == ["one ", "two"]
+    assert [(token.reasoning, token.text) for token in shown] == [("Hm.", ""), ("", "one "), ("", "two")]
     chat.reply("And?", shown.append)
     assert [(each["role"], each["content"]) for each in server.seen[1]] == [
         ("system", "Be brief."),
@@ -418,8 +420,9 @@ def test_an_interrupted_reply_is_cancelled_and_kept_as_far_as_it_came() -> None:
     server = Server()
     chat = conversation(server)
 
-    def interrupt(part: str) -> None:
-        raise KeyboardInterrupt
+    def interrupt(token: Token) -> None:
+        if token.text:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         chat.reply("Hi", interrupt)
@@ -469,6 +472,29 @@ def test_a_models_text_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("sys.stdout", stream)
         write(text)
         assert stream.getvalue() == expected
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_thoughts_are_for_people_and_replies_for_programs(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    out, err = io.StringIO(), Stream()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setenv("TERM", "xterm")
+    writer = ReplyWriter()
+    for token in (
+        Token(1, "", 1, 1, phase="reasoning", reasoning="H\x1b[2Jm "),
+        Token(2, "Yes", 1, 1, phase="reasoning", reasoning="[so]."),
+        Token(3, "!", 1, 1),
+        Token(4, "", 1, 1, phase="tool", calls="{…}\n"),
+    ):
+        writer.write(token)
+    assert out.getvalue() == "Yes!{…}\n"
+    told = re.sub(r"\x1b\[[0-9;]*m", "", err.getvalue())
+    assert told == ("H[2Jm [so].\n\n" if terminal else "")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from penstock.client import AsyncClient, Client, End, ProtocolError, Token, Unre
 from penstock.client.resume import ResumePoint, RetryBudget
 from penstock.client.sse import SSEDecoder
 from penstock.core import aio
+from penstock.core.calls import call_id
 from penstock.core.errors import (
     InvalidRequest,
     LogRewound,
@@ -29,7 +30,7 @@ from penstock.core.errors import (
     PenstockError,
     Unsupported,
 )
-from penstock.core.job import Status
+from penstock.core.job import Status, ToolCall
 
 USAGE = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 
@@ -250,6 +251,25 @@ def test_the_end_of_a_failed_job_says_why(call: Call) -> None:
         end.raise_for_status()
 
 
+THINKING = (
+    token(1, token="Hm", phase="reasoning"),
+    token(2, token=" é.Hi", phase=[["reasoning", 3], ["text", 2]]),
+    token(3, token="!"),
+    token(4, token='{"name": "look", "arguments": {"at": 1}}\n', phase="tool"),
+)
+
+
+def test_thoughts_and_calls_are_apart_from_the_text(call: Call) -> None:
+    first, second, third, fourth, _ = call(Script(sse(*THINKING, done(5))), "stream", "job_1")
+    assert [token.phase for token in (first, second, third, fourth)] == ["reasoning", "reasoning", "text", "tool"]
+    assert [token.text for token in (first, second, third, fourth)] == ["", "Hi", "!", ""]
+    assert [token.reasoning for token in (first, second, third, fourth)] == ["Hm", " é.", "", ""]
+    assert fourth.calls == '{"name": "look", "arguments": {"at": 1}}\n'
+    result = call(Script(sse(*THINKING[:2], error=TORN), sse(*THINKING[2:], done(5))), "result", "job_1")
+    assert (result.text, result.reasoning) == ("Hi!", "Hm é.")
+    assert result.tool_calls == [ToolCall(call_id("job_1", 0, 0), "look", '{"at": 1}')]
+
+
 def test_unknown_events_are_ignored(call: Call) -> None:
     check(call(Script(sse(b"event: progress\ndata: {}\n\n", token(1), done(2))), "stream", "job_1"), 1)
 
@@ -260,6 +280,8 @@ def test_unknown_events_are_ignored(call: Call) -> None:
         ([token(1), token(3)], "jumps to position 3 after 1"),
         ([token(1), token(1)], "jumps to position 1 after 1"),
         ([token(2)], "jumps to position 2 after 0"),
+        ([token(1, token="abc", phase=[["reasoning", 1], ["text", 1]])], "are not those of the token 'abc'"),
+        ([token(1, phase="daydream")], "cannot be read: Invalid enum value 'daydream'"),
         ([token(1), done(3)], "jumps to position 3 after 1"),
         ([token(1, attempt=2), token(2, attempt=1)], "Attempt 1 wrote at 2, after attempt 2"),
         ([token(1).replace(b"id: 1", b"id: x")], "'x', which is not a position"),

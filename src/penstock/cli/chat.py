@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from penstock.cli.common import URL, Url, choose_model, connect, print_json, say, stderr, write
-from penstock.client import Client, End, Options
+from penstock.cli.common import URL, ReplyWriter, Url, choose_model, connect, print_json, say, stderr, write
+from penstock.client import Client, End, Options, Token
 from penstock.core.errors import ContextLengthExceeded, PenstockError
 
 HELP = """\
@@ -44,8 +44,8 @@ class Chat:
     def clear(self) -> None:
         self.turns.clear()
 
-    def reply(self, text: str, show: Callable[[str], None]) -> str:
-        """The model's reply to *text*, whose pieces are given to *show* as they come.
+    def reply(self, text: str, show: Callable[[Token], None]) -> str:
+        """The model's reply to *text*, whose tokens are given to *show* as they come. Thoughts are no part of it.
 
         Interrupted (KeyboardInterrupt), the job is cancelled, and what had come of the reply stays in the
         conversation; if nothing had, the conversation is as before.
@@ -71,16 +71,22 @@ class Chat:
                 self.turns.pop()
         return reply
 
-    def _generate(self, parts: list[str], show: Callable[[str], None]) -> None:
+    def _generate(self, parts: list[str], show: Callable[[Token], None]) -> None:
         options: Options = {**self._options, "model": self.model}
         job = self._client.submit(messages=self.messages, **options)
+        thinking = False
         try:
             for event in self._client.stream(job):
                 if isinstance(event, End):
                     event.raise_for_status()
-                elif event.text:
-                    parts.append(event.text)
-                    show(event.text)
+                    if thinking and event.finish_reason == "length":
+                        say("\n(the reply ended within its thought: --max-tokens lets it be longer)", "dim")
+                else:
+                    if event.text:
+                        parts.append(event.text)
+                    if event.text or event.reasoning:
+                        thinking = not event.text
+                        show(event)
         except KeyboardInterrupt:
             with contextlib.suppress(PenstockError):
                 self._client.cancel(job)
@@ -118,10 +124,13 @@ def _pipe(conversation: Chat, json: bool) -> None:
         if not text:
             continue
         if json:
-            reply = conversation.reply(text, lambda part: None)
-            print_json({"message": text, "reply": reply, "model": conversation.model})
+            tokens: list[Token] = []
+            reply = conversation.reply(text, tokens.append)
+            thought = "".join(token.reasoning for token in tokens)
+            told = {"reasoning": thought} if thought else {}
+            print_json({"message": text, "reply": reply, **told, "model": conversation.model})
         else:
-            conversation.reply(text, write)
+            conversation.reply(text, ReplyWriter().write)
             write("\n")
 
 
@@ -154,11 +163,12 @@ def _converse(conversation: Chat, client: Client, url: str) -> None:
 
 
 def _turn(conversation: Chat, text: str) -> None:
+    writer = ReplyWriter()
     with stderr().status("") as spinner:
 
-        def show(part: str) -> None:
+        def show(token: Token) -> None:
             spinner.stop()
-            write(part)
+            writer.write(token)
 
         conversation.reply(text, show)
     print("\n")

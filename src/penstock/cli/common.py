@@ -13,8 +13,9 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from penstock.client import DEFAULT_URL, Client, ModelView, OnRetry
+from penstock.client import DEFAULT_URL, Client, ModelView, OnRetry, Token
 from penstock.core.errors import ModelNotFound
 
 Url = Annotated[
@@ -47,6 +48,34 @@ def write(text: str) -> None:
     """Print a piece of a model's text at once: unchanged into a pipe, without control characters on a terminal."""
     sys.stdout.write(_CONTROLS.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+class ReplyWriter:
+    """Writes a reply as it comes: what it says to stdout; what the model thinks dimmed, for people only."""
+
+    def __init__(self) -> None:
+        self._thinking = False
+
+    def write(self, token: Token) -> None:
+        said = token.text + token.calls
+        if token.reasoning:
+            self._think(token.reasoning)
+        if said and self._thinking:
+            self._think("\n\n")
+            self._thinking = False
+            said = said.lstrip("\n") if stderr().is_terminal else said
+        if said:
+            write(said)
+
+    def _think(self, text: str) -> None:
+        console = stderr()
+        self._thinking = True
+        if console.is_terminal:
+            console.print(thought(text), end="")
+
+
+def thought(text: str) -> Text:
+    return Text(_CONTROLS.sub("", text), style="dim")
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,22 @@ import msgspec
 import typer
 from rich.text import Text
 
-from penstock.cli.common import URL, Json, Url, ago, connect, duration, print_json, say, stdout, table, write
+from penstock.api import UsageView
+from penstock.cli.common import (
+    URL,
+    Json,
+    ReplyWriter,
+    Url,
+    ago,
+    connect,
+    duration,
+    print_json,
+    say,
+    stdout,
+    table,
+    thought,
+    write,
+)
 from penstock.client import End, JobView
 from penstock.core.job import Status
 
@@ -75,9 +90,16 @@ def show(job: Id, json: Json = False, url: Url = URL) -> None:
     for name, value in _facts(view):
         rows.add_row(Text(name, style="bold"), value if isinstance(value, Text) else Text(value))
     stdout().print(rows)
-    for text in (view.result.texts or (view.result.text,)) if view.result else ():
+    if view.result is None:
+        return
+    if view.result.reasoning:
+        print()
+        stdout().print(thought(view.result.reasoning.strip()), soft_wrap=True)
+    for text in view.result.texts or [view.result.text]:
         print()
         write(text.rstrip("\n") + "\n")
+    for call in view.result.tool_calls or ():
+        write(f"{call.function.name} {call.function.arguments}\n")
 
 
 def _facts(view: JobView) -> list[tuple[str, str | Text]]:
@@ -97,7 +119,7 @@ def _facts(view: JobView) -> list[tuple[str, str | Text]]:
         ("error", Text(f"{view.error.code}: {view.error.message}", style="red") if view.error else ""),
     ]
     if view.usage is not None:
-        facts.append(("usage", f"{view.usage.prompt_tokens} prompt + {view.usage.completion_tokens} completion tokens"))
+        facts.append(("usage", _usage(view.usage)))
     if view.timings is not None:
         timings = view.timings
         rate = f"{timings.tokens_per_second:.1f} tokens/s" if timings.tokens_per_second else ""
@@ -108,6 +130,12 @@ def _facts(view: JobView) -> list[tuple[str, str | Text]]:
             ("rate", rate),
         ]
     return [(name, value) for name, value in facts if value]
+
+
+def _usage(usage: UsageView) -> str:
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    thoughts = f" ({usage.reasoning_tokens} of thoughts)" if usage.reasoning_tokens else ""
+    return f"{usage.prompt_tokens} prompt{cached} + {usage.completion_tokens} completion tokens{thoughts}"
 
 
 @app.command()
@@ -121,12 +149,13 @@ def tail(
     with connect(url) as probe:
         probe.job(job)  # fail at once if nobody answers or there is no such job; after that, wait and resume
     end: End | None = None
+    writer = ReplyWriter()
     with connect(url, give_up=60.0, on_retry=lambda error, pause: say(f"{error.message} Resuming …", "dim")) as client:
         for event in client.stream(job, after):
             if json:
                 print_json({"event": "end" if isinstance(event, End) else "token", **msgspec.to_builtins(event)})
             elif not isinstance(event, End):
-                write(event.text)
+                writer.write(event)
             if isinstance(event, End):
                 end = event
     if not json:

@@ -126,19 +126,26 @@ class Core:
     # ------------------------------------------------------------------------------------ in one call
 
     async def result(self, job: JobRef) -> Result:
-        texts: dict[int, list[str]] = {}
+        parts: dict[int, list[Token]] = {}
         end: End | None = None
         async for event in self.stream(job, 0):
             if isinstance(event, End):
                 end = event
             else:
-                texts.setdefault(event.index, []).append(event.text)
+                parts.setdefault(event.index, []).append(event)
         if end is None:
             raise ProtocolError(f"The stream of {_id(job)} has no end.")
         end.raise_for_status()
         assert end.usage is not None, "the end of a job that completed"
-        texts_of_choices = tuple("".join(texts.get(choice, ())) for choice in range(len(end.finish_reasons)))
-        return Result(_id(job), texts_of_choices, end.finish_reasons, end.usage)
+        choices = [parts.get(choice, []) for choice in range(len(end.finish_reasons))]
+        return Result(
+            _id(job),
+            tuple("".join(token.text for token in choice) for choice in choices),
+            end.finish_reasons,
+            end.usage,
+            tuple("".join(token.reasoning for token in choice) for choice in choices),
+            tuple("".join(token.calls for token in choice) for choice in choices),
+        )
 
     async def generate(self, prompt: Prompt | None, messages: Messages | None, options: Options) -> Result:
         job = await self.submit(prompt, messages, options)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from penstock.api import DoneEvent, ErrorEvent, TokenEvent
+from penstock.api.events import PhaseName
 from penstock.client.errors import ProtocolError
 from penstock.client.results import End, Token
 from penstock.client.sse import ServerEvent
@@ -62,8 +63,22 @@ class ResumePoint:
         if token.attempt < self._attempt:
             raise ProtocolError(f"Attempt {token.attempt} wrote at {position}, after attempt {self._attempt}.")
         self._attempt = token.attempt
-        top = tuple(token.top_logprobs or ())
-        return Token(position, token.token, token.token_id, token.attempt, token.index or 0, token.logprob, top)
+        segments = _segments(token)
+        parts: dict[PhaseName, str] = {"text": "", "reasoning": "", "tool": ""}
+        for phase, text in segments:
+            parts[phase] += text
+        return Token(
+            position,
+            parts["text"],
+            token.token_id,
+            token.attempt,
+            token.index or 0,
+            token.logprob,
+            tuple(token.top_logprobs or ()),
+            segments[0][0],
+            parts["reasoning"],
+            parts["tool"],
+        )
 
     def _end(self, id: str) -> int:
         position = self._advance(id)
@@ -85,6 +100,20 @@ class ResumePoint:
             return None
         self.position = position
         return position
+
+
+def _segments(token: TokenEvent) -> list[tuple[PhaseName, str]]:
+    """A token's text, cut where its phase changes. Raises `ProtocolError` where the segments are not its text."""
+    if not isinstance(token.phase, list):
+        return [(token.phase or "text", token.token)]
+    if not token.phase or sum(length for _, length in token.phase) != len(token.token):
+        raise ProtocolError(f"The phases {token.phase} are not those of the token {token.token[:40]!r}.")
+    found: list[tuple[PhaseName, str]] = []
+    start = 0
+    for phase, length in token.phase:
+        found.append((phase, token.token[start : start + length]))
+        start += length
+    return found
 
 
 class RetryBudget:

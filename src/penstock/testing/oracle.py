@@ -58,6 +58,12 @@ class Token(msgspec.Struct, frozen=True):
     job: str | None = None
     phase: TokenPhase | None = None
 
+    @property
+    def said(self) -> str:
+        """What it adds to the reply's text, which has no thoughts and no calls."""
+        parts = segments(self.text, Phase.TEXT if self.phase is None else self.phase)
+        return "".join(text for phase, text in parts if phase is Phase.TEXT)
+
 
 class End(msgspec.Struct, frozen=True):
     """The terminal event as a reader saw it."""

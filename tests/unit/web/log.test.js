@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Gap, Log } from "../../../src/penstock/web/js/log.js";
+import { Gap, Log, segments } from "../../../src/penstock/web/js/log.js";
 
 const token = (text, attempt = 1, index = undefined) => ({ token: text, token_id: 7, attempt, index });
 
@@ -55,7 +55,25 @@ test("tokens are kept where they are wanted", () => {
   const [lean, full] = [new Log(), new Log({ keepTokens: true })];
   for (const log of [lean, full]) log.add(1, token("a"));
   assert.deepEqual(lean.tokens, []);
-  assert.deepEqual(full.tokens, [{ position: 1, token: "a", token_id: 7, attempt: 1, index: 0 }]);
+  assert.deepEqual(full.tokens, [{ position: 1, token: "a", token_id: 7, attempt: 1, index: 0, phase: undefined }]);
+});
+
+test("a token is cut where its phase changes, by characters and not by halves of them", () => {
+  assert.deepEqual(segments("ab", undefined), [["text", "ab"]]);
+  assert.deepEqual(segments("ab", "tool"), [["tool", "ab"]]);
+  assert.deepEqual(segments("🚰.b🚰", [["reasoning", 2], ["text", 2]]), [["reasoning", "🚰."], ["text", "b🚰"]]);
+});
+
+test("thoughts are kept apart, and calls are no text", () => {
+  const log = new Log();
+  log.add(1, { ...token("Hm"), phase: "reasoning" });
+  log.add(2, { ...token("🚰.b"), phase: [["reasoning", 2], ["text", 1]] });
+  log.add(3, { ...token("{}"), phase: "tool" });
+  log.add(4, token("c"));
+  log.add(5, { ...token("So", 1, 1), phase: "reasoning" });
+  assert.deepEqual([log.texts, log.thoughts, log.thought], [["bc", ""], ["Hm🚰.", "So"], "Hm🚰."]);
+  log.reset();
+  assert.deepEqual(log.thoughts, [""]);
 });
 
 test("the first end is the end", () => {

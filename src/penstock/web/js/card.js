@@ -118,8 +118,11 @@ export class CardView {
 
 class TurnView {
   #run;
-  #shown = "";
-  #node = document.createTextNode("");
+  #text = document.createTextNode("");
+  #thought = document.createTextNode("");
+  #thinking = false;
+  #summary = el("summary");
+  #thoughts = el("details", { class: "thought", hidden: true }, this.#summary, this.#thought);
   #reply = el("div", { class: "reply" });
   #note = el("p", { class: "note", hidden: true });
 
@@ -127,17 +130,19 @@ class TurnView {
   constructor(run) {
     this.#run = run;
     const prompt = el("div", { class: "prompt", text: run.turn.text });
-    this.#reply.append(this.#node, el("span", { class: "caret", "aria-hidden": "true" }));
-    this.elements = [prompt, this.#reply, this.#note];
+    this.#reply.append(this.#text, el("span", { class: "caret", "aria-hidden": "true" }));
+    this.elements = [prompt, this.#thoughts, this.#reply, this.#note];
   }
 
   draw() {
-    const { text, live, turn, notice, attempts } = this.#run;
-    if (text !== this.#shown) {
-      if (text.startsWith(this.#shown)) this.#node.appendData(text.slice(this.#shown.length));
-      else this.#node.data = text;
-      this.#shown = text;
-    }
+    const { text, thought, live, turn, notice, attempts } = this.#run;
+    grow(this.#text, text);
+    grow(this.#thought, thought);
+    this.#thoughts.hidden = thought === "";
+    const thinking = live && text === "";
+    setText(this.#summary, thinking ? "Thinking…" : "Thought");
+    // Open while there is nothing else to read; then it is the reader's.
+    if (thinking !== this.#thinking) this.#thoughts.open = this.#thinking = thinking;
     this.#reply.classList.toggle("live", live);
     const notes = [];
     if (notice) notes.push(notice);
@@ -150,6 +155,17 @@ class TurnView {
     setText(this.#note, notes.join(" "));
     this.#note.classList.toggle("bad", Boolean(turn.end?.error) && turn.end?.status !== "cancelled");
   }
+}
+
+/**
+ * Makes the text of `node` what it has grown to.
+ * @param {Text} node
+ * @param {string} text
+ */
+function grow(node, text) {
+  if (text === node.data) return;
+  if (text.startsWith(node.data)) node.appendData(text.slice(node.length));
+  else node.data = text;
 }
 
 /**

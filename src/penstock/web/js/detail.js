@@ -1,11 +1,11 @@
 // One job: what it is, its timeline, and its log as it is written, with the attempts that wrote it.
 
 import { ApiError, backoff, call, pause } from "./api.js";
-import { Gap, Log } from "./log.js";
+import { Gap, Log, segments } from "./log.js";
 import { readLog } from "./sse.js";
 import { announce, clock, copyWith, count, duration, el, isEnded, plural, setText } from "./ui.js";
 
-/** @import { AttemptStart, JobView, LogToken, TokenEvent } from "./types.js" */
+/** @import { AttemptStart, JobView, LogToken, PhaseName, TokenEvent } from "./types.js" */
 
 /** Tokens that the list of them shows: the latest. A page with a million elements helps nobody. */
 const SHOWN = 2000;
@@ -177,6 +177,12 @@ async function patiently(ask, log, signal) {
   }
 }
 
+/** @param {JobView} job */
+function tokensOf({ tokens, usage }) {
+  const thoughts = usage?.reasoning_tokens ? `, ${count(usage.reasoning_tokens)} of them thoughts` : "";
+  return count(tokens) + thoughts + (usage?.prompt_tokens ? ` after a prompt of ${count(usage.prompt_tokens)}` : "");
+}
+
 /**
  * What is known of a job, its timeline and its error.
  * @param {JobView} job
@@ -189,7 +195,7 @@ function describe(job, firstSeen) {
     ["Model", job.model],
     ["User", job.user_id ?? "–"],
     ["Priority", job.priority],
-    ["Tokens", count(job.tokens) + (job.usage?.prompt_tokens ? ` after a prompt of ${count(job.usage.prompt_tokens)}` : "")],
+    ["Tokens", tokensOf(job)],
     ["Attempt", count(job.attempt)],
   ];
   if (job.position_in_queue) parts.push(["Place in the queue", count(job.position_in_queue)]);
@@ -331,27 +337,39 @@ class LogView {
 
   /** @param {LogToken[]} tokens */
   #drawText(tokens) {
-    for (const { position, token, attempt, index } of tokens.slice(this.#drawn)) {
-      /** @type {any} */
-      let part = this.#text.lastElementChild;
-      if (part?.dataset.attempt !== String(attempt) || part.dataset.index !== String(index)) {
-        if (position > 1 && part?.dataset.attempt !== String(attempt)) this.#text.append(mark(attempt, position));
-        part = this.#text.querySelector(`[data-attempt="${attempt}"][data-index="${index}"]`);
-        if (!part) this.#text.append((part = attemptPart(attempt, index)));
-      }
-      part.firstChild.appendData(token);
+    for (const { position, token, attempt, index, phase } of tokens.slice(this.#drawn)) {
+      if (position > 1 && tokens[position - 2].attempt !== attempt) this.#text.append(mark(attempt, position));
+      for (const [name, text] of segments(token, phase)) this.#part(attempt, index, name).lastChild.appendData(text);
     }
     this.#drawn = tokens.length;
   }
 
+  /**
+   * Where the next text of a choice goes: its last part, or, where another phase begins, a new one behind that.
+   * @param {number} attempt
+   * @param {number} index
+   * @param {PhaseName} phase
+   * @returns {any}
+   */
+  #part(attempt, index, phase) {
+    /** @type {any} */
+    const last = [...this.#text.querySelectorAll(`[data-attempt="${attempt}"][data-index="${index}"]`)].at(-1);
+    if (last?.dataset.phase === phase) return last;
+    const part = newPart(attempt, index, phase);
+    if (last) last.after(part);
+    else this.#text.append(part);
+    return part;
+  }
+
   /** @param {LogToken[]} tokens */
   #drawTokens(tokens) {
-    for (const { position, token, token_id, attempt, index } of tokens.slice(Math.max(this.#drawn, tokens.length - SHOWN))) {
+    for (const { position, token, token_id, attempt, index, phase } of tokens.slice(Math.max(this.#drawn, tokens.length - SHOWN))) {
       if (position > 1 && tokens[position - 2].attempt !== attempt) this.#text.append(mark(attempt, position));
       const choice = index ? `, choice ${index + 1}` : "";
+      const [name] = segments(token, phase)[0];
       this.#text.append(el("span", {
-        class: "token", text: token || "∅", "data-attempt": String(attempt),
-        title: `Position ${position}, token ${token_id}, attempt ${attempt}${choice}`,
+        class: "token", text: token || "∅", "data-attempt": String(attempt), "data-phase": name,
+        title: `Position ${position}, token ${token_id}, attempt ${attempt}${choice}${name === "text" ? "" : `, ${PHASES[name]}`}`,
       }));
     }
     while (this.#text.childElementCount > SHOWN * 1.2) this.#text.firstElementChild?.remove();
@@ -359,14 +377,21 @@ class LogView {
   }
 }
 
+/** What a part is that is no text. */
+const PHASES = { reasoning: "thought", tool: "call" };
+
 /**
+ * A part of the log that is read in one go; its last child is its text.
  * @param {number} attempt
  * @param {number} index
+ * @param {PhaseName} phase
  */
-function attemptPart(attempt, index) {
-  const part = el("span", { class: "part", "data-attempt": String(attempt), "data-index": String(index) });
-  part.append(document.createTextNode(""));
-  return part;
+function newPart(attempt, index, phase) {
+  const data = { "data-attempt": String(attempt), "data-index": String(index), "data-phase": phase };
+  const text = document.createTextNode("");
+  if (phase === "text") return el("span", { class: "part", ...data }, text);
+  if (phase === "tool") return el("code", { class: "part call", ...data }, text);
+  return el("details", { class: "part thought", open: true, ...data }, el("summary", { text: "Thought" }), text);
 }
 
 /**

@@ -1,15 +1,28 @@
 // The fold of one job's log: whatever order of streams, replays and reconnects it comes by, each position counts once.
 
-/** @import { AttemptStart, LogToken } from "./types.js" */
+/** @import { AttemptStart, LogToken, PhaseName, TokenPhase } from "./types.js" */
 
 /** A position came before the one in front of it: something was missed. */
 export class Gap extends Error {}
 
+/**
+ * A token, cut where its phase changes.
+ * @param {string} token
+ * @param {TokenPhase} phase
+ * @returns {[PhaseName, string][]}
+ */
+export function segments(token, phase) {
+  if (!Array.isArray(phase)) return [[phase ?? "text", token]];
+  const characters = [...token]; // code points, not what `length` counts
+  return phase.map(([name, count]) => [name, characters.splice(0, count).join("")]);
+}
+
 export class Log {
   /** Position of the last token. */
   head = 0;
-  /** The text of each choice. */
+  /** The text of each choice, and what was thought before it. */
   texts = [""];
+  thoughts = [""];
   /** @type {AttemptStart[]} Where each attempt begins. */
   attempts = [];
   /** @type {LogToken[]} The tokens themselves, where they are kept. */
@@ -26,6 +39,10 @@ export class Log {
     return this.texts[0];
   }
 
+  get thought() {
+    return this.thoughts[0];
+  }
+
   get attempt() {
     return this.attempts.at(-1)?.attempt ?? 0;
   }
@@ -33,16 +50,19 @@ export class Log {
   /**
    * Takes a token; false if it is known already. Throws `Gap`.
    * @param {number} position
-   * @param {{token: string, token_id: number, attempt: number, index?: number}} token
+   * @param {{token: string, token_id: number, attempt: number, index?: number, phase?: TokenPhase}} token
    */
-  add(position, { token, token_id, attempt, index = 0 }) {
+  add(position, { token, token_id, attempt, index = 0, phase }) {
     if (position <= this.head) return false;
     if (position !== this.head + 1) throw new Gap(`position ${position} came after ${this.head}`);
     this.head = position;
-    while (this.texts.length <= index) this.texts.push("");
-    this.texts[index] += token;
+    for (const choices of [this.texts, this.thoughts]) while (choices.length <= index) choices.push("");
+    for (const [name, text] of segments(token, phase)) {
+      if (name === "text") this.texts[index] += text;
+      else if (name === "reasoning") this.thoughts[index] += text;
+    }
     if (attempt !== this.attempt) this.attempts.push({ attempt, from: position });
-    if (this.#keepTokens) this.tokens.push({ position, token, token_id, attempt, index });
+    if (this.#keepTokens) this.tokens.push({ position, token, token_id, attempt, index, phase });
     return true;
   }
 
@@ -55,6 +75,7 @@ export class Log {
   reset() {
     this.head = 0;
     this.texts = [""];
+    this.thoughts = [""];
     this.attempts = [];
     this.tokens = [];
     this.ended = null;

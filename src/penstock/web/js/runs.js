@@ -65,6 +65,11 @@ export class Run {
     return this.turn.reply ?? this.log.text;
   }
 
+  /** What the model thought before its text. */
+  get thought() {
+    return this.turn.reasoning ?? this.log.thought;
+  }
+
   get attempts() {
     return this.turn.end?.attempts ?? this.log.attempts;
   }
@@ -377,6 +382,7 @@ export class Runs {
     run.phase = "ended";
     run.notice = "";
     run.turn.reply = run.log.text;
+    if (run.log.thought) run.turn.reasoning = run.log.thought;
     run.turn.end = end;
     this.#drop(run);
     this.#save(run.card);
@@ -417,6 +423,7 @@ export class Runs {
     const attempts = run.attempts.length ? run.attempts : [{ attempt: job.attempt, from: 1 }];
     if (run.live) this.#finish(run, { status, finish_reason, error, usage, timings, attempts });
     run.turn.reply = job.result?.text ?? "";
+    if (job.result?.reasoning) run.turn.reasoning = job.result.reasoning;
     if (run.turn.end) run.turn.end.timings = timings;
     this.#save(run.card);
   }

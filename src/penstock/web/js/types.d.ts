@@ -16,6 +16,7 @@ export interface Failure {
 export interface UsageView {
   prompt_tokens: number;
   completion_tokens: number;
+  reasoning_tokens?: number;
 }
 
 /** Durations in seconds. */
@@ -44,7 +45,7 @@ export interface JobSummary {
 
 /** An ended one has the rest. */
 export interface JobView extends JobSummary {
-  result?: { text: string };
+  result?: { text: string; reasoning?: string };
   usage?: UsageView;
   timings?: Timings;
 }
@@ -54,12 +55,19 @@ export interface JobPage {
   next_cursor: string | null;
 }
 
+/** What a token is part of. */
+export type PhaseName = "text" | "reasoning" | "tool";
+
+/** Of a token that ends one and begins another, each with its number of characters (code points). None: text. */
+export type TokenPhase = PhaseName | [PhaseName, number][] | undefined;
+
 export interface TokenEvent {
   job_id: string;
   token: string;
   token_id: number;
   attempt: number;
   index?: number;
+  phase?: TokenPhase;
 }
 
 export interface UserTokenEvent extends TokenEvent {
@@ -150,6 +158,7 @@ export interface LogToken {
   token_id: number;
   attempt: number;
   index: number;
+  phase: TokenPhase;
 }
 
 /** Where an attempt begins in a log. */
@@ -192,6 +201,8 @@ export interface Turn {
   /** The id of its job, once it is accepted. */
   job: string | null;
   reply: string | null;
+  /** What the model thought before its reply. */
+  reasoning?: string;
   end: End | null;
 }
 

@@ -48,7 +48,7 @@ async def texts(server: Server) -> None:
         job, stream = await server.finished(choices)
         joined = [""] * choices
         for token in tokens_of(stream.blocks):
-            joined[token.choice or 0] += token.text
+            joined[token.choice or 0] += token.said
         for text in joined:
             expect(not any("\ud800" <= character <= "\udfff" for character in text), "a text holds half a character")
         result = (await server.settled(job)).get("result") or {}

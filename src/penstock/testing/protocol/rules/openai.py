@@ -92,5 +92,5 @@ async def is_a_job(server: Server) -> None:
         choices = [choice for chunk in chunks(stream) for choice in chunk["choices"]]
         text = "".join(choice["delta"].get("content") or "" if path == CHAT else choice["text"] for choice in choices)
         expect(stream.job, f"there is no x-penstock-job on POST {path}")
-        log = "".join(token.text for token in tokens_of((await server.events(stream.job)).blocks))
+        log = "".join(token.said for token in tokens_of((await server.events(stream.job)).blocks))
         expect_equal(text, log, f"the text of POST {path}")
