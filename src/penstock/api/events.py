@@ -16,8 +16,16 @@ class TopLogprobView(WireType, frozen=True):
     logprob: float
 
 
+#: What a token is part of, as `penstock.core.events.Phase` has it.
+PhaseName = Literal["text", "reasoning", "tool"]
+
+
 class TokenEvent(WireType, frozen=True):
-    """One token; the event's ``id`` is its position. ``index``: its choice, where there are several."""
+    """One token; the event's ``id`` is its position. ``index``: its choice, where there are several.
+
+    ``phase``: what it is part of, where that is not the text: "reasoning", "tool", or, of a token that ends one and
+    begins another, each with its number of characters (Unicode code points), in order.
+    """
 
     job_id: str
     token: str
@@ -26,6 +34,7 @@ class TokenEvent(WireType, frozen=True):
     index: int | None = None
     logprob: float | None = None
     top_logprobs: list[TopLogprobView] | None = None
+    phase: PhaseName | list[tuple[PhaseName, int]] | None = None
 
 
 class DoneEvent(WireType, frozen=True):

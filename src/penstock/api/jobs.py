@@ -71,6 +71,8 @@ class JobSummary(WireType, frozen=True):
 
 
 class JobResult(WireType, frozen=True):
+    """What a job made. The texts are without thoughts and calls."""
+
     text: str
     embeddings: list[str] | None = None
     """Of a job that embeds: base64 of float32, in the order of its inputs."""
@@ -78,6 +80,8 @@ class JobResult(WireType, frozen=True):
     """Those of the first choice, where there were tools to call."""
     texts: list[str] | None = None
     """Of each choice, where there are several."""
+    reasoning: str | None = None
+    """What the model thought before the first choice's text, if anything."""
 
 
 class Timings(WireType, frozen=True):
@@ -118,5 +122,6 @@ class Generated(WireType, frozen=True, kw_only=True):
     text: str
     texts: list[str] | None
     tool_calls: list[ToolCallView] | None = None
+    reasoning: str | None = None
     finish_reason: str | None
     usage: UsageView

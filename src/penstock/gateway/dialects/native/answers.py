@@ -15,11 +15,11 @@ from penstock.api.jobs import (
     ToolCallView,
     UsageView,
 )
+from penstock.core.calls import named, read_calls
 from penstock.core.events import Completion
 from penstock.core.job import Job, Priority, ToolCall, Usage
 from penstock.core.ports import elapsed
 from penstock.core.tasks import vectors
-from penstock.core.tools import named, parse_tool_calls
 from penstock.gateway.jobs import Jobs
 
 PRIORITIES: dict[Priority, Literal["interactive", "normal", "batch"]] = {
@@ -83,7 +83,8 @@ def generated(job: Job, completion: Completion) -> Generated:
         model=job.request.model,
         text=completion.texts[0],
         texts=completion.texts if job.request.n > 1 else None,
-        tool_calls=_tool_calls(job, completion.texts[0]),
+        tool_calls=_tool_calls(job, completion),
+        reasoning=completion.reasoning[0] or None,
         finish_reason=completion.ended.finish_reason,
         usage=usage_view(completion.ended.usage),
     )
@@ -93,15 +94,19 @@ def _result(job: Job, completion: Completion) -> JobResult:
     if job.request.task == "embed":
         return JobResult("", embeddings=vectors(completion))
     text, *others = completion.texts
-    return JobResult(text, tool_calls=_tool_calls(job, text), texts=completion.texts if others else None)
+    return JobResult(
+        text,
+        tool_calls=_tool_calls(job, completion),
+        texts=completion.texts if others else None,
+        reasoning=completion.reasoning[0] or None,
+    )
 
 
-def _tool_calls(job: Job, text: str) -> list[ToolCallView] | None:
-    """The calls that the first choice's *text* has, where there were tools to call."""
+def _tool_calls(job: Job, completion: Completion) -> list[ToolCallView] | None:
+    """The calls of the first choice, where there were tools to call."""
     if not job.request.callable_tools:
         return None
-    _, calls = parse_tool_calls(text, job.request)
-    return [tool_call_view(call) for call in named(calls, job.id, 0)]
+    return [tool_call_view(call) for call in named(read_calls(completion.calls[0]), job.id, 0)]
 
 
 def tool_call_view(call: ToolCall) -> ToolCallView:

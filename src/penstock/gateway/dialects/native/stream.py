@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from penstock.api.errors import Error
 from penstock.api.events import DoneEvent, ErrorEvent, JobCompleteEvent, TopLogprobView, UserErrorEvent
 from penstock.core.errors import LogRewound, PenstockError
-from penstock.core.events import Ended, Event, Tokens
+from penstock.core.events import Ended, Event, Phase, TokenPhase, Tokens
 from penstock.core.job import Job, Status
 from penstock.gateway.dialects.native.answers import usage_view
 from penstock.gateway.sse import ascii_json, frame, json_string
@@ -40,8 +40,9 @@ def _numbered(run: Tokens) -> Iterator[tuple[int, tuple[int, str, str]]]:
 
 
 def _extras(run: Tokens) -> list[str]:
-    """What a token's data has only on request: its choice (n > 1) and its log-probability."""
-    if run.choices is None and run.logprobs is None:
+    """What a token's data has only on request: its choice (n > 1), its log-probability and, unless it is text, its
+    phase."""
+    if run.choices is None and run.logprobs is None and run.phases is None:
         return [""] * len(run.ids)
     extras = []
     for i in range(len(run.ids)):
@@ -50,8 +51,20 @@ def _extras(run: Tokens) -> list[str]:
         if logprob is not None:
             top = [TopLogprobView(other.text, other.id, other.logprob) for other in logprob.top]
             extra += f',"logprob":{logprob.logprob},"top_logprobs":{ascii_json(top)}'
+        if run.phases is not None:
+            extra += _phase(run.phases[i])
         extras.append(extra)
     return extras
+
+
+#: The phases as `PhaseName`s.
+_NAMES = {phase: phase.name.lower() for phase in Phase}
+
+
+def _phase(phase: TokenPhase) -> str:
+    if isinstance(phase, Phase):
+        return "" if phase is Phase.TEXT else f',"phase":"{_NAMES[phase]}"'
+    return ',"phase":[' + ",".join(f'["{_NAMES[part]}",{length}]' for part, length in phase) + "]"
 
 
 def end_frame(job: str, ended: Ended) -> bytes:

@@ -6,12 +6,20 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta
 from starlette.types import ASGIApp
 
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import ModelName, Request
-from penstock.gateway.dialects.fields import MAX_TOOLS, ChatMessages, StructuredBody, TokenId, ToolBody, plain
+from penstock.gateway.dialects.fields import (
+    MAX_TOOLS,
+    ChatMessages,
+    StructuredBody,
+    TemplateValues,
+    TokenId,
+    ToolBody,
+    plain,
+)
 from penstock.gateway.dialects.tokens.answers import Detokenized, Tokens
 from penstock.gateway.http import Call, json_reply
 from penstock.gateway.operation import Operation
@@ -28,6 +36,7 @@ class Tokenize(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     return_token_strs: bool | None = None
+    chat_template_kwargs: TemplateValues | None = None
 
     def request(self, default_model: str) -> Request:
         if self.messages is not None:
@@ -44,7 +53,8 @@ class Tokenize(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
             continue_final=self.continue_final_message,
             add_special_tokens=self.add_special_tokens is not False,
         )
-        return StructuredBody(tools=self.tools).structured(request)
+        told = StructuredBody(tools=self.tools, chat_template_kwargs=self.chat_template_kwargs or UNSET)
+        return told.structured(request)
 
     def _check_chat(self, messages: ChatMessages) -> None:
         if self.add_special_tokens:
