@@ -20,15 +20,18 @@ from penstock.client.core import _decoded
 from penstock.client.errors import ProtocolError, failure_of
 from penstock.client.resume import ResumePoint
 from penstock.client.sse import ServerEvent
+from penstock.core.calls import read_calls
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError
-from penstock.core.events import Prefix
+from penstock.core.events import Phase, Prefix
 from penstock.core.foreign import Malformed, Mismatch, decode, loads, whole
 from penstock.core.job import Message, Request, Sampling, Tool
-from penstock.core.tools import parse_tool_calls
 from penstock.engines.frames import Outputs, encode
+from penstock.engines.text.formats.table import TOOLS as FORMATS
+from penstock.engines.text.formats.table import Formats
 from penstock.engines.upstream import answers
 from penstock.engines.upstream.dialects import UpstreamError, read_models
-from penstock.engines.upstream.stream import Lines, StreamError, UpstreamReply
+from penstock.engines.upstream.reply import UpstreamReply
+from penstock.engines.upstream.stream import Lines, StreamError
 from penstock.gateway import feed, http
 from penstock.gateway.batches.input import check_input
 
@@ -154,12 +157,14 @@ READERS: dict[str, tuple[Callable[[bytes], Any], type[Exception] | tuple[type[Ex
 
 
 def called(text: str) -> None:
-    for form in (text, f"<tool_call>{text}</tool_call>", f"[TOOL_CALLS]{text}"):
-        for choice in ("auto", "required"):
-            content, calls = parse_tool_calls(form, msgspec.structs.replace(ASKED, tool_choice=choice))
-            (content or "").encode()
-            for call in calls:
+    for name, (tools, _) in FORMATS.items():
+        for form in (text, "".join(tools.begins[:1]) + text):
+            reader = Formats(name, "think").reader(ASKED)
+            assert reader is not None
+            found = [*reader.push(form), *reader.finish()]
+            for call in read_calls("".join(part for phase, part in found if phase is Phase.TOOL)):
                 (call.name + call.arguments).encode()
+            "".join(part for _, part in found).encode()
 
 
 @pytest.mark.parametrize("reader", READERS)

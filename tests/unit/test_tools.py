@@ -1,4 +1,4 @@
-"""What a reply must obey, and the calls found in it, however it is cut."""
+"""What a reply must obey, and whom it may call."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jsonschema_rs import validator_for
 
+from penstock.core.bounds import check_schema
+from penstock.core.calls import call_id
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Tool
-from penstock.core.tools import Call, ToolParser, call_id, check_schema, finish_reason, join, parse_tool_calls
 from penstock.engines.models import BUNDLED
 from penstock.engines.parts.guide import Guides
 from penstock.engines.text.model import TextModel
@@ -27,149 +26,10 @@ def request(**fields: Any) -> Request:
     return Request(model="m", messages=(Message("user", "?"),), tools=(WEATHER, CLOCK), **fields)
 
 
-HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "</tool_call> \\" Ulm"}}\n</tool_call>'
-FORCED = '{"name": "get_weather", "arguments": {"city": "a } b"}}'
-
-AUTO = [
-    ("", "", []),
-    ("Hello.", "Hello.", []),
-    ("  Hello. ", "  Hello. ", []),
-    (HERMES, None, [("get_weather", '{"city": "</tool_call> \\" Ulm"}')]),
-    (f"I look.\n\n{HERMES}\n", "I look.", [("get_weather", '{"city": "</tool_call> \\" Ulm"}')]),
-    (f'{HERMES}\n<tool_call>{{"name": "clock"}}</tool_call>', None, ["get_weather", ("clock", "{}")]),
-    (f"{HERMES} And so on", " And so on", ["get_weather"]),
-    ('<tool_call>{"name": "clock", "arguments": {}}', None, [("clock", "{}")]),  # no closing tag
-    ('<tool_call>{"name": "clock", "arguments": {"a', '<tool_call>{"name": "clock", "arguments": {"a', []),
-    ('a <tool_call>{"name": "rm", "arguments": {}}</tool_call> b', None, None),
-    ("a <tool_call>nonsense</tool_call> b", None, None),
-    ("1 < 2 <tool", None, None),
-    ('{"name": "get_weather", "parameters": {"city": "Ulm"}}', None, [("get_weather", '{"city": "Ulm"}')]),
-    ('{"name": "clock", "parameters": {}}; {"name": "clock"}', None, [("clock", "{}"), ("clock", "{}")]),
-    ('{"name": "clock", "arguments": "{\\"a\\": 1}"}', None, [("clock", '{"a": 1}')]),
-    ('{"name": "clock", "arguments": [1]}', None, None),
-    # What a server elsewhere told to be a call is one, whatever its arguments and its name are.
-    (
-        '<tool_call>{"name": "clock", "arguments": "{\\"a\\": [1, </tool_call>"}</tool_call>',
-        None,
-        [("clock", '{"a": [1, </tool_call>')],
-    ),
-    ('<tool_call>{"name": "rm", "arguments": "-rf /"}</tool_call>', None, [("rm", "-rf /")]),
-    ('{"name": "rm", "arguments": "-rf"}', None, None),
-    ('{"name": "nobody", "parameters": {}}', None, None),
-    ('{"answer": 42}', None, None),
-    ("[1, 2]", None, None),
-    ("[]", None, None),
-    ('["a", {"name": "clock"}]', None, None),
-    ('{"name": "clo', None, None),
-    ('{"name": "clock"', None, None),
-    ('{"arguments": {}}', None, None),
-    ('{"id": "1", "type": "function", "name": "clock"}', None, [("clock", "{}")]),
-    ('{"arguments": {"a": ["}", "\\""]}, "x": [1, {}], "name": "clock"}', None, [("clock", '{"a": ["}", "\\""]}')]),
-    ('{"name": "clock", "parameters": null, "n": -1.5e3}', None, [("clock", "{}")]),
-    ('{"name": "clock"} {"name": "clock"}. Done', None, None),
-    ('{"name": "clock"}{"na', None, None),
-    ("[TOOL_CALLED] [1]", None, None),
-    ("[TOOL_CALLS] none", None, None),
-    ('[1, 2]\n<tool_call>{"name": "clock"}</tool_call>', "[1, 2]", [("clock", "{}")]),
-    ('{"answer": "<tool_call>{\\"name\\": \\"clock\\"}"', None, None),
-    ('[{"name": "clock", "arguments": {"z": 1e400}}]', None, [("clock", '{"z": 1e400}')]),
-    (
-        ' [TOOL_CALLS] [{"name": "clock", "arguments": {}}, {"name": "clock", "arguments": {}}]',
-        None,
-        ["clock", "clock"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("text", "content", "calls"), AUTO)
-def test_calls_in_free_text(text: str, content: str | None, calls: list[Any] | None) -> None:
-    found = parse_tool_calls(text, request())
-    if calls is None:
-        assert found == (text, []), "what is no call is text, unchanged"
-        return
-    assert found[0] == content
-    assert [
-        (c.name, c.arguments) if isinstance(e, tuple) else c.name for c, e in zip(found[1], calls, strict=True)
-    ] == calls
-    assert finish_reason(request(), "stop", text) == ("tool_calls" if calls else "stop")
-    assert finish_reason(request(), "length", text) == "length"
-
-
-@given(st.sampled_from([text for text, _, _ in AUTO]), st.data())
-def test_any_cut_gives_the_same_at_every_point(text: str, data: st.DataObject) -> None:
-    for choice in ("auto", "required"):
-        for source in (text, FORCED, FORCED[:-1], FORCED[:40]):
-            cuts = sorted(data.draw(st.lists(st.integers(0, len(source)), max_size=8)))
-            parser, pieces = ToolParser(request(tool_choice=choice)), []
-            for start, end in zip([0, *cuts], [*cuts, len(source)], strict=True):
-                pieces += parser.push(source[start:end])
-                at_once = ToolParser(request(tool_choice=choice)).push(source[:end])
-                assert join(pieces) == join(at_once), "a resume at this point would say something else"
-            pieces += parser.finish()
-            assert join(pieces) == parse_tool_calls(source, request(tool_choice=choice))
-
-
-@pytest.mark.parametrize(
-    ("text", "held"),
-    [
-        ('{"answer": 42}', '{"a'),
-        ('{"x": 42}', '{"'),
-        ("[1, 2]", "["),
-        ("[ 1, 2]", "[ "),
-        ('["a"]', "["),
-        ("[TOOL] x", "[TOOL"),
-        ("{ }", "{ "),
-        ("{1: 2}", "{"),
-        ('{"name": "nobody"}', '{"name": "'),
-        ('{"name": "clock tower"}', '{"name": "clock'),
-        ('{"name": 5}', '{"name": '),
-        ('{"arguments": 5', '{"arguments": '),
-        ('{"name" "clock"}', '{"name" '),
-        ('{"name": "clock"} is one', '{"name": "clock"} '),
-        ('[{"name": "clock"}; {', '[{"name": "clock"}'),
-        ('{"parameters": {"a": 1]', '{"parameters": {"a": 1'),
-    ],
-)
-def test_what_cannot_be_a_call_any_more_is_given_out_at_once(text: str, held: str) -> None:
-    for more in (text[len(held)], text[len(held) :], text[len(held) :] + " and so on"):
-        parser = ToolParser(request())
-        assert parser.push(held) == [], "it may still become one"
-        assert parser.push(more) == [(held + more).rstrip()]
-        assert (
-            join([*parser.push(" the end"), *parser.finish()])[0]
-            == (held + more)[len((held + more).rstrip()) :] + " the end"
-        )
-
-
-@given(st.text('<>/tool_call{}[];,"\\ \nnameclock:arguments', max_size=200))
-def test_nothing_is_lost_of_a_text_without_calls(text: str) -> None:
-    content, calls = parse_tool_calls(text, request())
-    assert calls or content == text
-
-
-@given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists), max_size=4))
-def test_any_arguments_come_back(arguments: dict[str, Any]) -> None:
-    written = json.dumps({"name": "clock", "arguments": arguments})
-    for text, choice in ((written, "required"), (written, "auto"), (f"<tool_call>{written}</tool_call>", "auto")):
-        content, (call,) = parse_tool_calls(text, request(tool_choice=choice))
-        assert (content, call.name, json.loads(call.arguments)) == (None, "clock", arguments)
-
-
-def test_a_forced_call_that_was_cut_keeps_what_there_is() -> None:
-    forced = request(tool_choice="required")
-    assert parse_tool_calls(FORCED, forced) == (None, [Call("get_weather", '{"city": "a } b"}')])
-    assert parse_tool_calls(FORCED[:-1], forced) == (None, [Call("get_weather", '{"city": "a } b"}')])
-    assert parse_tool_calls(FORCED[:-2], forced) == (None, [Call("get_weather", '{"city": "a } b"')])
-    assert parse_tool_calls(FORCED[:-5], forced) == (None, [Call("get_weather", '{"city": "a }')])
-
-
 def test_who_may_be_called() -> None:
-    text = '{"name": "clock", "arguments": {}}'
-    assert parse_tool_calls(text, request(tool_choice="none")) == (text, [])
-    assert parse_tool_calls(text, request(tool_choice="required", tool_name="get_weather")) == (text, [])
-    two = f"{text}\n{text}"
-    assert len(parse_tool_calls(two, request())[1]) == 2
-    assert len(parse_tool_calls(two, request(parallel_tool_calls=False))[1]) == 1
+    assert request().callable_tools == (WEATHER, CLOCK)
+    assert request(tool_choice="none").callable_tools == ()
+    assert request(tool_choice="required", tool_name="clock").callable_tools == (CLOCK,)
 
 
 def test_ids_depend_on_the_place_alone() -> None:

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
+from penstock.core.bounds import check_form
 from penstock.core.errors import EngineError, InvalidRequest
 from penstock.core.job import Request, ResponseFormat
-from penstock.core.tools import check_form
 from penstock.engines.text.masks import Follows
 from penstock.engines.text.model import TextModel
 

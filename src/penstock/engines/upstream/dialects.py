@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from penstock.core.bounds import check_form
 from penstock.core.errors import (
     ContextLengthExceeded,
     InvalidRequest,
@@ -22,7 +23,6 @@ from penstock.core.errors import (
 )
 from penstock.core.foreign import Malformed, Mismatch, decode, whole
 from penstock.core.job import Message, Request, ResponseFormat, Task, Tool
-from penstock.core.tools import check_form
 from penstock.engines.upstream.reply import UpstreamReply
 from penstock.engines.upstream.stream import as_count
 

@@ -24,12 +24,12 @@ from typing import Any, Protocol
 import msgspec
 import psutil
 
+from penstock.core.bounds import check_form
 from penstock.core.errors import EngineError, InvalidRequest, ModelLoadError, Unsupported
 from penstock.core.events import Logprob, Prefix
 from penstock.core.job import Request, ResponseFormat
 from penstock.core.ports import ModelInfo, Output
 from penstock.core.tasks import Tokenized
-from penstock.core.tools import check_form
 from penstock.engines.adapters import CONFIG, check_folders
 from penstock.engines.child.backend import Backend, failed_output
 from penstock.engines.child.choices import Choices

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from penstock.core.bounds import MAX_SCHEMA_BYTES, check_schema
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import (
     Choices,
@@ -40,7 +41,6 @@ from penstock.core.job import (
     TopP,
     fingerprint,
 )
-from penstock.core.tools import MAX_SCHEMA_BYTES, check_schema
 from penstock.gateway.http import Call
 from penstock.gateway.jobs import Submission
 
