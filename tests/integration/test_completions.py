@@ -166,6 +166,8 @@ class TestEcho:
             "prompt_tokens": len(ids) + 10,
             "completion_tokens": 0,
             "total_tokens": len(ids) + 10,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
     async def test_what_lm_evaluation_harness_asks(self, http: httpx.AsyncClient) -> None:

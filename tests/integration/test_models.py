@@ -20,6 +20,7 @@ from penstock import Client
 from penstock.core.errors import Forbidden, ModelLoadError, ModelNotFound, Unsupported
 from penstock.core.ports import LoadProgress
 from penstock.testing.oracle import check_log
+from tests.support import tiny_models as tiny
 from tests.support.api import check_error, ended, poll, running, submit, text_of
 from tests.support.fleet import GatewayProcess, WorkerProcess
 from tests.support.redis import RedisServer
@@ -35,6 +36,12 @@ def client(server: Process) -> httpx.AsyncClient:
 
 def demand(name: str, standby: int = 0, **options: object) -> Any:
     return {**model(name, **options), "load": "demand", "standby": standby}
+
+
+def unbuildable(folder: Path) -> Any:
+    """A model on demand whose architecture nobody knows: that is found when it is loaded."""
+    tiny.llama(folder, architectures=["OddForCausalLM"])
+    return {"name": "bad", "engine": "openvino", "path": str(folder), "load": "demand"}
 
 
 async def states(http: httpx.AsyncClient) -> dict[str, str]:
@@ -129,16 +136,18 @@ class TestBudget:
 
 
 class TestErrors:
-    async def test_unknown_is_404_at_once_and_what_cannot_be_loaded_fails_the_job(self, make_server: Make) -> None:
-        server = make_server(models=[model(rate=50), {**demand("bad", rats=1)}])
+    async def test_unknown_is_404_at_once_and_what_cannot_be_loaded_fails_the_job(
+        self, make_server: Make, tmp_path: Path
+    ) -> None:
+        server = make_server(models=[model(rate=50), unbuildable(tmp_path)])
         async with client(server) as http:
             check_error(await http.post("/v1/jobs", json={"prompt": "x", "model": "x"}), 404, "model_not_found")
             job = await ended(http, await submit(http, model="bad"))
             assert (job["status"], job["error"]["code"]) == ("failed", "model_load_error")
-            assert "rats" in job["error"]["message"]
+            assert "OddForCausalLM" in job["error"]["message"]
             assert (await states(http))["bad"] == "failed"
             [worker] = [one for one in (await http.get("/health")).json()["workers"] if one["models"] == ["bad"]]
-            assert "rats" in worker["error"]["message"]
+            assert "OddForCausalLM" in worker["error"]["message"]
             check_error(await http.post("/v1/generate", json={"prompt": "x", "model": "bad"}), 500, "model_load_error")
             assert (await http.post("/v1/generate", json={"prompt": "x", "model": "synthetic"})).status_code == 200
 
@@ -307,9 +316,9 @@ class TestByHand:
         assert "This process has no model 'x'" in result.stderr
         assert penstock("models", *url, "load", "b").returncode == 2
 
-    async def test_a_load_that_fails_says_why(self, make_server: Make) -> None:
-        server = make_server(models=[model(rate=50), demand("bad", rats=1)])
-        with Client(server.url) as http, pytest.raises(ModelLoadError, match="rats"):
+    async def test_a_load_that_fails_says_why(self, make_server: Make, tmp_path: Path) -> None:
+        server = make_server(models=[model(rate=50), unbuildable(tmp_path)])
+        with Client(server.url) as http, pytest.raises(ModelLoadError, match="OddForCausalLM"):
             await asyncio.to_thread(http.load_model, "bad")
 
 
