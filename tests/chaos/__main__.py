@@ -3,6 +3,7 @@
     python -m tests.chaos --minutes 10                         one server, the embedded broker
     python -m tests.chaos --redis --faults 300 --seed 1 --report chaos
     python -m tests.chaos --cluster --minutes 5
+    python -m tests.chaos --thinking --redis --minutes 5       either, with a reasoning model that calls tools
     python -m tests.chaos --hostile --minutes 5                nothing dies, but some clients send what hurts
 
 Each storm has its own seed (printed; ``--seed`` repeats the whole run, ``--only SEED`` one storm), draws how many
@@ -34,6 +35,7 @@ from tests.chaos.harness import Outcome, Plan, Storm
 from tests.chaos.hostile import INPUTS, Crowd
 from tests.chaos.hostile import storm as hostile_storm
 from tests.chaos.target import Embedded
+from tests.chaos.thinking import MUMBLER, THINKER, Thinker
 from tests.support.server import Server
 
 Show = Callable[[int, int], None]
@@ -54,6 +56,31 @@ async def embedded(seed: int, folder: Path, kinds: Sequence[str], show: Show) ->
     try:
         await asyncio.to_thread(server.start)
         return await Storm(Embedded(server), plan, on_progress=show).run()
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def thinking(seed: int, folder: Path, kinds: Sequence[str], show: Show, *, redis: bool) -> Outcome:
+    dice = random.Random(seed)
+    thinker = Thinker.make(dice.choice([THINKER, MUMBLER]), folder / "model")
+    plan = Plan(
+        seed,
+        faults=dice.sample(kinds, len(kinds)),
+        streams=dice.choice([12, 18]),
+        tokens=400,
+        drops=dice.choice([0.1, 0.3, 3]),
+        twins=0.25,
+        cancels=0.1,
+        every=1500,
+    )
+    bodies = thinker.bodies(plan.streams, dice)
+    if redis:
+        async with Fleet(folder, models=[thinker.served]) as target:
+            return await Storm(target, plan, on_progress=show, says=thinker.says).run(bodies)
+    server = Server(folder / "server", models=[thinker.served], settings={"hang_timeout": 2})
+    try:
+        await asyncio.to_thread(server.start)
+        return await Storm(Embedded(server), plan, on_progress=show, says=thinker.says).run(bodies)
     finally:
         await asyncio.to_thread(server.stop)
 
@@ -95,6 +122,8 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Outcome]:
         known = CLUSTER_FAULTS if arguments.cluster else FAULTS
     else:
         known = tuple(INPUTS) if arguments.hostile else Embedded.FAULTS
+    if arguments.thinking and arguments.redis:
+        known = tuple(kind for kind in known if not kind.endswith("-clock"))
     kinds = arguments.kinds.split(",") if arguments.kinds else known
     if unknown := set(kinds) - set(known):
         raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -122,7 +151,9 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Outcome]:
 
             folder = Path(tempfile.mkdtemp(prefix="penstock-chaos-"))
             try:
-                if arguments.redis or arguments.cluster:
+                if arguments.thinking:
+                    outcome = await thinking(seed, folder, kinds, show, redis=arguments.redis)
+                elif arguments.redis or arguments.cluster:
                     outcome = await fleet(seed, folder, kinds, show, nodes=3 if arguments.cluster else 1)
                 elif arguments.hostile:
                     outcome = await hostile(seed, folder, kinds, show)
@@ -150,6 +181,7 @@ def main() -> int:
     target.add_argument("--redis", action="store_true", help="two gateways and three workers over Redis")
     target.add_argument("--cluster", action="store_true", help="the same over a Redis Cluster of three nodes")
     target.add_argument("--hostile", action="store_true", help="one client in ten sends what has broken others' work")
+    parser.add_argument("--thinking", action="store_true", help="a reasoning model that calls tools; also with --redis")
     parser.add_argument("--minutes", type=float, help="how long to go on (default 5, unless --faults is given)")
     parser.add_argument("--faults", type=int, help="go on until that many faults have happened")
     parser.add_argument("--kinds", help="only these faults (with commas)")
@@ -157,6 +189,8 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="repeat the one storm with this seed")
     parser.add_argument("--report", type=Path, help="write REPORT.json and REPORT.md (a path without its suffix)")
     arguments = parser.parse_args()
+    if arguments.thinking and (arguments.cluster or arguments.hostile):
+        parser.error("--thinking goes with --redis only")
     console = Console(stderr=True)
     console.print(f"seed {arguments.seed}")
     outcomes = asyncio.run(run(arguments, console))

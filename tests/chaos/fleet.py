@@ -75,7 +75,8 @@ class Member:
 
 
 class Fleet:
-    """Everything below *folder*. *lease_ttl* is short, and *rate* paced: a zombie must get the chance to write."""
+    """Everything below *folder*. *models*: as `WorkerProcess`'s. *lease_ttl* is short, and *rate* paced: a zombie must
+    get the chance to write."""
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class Fleet:
         gateways: int = 2,
         workers: int = 3,
         nodes: int = 1,
+        models: Sequence[Any] | None = None,
         rate: float = 150,
         slots: int = 64,
         lease_ttl: float = 2.0,
@@ -106,7 +108,9 @@ class Fleet:
             return GatewayProcess(folder / name, url, settings=shared)
 
         def worker(name: str, url: str) -> Process:
-            return WorkerProcess(folder / name, url, rate=rate, options={"slots": slots}, settings=working)
+            return WorkerProcess(
+                folder / name, url, models=models, rate=rate, options={"slots": slots}, settings=working
+            )
 
         self.gateways = [self._member(f"gateway{n}", gateway) for n in range(gateways)]
         self.workers = [self._member(f"worker{n}", worker) for n in range(workers)]

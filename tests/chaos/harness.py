@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from penstock.testing.oracle import Token, flatten, problems, view_problems
+from penstock.testing.oracle import Token, problems, tokens_of, view_problems
 from tests.chaos.target import Strike, Target
 from tests.support.http import send
 from tests.support.sse import Event, Stream, open_stream
@@ -31,6 +31,9 @@ PATIENCE = 60.0
 
 #: Seconds without a token after which a paced stream counts as silent.
 SILENCE = 0.3
+
+Says = Callable[[dict[str, Any], Sequence[Token], dict[str, Any]], list[str]]
+"""Judges a reply: the request's body, the tokens that a reader saw, the job as it is told at the end → problems."""
 
 BROKEN = (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError)
 """How a connection to a dying server may end (the last: half a chunk's length)."""
@@ -139,11 +142,14 @@ class Storm:
         *,
         on_progress: Callable[[int, int], None] | None = None,
         beside: Callable[[], Awaitable[list[str]]] | None = None,
+        says: Says | None = None,
     ) -> None:
         """*beside*: what else goes on meanwhile; new streams take the place of those that end until it is through. What
-        it returns are problems."""
+        it returns are problems. *says*: what a reply must be (default: `positions`)."""
         self.target = target
         self._beside = beside
+        self._says = says or positions
+        self._given = False
         self.plan = plan
         self.dice = random.Random(plan.seed)
         self.outcome = Outcome(plan.seed, plan.overlap, bool(plan.every) and plan.overlap == 1)
@@ -156,7 +162,9 @@ class Storm:
         self._began = 0.0
 
     async def run(self, bodies: Sequence[dict[str, Any]] | None = None) -> Outcome:
-        """Run the storm. *bodies*: one request per stream (default: the plan's)."""
+        """Run the storm. *bodies*: one request per stream, and that of those that take its place (default: the
+        plan's)."""
+        self._given = bodies is not None
         self._began = time.monotonic()
         plan = self.plan
         first = list(bodies) if bodies is not None else [self._body(self.dice) for _ in range(plan.streams)]
@@ -208,7 +216,7 @@ class Storm:
             await self._stream(body, dice)
             if self._struck or not (self.plan.every or self._beside):
                 return
-            body = body if self._beside else self._body(dice)
+            body = body if self._given else self._body(dice)
 
     async def _stream(self, body: dict[str, Any], dice: random.Random) -> None:
         """One job and its one or two readers."""
@@ -387,32 +395,36 @@ class Storm:
                     log = await stream.rest()
                 found = [*problems(log, job=job), *view_problems([log, *(reader.events for reader in readers)])]
                 for reader in readers:
-                    found += [*problems(reader.events, job=job), *_text_problems(reader, view)]
+                    found += [*problems(reader.events, job=job), *self._reply_problems(reader, view)]
                     outcome.reconnects += max(0, reader.connections - 1)
                 outcome.problems += [f"{job}: {problem}" for problem in found]
-                attempts = Counter(item.attempt for item in flatten(log) if isinstance(item, Token))
+                attempts = Counter(token.attempt for token in tokens_of(log))
                 outcome.tokens += attempts.total()
                 outcome.attempts = max(outcome.attempts, view["attempt"])
                 outcome.interrupted += len(attempts) > 1
                 outcome.statuses[view["status"]] += 1
 
+    def _reply_problems(self, reader: Reader, view: dict[str, Any]) -> list[str]:
+        found = []
+        if view["status"] == "completed" or (view["status"] == "cancelled" and reader.cancelled):
+            found += self._says(reader.body, tokens_of(reader.events), view)
+        else:
+            found.append(f"it ended {view['status']}: {view['error']}")
+        if view["status"] != reader.events[-1].data["status"]:
+            found.append(f"the stream ended {reader.events[-1].data['status']}, the job says {view['status']}")
+        return found
 
-def _text_problems(reader: Reader, view: dict[str, Any]) -> list[str]:
+
+def positions(body: dict[str, Any], tokens: Sequence[Token], view: dict[str, Any]) -> list[str]:
     """The synthetic engine writes position and attempt into each token: what is delivered must say where it is."""
     found = []
-    tokens = [token for token in flatten(reader.events) if isinstance(token, Token)]
-    synthetic = reader.body.get("model", "synthetic") in ("synthetic", "few")
-    for token in tokens:
-        if synthetic and token.text != f"{token.position}@{token.attempt} ":
-            found.append(f"position {token.position} of attempt {token.attempt} has the text {token.text!r}")
-    if view["status"] == "completed" or (view["status"] == "cancelled" and reader.cancelled):
-        if view["result"]["text"] != "".join(token.text for token in tokens):
-            found.append("the result is not what was streamed")
-        expected = reader.body["max_tokens"] if view["status"] == "completed" else len(tokens)
-        if view["usage"]["completion_tokens"] != expected:
-            found.append(f"{view['usage']['completion_tokens']} tokens instead of {expected}")
-    else:
-        found.append(f"it ended {view['status']}: {view['error']}")
-    if view["status"] != reader.events[-1].data["status"]:
-        found.append(f"the stream ended {reader.events[-1].data['status']}, the job says {view['status']}")
+    if body.get("model", "synthetic") in ("synthetic", "few"):
+        for token in tokens:
+            if token.text != f"{token.position}@{token.attempt} ":
+                found.append(f"position {token.position} of attempt {token.attempt} has the text {token.text!r}")
+    if view["result"]["text"] != "".join(token.text for token in tokens):
+        found.append("the result is not what was streamed")
+    expected = body["max_tokens"] if view["status"] == "completed" else len(tokens)
+    if view["usage"]["completion_tokens"] != expected:
+        found.append(f"{view['usage']['completion_tokens']} tokens instead of {expected}")
     return found

@@ -224,6 +224,7 @@ class Said:
 
     text: str = ""
     calls: list[Call] = field(default_factory=list)
+    thought: str = ""
 
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Austria": "Vienna"}
@@ -242,20 +243,24 @@ def content_of(message: dict[str, Any]) -> str:
 
 
 def talk(body: dict[str, Any]) -> Said:
-    """The reply to a chat: what the request says it has to be, else what its last turn asks for."""
+    """The reply to a chat: what the request says it has to be, else what its last turn asks for. A first sentence
+    'Think "…".' says what is thought before."""
     messages = body["messages"]
     last = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
     asked = content_of(messages[last]) if last >= 0 else ""
     asked = re.sub(r"<system-reminder>.*?</system-reminder>", "", asked, flags=re.DOTALL)  # agents put them around it
     since = [each for each in messages[last + 1 :] if each["role"] in ("assistant", "tool")]
+    thought = ""
+    if thinks := re.match(r"Think [\"'](.+?)[\"']\. ", asked):
+        thought, asked = thinks[1], asked[thinks.end() :]
     if (tool := tool_for(body, asked, since)) is not None:
-        return Said(calls=calls_of(tool, asked, body.get("parallel_tool_calls") is not False))
+        return Said(calls=calls_of(tool, asked, body.get("parallel_tool_calls") is not False), thought=thought)
     if (text := constrained(body, Named(asked))) is not None:
-        return Said(text)
+        return Said(text, thought=thought)
     if results := [content_of(each) for each in since if each["role"] == "tool"]:
-        return Said(f"The tool says: {' and '.join(results)}")
+        return Said(f"The tool says: {' and '.join(results)}", thought=thought)
     text = edit(asked, messages) or quoted(asked) or told(asked) or known(asked)
-    return Said(text or f"You asked me this. {asked[:200]} I have answered.")
+    return Said(text or f"You asked me this. {asked[:200]} I have answered.", thought=thought)
 
 
 def tool_for(body: dict[str, Any], asked: str, since: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -377,7 +382,8 @@ def cut(said: Said, limit: int | None, stop: list[str]) -> tuple[list[Token], st
     if found := [(at, each) for each in stop if (at := text.find(each)) >= 0]:
         at, hit = min(found)
         text = text[:at]
-    tokens = [Token(each, piece, {"content": piece}) for each, piece in _tokens(text)]
+    tokens = [Token(each, piece, {"reasoning": piece}) for each, piece in _tokens(said.thought)]
+    tokens += [Token(each, piece, {"content": piece}) for each, piece in _tokens(text)]
     for index, call in enumerate(said.calls):
         head = {"index": index, "id": f"call_{call.id}", "type": "function"}
         tokens += [
@@ -419,6 +425,8 @@ async def chat(request: Request) -> Response:
 
     if not body.get("stream"):
         message = {"role": "assistant", "content": "".join(each.delta.get("content", "") for each in tokens) or None}
+        if thought := "".join(each.delta.get("reasoning", "") for each in tokens):
+            message["reasoning"] = thought
         if calls := joined(tokens):
             message["tool_calls"] = calls
         return JSONResponse(envelope("chat.completion", [choice(tokens, reason, {"message": message})], prompt, tokens))

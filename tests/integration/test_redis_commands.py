@@ -331,8 +331,9 @@ class TestStart:
                 {"broker": True, "worker": False, "accepting": True},
             )
             assert (await http.get("/v1/models")).json()["data"] == []
-            refused = await http.post("/v1/jobs", json={"prompt": "x"})
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")
+            for named in ({}, {"model": "synthetic"}):  # which may exist: nobody can say yet
+                refused = await http.post("/v1/jobs", json={"prompt": "x", **named})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")
             start(WorkerProcess, redis.url, settings=settings)
             await poll(lambda: http.get("/readyz"), lambda reply: reply.status_code == 200)
             assert [model["id"] for model in (await http.get("/v1/models")).json()["data"]] == ["synthetic"]

@@ -207,7 +207,7 @@ class TestCreate:
             ({"background": True, "store": False}, "background", "invalid_request"),
             ({"conversation": "conv_1"}, "conversation", "unsupported"),
             ({"tools": [{"type": "web_search"}]}, "tools[0]", "unsupported"),
-            ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input[0]", "unsupported"),
+            ({"input": [{"type": "compaction", "id": "c_1"}]}, "input[0]", "unsupported"),
             ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "invalid_request"),
             ({"previous_response_id": "resp_nope"}, "previous_response_id", "previous_response_not_found"),
             ({"tools": [LOOK_UP], "model": "synthetic"}, "tools", "unsupported"),

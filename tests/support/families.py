@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ TEXT = "It turns: STOP 水車, I look"
 ANSWER = {"turns": True, "why": "größer 🚰"}
 
 Values = dict[str, Any]
-CALLS: list[tuple[str, Values]] = [
+CALLS: tuple[tuple[str, Values], ...] = (
     ("look", {"where": 'the "old" mill\n水車 🚰', "depth": 2}),
     ("wait", {}),
-]
+)
 TOOLS = (
     Tool(
         "look",
@@ -58,23 +58,28 @@ class Family:
     ends: tuple[str, ...] = ("<|im_end|>",)
     format: tuple[str, str] = ("", "")
     """Of calls and thoughts, by their names in the table."""
+    thinks: str = THOUGHT
+    tells: str = TEXT
+    wants: tuple[tuple[str, Values], ...] = CALLS
+    """The calls that it makes."""
+    answers: Any = field(default_factory=lambda: ANSWER)
 
     @property
     def called(self) -> list[tuple[str, Values]]:
-        return CALLS[: self.most]
+        return list(self.wants[: self.most])
 
     @property
     def scripts(self) -> dict[str, str]:
         """By selector."""
-        thought = self.thought(THOUGHT)
+        thought = self.thought(self.thinks)
         bare = thought.rstrip("\n")  # a form begins at once
-        (name, values) = CALLS[0]
+        (name, values) = self.called[0]
         where, depth = js(values["where"]), js(values["depth"])
         forced = f'{GUIDED}{{"name":"{name}","arguments":{{"where":"{GUIDED}{where[1:]}{GUIDED},"depth":{GUIDED}'
         forced += f"{depth}}}}}"
         return {
-            "~": thought + (self.before_calls or self.text)(TEXT) + self.calls(self.called),
-            "^": bare + (self.formed or self.text)(compact(ANSWER)),
+            "~": thought + (self.before_calls or self.text)(self.tells) + self.calls(self.called),
+            "^": bare + (self.formed or self.text)(compact(self.answers)),
             "@": bare + (self.formed or self.text)(forced),
         }
 

@@ -72,6 +72,15 @@ class TestPerfectModel:
         answer = talk(model, asked, tools=tools, messages=[{"role": "user", "content": asked}, message, result])
         assert answer["message"]["content"] == "The tool says: sunny"
 
+    def test_it_thinks_what_it_is_told_to_think(self, model: TestClient) -> None:
+        asked = "Think 'a river runs'. Say 'one two'."
+        message = talk(model, asked)["message"]
+        assert (message["reasoning"], message["content"]) == ("a river runs", "one two")
+        body = {"model": CHAT, "messages": [{"role": "user", "content": asked}], "stream": True}
+        lines = model.post("/v1/chat/completions", json=body).text.split("\n\n")
+        deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines[:-2]]
+        assert [each["reasoning"] for each in deltas if "reasoning" in each] == ["a", " river", " runs"]
+
     def test_it_calls_none_that_has_nothing_to_do_with_it(self, model: TestClient) -> None:
         tools = [{"type": "function", "function": TOOL}]
         assert talk(model, "Say 'hello'.", tools=tools)["finish_reason"] == "stop"

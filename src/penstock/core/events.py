@@ -62,6 +62,21 @@ def joined_phases(
     return (first or [Phase.TEXT] * count) + (second or [Phase.TEXT] * more)
 
 
+#: A stretch of a reply that is of one phase.
+Span = tuple[Phase, str]
+
+
+def joined_spans(spans: Iterable[Span]) -> list[Span]:
+    """Neighbours of one phase as one, without those that say nothing."""
+    joined: list[Span] = []
+    for phase, text in spans:
+        if joined and joined[-1][0] is phase:
+            joined[-1] = (phase, joined[-1][1] + text)
+        elif text:
+            joined.append((phase, text))
+    return joined
+
+
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
     """A token that might have been drawn. ``data``: its bytes, if they are not text by themselves."""
 
@@ -107,6 +122,14 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
     @property
     def last(self) -> int:
         return self.position + len(self.ids) - 1
+
+    def spans(self) -> list[Span]:
+        """What the tokens say, cut where the phase changes; of a request with one choice."""
+        if self.phases is None:
+            return [(Phase.TEXT, "".join(self.texts))]
+        return joined_spans(
+            span for text, phase in zip(self.texts, self.phases, strict=True) for span in segments(text, phase)
+        )
 
     def after(self, position: int) -> Tokens:
         """The part of this run after *position*, or the run itself if that is all of it."""
@@ -167,12 +190,14 @@ class Completion(msgspec.Struct):
     """For each choice, the text that each of its positions added."""
     reasoning: list[str] = []
     calls: list[str] = []
+    spans: list[list[Span]] = []
+    """For each choice, all of it in order."""
 
 
 def fold(events: Iterable[Event], n: int = 1) -> Completion:
     """A JSON reply is a fold of the log: join each choice's texts in order, those of each phase by themselves."""
     parts: list[list[str]] = [[] for _ in range(n)]
-    apart: dict[Phase, list[list[str]]] = {phase: [[] for _ in range(n)] for phase in (Phase.REASONING, Phase.TOOL)}
+    spans: list[list[Span]] = [[] for _ in range(n)]
     result = Completion([""] * n, [[] for _ in range(n)], [[] for _ in range(n)])
     for event in events:
         if isinstance(event, Ended):
@@ -181,11 +206,11 @@ def fold(events: Iterable[Event], n: int = 1) -> Completion:
         for i, (token, text) in enumerate(zip(event.ids, event.texts, strict=True)):
             choice = event.choices[i] if event.choices is not None else 0
             phase = event.phases[i] if event.phases is not None else Phase.TEXT
-            if phase is not Phase.TEXT:
+            if phase is Phase.TEXT:
+                spans[choice].append((phase, text))
+            else:
                 written = list(segments(text, phase))
-                for part, piece in written:
-                    if part is not Phase.TEXT:
-                        apart[part][choice].append(piece)
+                spans[choice] += written
                 text = "".join(piece for part, piece in written if part is Phase.TEXT)
             parts[choice].append(text)
             result.ids[choice].append(token)
@@ -194,8 +219,9 @@ def fold(events: Iterable[Event], n: int = 1) -> Completion:
                 result.logprobs[choice].append((token, text, logprob))
     result.texts = ["".join(part) for part in parts]
     result.pieces = parts
-    result.reasoning = ["".join(part) for part in apart[Phase.REASONING]]
-    result.calls = ["".join(part) for part in apart[Phase.TOOL]]
+    result.reasoning = ["".join(text for phase, text in each if phase is Phase.REASONING) for each in spans]
+    result.calls = ["".join(text for phase, text in each if phase is Phase.TOOL) for each in spans]
+    result.spans = [joined_spans(each) for each in spans]
     return result
 
 

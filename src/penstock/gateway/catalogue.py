@@ -69,12 +69,16 @@ class Catalogue:
 
     def default_for(self, task: Task) -> str:
         """The first model that can do *task*, as far as is known. Raises `NoWorker`, or `Unsupported` if none can."""
-        if not self.names:
-            raise NoWorker("No model is served yet: no worker has registered.", retry_after=2.0)
+        self._some()
         for name in self.names:
             if (info := self.info(name)) is None or info.may(task):
                 return name
         raise Unsupported(f"No model here can {task}. Served: {', '.join(self.names)}.", param="model")
+
+    def _some(self) -> None:
+        """Raise `NoWorker` where no model is known: that one does not exist cannot be said then."""
+        if not self.names:
+            raise NoWorker("No model is served yet: no worker has registered.", retry_after=2.0)
 
     def offering(self, task: Task) -> list[str]:
         """Models that are known to do *task*."""
@@ -136,8 +140,9 @@ class Catalogue:
 
     def check(self, request: Request) -> None:
         """Refuse an unknown model, or a field that the model's engine cannot honour."""
+        self._some()
         if request.model not in self._known and request.model not in self._configured:
-            served = ", ".join(self.names) or "none yet"
+            served = ", ".join(self.names)
             raise ModelNotFound(f"The model {request.model!r} does not exist here. Served: {served}.", param="model")
         if (info := self._known.get(request.model)) is None:
             return

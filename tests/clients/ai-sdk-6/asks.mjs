@@ -152,6 +152,28 @@ for (const kind of ["chat", "compatible", "anthropic"])
     assert.equal(result.text.trim(), "one two");
   });
 
+// Its OpenAI provider shows summaries of thoughts only, and these are no summaries.
+for (const kind of ["compatible", "anthropic"]) {
+  const prompt = "Think 'a river runs'. What is the weather in Paris?";
+
+  test(`${kind}: a thought before a call, and what is made of its result`, async () => {
+    const result = await generateText({ model: models[kind], maxRetries: 0, prompt, tools, stopWhen: stepCountIs(3) });
+    assert.deepEqual(result.steps.map((step) => step.reasoningText), ["a river runs", "a river runs"]);
+    assert.deepEqual(result.steps[0].toolCalls.map((call) => call.input), [{ city: "Paris" }]);
+    assert.equal(result.text, "The tool says: sunny in Paris");
+  });
+
+  test(`${kind}: a thought as it comes`, async () => {
+    const result = streamText({ model: models[kind], maxRetries: 0, onError: () => {}, prompt, tools });
+    const types = [];
+    for await (const part of result.fullStream) types.push(part.type);
+    assert.equal(await result.reasoningText, "a river runs");
+    assert.ok(types.filter((type) => type === "reasoning-delta").length > 1);
+    assert.ok(types.indexOf("reasoning-end") < types.indexOf("tool-input-start"));
+    assert.ok(!types.includes("error"));
+  });
+}
+
 test("chat: options of OpenAI's", async () => {
   const providerOptions = { openai: { logprobs: 2, user: "somebody", metadata: { a: "b" }, store: false } };
   const { text, providerMetadata } = await generateText({ model: models.chat, prompt: "Say 'one two'.", providerOptions });

@@ -7,10 +7,18 @@ import pytest
 from langchain_anthropic import ChatAnthropic
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import ToolMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_tests.integration_tests import ChatModelIntegrationTests, EmbeddingsIntegrationTests
 
 URL, MODEL, OTHER, EMBED = (os.environ[f"PENSTOCK_{name}"] for name in ("URL", "MODEL", "OTHER", "EMBED"))
+
+
+@tool
+def weather(city: str) -> str:
+    """The weather in a city."""
+    return f"sunny in {city}"
 
 
 class TestChatOpenAI(ChatModelIntegrationTests):
@@ -91,3 +99,21 @@ def test_log_probabilities():
 def test_a_model_that_is_not_there():
     with pytest.raises(openai.NotFoundError):
         ChatOpenAI(model="nobody", base_url=f"{URL}/v1", api_key="none", max_retries=0).invoke("Hi")
+
+
+def test_a_thought_before_a_call():
+    """By its class for Anthropic: those for OpenAI leave out thoughts that are no summaries, whoever sends them."""
+    chat = ChatAnthropic(model=MODEL, base_url=URL, api_key="none", max_tokens=1024, max_retries=0)
+    asked = chat.bind_tools([weather])
+    question = [("user", "Think 'a river runs'. What is the weather in Paris?")]
+    whole = asked.invoke(question)
+    streamed = None
+    for chunk in asked.stream(question):
+        streamed = chunk if streamed is None else streamed + chunk
+    for message in (whole, streamed):
+        thoughts = [each.get("reasoning", "") for each in message.content_blocks if each["type"] == "reasoning"]
+        assert "".join(thoughts) == "a river runs"
+        assert [call["args"] for call in message.tool_calls] == [{"city": "Paris"}]
+    (call,) = whole.tool_calls
+    result = ToolMessage("sunny in Paris", tool_call_id=call["id"])
+    assert asked.invoke([*question, whole, result]).text == "The tool says: sunny in Paris"

@@ -16,7 +16,7 @@ from pydantic_ai import (
     ToolOutput,
 )
 from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
-from pydantic_ai.messages import ToolCallPart
+from pydantic_ai.messages import ThinkingPart, ThinkingPartDelta, ToolCallPart
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
@@ -101,6 +101,36 @@ def test_a_tool_in_a_stream(model):
     assert result.output == "The tool says: sunny in Paris"
     assert [call.args_as_dict() for call in calls(result)] == [{"city": "Paris"}]
     assert any(isinstance(event, PartDeltaEvent) for event in events)
+
+
+def thoughts(result):
+    """What is no summary stands in the details where the response API has both."""
+    parts = [part for each in result.all_messages() for part in each.parts if isinstance(part, ThinkingPart)]
+    return [part.content or "".join((part.provider_details or {})["raw_content"]) for part in parts]
+
+
+def test_a_thought_before_a_call_and_what_is_made_of_its_result(model):
+    result = with_weather(model).run_sync("Think 'a river runs'. What is the weather in Paris?")
+    assert thoughts(result) == ["a river runs", "a river runs"]
+    assert [call.args_as_dict() for call in calls(result)] == [{"city": "Paris"}]
+    assert result.output == "The tool says: sunny in Paris"
+
+
+def test_a_thought_as_it_comes(model):
+    async def read():
+        events = []
+        async with with_weather(model).iter("Think 'a river runs'. What is the weather in Paris?") as run:
+            async for node in run:
+                if Agent.is_model_request_node(node):
+                    async with node.stream(run.ctx) as stream:
+                        events += [event async for event in stream]
+        return events, run.result
+
+    events, result = asyncio.run(read())
+    assert thoughts(result) == ["a river runs", "a river runs"]
+    deltas = [each.delta for each in events if isinstance(each, PartDeltaEvent)]
+    assert sum(isinstance(each, ThinkingPartDelta) for each in deltas) > 1
+    assert result.output == "The tool says: sunny in Paris"
 
 
 def test_a_tool_that_asks_to_be_called_again(model):

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.calls import Call, call_text
 from penstock.core.errors import ErrorInfo, InvalidRequest, LogRewound, Unsupported
-from penstock.core.events import Ended, Event, Tokens
+from penstock.core.events import Ended, Event, Phase, TokenPhase, Tokens, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usage
 from penstock.gateway.dialects.anthropic.bodies import CreateMessage
 from penstock.gateway.dialects.anthropic.stream import MessageWriter, reply
@@ -36,12 +37,18 @@ def job(**fields: Any) -> Job:
     return Job(id="job_" + "1".zfill(32), tenant="t", request=request, created_at=1.0, prompt_tokens=7)
 
 
+#: Marks of the tests: what stands before a token that is a thought, or a part of a call.
+PHASES = {"~": Phase.REASONING, "!": Phase.TOOL}
+
+
 def runs(*texts: list[str]) -> list[Event]:
     """Each list of tokens' texts as a run of its own."""
     events: list[Event] = []
     position = 1
     for run in texts:
-        events.append(Tokens(position, 1, list(range(len(run))), run))
+        phases: list[TokenPhase] = [PHASES.get(text[:1], Phase.TEXT) for text in run]
+        plain = [text[1:] if text[:1] in PHASES else text for text in run]
+        events.append(Tokens(position, 1, list(range(len(run))), plain, phases=phases if plain != run else None))
         position += len(run)
     return events
 
@@ -102,8 +109,8 @@ def message(events: list[Seen]) -> dict[str, Any]:
             case "content_block_delta":
                 assert data["index"] == open_block
                 block, delta = result["content"][data["index"]], data["delta"]
-                if delta["type"] == "text_delta":
-                    block["text"] += delta["text"]
+                if (kind := delta["type"].removesuffix("_delta")) in ("text", "thinking", "signature"):
+                    block[kind] += delta[kind]
                 else:
                     block["json"] = block.get("json", "") + delta["partial_json"]
             case "content_block_stop":
@@ -120,8 +127,8 @@ def message(events: list[Seen]) -> dict[str, Any]:
     return result
 
 
-CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ulm"}}</tool_call>'
-FORCED = ['{"name": "weather",', ' "arguments": {"ci', 'ty": "Ul', 'm"}', "}", ""]
+CALL = "!" + call_text(Call("weather", '{"city": "Ulm"}'))
+FORCED = ['!{"name": "weather",', '! "arguments": {"ci', '!ty": "Ul', '!m"}', "!}", ""]
 CASES: dict[str, tuple[Job, list[Event]]] = {
     "text": (job(), log(["A", " river"], [" is"], ["", "."])),
     "length": (job(), log(["A river"], reason="length")),
@@ -129,8 +136,13 @@ CASES: dict[str, tuple[Job, list[Event]]] = {
     "filtered": (job(), log(["A river"], reason="content_filter")),
     "calls": (
         job(tools=TOOLS),
-        log(["Let me", " see. "], ["<tool", CALL[5:]], ["\n", CALL.replace("weather", "wait")], reason="tool_calls"),
+        log(["Let me", " see."], [CALL[:12], "!" + CALL[12:]], [CALL.replace("weather", "wait")], reason="tool_calls"),
     ),
+    "thoughts": (
+        job(tools=TOOLS),
+        log(["~", "~Hm", "~, a"], ["~ river"], ["A", " river."], [CALL], reason="tool_calls"),
+    ),
+    "thought_cut": (job(), log(["~Hm", "~, a"], reason="length")),
     "forced": (job(tools=TOOLS, tool_choice="required"), log(FORCED[:2], FORCED[2:4], FORCED[4:], reason="tool_calls")),
     "error": (job(), log(["A"], error=ErrorInfo("The engine failed.", "server_error", None, "engine_error"))),
 }
@@ -152,10 +164,7 @@ def test_every_golden_file_is_of_a_case() -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if name != "error"])
 def test_a_reply_in_one_piece_is_the_fold_of_its_stream(name: str) -> None:
     of, events = CASES[name]
-    *tokens, ended = events
-    assert isinstance(ended, Ended)
-    text = "".join(text for run in tokens if isinstance(run, Tokens) for text in run.texts)
-    assert message(parse(written(of, events))) == msgspec.to_builtins(reply(of, text, ended))
+    assert message(parse(written(of, events))) == msgspec.to_builtins(reply(of, fold(events)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -170,21 +179,18 @@ def test_a_resume_behind_any_id_goes_on_with_what_was_not_seen(name: str) -> Non
 
 
 PIECES = st.sampled_from(
-    ["A", " river\n", "", "é\u2028", "<", "<tool", CALL, CALL.replace("Ulm", "</tool_call>"), "{", " ", "wait", "{}\n"]
+    ["A", " river\n", "", "é\u2028", "~Hm", "~", CALL, CALL.replace("Ulm", "}"), "{", " ", "wait", "{}\n"]
 )
 
 
 @given(st.lists(st.lists(PIECES, min_size=1, max_size=4), min_size=1, max_size=5), st.booleans())
 def test_however_the_runs_fall_the_message_is_the_same(texts: list[list[str]], tools: bool) -> None:
     of = job(tools=TOOLS) if tools else job()
-    text = "".join("".join(run) for run in texts)
+    text = "".join(part for run in texts for part in run if part[:1] not in PHASES)
     events = log(*texts, reason="stop")
-    ended = events[-1]
-    assert isinstance(ended, Ended)
-    expected = msgspec.to_builtins(reply(of, text, ended))
+    expected = msgspec.to_builtins(reply(of, fold(events)))
     assert message(parse(written(of, events))) == expected
-    if not tools:
-        assert "".join(block["text"] for block in expected["content"]) == text
+    assert "".join(block["text"] for block in expected["content"] if block["type"] == "text") == text
 
 
 @pytest.mark.parametrize("name", ["text", "calls", "length", "filtered"])
@@ -217,7 +223,7 @@ def asked(*turns: tuple[str, Any], **fields: Any) -> Request:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"thinking": {"type": "adaptive"}}, {"thinking": {"type": "disabled"}}, {"output_config": {"effort": "high"}},
+        {"thinking": {"type": "adaptive"}}, {"thinking": None}, {"output_config": {"effort": None}},
         {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
         {"context_management": None},
     ],
@@ -229,20 +235,50 @@ def test_what_leaves_it_to_the_model_makes_no_difference(fields: dict[str, Any])
 
 
 class TestThoughts:
-    """Of an earlier reply, which clients send back as they came: ignored while nothing here thinks."""
+    """Of an earlier reply, which clients send back as they came; and how much of them a request asks for."""
 
     @pytest.mark.parametrize(
-        ("blocks", "same"),
+        ("blocks", "same", "thoughts"),
         [
-            ([THINKING, SAID], [SAID]), ([REDACTED, SAID], [SAID]), ([THINKING, REDACTED, SAID, SAID], [SAID, SAID]),
-            ([THINKING, CALLED], [CALLED]), ([THINKING, SAID, REDACTED, CALLED], [SAID, CALLED]),
+            ([THINKING, SAID], [SAID], "Hm."), ([REDACTED, SAID], [SAID], ""),
+            ([THINKING, REDACTED, SAID, SAID], [SAID, SAID], "Hm."), ([THINKING, CALLED], [CALLED], "Hm."),
+            ([THINKING, SAID, REDACTED, CALLED], [SAID, CALLED], "Hm."),
         ],
         ids=["thinking", "redacted", "both", "call", "between"],
     )  # fmt: skip
-    def test_make_no_difference(self, blocks: list[Any], same: list[Any]) -> None:
+    def test_are_beside_what_was_said(self, blocks: list[Any], same: list[Any], thoughts: str) -> None:
         behind = ("user", [ANSWERED] if CALLED in blocks else "Why?")
         before = ("user", "Is it so?")
-        assert asked(before, ("assistant", blocks), behind) == asked(before, ("assistant", same), behind)
+        found, plain = (asked(before, ("assistant", each), behind).messages or () for each in (blocks, same))
+        assert found[1].reasoning == thoughts
+        assert [msgspec.structs.replace(message, reasoning="") for message in found] == list(plain)
+
+    def test_of_turns_that_are_one_are_one(self) -> None:
+        found = asked(("user", "?"), ("assistant", [THINKING, SAID]), ("assistant", [THINKING, SAID]), ("user", "!"))
+        assert [message.reasoning for message in found.messages or ()] == ["", "Hm.\n\nHm.", ""]
+
+    @pytest.mark.parametrize(
+        ("fields", "effort", "values"),
+        [
+            ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, None, {"enable_thinking": True}),
+            ({"thinking": {"type": "disabled"}}, None, {"enable_thinking": False}),
+            ({"output_config": {"effort": "high"}}, "high", {}),
+        ],
+        ids=str,
+    )
+    def test_are_asked_for(self, fields: Any, effort: str | None, values: dict[str, Any]) -> None:
+        found = asked(("user", "Hi"), **fields)
+        assert (found.reasoning_effort, found.chat_template_kwargs) == (effort, values)
+
+    def test_are_omitted_for_those_who_want_it_so(self) -> None:
+        of, events = CASES["thoughts"]
+        found = msgspec.to_builtins(reply(of, fold(events), shows_thinking=False))["content"]
+        assert [(block["type"], block.get("thinking")) for block in found] == [
+            ("thinking", ""),
+            ("text", None),
+            ("tool_use", None),
+        ]
+        assert found[0]["signature"]
 
     def test_a_turn_of_nothing_else_is_none(self) -> None:
         found = asked(("user", "Hi"), ("assistant", [THINKING]), ("user", "And?"))
@@ -258,12 +294,6 @@ class TestThoughts:
         for kind in (THINKING, REDACTED):
             with pytest.raises(Unsupported):
                 asked(("user", [kind]))
-
-    @pytest.mark.parametrize("field", [{"type": "disabled"}, None])
-    def test_may_be_switched_off(self, field: Any) -> None:
-        assert asked(("user", "Hi"), thinking=field) == asked(("user", "Hi"))
-        with pytest.raises(Unsupported):
-            asked(("user", "Hi"), thinking={"type": "enabled", "budget_tokens": 1024})
 
 
 @pytest.mark.parametrize("kind", ["image", "document", "search_result", "server_tool_use", "web_search_tool_result"])
@@ -290,20 +320,15 @@ def test_a_mark_for_a_cache_makes_no_difference() -> None:
 
 
 def test_a_call_that_was_cut_has_no_arguments() -> None:
-    cut = log(FORCED[:2], reason="length")
     of = job(tools=TOOLS, tool_choice="required")
-    ended = cut[-1]
-    assert isinstance(ended, Ended)
-    answer = msgspec.to_builtins(reply(of, "".join(FORCED[:2]), ended))
+    answer = msgspec.to_builtins(reply(of, fold(log(FORCED[:2], reason="length"))))
     assert [(block["name"], block["input"]) for block in answer["content"]] == [("weather", {})]
     assert answer["stop_reason"] == "max_tokens"
 
 
 def test_half_a_surrogate_pair_in_a_call_is_no_obstacle() -> None:
-    text = '{"name": "weather", "arguments": {"city": "\\ud83d Ulm \\ud83d\\ude00"}}'
-    ended = log([text])[-1]
-    assert isinstance(ended, Ended)
-    answer = json_reply(reply(job(tools=TOOLS, tool_choice="required"), text, ended))
+    text = '!{"name": "weather", "arguments": {"city": "\\ud83d Ulm \\ud83d\\ude00"}}'
+    answer = json_reply(reply(job(tools=TOOLS, tool_choice="required"), fold(log([text]))))
     assert json.loads(bytes(answer.body))["content"][0]["input"] == {"city": "? Ulm 😀"}
 
 

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError, Unsupported
-from penstock.core.events import Ended, Event, Logprob, Tokens, TopLogprob, fold
+from penstock.core.events import Ended, Event, Logprob, Phase, TokenPhase, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, ToolCall, Usage
+from penstock.gateway.dialects.fields import TextPart
 from penstock.gateway.dialects.responses.answers import FunctionCallItem
 from penstock.gateway.dialects.responses.bodies import CreateResponse, InputItem
 from penstock.gateway.dialects.responses.items import Item, View, input_items, messages, output_items, owner, view_of
@@ -27,14 +28,14 @@ from tests.support.sse import Parser
 
 GOLDEN = Path(__file__).parent / "golden"
 WEATHER = Tool("weather", "The weather.", {"type": "object", "properties": {"city": {"type": "string"}}})
-CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ulm"}}</tool_call>'
+CALL = '!{"name": "weather", "arguments": {"city": "Ulm"}}'
+#: What stands before a token of the tests that is a thought, or a part of a call.
+PHASES = {"~": Phase.REASONING, "!": Phase.TOOL}
 
 #: What tokens may be: text, nothing, what breaks lines, and the parts of calls.
 PIECES = st.lists(
     st.text(max_size=4)
-    | st.sampled_from(
-        ["", " ", "\n", "\u2028", "<tool", "_call>", "</tool_call>", CALL, CALL[:30], CALL[30:], "{", '"']
-    ),
+    | st.sampled_from(["", " ", "\n", "\u2028", "~", "~Hm", "~\n", CALL, CALL[:30], "!" + CALL[30:], "{", '"']),
     max_size=25,
 )
 ENDS = st.sampled_from(
@@ -82,7 +83,10 @@ def log(
         part = list(texts[start:stop])
         probable: list[Logprob | None] = [Logprob(-0.5, (TopLogprob(1, text, -0.5),)) for text in part]
         ids = list(range(start, stop))
-        events.append(Tokens(start + 1, attempt, ids, part, None, probable if logprobs else None))
+        phases: list[TokenPhase] = [PHASES.get(text[:1], Phase.TEXT) for text in part]
+        plain = [text[1:] if text[:1] in PHASES else text for text in part]
+        known = phases if plain != part else None
+        events.append(Tokens(start + 1, attempt, ids, plain, None, probable if logprobs else None, known))
     status, reasons, error = end
     return [*events, Ended(len(texts) + 1, 1, status, reasons, Usage(3, len(texts)), error)]
 
@@ -160,8 +164,8 @@ class TestNamespaces:
         body = self.body()
         view = msgspec.json.decode(body.view(()), type=View)
         of = job(view, tools=self.asked().tools)
-        call = f'<tool_call>{{"name": "{flat}", "arguments": {{"a": 1}}}}</tool_call>'
-        events = sequence(of, view, log([call[:20], call[20:]], end=(Status.COMPLETED, ("tool_calls",), None)))
+        call = f'!{{"name": "{flat}", "arguments": {{"a": 1}}}}'
+        events = sequence(of, view, log([call[:20], "!" + call[20:]], end=(Status.COMPLETED, ("tool_calls",), None)))
         items = [event["item"] for event in events if "item" in event]
         assert len(items) == 2
         for item in items:
@@ -217,7 +221,7 @@ class TestTheSequence:
             ),
             (
                 "calls",
-                ["Well", ". ", CALL, "\n", CALL],
+                ["~", "~Hm", "~.", "Well", ".", CALL, CALL],
                 (Status.COMPLETED, ("tool_calls",), None),
                 {"tools": (WEATHER,)},
                 View(background=True, instructions="Be brief.", previous_response_id="resp_" + "cd" * 16),
@@ -283,13 +287,13 @@ class TestTheSequence:
                 for event in once
                 if event["type"] in DELTAS and event["output_index"] == index and event["item_id"] == item["id"]
             ]
-            text = item["content"][0]["text"] if item["type"] == "message" else item["arguments"]
+            text = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
             assert "".join(deltas) == text
             assert item["id"].endswith(f"_{index}")
-        if not tools:
-            assert "".join(item["content"][0]["text"] for item in output) == "".join(texts)
-            if logprobs and texts:
-                assert [entry["token"] for entry in output[0]["content"][0]["logprobs"]] == texts
+        said = [item["content"][0] for item in output if item["type"] == "message"]
+        assert "".join(part["text"] for part in said) == "".join(text for text in texts if text[:1] not in PHASES)
+        if logprobs and texts and not any(text[:1] in PHASES for text in texts) and any(texts):
+            assert [entry["token"] for entry in said[0]["logprobs"]] == texts
 
     def test_a_reply_of_nothing_is_an_empty_message(self) -> None:
         view = View()
@@ -305,7 +309,7 @@ class TestTheSequence:
     def test_a_call_that_was_cut_is_incomplete(self) -> None:
         view = View()
         of = job(view, tools=(WEATHER,), tool_choice="required")
-        texts = ['{"name": "weather", "argu', 'ments": {"ci', 'ty": "U']
+        texts = ['!{"name": "weather", "argu', '!ments": {"ci', '!ty": "U']
         *_, last = sequence(of, view, log(texts, end=(Status.COMPLETED, ("length",), None)))
         (item,) = last["response"]["output"]
         assert (item["arguments"], item["status"]) == ('{"city": "U', "incomplete")
@@ -334,7 +338,7 @@ class TestTheSequence:
 
 
 TERMINAL = {"response.completed", "response.incomplete", "response.failed"}
-DELTAS = {"response.output_text.delta", "response.function_call_arguments.delta"}
+DELTAS = {"response.output_text.delta", "response.reasoning_text.delta", "response.function_call_arguments.delta"}
 
 
 class TestBeyondTheEnd:
@@ -440,6 +444,31 @@ class TestConversations:
         with pytest.raises(InvalidRequest, match=message):
             messages(None, items)
 
+    def test_thoughts_belong_to_the_reply_that_follows(self) -> None:
+        thought = InputItem(type="reasoning", content=[TextPart("reasoning_text", "Hm.")]).plain(0)
+        summary = InputItem(type="reasoning", summary=[TextPart("summary_text", "In short.")]).plain(0)
+        user = Item("message", role="user", content=("?",))
+        said = Item("message", role="assistant", content=("Yes.",))
+        call = Item("function_call", call_id="c", name="weather", arguments="{}")
+        answer = Item("function_call_output", call_id="c", output="Rain.")
+        found = messages(None, [user, thought, summary, said, thought, call, answer, thought, said, thought, user])
+        assert [(turn.role, turn.reasoning, turn.content, len(turn.tool_calls)) for turn in found] == [
+            ("user", "", "?", 0),
+            ("assistant", "Hm.\n\nIn short.\n\nHm.", "Yes.", 1),
+            ("tool", "", "Rain.", 0),
+            ("assistant", "Hm.", "Yes.", 0),
+            ("user", "", "?", 0),
+        ]
+
+    def test_thoughts_go_on_with_the_conversation(self) -> None:
+        view = View()
+        of = job(view, tools=(WEATHER,))
+        output = whole(of, view, fold(log(["~Hm.", "Yes.", CALL])), None).output
+        assert [item.type for item in output_items(output)] == ["reasoning", "message", "function_call"]
+        thought, *_ = output_items(output)
+        assert (thought.content, thought.id, owner(thought.id)) == (("Hm.",), "rs_" + "ab" * 16 + "_0", of.id)
+        assert msgspec.to_builtins(thought.view()) == msgspec.to_builtins(output[0])
+
     def test_items_have_ids_that_stay(self) -> None:
         view = View(items=(Item("message", role="user", content=("a",)), Item("message", "msg_mine", "user", ("b",))))
         of = job(view)
@@ -456,6 +485,14 @@ class TestConversations:
 
 
 class TestBodies:
+    @pytest.mark.parametrize(
+        ("fields", "effort"),
+        [({"reasoning": {"effort": "high", "summary": "auto"}}, "high"), ({"reasoning": {}}, None), ({}, None)],
+        ids=str,
+    )
+    def test_how_much_to_think(self, fields: Any, effort: str | None) -> None:
+        assert self.prepare(**fields).reasoning_effort == effort
+
     def refused(self, **fields: Any) -> PenstockError:
         with pytest.raises(InvalidRequest) as caught:
             self.prepare(**fields)
@@ -474,7 +511,6 @@ class TestBodies:
             ({"context_management": [{"type": "compaction"}]}, "context_management"),
             ({"moderation": {"model": "x"}}, "moderation"),
             ({"truncation": "auto"}, "truncation"),
-            ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
             ({"text": {"verbosity": "low"}}, "text.verbosity"),
             ({"max_tokens": 5}, "max_tokens"),
             ({"response_format": {"type": "json_object"}}, "response_format"),

@@ -39,6 +39,13 @@ class TextBlock(WireType, tag_field="type", tag="text", frozen=True):
     citations: list[Any]
 
 
+class ThinkingBlock(WireType, tag_field="type", tag="thinking", frozen=True):
+    """``signature``: Anthropic signs thoughts, and its clients send that back. Here it says where the thought was."""
+
+    thinking: str
+    signature: str
+
+
 class ToolUseBlock(WireType, tag_field="type", tag="tool_use", frozen=True):
     id: str
     name: str
@@ -46,15 +53,21 @@ class ToolUseBlock(WireType, tag_field="type", tag="tool_use", frozen=True):
     caller: DirectCaller
 
 
-ContentBlock = TextBlock | ToolUseBlock
+ContentBlock = ThinkingBlock | TextBlock | ToolUseBlock
+
+
+class OutputTokensDetails(WireType, frozen=True):
+    thinking_tokens: int
 
 
 class MessageUsage(WireType, frozen=True):
+    """``input_tokens`` are those that had to be computed: the cached ones stand beside them."""
+
     input_tokens: int
     output_tokens: int
     cache_creation_input_tokens: Literal[0]
-    cache_read_input_tokens: Literal[0]
-    output_tokens_details: None
+    cache_read_input_tokens: int
+    output_tokens_details: OutputTokensDetails
     server_tool_use: None
 
 
@@ -63,9 +76,9 @@ class WholeMessageUsage(WireType, frozen=True):
     output_tokens: int
     cache_creation: None
     cache_creation_input_tokens: Literal[0]
-    cache_read_input_tokens: Literal[0]
+    cache_read_input_tokens: int
     inference_geo: None
-    output_tokens_details: None
+    output_tokens_details: OutputTokensDetails
     server_tool_use: None
     service_tier: Literal["standard", "batch"]
 
@@ -107,14 +120,25 @@ class TextDelta(WireType, tag_field="type", tag="text_delta", frozen=True):
     text: str
 
 
+class ThinkingDelta(WireType, tag_field="type", tag="thinking_delta", frozen=True):
+    thinking: str
+
+
+class SignatureDelta(WireType, tag_field="type", tag="signature_delta", frozen=True):
+    signature: str
+
+
 class InputJsonDelta(WireType, tag_field="type", tag="input_json_delta", frozen=True):
     partial_json: str
+
+
+BlockDelta = TextDelta | InputJsonDelta | ThinkingDelta | SignatureDelta
 
 
 class BlockDeltaEvent(WireType, frozen=True):
     type: Literal["content_block_delta"]
     index: int
-    delta: TextDelta | InputJsonDelta
+    delta: BlockDelta
 
 
 class BlockStopEvent(WireType, frozen=True):

@@ -11,11 +11,11 @@ from msgspec import UNSET, Meta, UnsetType
 
 from penstock.core.errors import InvalidRequest, Unsupported
 from penstock.core.job import Identifier, MaxTokens, Message, ModelName, Request, StopString, Tool, ToolCall
-from penstock.gateway.dialects.fields import MAX_TOOLS, JobBody, json_schema, not_text, stops, structured
+from penstock.gateway.dialects.fields import MAX_TOOLS, Count, Effort, JobBody, json_schema, not_text, stops, structured
 
 #: Anthropic's names of tools are longer than OpenAI's.
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
-#: Blocks of an assistant's turn that have no part in what is said.
+#: What an assistant's turn thought. What is redacted cannot be read here.
 THOUGHTS = ("thinking", "redacted_thinking")
 UserId = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 #: As ours, but that the ``user_id`` may be null.
@@ -27,12 +27,13 @@ NullableMetadata = Annotated[
 class Block(msgspec.Struct, frozen=True):
     """A content block: ``text``, ``tool_use`` with the call that an earlier reply made, or its ``tool_result``.
 
-    What an earlier reply thought (``thinking``, ``redacted_thinking``) is let be. Whatever else a block may carry
-    (``cache_control``, ``citations``, ``caller``) makes no difference here.
+    What an earlier reply thought (``thinking``) is shown by templates that do so; ``redacted_thinking`` is let be.
+    Whatever else a block may carry (``cache_control``, ``citations``, ``caller``) makes no difference here.
     """
 
     type: str
     text: str | None = None
+    thinking: str | UnsetType = UNSET
     id: Identifier | None = None
     name: ToolName | None = None
     input: dict[str, Any] | None = None
@@ -82,6 +83,14 @@ class ToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disable_parallel_tool_use: bool = False
 
 
+class Thinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``budget_tokens`` is not enforced. ``display``: omitted, or summarized, which is all of it here."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Count | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
 class OutputFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["json_schema"]
     schema: dict[str, Any]
@@ -89,7 +98,7 @@ class OutputFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: OutputFormat | None = None
-    effort: str | None = None
+    effort: Effort | None = None
 
 
 class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -103,19 +112,22 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
     system: str | list[Block] | None = None
     tools: Annotated[list[ToolParam], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: dict[str, Any] | None = None
+    thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = None
     context_management: dict[str, Any] | UnsetType = UNSET
     """What may be left out of a long conversation. Nothing is."""
     thread: dict[str, Any] | None = None
 
+    @property
+    def shows_thinking(self) -> bool:
+        return self.thinking is None or self.thinking.display != "omitted"
+
     def conversation(self) -> Request:
         """The conversation as a request, without how to sample."""
         if self.thread is not None:
             raise Unsupported("Threads are not kept here: leave thread out, and send all messages.", param="thread")
-        if self.thinking is not None and self.thinking.get("type") not in ("disabled", "adaptive"):
-            raise Unsupported("Thinking is not supported: leave it out, or disable it.", param="thinking")
+        thinks = self.thinking.type if self.thinking is not None else "adaptive"
         config = self.output_config or OutputConfig()
         form = None
         if config.format is not None:
@@ -132,7 +144,13 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
         if (choice.type == "tool") != (choice.name is not None):
             raise InvalidRequest("tool_choice has a name if its type is 'tool', and only then.", param="tool_choice")
         return structured(
-            Request(model=self.model, messages=tuple(messages), continue_final=prefilled),
+            Request(
+                model=self.model,
+                messages=tuple(messages),
+                continue_final=prefilled,
+                reasoning_effort=config.effort,
+                chat_template_kwargs={} if thinks == "adaptive" else {"enable_thinking": thinks == "enabled"},
+            ),
             form,
             tools,
             choice="required" if choice.type == "any" or choice.type == "tool" else choice.type,
@@ -147,7 +165,9 @@ class CountTokens(JobBody, kw_only=True, frozen=True, forbid_unknown_fields=True
             for message in _plain(turn, f"messages[{i}]"):
                 last = messages[-1] if messages else None
                 if last is not None and _mergeable(last) and _mergeable(message) and last.role == message.role:
-                    messages[-1] = Message(last.role, f"{last.content}\n\n{message.content}")
+                    thoughts = "\n\n".join(filter(None, (last.reasoning, message.reasoning)))
+                    text = f"{last.content}\n\n{message.content}"
+                    messages[-1] = Message(last.role, text, reasoning=thoughts)
                 else:
                     messages.append(message)
         if not messages:
@@ -187,8 +207,9 @@ def _plain(turn: Turn, where: str) -> Iterator[Message]:
     if turn.role == "assistant":
         calls = [_call(block, where) for block in turn.content if block.type == "tool_use"]
         texts = [block for block in turn.content if block.type not in ("tool_use", *THOUGHTS)]
+        thoughts = "".join(block.thinking or "" for block in turn.content if block.type == "thinking")
         if texts or calls:
-            yield Message("assistant", _text(texts, where), tuple(calls))
+            yield Message("assistant", _text(texts, where), tuple(calls), reasoning=thoughts)
         return
     texts = []
     for block in turn.content:

@@ -52,11 +52,12 @@ async def messages(call: Call) -> ASGIApp:
             after=after,
             look=partial(call.jobs.get, job.id),
             replay=partial(call.jobs.log, job.id),
+            shows_thinking=body.shows_thinking,
         )
         return await call.jobs.stream(call.jobs.follow(job, after), writer.render, headers)
     completion = await call.jobs.fold(job, call.disconnected)
-    assert completion.ended is not None
-    return json_reply(reply(job, completion.texts[0], completion.ended), headers={"x-penstock-job": job.id, **headers})
+    message = reply(job, completion, shows_thinking=body.shows_thinking)
+    return json_reply(message, headers={"x-penstock-job": job.id, **headers})
 
 
 async def count_tokens(call: Call) -> ASGIApp:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
 
+from penstock.core.calls import CallReader, call_id
 from penstock.core.errors import STATUS_OF_CODE, LogRewound, PenstockError
-from penstock.core.events import Ended, Event
-from penstock.core.job import Job, Priority
-from penstock.core.tools import CallDelta, Piece, ToolParser, call_id
+from penstock.core.events import Completion, Ended, Event, Phase, Span
+from penstock.core.job import Job, Priority, Usage
 from penstock.gateway.dialects.anthropic.answers import (
+    BlockDelta,
     BlockDeltaEvent,
     BlockEvent,
     BlockStartEvent,
@@ -28,9 +30,13 @@ from penstock.gateway.dialects.anthropic.answers import (
     MessageStopEvent,
     MessageUsage,
     MessageView,
+    OutputTokensDetails,
+    SignatureDelta,
     StopReason,
     TextBlock,
     TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
     ToolUseBlock,
     WholeMessageUsage,
 )
@@ -39,51 +45,61 @@ from penstock.gateway.sse import frame
 
 
 class Blocks:
-    """Cuts a reply into content blocks as it comes, told as Anthropic's events: a text, a call, a text behind it, …"""
+    """Cuts a reply into content blocks as it comes, told as Anthropic's events: a thought, a text, a call, a text
+    behind it, … *shows_thinking*: else the blocks of thoughts are empty, as Anthropic has it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, shows_thinking: bool = True) -> None:
         self._job = job.id
-        self._parser = ToolParser(job.request) if job.request.callable_tools else None
+        self._calls = CallReader()
+        self._shows_thinking = shows_thinking
         self._index = -1
-        self._open: str | int | None = None
-        """What the latest block is: "text" or the number of a call; None before the first and behind the last one."""
+        self._open: Phase | int | None = None
+        """What the latest block is: a phase, or the number of a call; None before the first and behind the last one."""
 
-    def push(self, text: str) -> Iterator[BlockEvent]:
-        yield from self._take([text] if self._parser is None else self._parser.push(text))
+    def push(self, spans: Iterable[Span]) -> Iterator[BlockEvent]:
+        for phase, text in spans:
+            if phase is Phase.TOOL:
+                yield from self._more_calls(text)
+            elif not text:
+                continue
+            elif phase is Phase.REASONING:
+                if self._open is not phase:
+                    yield from self._begin(phase, ThinkingBlock("", ""))
+                if self._shows_thinking:
+                    yield self._delta(ThinkingDelta(text))
+            else:
+                if self._open is not phase:
+                    # Anthropic's own description wants the citations, and some clients want no null there.
+                    yield from self._begin(phase, TextBlock("", []))
+                yield self._delta(TextDelta(text))
+
+    def _more_calls(self, text: str) -> Iterator[BlockEvent]:
+        for piece in self._calls.push(text):
+            if isinstance(self._open, Phase) or piece.index != self._open:
+                id = call_id(self._job, 0, piece.index).replace("call_", "toolu_")
+                yield from self._begin(piece.index, ToolUseBlock(id, piece.name or "", {}, DirectCaller("direct")))
+            if piece.arguments:
+                yield self._delta(InputJsonDelta(piece.arguments))
 
     def finish(self) -> Iterator[BlockEvent]:
-        """What was held back, and the end of the last block."""
-        yield from self._take([] if self._parser is None else self._parser.finish())
-        yield from self._close()
+        """The end of the last block."""
+        if self._open is not None:
+            if self._open is Phase.REASONING:
+                yield self._delta(SignatureDelta(self._signature()))
+            self._open = None
+            yield BlockStopEvent("content_block_stop", self._index)
 
-    def _take(self, pieces: Iterable[Piece]) -> Iterator[BlockEvent]:
-        for piece in pieces:
-            if isinstance(piece, CallDelta):
-                if piece.index != self._open:
-                    id = call_id(self._job, 0, piece.index).replace("call_", "toolu_")
-                    block = ToolUseBlock(id, piece.name or "", {}, DirectCaller("direct"))
-                    yield from self._begin(piece.index, block)
-                if piece.arguments:
-                    yield self._delta(InputJsonDelta(piece.arguments))
-            elif piece:
-                if self._open != "text":
-                    # Anthropic's own description wants the citations, and some clients want no null there.
-                    yield from self._begin("text", TextBlock("", []))
-                yield self._delta(TextDelta(piece))
-
-    def _begin(self, what: str | int, block: ContentBlock) -> Iterator[BlockEvent]:
-        yield from self._close()
+    def _begin(self, what: Phase | int, block: ContentBlock) -> Iterator[BlockEvent]:
+        yield from self.finish()
         self._index += 1
         self._open = what
         yield BlockStartEvent("content_block_start", self._index, block)
 
-    def _delta(self, delta: TextDelta | InputJsonDelta) -> BlockDeltaEvent:
+    def _delta(self, delta: BlockDelta) -> BlockDeltaEvent:
         return BlockDeltaEvent("content_block_delta", self._index, delta)
 
-    def _close(self) -> Iterator[BlockEvent]:
-        if self._open is not None:
-            self._open = None
-            yield BlockStopEvent("content_block_stop", self._index)
+    def _signature(self) -> str:
+        return hashlib.sha256(f"{self._job}/{self._index}".encode()).hexdigest()
 
 
 class MessageWriter:
@@ -100,6 +116,7 @@ class MessageWriter:
         after: int,
         look: Callable[[], Awaitable[Job]],
         replay: Callable[[], AsyncGenerator[Event]],
+        shows_thinking: bool = True,
     ) -> None:
         """*look* gives the job as it stands, *replay* its log from the beginning."""
         self._job = job
@@ -107,7 +124,7 @@ class MessageWriter:
         self._after = after
         self._look = look
         self._replay = replay
-        self._blocks = Blocks(job)
+        self._blocks = Blocks(job, shows_thinking=shows_thinking)
 
     async def render(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
         retry = b"retry: 1000\n"
@@ -119,7 +136,7 @@ class MessageWriter:
                 if isinstance(event, Ended):
                     yield retry + self._end(event, opening)
                     return
-                run = [*opening, *self._blocks.push("".join(event.texts))]
+                run = [*opening, *self._blocks.push(event.spans())]
                 opening = []
                 if run:
                     yield retry + _frames(run, event.last)
@@ -135,27 +152,36 @@ class MessageWriter:
                 async for event in events:
                     if isinstance(event, Ended) or event.position > self._after:
                         break
-                    for _ in self._blocks.push("".join(event.texts[: self._after - event.position + 1])):
+                    for _ in self._blocks.push(event.up_to(self._after).spans()):
                         pass  # it was told already
                     if event.last >= self._after:
                         break
             return []
-        message = _message(self._job, [], None, await self._input_tokens(first), 0)
+        message = _message(self._job, [], None, await self._usage(first))
         return [MessageStartEvent("message_start", message)]
 
-    async def _input_tokens(self, first: Event) -> int:
-        """What the engine counted, as far as it is known: the end says it for certain."""
+    async def _usage(self, first: Event) -> Usage:
+        """What the engine counted of the prompt, as far as it is known: the end says it for certain."""
         if isinstance(first, Ended):
-            return first.usage.prompt_tokens
+            return Usage(first.usage.prompt_tokens, cached_tokens=first.usage.cached_tokens)
         with contextlib.suppress(PenstockError):
-            return (await self._look()).prompt_tokens or 0
-        return 0
+            job = await self._look()
+            return Usage(job.prompt_tokens or 0, cached_tokens=job.cached_tokens)
+        return Usage()
 
     def _end(self, ended: Ended, opening: list[MessageEvent]) -> bytes:
         if ended.error is not None:
             status = STATUS_OF_CODE.get(ended.error.code or "", 500)
             return frame("error", failure(ended.error, status, self._request_id), ended.position)
-        usage = MessageUsage(ended.usage.prompt_tokens, ended.usage.completion_tokens, 0, 0, None, None)
+        told = ended.usage
+        usage = MessageUsage(
+            input_tokens=told.prompt_tokens - told.cached_tokens,
+            output_tokens=told.completion_tokens,
+            cache_creation_input_tokens=0,
+            cache_read_input_tokens=told.cached_tokens,
+            output_tokens_details=OutputTokensDetails(told.reasoning_tokens),
+            server_tool_use=None,
+        )
         delta = MessageDeltaEvent("message_delta", MessageStop(*_stop(ended), None, None), usage)
         events = [*opening, *self._blocks.finish(), delta, MessageStopEvent("message_stop")]
         return _frames(events, ended.position)
@@ -166,24 +192,36 @@ def _frames(events: list[MessageEvent], position: int) -> bytes:
     return b"".join(frame(event.type, event) for event in others) + frame(last.type, last, position)
 
 
-def reply(job: Job, text: str, ended: Ended) -> MessageView:
+def reply(job: Job, completion: Completion, *, shows_thinking: bool = True) -> MessageView:
     """The message in one piece: a fold of its events."""
-    blocks = Blocks(job)
+    assert completion.ended is not None
+    blocks = Blocks(job, shows_thinking=shows_thinking)
     begun: list[tuple[ContentBlock, list[str]]] = []
-    for event in [*blocks.push(text), *blocks.finish()]:
+    for event in [*blocks.push(completion.spans[0]), *blocks.finish()]:
         match event:
             case BlockStartEvent(content_block=block):
                 begun.append((block, []))
-            case BlockDeltaEvent(delta=TextDelta(text=part)) | BlockDeltaEvent(delta=InputJsonDelta(partial_json=part)):
+            case BlockDeltaEvent(delta=SignatureDelta(signature=signature)):
+                block, parts = begun[-1]
+                begun[-1] = (msgspec.structs.replace(block, signature=signature), parts)
+            case (
+                BlockDeltaEvent(delta=TextDelta(text=part))
+                | BlockDeltaEvent(delta=ThinkingDelta(thinking=part))
+                | BlockDeltaEvent(delta=InputJsonDelta(partial_json=part))
+            ):
                 begun[-1][1].append(part)
     content = [_whole(block, "".join(parts)) for block, parts in begun]
-    return _message(job, content, ended, ended.usage.prompt_tokens, ended.usage.completion_tokens)
+    return _message(job, content, completion.ended, completion.ended.usage)
 
 
 def _whole(block: ContentBlock, text: str) -> ContentBlock:
-    if isinstance(block, TextBlock):
-        return TextBlock(text, block.citations)
-    return msgspec.structs.replace(block, input=_arguments(text))
+    match block:
+        case TextBlock():
+            return TextBlock(text, block.citations)
+        case ThinkingBlock():
+            return ThinkingBlock(text, block.signature)
+        case ToolUseBlock():
+            return msgspec.structs.replace(block, input=_arguments(text))
 
 
 def _arguments(text: str) -> dict[str, Any]:
@@ -195,18 +233,16 @@ def _arguments(text: str) -> dict[str, Any]:
     return {}
 
 
-def _message(
-    job: Job, content: list[ContentBlock], ended: Ended | None, input_tokens: int, output_tokens: int
-) -> MessageView:
+def _message(job: Job, content: list[ContentBlock], ended: Ended | None, told: Usage) -> MessageView:
     reason, sequence = _stop(ended)
     usage = WholeMessageUsage(
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        input_tokens=told.prompt_tokens - told.cached_tokens,
+        output_tokens=told.completion_tokens,
         cache_creation=None,
         cache_creation_input_tokens=0,
-        cache_read_input_tokens=0,
+        cache_read_input_tokens=told.cached_tokens,
         inference_geo=None,
-        output_tokens_details=None,
+        output_tokens_details=OutputTokensDetails(told.reasoning_tokens),
         server_tool_use=None,
         service_tier="batch" if job.priority is Priority.BATCH else "standard",
     )

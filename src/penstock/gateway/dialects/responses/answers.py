@@ -24,6 +24,19 @@ class InputText(WireType, tag_field="type", tag="input_text", frozen=True):
     text: str
 
 
+class ReasoningText(WireType, tag_field="type", tag="reasoning_text", frozen=True):
+    text: str
+
+
+class ReasoningItem(WireType, tag_field="type", tag="reasoning", frozen=True):
+    """What the model thought. It is no secret here, so that there is neither a summary nor anything encrypted."""
+
+    id: str
+    status: ItemStatus
+    summary: Annotated[list[Any], Meta(max_length=0)]
+    content: list[ReasoningText]
+
+
 class MessageItem(WireType, tag_field="type", tag="message", frozen=True):
     id: str
     status: ItemStatus
@@ -49,8 +62,8 @@ class FunctionCallOutputItem(WireType, tag_field="type", tag="function_call_outp
     output: str
 
 
-OutputItem = MessageItem | FunctionCallItem
-InputItemView = MessageItem | FunctionCallItem | FunctionCallOutputItem
+OutputItem = ReasoningItem | MessageItem | FunctionCallItem
+InputItemView = ReasoningItem | MessageItem | FunctionCallItem | FunctionCallOutputItem
 
 
 class ResponseFailure(WireType, frozen=True):
@@ -67,7 +80,7 @@ class IncompleteDetails(WireType, frozen=True):
 
 
 class ReasoningView(WireType, frozen=True):
-    effort: None
+    effort: str | None
     summary: None
 
 
@@ -191,7 +204,7 @@ class ContentPartEvent(WireType, frozen=True):
     item_id: str
     output_index: int
     content_index: int
-    part: OutputText
+    part: OutputText | ReasoningText
     sequence_number: int
 
 
@@ -212,6 +225,24 @@ class TextDoneEvent(WireType, frozen=True):
     content_index: int
     text: str
     logprobs: list[ChatTokenLogprob]
+    sequence_number: int
+
+
+class ReasoningDeltaEvent(WireType, frozen=True):
+    type: str
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    sequence_number: int
+
+
+class ReasoningDoneEvent(WireType, frozen=True):
+    type: str
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
     sequence_number: int
 
 
@@ -250,6 +281,8 @@ SequenceEvent = (
     | ContentPartEvent
     | TextDeltaEvent
     | TextDoneEvent
+    | ReasoningDeltaEvent
+    | ReasoningDoneEvent
     | ArgumentsDeltaEvent
     | ArgumentsDoneEvent
 )

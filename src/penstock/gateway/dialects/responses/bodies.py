@@ -21,10 +21,11 @@ from penstock.core.job import (
 )
 from penstock.gateway.dialects.fields import (
     MAX_TOOLS,
-    ConstrainedBody,
     Count,
+    Effort,
     Role,
     TextPart,
+    ThinkingBody,
     ToolName,
     allowed_only,
     json_schema,
@@ -48,6 +49,8 @@ class InputItem(msgspec.Struct, frozen=True):
     namespace: ToolName | UnsetType = UNSET
     arguments: str | None = None
     output: str | list[TextPart] | None = None
+    summary: list[TextPart] | UnsetType = UNSET
+    """Of what another server thought, where it does not tell that itself."""
 
     @property
     def reference(self) -> str | None:
@@ -63,6 +66,10 @@ class InputItem(msgspec.Struct, frozen=True):
                 raise InvalidRequest(f"{where}: a message has a role and a content.", param=where)
             content = (self.content,) if isinstance(self.content, str) else _texts(self.content, f"{where}.content")
             return Item("message", self.id or "", self.role, content)
+        if kind == "reasoning":
+            parts = self.content or self.summary or []
+            texts = (parts,) if isinstance(parts, str) else tuple(part.text for part in parts)
+            return Item("reasoning", self.id or "", content=texts)
         if kind == "function_call":
             if self.call_id is None or self.name is None:
                 raise InvalidRequest(f"{where}: a function_call has a call_id and a name.", param=where)
@@ -80,7 +87,7 @@ class InputItem(msgspec.Struct, frozen=True):
             output = self.output if isinstance(self.output, str) else "".join(_texts(self.output, f"{where}.output"))
             return Item("function_call_output", self.id or "", call_id=self.call_id, output=output)
         raise Unsupported(
-            f"Items of type {kind!r} are not supported: message, function_call, function_call_output and "
+            f"Items of type {kind!r} are not supported: message, reasoning, function_call, function_call_output and "
             "item_reference are.",
             param=where,
         )
@@ -189,11 +196,13 @@ class TextConfig(msgspec.Struct, frozen=True):
 
 
 class Reasoning(msgspec.Struct, frozen=True):
-    effort: str | None = None
+    """Thoughts are shown as they are: asking for a summary makes no difference."""
+
+    effort: Effort | None = None
     summary: str | None = None
 
 
-class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
+class CreateResponse(ThinkingBody, kw_only=True, frozen=True):
     """The body of ``POST /v1/responses``. What OpenAI has and this server cannot honour is refused, not dropped."""
 
     model: ModelName
@@ -245,8 +254,9 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
         )
         tools = self._functions()
         choice, name, allowed = self._choice()
+        effort = self.reasoning.effort if self.reasoning is not None else None
         return structured(
-            request,
+            msgspec.structs.replace(self, reasoning_effort=self.reasoning_effort or effort or UNSET).told(request),
             self.constraint("text.format", self.text.format.form() if self.text and self.text.format else None),
             tools if allowed is None else allowed_only(tools, allowed),
             choice=choice,
@@ -323,8 +333,6 @@ class CreateResponse(ConstrainedBody, kw_only=True, frozen=True):
             raise Unsupported("A response has one output: n is not supported.", param="n")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise Unsupported("text.verbosity is 'medium': models here know no other.", param="text.verbosity")
-        if self.reasoning is not None and self.reasoning.effort not in (None, "none"):
-            raise Unsupported("reasoning.effort is not supported: leave it out.", param="reasoning.effort")
         if self.truncation == "auto":
             raise Unsupported(
                 "truncation 'auto' is not supported: leave old items out of the input instead.", param="truncation"

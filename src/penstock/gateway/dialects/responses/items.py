@@ -29,6 +29,8 @@ from penstock.gateway.dialects.responses.answers import (
     NamespaceToolView,
     OutputItem,
     OutputText,
+    ReasoningItem,
+    ReasoningText,
     ReasoningView,
     ResponseFailure,
     ResponseStatus,
@@ -39,15 +41,16 @@ from penstock.gateway.dialects.responses.answers import (
     ToolView,
 )
 
-PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}
-_ITEM_ID = re.compile(r"^(?:msg|fc|fco)_([0-9a-f]{32})_(?:in)?\d+$")
+PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc", "function_call_output": "fco"}
+_ITEM_ID = re.compile(r"^(?:rs|msg|fc|fco)_([0-9a-f]{32})_(?:in)?\d+$")
 _RESPONSE_ID = re.compile(r"^resp_([0-9a-f]{32})$")
 
 
 class Item(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One item of a conversation. ``content`` are the texts of a message's parts; ``id`` is empty until it has one."""
+    """One item of a conversation. ``content`` are the texts of a message's parts, or of a thought; ``id`` is empty
+    until it has one."""
 
-    type: Literal["message", "function_call", "function_call_output"]
+    type: Literal["reasoning", "message", "function_call", "function_call_output"]
     id: str = ""
     role: str = ""
     content: tuple[str, ...] = ()
@@ -59,6 +62,8 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def view(self) -> InputItemView:
         """As clients see it among the input items of a response."""
+        if self.type == "reasoning":
+            return ReasoningItem(self.id, "completed", [], [ReasoningText(text) for text in self.content])
         if self.type == "message":
             own = self.role == "assistant"
             parts = [text_part(text) if own else InputText(text) for text in self.content]
@@ -127,19 +132,24 @@ def input_items(job: Job, view: View) -> list[Item]:
 
 def output_items(output: Iterable[OutputItem]) -> list[Item]:
     """A response's *output* as items of the conversation that goes on."""
-    return [
-        Item("message", item.id, "assistant", tuple(part.text for part in item.content))
-        if isinstance(item, MessageItem)
-        else Item(
-            "function_call",
-            item.id,
-            call_id=item.call_id,
-            name=item.name,
-            namespace=item.namespace or "",
-            arguments=item.arguments,
-        )
-        for item in output
-    ]
+    return [_again(item) for item in output]
+
+
+def _again(item: OutputItem) -> Item:
+    match item:
+        case ReasoningItem():
+            return Item("reasoning", item.id, content=tuple(part.text for part in item.content))
+        case MessageItem():
+            return Item("message", item.id, "assistant", tuple(part.text for part in item.content))
+        case FunctionCallItem():
+            return Item(
+                "function_call",
+                item.id,
+                call_id=item.call_id,
+                name=item.name,
+                namespace=item.namespace or "",
+                arguments=item.arguments,
+            )
 
 
 # ---------------------------------------------------------------------------------------------- for the model
@@ -163,15 +173,26 @@ def named(view: View) -> dict[str, tuple[str, str]]:
 def messages(instructions: str | None, items: Sequence[Item]) -> tuple[Message, ...]:
     """A conversation as chat templates know it.
 
-    System messages that follow each other are one, and so are the parts of a reply and its calls. Raises
+    System messages that follow each other are one, and so are the parts of a reply, its thoughts and its calls. Raises
     `InvalidRequest` for a call without an output, and the other way round.
     """
     turns: list[Message] = []
     if instructions:
         turns.append(Message("system", instructions))
     waiting: dict[str, None] = {}  # calls without an output so far
+    thought = ""  # of the reply that follows
     for item in items:
         last = turns[-1] if turns else None
+        if item.type == "reasoning":
+            thought = "\n\n".join(filter(None, (thought, *item.content)))
+            continue
+        assistants = item.type == "function_call" or item.role == "assistant"
+        if thought and assistants and (last is None or last.role != "assistant"):
+            turns.append(last := Message("assistant", "", reasoning=thought))
+        elif thought and assistants and last is not None:
+            reasoning = "\n\n".join(filter(None, (last.reasoning, thought)))
+            turns[-1] = last = msgspec.structs.replace(last, reasoning=reasoning)
+        thought = ""
         if item.type == "function_call_output":
             if item.call_id not in waiting:
                 raise InvalidRequest(
@@ -261,7 +282,7 @@ def response_object(
         parallel_tool_calls=job.request.parallel_tool_calls,
         previous_response_id=view.previous_response_id,
         prompt_cache_key=view.prompt_cache_key,
-        reasoning=ReasoningView(None, None),
+        reasoning=ReasoningView(job.request.reasoning_effort, None),
         safety_identifier=view.safety_identifier,
         service_tier="flex" if job.priority is Priority.BATCH else "default",
         store=view.store,
@@ -283,9 +304,9 @@ def response_object(
 def _usage(usage: Usage) -> ResponseUsage:
     return ResponseUsage(
         usage.prompt_tokens,
-        InputTokensDetails(0, 0),
+        InputTokensDetails(usage.cached_tokens, 0),
         usage.completion_tokens,
-        ReasoningTokens(0),
+        ReasoningTokens(usage.reasoning_tokens),
         usage.total_tokens,
     )
 
