@@ -16,9 +16,8 @@ import pytest
 import penstock
 from penstock.api import Links, Submitted, UsageView
 from penstock.client import AsyncClient, Client, End, ProtocolError, Token, Unreachable, resume
-from penstock.client.resume import ResumePoint, RetryBudget
+from penstock.client.resume import ResumePoint
 from penstock.client.sse import SSEDecoder
-from penstock.core import aio
 from penstock.core.calls import call_id
 from penstock.core.errors import (
     InvalidRequest,
@@ -260,11 +259,10 @@ THINKING = (
 
 
 def test_thoughts_and_calls_are_apart_from_the_text(call: Call) -> None:
-    first, second, third, fourth, _ = call(Script(sse(*THINKING, done(5))), "stream", "job_1")
-    assert [token.phase for token in (first, second, third, fourth)] == ["reasoning", "reasoning", "text", "tool"]
-    assert [token.text for token in (first, second, third, fourth)] == ["", "Hi", "!", ""]
-    assert [token.reasoning for token in (first, second, third, fourth)] == ["Hm", " é.", "", ""]
-    assert fourth.calls == '{"name": "look", "arguments": {"at": 1}}\n'
+    *tokens, _ = call(Script(sse(*THINKING, done(5))), "stream", "job_1")
+    assert [token.phase for token in tokens] == ["reasoning", "reasoning", "text", "tool"]
+    assert [(token.text, token.reasoning) for token in tokens] == [("", "Hm"), ("Hi", " é."), ("!", ""), ("", "")]
+    assert tokens[-1].calls == '{"name": "look", "arguments": {"at": 1}}\n'
     result = call(Script(sse(*THINKING[:2], error=TORN), sse(*THINKING[2:], done(5))), "result", "job_1")
     assert (result.text, result.reasoning) == ("Hi!", "Hm é.")
     assert result.tool_calls == [ToolCall(call_id("job_1", 0, 0), "look", '{"at": 1}')]
@@ -386,41 +384,6 @@ def test_a_resume_point_takes_a_connection_that_overlaps_and_continues() -> None
     point.reconnected()
     with pytest.raises(ProtocolError):
         take(8)
-
-
-def test_a_budget_counts_from_the_first_failure_and_starts_anew_with_progress() -> None:
-    now = 100.0
-    budget = RetryBudget(10.0, lambda: now)
-    error = Unreachable("away")
-    now = 500.0
-    assert budget.pause(error) <= resume.BACKOFF
-    now = 509.0
-    assert budget.pause(error, asked=0.5) >= 0.5
-    budget.progress()
-    now = 515.0
-    budget.pause(error)
-    now = 524.999
-    assert budget.pause(error) <= 0.001
-    now = 525.0
-    with pytest.raises(Unreachable):
-        budget.pause(error)
-
-
-def test_a_budget_does_not_wait_for_what_comes_too_late_and_can_be_none() -> None:
-    with pytest.raises(Unreachable):
-        RetryBudget(10.0).pause(Unreachable("away"), asked=11)
-    with pytest.raises(Unreachable):
-        RetryBudget(0.0).pause(Unreachable("away"))
-
-
-def test_the_backoff_grows_on_top_of_what_the_server_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "BACKOFF", 1.0)
-    monkeypatch.setattr(resume, "BACKOFF_MAX", 4.0)
-    monkeypatch.setattr(aio.random, "uniform", lambda low, high: high)
-    budget = RetryBudget(60.0, lambda: 0.0)
-    assert [budget.pause(Unreachable("away"), 0.5) for _ in range(4)] == [1.5, 2.5, 4.5, 4.5]
-    budget.progress()
-    assert budget.pause(Unreachable("away"), 0.5) == 1.5
 
 
 # ---------------------------------------------------------------------------------------------- calls

@@ -61,8 +61,11 @@ class Token(msgspec.Struct, frozen=True):
     @property
     def said(self) -> str:
         """What it adds to the reply's text, which has no thoughts and no calls."""
+        return self.text_of(Phase.TEXT)
+
+    def text_of(self, phase: Phase) -> str:
         parts = segments(self.text, Phase.TEXT if self.phase is None else self.phase)
-        return "".join(text for phase, text in parts if phase is Phase.TEXT)
+        return "".join(text for part, text in parts if part is phase)
 
 
 class End(msgspec.Struct, frozen=True):

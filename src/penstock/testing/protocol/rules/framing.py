@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from penstock.core.events import Phase
+from penstock.testing.oracle import problems, tokens_of
 from penstock.testing.protocol.rule import expect, expect_equal, none_of, rule, skip
 from penstock.testing.protocol.server import Server
 
@@ -80,6 +82,23 @@ async def extras(server: Server) -> None:
         token = block.json()
         expect(isinstance(token.get("logprob"), int | float), f"a token without its logprob: {block.data}")
         expect_equal(len(token.get("top_logprobs") or ()), 2, "the number of top_logprobs")
+
+
+@rule("3.8", "A token tells of what it is part; thoughts and calls are no text, and are in the result")
+async def phases(server: Server) -> None:
+    answer = await server.call("POST", "/v1/jobs", json=await server.chat())
+    if answer.status_code == 400:
+        skip("the model does not chat")
+    job = str(answer.json()["id"])
+    stream = await server.events(job)
+    none_of(problems(stream.blocks, job=job))
+    said = thought = ""
+    for token in tokens_of(stream.blocks):
+        said += token.said
+        thought += token.text_of(Phase.REASONING)
+    result = (await server.settled(job)).get("result") or {}
+    expect_equal(result.get("text"), said, "the result's text")
+    expect_equal(result.get("reasoning", ""), thought, "the result's reasoning")
 
 
 @rule("3.terminal", "done or error has job_id, status and its fields; the server ends the response after it")
