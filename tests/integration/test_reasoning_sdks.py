@@ -109,11 +109,16 @@ class TestChat:
         results = [
             {"role": "tool", "tool_call_id": call.id, "content": "It turns."} for call in message.tool_calls or []
         ]
-        turns: Any = [*ASK, message.model_dump(exclude_none=True), *results, {"role": "user", "content": "and now"}]
-        again = chats.chat.completions.create(model=family, messages=turns, tools=CHAT_TOOLS, max_tokens=LIMIT)
+        told = message.model_dump(exclude_none=True)
+        thoughtless = {key: value for key, value in told.items() if not key.startswith("reasoning")}
+        counts = []
+        for turn in (told, thoughtless):
+            turns: Any = [*ASK, turn, *results]
+            again = chats.chat.completions.create(model=family, messages=turns, tools=CHAT_TOOLS, max_tokens=CUT)
+            assert again.usage is not None
+            counts.append(again.usage.prompt_tokens)
         assert first.usage is not None
-        assert again.usage is not None
-        assert again.usage.prompt_tokens > first.usage.prompt_tokens
+        assert counts[0] > counts[1] > first.usage.prompt_tokens
 
     def test_a_limit_within_the_thought(self, chats: openai.OpenAI, family: str) -> None:
         reply = chats.chat.completions.create(model=family, messages=ASK, tools=CHAT_TOOLS, max_tokens=CUT)
@@ -166,13 +171,14 @@ class TestResponses:
             if item.type == "function_call"
         ]
         told: Any = [*ASK, *(item.to_dict() for item in first.output), *results]
+        thoughtless: Any = [item for item in told if item.get("type") != "reasoning"]
         asked: Any = {"model": family, "tools": RESPONSE_TOOLS, "max_output_tokens": LIMIT}
-        by_id = chats.responses.create(input=results, previous_response_id=first.id, **asked)
-        whole = chats.responses.create(input=told, **asked)
-        assert by_id.usage is not None
-        assert whole.usage is not None
-        assert first.usage is not None
-        assert by_id.usage.input_tokens == whole.usage.input_tokens > first.usage.input_tokens
+        by_id, whole, less = (
+            chats.responses.create(**asked, **turn)
+            for turn in ({"input": results, "previous_response_id": first.id}, {"input": told}, {"input": thoughtless})
+        )
+        counts = [each.usage.input_tokens for each in (by_id, whole, less, first) if each.usage is not None]
+        assert counts[0] == counts[1] > counts[2] > counts[3]
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -205,10 +211,12 @@ class TestMessages:
             for block in first.content
             if block.type == "tool_use"
         ]
-        turns: Any = [*ASK, {"role": "assistant", "content": first.content}, {"role": "user", "content": results}]
-        again = messages.messages.create(model=family, messages=turns, tools=MESSAGE_TOOLS, max_tokens=LIMIT)
-        before, after = first.usage, again.usage
-        assert _prompt(after) > _prompt(before)
+        counts = [_prompt(first.usage)]
+        for content in ([block for block in first.content if block.type != "thinking"], first.content):
+            turns: Any = [*ASK, {"role": "assistant", "content": content}, {"role": "user", "content": results}]
+            again = messages.messages.create(model=family, messages=turns, tools=MESSAGE_TOOLS, max_tokens=CUT)
+            counts.append(_prompt(again.usage))
+        assert counts[0] < counts[1] < counts[2]
 
 
 def _said(reply: Any) -> tuple[str, str, list[tuple[str, Any]]]:

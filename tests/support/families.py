@@ -90,7 +90,8 @@ class Family:
         return (
             f"{{% if tools %}}{self.begin.format('system')}Call tools with {shown}:"
             f"{{% for tool in tools %}}\n{{{{ tool | tojson }}}}{{% endfor %}}{end}{{% endif %}}"
-            f"{{% for m in messages %}}{{{{ '{_quoted(begin)}' }}}}{{{{ m.content or '' }}}}"
+            f"{{% for m in messages %}}{{{{ '{_quoted(begin)}' }}}}"
+            f"{{{{ m.reasoning_content or '' }}}}{{{{ m.content or '' }}}}"
             f"{{% for call in m.tool_calls or [] %}}{{{{ call | tojson }}}}{{% endfor %}}{end}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{self.begin.format('assistant')}{{% endif %}}"
         )
