@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from penstock.core.errors import ErrorInfo, InvalidRequest, PenstockError, Unsupported
 from penstock.core.events import Ended, Event, Logprob, Phase, TokenPhase, Tokens, TopLogprob, fold
 from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, ToolCall, Usage
-from penstock.gateway.dialects.fields import TextPart
 from penstock.gateway.dialects.responses.answers import FunctionCallItem
 from penstock.gateway.dialects.responses.bodies import CreateResponse, InputItem
 from penstock.gateway.dialects.responses.items import Item, View, input_items, messages, output_items, owner, view_of
@@ -444,31 +443,6 @@ class TestConversations:
         with pytest.raises(InvalidRequest, match=message):
             messages(None, items)
 
-    def test_thoughts_belong_to_the_reply_that_follows(self) -> None:
-        thought = InputItem(type="reasoning", content=[TextPart("reasoning_text", "Hm.")]).plain(0)
-        summary = InputItem(type="reasoning", summary=[TextPart("summary_text", "In short.")]).plain(0)
-        user = Item("message", role="user", content=("?",))
-        said = Item("message", role="assistant", content=("Yes.",))
-        call = Item("function_call", call_id="c", name="weather", arguments="{}")
-        answer = Item("function_call_output", call_id="c", output="Rain.")
-        found = messages(None, [user, thought, summary, said, thought, call, answer, thought, said, thought, user])
-        assert [(turn.role, turn.reasoning, turn.content, len(turn.tool_calls)) for turn in found] == [
-            ("user", "", "?", 0),
-            ("assistant", "Hm.\n\nIn short.\n\nHm.", "Yes.", 1),
-            ("tool", "", "Rain.", 0),
-            ("assistant", "Hm.", "Yes.", 0),
-            ("user", "", "?", 0),
-        ]
-
-    def test_thoughts_go_on_with_the_conversation(self) -> None:
-        view = View()
-        of = job(view, tools=(WEATHER,))
-        output = whole(of, view, fold(log(["~Hm.", "Yes.", CALL])), None).output
-        assert [item.type for item in output_items(output)] == ["reasoning", "message", "function_call"]
-        thought, *_ = output_items(output)
-        assert (thought.content, thought.id, owner(thought.id)) == (("Hm.",), "rs_" + "ab" * 16 + "_0", of.id)
-        assert msgspec.to_builtins(thought.view()) == msgspec.to_builtins(output[0])
-
     def test_items_have_ids_that_stay(self) -> None:
         view = View(items=(Item("message", role="user", content=("a",)), Item("message", "msg_mine", "user", ("b",))))
         of = job(view)
@@ -485,14 +459,6 @@ class TestConversations:
 
 
 class TestBodies:
-    @pytest.mark.parametrize(
-        ("fields", "effort"),
-        [({"reasoning": {"effort": "high", "summary": "auto"}}, "high"), ({"reasoning": {}}, None), ({}, None)],
-        ids=str,
-    )
-    def test_how_much_to_think(self, fields: Any, effort: str | None) -> None:
-        assert self.prepare(**fields).reasoning_effort == effort
-
     def refused(self, **fields: Any) -> PenstockError:
         with pytest.raises(InvalidRequest) as caught:
             self.prepare(**fields)
