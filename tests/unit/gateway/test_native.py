@@ -15,8 +15,10 @@ from penstock.api import TokenEvent
 from penstock.core.calls import Call, call_id, call_text
 from penstock.core.events import Ended, Event, Phase, TokenPhase, Tokens, fold, segments
 from penstock.core.job import Job, Status, Usage
+from penstock.gateway.dialects.fields import ChatMessage
 from penstock.gateway.dialects.native.answers import generated, job_view
 from penstock.gateway.dialects.native.stream import feed_frames, render
+from penstock.gateway.dialects.tokens.routes import Tokenize
 from penstock.testing.oracle import check_log, check_views, tokens_of
 from tests.support.phases import logs, thinking_job
 from tests.support.sse import Event as Seen
@@ -137,3 +139,8 @@ def test_a_log_without_phases_is_as_it_was() -> None:
 def test_a_phase_that_is_none_is_refused(phase: object) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"job_id": "j", "token": "", "token_id": 1, "attempt": 1, "phase": phase}, TokenEvent)
+
+
+def test_tokens_are_counted_as_the_template_is_told() -> None:
+    body = Tokenize(messages=[ChatMessage("user", "Hi")], chat_template_kwargs={"enable_thinking": False})
+    assert body.request("m").chat_template_kwargs == {"enable_thinking": False}
