@@ -28,8 +28,13 @@ THINKER = replace(
     tells="; ".join(f"Mühle {n} hat {n * 3} 歯" for n in range(301, 321)),
     wants=(("look", SIGHT), ("wait", {})),
 )
-#: The same without tokens for its marks: they begin and end within tokens (and no form can wait for them).
-MUMBLER = replace(THINKER, words=(), says="".join(THINKER.words))
+#: The same without tokens for its marks: they begin and end within tokens, two of which are both thought and text, or
+#: text and call (and no form can wait for them).
+MUMBLER = replace(
+    THINKER,
+    words=("🚰\n</think>\n\nMüh", '歯\n<tool_call>\n{"name": "look", "arguments": {"'),
+    says="".join(THINKER.words),
+)
 
 LOOK = {"type": "function", "function": {"name": "look"}}
 #: Nothing is required: what a schema leaves no choice in is not the model's to write.
@@ -59,7 +64,7 @@ class Thinker:
         tools = [{"type": "function", "function": {"name": each.name, "parameters": each.parameters}} for each in TOOLS]
         asked: dict[str, Any] = {"model": NAME, "max_tokens": 1000, "temperature": 1, "seed": number}
         match number % 6:
-            case 2 | 3 if not self.family.words:
+            case 2 | 3 if "</think>" not in self.family.words:
                 pass
             case 2:
                 form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
