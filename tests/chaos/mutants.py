@@ -78,10 +78,8 @@ MUTANTS = [
             ),
             (
                 BROKER,
-                "append.position, lease.attempt, append.ids, append.texts, append.choices, append.logprobs\n"
-                "                ).after(running.head)",
-                "running.head + 1, lease.attempt, append.ids, append.texts, append.choices, append.logprobs\n"
-                "                )",
+                "tokens = append.run.after(running.head)",
+                "tokens = msgspec.structs.replace(append.run, position=running.head + 1)",
             ),
         ),
         (CONTRACT, "-k", "append or overlapping or rewritten or repeated"),
@@ -503,6 +501,41 @@ MUTANTS = [
             ("penstock/web/js/log.js", "if (position !== this.head + 1)", "if (position > this.head + 1)"),
         ),
         ("tests/browser/test_survival.py", "-k", "got_lost"),
+    ),
+    Mutant(
+        "what a token is part of is lost",
+        ((BROKER, "tokens = append.run.after(running.head)",
+          "tokens = msgspec.structs.replace(append.run.after(running.head), phases=None)"),),
+        (CONTRACT, "-k", "PhaseContract or Phase or phase or thought"),
+    ),
+    Mutant(
+        "thoughts are counted again by every append",
+        ((BROKER, "max(running.reasoning_tokens, append.reasoning_tokens)",
+          "running.reasoning_tokens + append.reasoning_tokens"),),
+        (CONTRACT, "-k", "PhaseContract or Phase or phase or thought"),
+    ),
+    Mutant(
+        "a stop string holds in a thought",
+        (("penstock/engines/text/reply.py", "            if phase is Phase.TEXT:\n                part, met",
+          "            if True:\n                part, met"),),
+        ("tests/unit/engines/text/test_reply.py",),
+    ),
+    Mutant(
+        "a call in a thought is a call",
+        (("penstock/engines/text/formats/family.py", "(*thoughts.ends, *thoughts.until)), Phase.REASONING)",
+          "(*thoughts.ends, *thoughts.until, '<tool_call>')), Phase.REASONING)"),),
+        ("tests/unit/engines/text/test_reply.py", "tests/unit/engines/text/test_formats.py"),
+    ),
+    Mutant(
+        "a reader who comes back has forgotten the calls",
+        (("penstock/gateway/dialects/openai/stream.py", 'self._calls[choice].push(parts.get(Phase.TOOL, ""))',
+          "pass"),),
+        ("tests/unit/gateway/test_reasoning.py",),
+    ),
+    Mutant(
+        "what is pulled is not compared with the catalogue",
+        (("penstock/models/fetch.py", "if found != sha256:", "if False:"),),
+        ("tests/unit/models",),
     ),
 ]  # fmt: skip
 
