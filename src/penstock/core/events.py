@@ -190,15 +190,19 @@ class Completion(msgspec.Struct):
     """For each choice, the text that each of its positions added."""
     reasoning: list[str] = []
     calls: list[str] = []
-    spans: list[list[Span]] = []
-    """For each choice, all of it in order."""
+    tokens: list[list[tuple[str, TokenPhase, Logprob | None]]] = []
+    """For each choice, its tokens in order: what each said, its phase, and how likely it was, where that is known."""
+
+    def spans(self, choice: int = 0) -> list[Span]:
+        """What the *choice* says, cut where the phase changes."""
+        return joined_spans(span for text, phase, _ in self.tokens[choice] for span in segments(text, phase))
 
 
 def fold(events: Iterable[Event], n: int = 1) -> Completion:
     """A JSON reply is a fold of the log: join each choice's texts in order, those of each phase by themselves."""
     parts: list[list[str]] = [[] for _ in range(n)]
-    spans: list[list[Span]] = [[] for _ in range(n)]
-    result = Completion([""] * n, [[] for _ in range(n)], [[] for _ in range(n)])
+    apart: dict[Phase, list[list[str]]] = {phase: [[] for _ in range(n)] for phase in (Phase.REASONING, Phase.TOOL)}
+    result = Completion([""] * n, [[] for _ in range(n)], [[] for _ in range(n)], tokens=[[] for _ in range(n)])
     for event in events:
         if isinstance(event, Ended):
             result.ended = event
@@ -206,22 +210,22 @@ def fold(events: Iterable[Event], n: int = 1) -> Completion:
         for i, (token, text) in enumerate(zip(event.ids, event.texts, strict=True)):
             choice = event.choices[i] if event.choices is not None else 0
             phase = event.phases[i] if event.phases is not None else Phase.TEXT
-            if phase is Phase.TEXT:
-                spans[choice].append((phase, text))
-            else:
+            logprob = event.logprobs[i] if event.logprobs is not None else None
+            result.tokens[choice].append((text, phase, logprob))
+            if phase is not Phase.TEXT:
                 written = list(segments(text, phase))
-                spans[choice] += written
+                for part, piece in written:
+                    if part is not Phase.TEXT:
+                        apart[part][choice].append(piece)
                 text = "".join(piece for part, piece in written if part is Phase.TEXT)
             parts[choice].append(text)
             result.ids[choice].append(token)
-            logprob = event.logprobs[i] if event.logprobs is not None else None
             if logprob is not None and (phase is Phase.TEXT or text):
                 result.logprobs[choice].append((token, text, logprob))
     result.texts = ["".join(part) for part in parts]
     result.pieces = parts
-    result.reasoning = ["".join(text for phase, text in each if phase is Phase.REASONING) for each in spans]
-    result.calls = ["".join(text for phase, text in each if phase is Phase.TOOL) for each in spans]
-    result.spans = [joined_spans(each) for each in spans]
+    result.reasoning = ["".join(part) for part in apart[Phase.REASONING]]
+    result.calls = ["".join(part) for part in apart[Phase.TOOL]]
     return result
 
 

@@ -57,6 +57,18 @@ def joined(seen: list[Seen]) -> list[dict[str, Any]]:
     return output
 
 
+def likely(events: list[Event], known: list[bool]) -> list[Event]:
+    """The log with log-probabilities of those tokens that *known* says, in turn."""
+    count, result = 0, []
+    for event in events:
+        if isinstance(event, Tokens):
+            places = range(count, count := count + len(event.ids))
+            logprobs = [Logprob(-1.0 - place) if known[place % len(known)] else None for place in places]
+            event = msgspec.structs.replace(event, logprobs=logprobs)
+        result.append(event)
+    return result
+
+
 @given(logs())
 def test_the_deltas_make_the_response(events: list[Event]) -> None:
     seen = streamed(events)
@@ -70,6 +82,16 @@ def test_the_deltas_make_the_response(events: list[Event]) -> None:
     assert joined(seen) == texts
     assert last["usage"]["output_tokens_details"]["reasoning_tokens"] == 3
     assert last["usage"]["input_tokens_details"]["cached_tokens"] == 4
+
+
+@given(logs(), st.lists(st.booleans(), min_size=1, max_size=3))
+def test_log_probabilities_stand_where_the_stream_has_them(events: list[Event], known: list[bool]) -> None:
+    """Also where only some tokens have one, as upstream servers may report it: nothing of the text is lost."""
+    seen, plain = streamed(likely(events, known)), response(events)
+    whole = response(likely(events, known))
+    assert seen[-1].data["response"] == whole
+    said = [item["content"][0]["text"] for item in whole["output"] if item["type"] == "message"]
+    assert said == [item["content"][0]["text"] for item in plain["output"] if item["type"] == "message"]
 
 
 @given(logs(), st.data())
@@ -107,6 +129,16 @@ def test_only_text_has_logprobs() -> None:
     thought, message = response(log)["output"]
     assert thought["content"] == [{"type": "reasoning_text", "text": "hm"}]
     assert [each["logprob"] for each in message["content"][0]["logprobs"]] == [-2.0, -3.0, -4.0]
+
+
+def test_a_reply_is_whole_where_only_some_tokens_have_logprobs() -> None:
+    log: list[Event] = [
+        Tokens(1, 1, [7, 8, 9], ["a", "b", "c"], logprobs=[Logprob(-1.0), None, Logprob(-3.0)]),
+        Ended(4, 1, Status.COMPLETED, ("stop",), Usage(3, 3)),
+    ]
+    (message,) = response(log)["output"]
+    assert message["content"][0]["text"] == "abc"
+    assert [each["logprob"] for each in message["content"][0]["logprobs"]] == [-1.0, -3.0]
 
 
 def test_thoughts_of_earlier_responses_are_part_of_the_turn_behind_them() -> None:

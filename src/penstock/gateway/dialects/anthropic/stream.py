@@ -197,7 +197,7 @@ def reply(job: Job, completion: Completion, *, shows_thinking: bool = True) -> M
     assert completion.ended is not None
     blocks = Blocks(job, shows_thinking=shows_thinking)
     begun: list[tuple[ContentBlock, list[str]]] = []
-    for event in [*blocks.push(completion.spans[0]), *blocks.finish()]:
+    for event in [*blocks.push(completion.spans()), *blocks.finish()]:
         match event:
             case BlockStartEvent(content_block=block):
                 begun.append((block, []))

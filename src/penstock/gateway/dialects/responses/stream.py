@@ -14,7 +14,7 @@ import msgspec
 from penstock.api.errors import Error
 from penstock.core.calls import CallDelta, CallReader, call_id
 from penstock.core.errors import LogRewound, PenstockError
-from penstock.core.events import Completion, Ended, Event, Logprob, Phase, TokenLogprob, TokenPhase, Tokens, segments
+from penstock.core.events import Completion, Ended, Event, Logprob, Phase, TokenPhase, Tokens, segments
 from penstock.core.job import Job
 from penstock.gateway.dialects.answers import ChatTokenLogprob, logprob_view
 from penstock.gateway.dialects.responses.answers import (
@@ -129,9 +129,10 @@ class EventSequence:
                 case Phase.TOOL:
                     blocks += "".join(map(self._call, self._calls.push(piece)))
                 case Phase.TEXT:
-                    if logprob is not None:
+                    if logprob is not None and (piece or phase is Phase.TEXT):
                         count = self._job.request.sampling.logprobs or 0
                         self._unsaid.append(logprob_view(piece, logprob, count))
+                        logprob = None  # the token may have more text behind a thought or a call
                     if piece or (self._unsaid and self._is_open(Phase.TEXT)):
                         blocks += self._delta(piece)
         return blocks
@@ -347,19 +348,11 @@ def whole(job: Job, view: View, completion: Completion, ended_at: float | None) 
     sequence = EventSequence(job, view, NOTHING)
     ended = completion.ended
     assert ended is not None
-    logprobs = list(completion.logprobs[0])
-    for phase, text in completion.spans[0]:
-        sequence.token(text, phase, None) if phase is not Phase.TEXT or not logprobs else _said(
-            sequence, text, logprobs
-        )
+    if completion.logprobs[0]:
+        for text, phase, logprob in completion.tokens[0]:
+            sequence.token(text, phase, logprob)
+    else:
+        for span, said in completion.spans():
+            sequence.token(said, span, None)
     sequence.end(ended, ended_at)
     return response_object(job, view, ended_status(ended), sequence.output, ended, ended_at)
-
-
-def _said(sequence: EventSequence, text: str, logprobs: list[TokenLogprob]) -> None:
-    """A stretch of *text* with the log-probabilities of its tokens, which are the first of *logprobs*."""
-    left = len(text)
-    while logprobs and (left > 0 or not logprobs[0][1]):
-        _, piece, logprob = logprobs.pop(0)
-        sequence.token(piece, Phase.TEXT, logprob)
-        left -= len(piece)
