@@ -131,6 +131,16 @@ def test_only_text_has_logprobs() -> None:
     assert [each["logprob"] for each in message["content"][0]["logprobs"]] == [-2.0, -3.0, -4.0]
 
 
+def test_a_token_that_speaks_around_a_thought_has_one_log_probability() -> None:
+    phase: list[tuple[Phase, int]] = [(Phase.TEXT, 1), (Phase.REASONING, 1), (Phase.TEXT, 1)]
+    log: list[Event] = [
+        Tokens(1, 1, [7], ["abc"], logprobs=[Logprob(-1.0)], phases=[phase]),
+        Ended(2, 1, Status.COMPLETED, ("stop",), Usage(3, 1)),
+    ]
+    first, _, second = response(log)["output"]
+    assert [len(item["content"][0]["logprobs"]) for item in (first, second)] == [1, 0]
+
+
 def test_a_reply_is_whole_where_only_some_tokens_have_logprobs() -> None:
     log: list[Event] = [
         Tokens(1, 1, [7, 8, 9], ["a", "b", "c"], logprobs=[Logprob(-1.0), None, Logprob(-3.0)]),
