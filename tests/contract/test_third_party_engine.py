@@ -45,7 +45,8 @@ def test_it_is_served(package: Path, tmp_path: Path) -> None:
     finally:
         server.stop()
     assert reply["choices"][0]["message"]["content"] == "pieces of eight pieces of "
-    assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    usage = {name: count for name, count in reply["usage"].items() if isinstance(count, int)}
+    assert usage == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 
 
 @pytest.mark.parametrize(

@@ -390,7 +390,7 @@ class TestFleet:
         gateway, worker = fleet
         async with client(gateway) as http:
             assert (await http.get("/readyz")).status_code == 503
-            check_error(await http.post("/v1/jobs", json={"prompt": "x", "model": "b"}), 404, "model_not_found")
+            check_error(await http.post("/v1/jobs", json={"prompt": "x", "model": "b"}), 503, "no_worker")
             worker.start()  # ready without having loaded anything
             assert worker.engine_pids() == []
             await poll(lambda: states(http), lambda seen: seen == {"b": "unloaded"})

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.calls import Call, call_text
@@ -25,6 +25,7 @@ from penstock.core.job import Job, Message, Request, Sampling, Status, Tool, Usa
 from penstock.gateway.dialects.anthropic.bodies import CreateMessage
 from penstock.gateway.dialects.anthropic.stream import MessageWriter, reply
 from penstock.gateway.http import decode, json_reply
+from tests.support.phases import logs, thinking_job
 from tests.support.sse import Event as Seen
 from tests.support.sse import Parser
 
@@ -191,6 +192,36 @@ def test_however_the_runs_fall_the_message_is_the_same(texts: list[list[str]], t
     expected = msgspec.to_builtins(reply(of, fold(events)))
     assert message(parse(written(of, events))) == expected
     assert "".join(block["text"] for block in expected["content"] if block["type"] == "text") == text
+
+
+@settings(max_examples=30)
+@given(logs())
+def test_a_connection_that_is_cut_anywhere_and_resumed_makes_no_difference(events: list[Event]) -> None:
+    """Tokens of more than one phase too, and also where a token ends in the middle of a call."""
+    of = thinking_job()
+    expected = msgspec.to_builtins(reply(of, fold(events)))
+    whole = parse(written(of, events))
+    assert message(whole) == expected
+    for position in range(1, events[-1].position):
+        first = [event.up_to(position) for event in events if isinstance(event, Tokens) and event.position <= position]
+        rest = parse(written(of, events, after=position))
+        assert message([*parse(written(of, [*first])), *rest]) == expected
+    told = {"input_tokens": 5, "cache_read_input_tokens": 4, "output_tokens_details": {"thinking_tokens": 3}}
+    assert told.items() <= expected["usage"].items()
+    assert told.items() <= whole[-2].data["usage"].items()
+
+
+def test_the_start_tells_what_was_cached() -> None:
+    of = msgspec.structs.replace(job(), cached_tokens=4)
+    usage = parse(written(of, CASES["text"][1]))[0].data["message"]["usage"]
+    assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (3, 4)
+
+
+def test_a_token_that_ends_a_thought_and_begins_the_text_is_in_both_blocks() -> None:
+    mixed: list[TokenPhase] = [Phase.REASONING, [(Phase.REASONING, 1), (Phase.TEXT, 3)]]
+    events: list[Event] = [Tokens(1, 1, [1, 2], ["Hm", ".Yes"], phases=mixed), log(["", ""])[-1]]
+    thought, text = message(parse(written(job(), events)))["content"]
+    assert (thought["thinking"], text["text"]) == ("Hm.", "Yes")
 
 
 @pytest.mark.parametrize("name", ["text", "calls", "length", "filtered"])

@@ -698,6 +698,10 @@ async def test_a_request_that_is_repeated_behind_an_update_is_known_again() -> N
          {"model": "m", "max_tokens": 5, "messages": message, "system": [{"type": "text", "text": "x"}],
           "tools": [{"name": "f", "input_schema": {"type": "object"}}]},
          "05975853ff359c92"),
+        ("/v1/messages", CreateMessage,
+         {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}],
+          "thinking": {"type": "adaptive"}},
+         "03b8a607d081855c"),
         ("/v1/embeddings", CreateEmbeddings, {"model": "m", "input": ["x"]}, "a5be4abed8b0d3a0"),
     ]  # fmt: skip
     for route, kind, body, digest in before:

@@ -210,7 +210,10 @@ class UpstreamBackend(AsyncBackend):
         ]
         async with contextlib.aclosing(streams[0] if len(streams) == 1 else merge(streams)) as outputs:
             async for output in outputs:
-                output.prompt_tokens = None if counted else output.prompt_tokens or known
+                if counted:  # with another choice, which shares the prompt
+                    output.prompt_tokens, output.cached_tokens = None, 0
+                else:
+                    output.prompt_tokens = output.prompt_tokens or known
                 if alone and replies[0].finish is not None:
                     output.finish, ended = _finish(replies), True
                     if not counted and output.prompt_tokens is None:

@@ -87,8 +87,8 @@ class Thinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``budget_tokens`` is not enforced. ``display``: omitted, or summarized, which is all of it here."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Count | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    budget_tokens: Count | UnsetType = UNSET
+    display: Literal["summarized", "omitted"] | UnsetType = UNSET
 
 
 class OutputFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
