@@ -77,7 +77,7 @@ async def thinking(seed: int, folder: Path, kinds: Sequence[str], show: Show, *,
     if redis:
         async with Fleet(folder, models=[thinker.served]) as target:
             return await Storm(target, plan, on_progress=show, says=thinker.says).run(bodies)
-    server = Server(folder / "server", models=[thinker.served], settings={"hang_timeout": 2})
+    server = Server(folder / "server", models=[thinker.served], settings={"hang_timeout": 2, "load_timeout": 10})
     try:
         await asyncio.to_thread(server.start)
         return await Storm(Embedded(server), plan, on_progress=show, says=thinker.says).run(bodies)

@@ -40,7 +40,7 @@ async def test_one_server(make_server: Callable[..., Server], tmp_path: Path, se
     thinker = Thinker.make(THINKER, tmp_path / "model")
     faults = random.Random(seed).sample(["engine", "kill", "hang"], 3)
     plan = Plan(seed, streams=8, tokens=400, faults=[*faults, "clients"], twins=0.25, cancels=0.1, every=300)
-    server = make_server(models=[thinker.served], settings={"hang_timeout": 2})
+    server = make_server(models=[thinker.served], settings={"hang_timeout": 2, "load_timeout": 10})
     await storm(server, thinker, plan, interrupted=4)
 
 
@@ -50,7 +50,7 @@ async def test_one_server_again_and_again(
     make_server: Callable[..., Server], tmp_path: Path, seed: int, family: Family
 ) -> None:
     thinker = Thinker.make(family, tmp_path / "model")
-    server = make_server(models=[thinker.served], settings={"hang_timeout": 2})
+    server = make_server(models=[thinker.served], settings={"hang_timeout": 2, "load_timeout": 10})
     for number in range(4):
         dice = random.Random(f"{seed}/{number}")
         faults = dice.sample(["engine", "kill", "hang", "engine", "kill", "clients"], 6)

@@ -21,6 +21,7 @@ class TestRedisCluster(BrokerContract):
         return make_cluster_harness
 
     @pytest.mark.long
+    @pytest.mark.timeout(7200)
     def test_the_broker_does_what_the_model_does(self, make_harness: Callable[[], BrokerHarness]) -> None:
         super().test_the_broker_does_what_the_model_does(make_harness)
 
