@@ -8,6 +8,7 @@ environment has pip.
 from __future__ import annotations
 
 import configparser
+import importlib
 import os
 import sys
 from collections.abc import Mapping
@@ -20,8 +21,6 @@ import msgspec
 
 from penstock.models.catalogue import Wheel
 from penstock.models.errors import PullError
-
-PYPI = "https://pypi.org/simple"
 
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 
@@ -38,7 +37,7 @@ def configured(environment: Mapping[str, str] = os.environ) -> Index:
     said = _pip_files(environment)
     first = next(
         filter(None, (environment.get(name) for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"))),
-        said.get("index-url", PYPI),
+        said.get("index-url") or pips_own(),
     )
     more = environment.get("PIP_EXTRA_INDEX_URL") or said.get("extra-index-url", "")
     # Folders can be indexes too (file:), but they have nothing that has to be fetched.
@@ -46,6 +45,14 @@ def configured(environment: Mapping[str, str] = os.environ) -> Index:
     if environment.get("PIP_NO_INDEX") or said.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         urls = []
     return Index(tuple(urls), environment.get("PIP_CERT") or said.get("cert"))
+
+
+def pips_own() -> str:
+    """The index that pip asks where nobody says another; empty where there is no pip."""
+    try:
+        return str(importlib.import_module("pip._internal.models.index").PyPI.simple_url)
+    except (ImportError, AttributeError):  # not installed, or of another shape
+        return ""
 
 
 def _pip_files(environment: Mapping[str, str]) -> dict[str, str]:
@@ -79,7 +86,7 @@ def _pip_files(environment: Mapping[str, str]) -> dict[str, str]:
 def find(client: httpx.Client, index: Index, wheel: Wheel) -> tuple[str, httpx.Auth | None]:
     """The address of *wheel*, and what the server wants to know who asks. Raises `PullError`."""
     if not index.urls:
-        raise PullError("pip is told to use no package index")
+        raise PullError("pip is told to use no package index, or is not installed (PIP_INDEX_URL names one)")
     failures = []
     for url in index.urls:
         page = f"{url}/{wheel.project}/"

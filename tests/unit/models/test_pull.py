@@ -386,7 +386,8 @@ def test_the_index_is_pips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         index.configured({**environment, "UV_INDEX_URL": "https://uv", "PIP_INDEX_URL": "https://pip"}).urls[0]
         == "https://pip"
     )
-    assert index.configured({**environment, "PIP_CONFIG_FILE": "/dev/null"}) == index.Index((index.PYPI,), None)
+    assert index.configured({**environment, "PIP_CONFIG_FILE": "/dev/null"}) == index.Index((index.pips_own(),), None)
+    assert index.pips_own().startswith("https://")
     write_config(user, "this is no settings file")
     assert index.configured(environment).urls[0] == "https://one/simple"
     assert index.configured({**environment, "PIP_NO_INDEX": "1"}).urls == ()
