@@ -32,6 +32,10 @@ class Phase(enum.IntEnum):
 TokenPhase = Phase | list[tuple[Phase, int]]
 
 
+#: A stretch of a reply that is of one phase.
+Span = tuple[Phase, str]
+
+
 def phase_of(phase: TokenPhase) -> Phase:
     """Which one a token is counted as: the first that it belongs to."""
     return phase if isinstance(phase, Phase) else phase[0][0]
@@ -42,7 +46,7 @@ def count_reasoning(phases: Iterable[TokenPhase] | None) -> int:
     return sum(phase_of(phase) is Phase.REASONING for phase in phases or ())
 
 
-def segments(text: str, phase: TokenPhase) -> Iterator[tuple[Phase, str]]:
+def segments(text: str, phase: TokenPhase) -> Iterator[Span]:
     """A token's *text*, cut where its phase changes."""
     if isinstance(phase, Phase):
         yield phase, text
@@ -62,10 +66,6 @@ def joined_phases(
     return (first or [Phase.TEXT] * count) + (second or [Phase.TEXT] * more)
 
 
-#: A stretch of a reply that is of one phase.
-Span = tuple[Phase, str]
-
-
 def joined_spans(spans: Iterable[Span]) -> list[Span]:
     """Neighbours of one phase as one, without those that say nothing."""
     joined: list[Span] = []
@@ -75,6 +75,13 @@ def joined_spans(spans: Iterable[Span]) -> list[Span]:
         elif text:
             joined.append((phase, text))
     return joined
+
+
+def token_phase(spans: Sequence[Span], otherwise: Phase) -> TokenPhase:
+    """The phase of a token that says these *spans*; of one that says nothing it is *otherwise*."""
+    if not spans:
+        return otherwise
+    return spans[0][0] if len(spans) == 1 else [(phase, len(text)) for phase, text in spans]
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

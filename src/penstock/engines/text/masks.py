@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from penstock.core.events import Phase
+from penstock.core.events import Phase, Span
 from penstock.engines.text.formats.family import Reader
-from penstock.engines.text.formats.source import Segment
 
 if TYPE_CHECKING:
     from penstock.engines.text.reply import Reply
@@ -90,7 +89,7 @@ class AfterThought:
         if self._held:
             self._guide.accept(token)
 
-    def wrote(self, segments: Sequence[Segment]) -> None:
+    def wrote(self, segments: Sequence[Span]) -> None:
         """What the last token gave: no text, unless the guide saw it."""
         self._broken = self._broken or (not self._held and any(phase is not Phase.REASONING for phase, _ in segments))
 

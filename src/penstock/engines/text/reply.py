@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from penstock.core.events import Phase, TokenPhase
+from penstock.core.events import Phase, Span, TokenPhase, joined_spans, token_phase
 from penstock.core.job import Sampling
 from penstock.engines.text.detokenize import Detokenizer
 from penstock.engines.text.formats.family import Reader
-from penstock.engines.text.formats.source import Segment
 from penstock.engines.text.masks import AfterThought, Bans, Follows
 
 
@@ -194,7 +193,7 @@ class Reply:
             self.guide.wrote(segments)
         if last:
             segments += reader.finish()
-        written: list[Segment] = []
+        written: list[Span] = []
         met = False
         for phase, part in [*segments, (Phase.TEXT, "")] if last else segments:
             if phase is Phase.TEXT:
@@ -213,14 +212,6 @@ def told(phases: list[TokenPhase]) -> list[TokenPhase] | None:
     return phases if any(phase is not Phase.TEXT for phase in phases) else None
 
 
-def _phase(before: Phase, now: Phase, written: list[Segment]) -> TokenPhase:
+def _phase(before: Phase, now: Phase, written: list[Span]) -> TokenPhase:
     """The phase of a token that gave the segments *written*; where it gave no text, of what it was a mark of."""
-    parts: list[Segment] = []
-    for phase, text in written:
-        if parts and parts[-1][0] is phase:
-            parts[-1] = (phase, parts[-1][1] + text)
-        elif text:
-            parts.append((phase, text))
-    if not parts:
-        return now if before is Phase.TEXT else before
-    return parts[0][0] if len(parts) == 1 else [(phase, len(text)) for phase, text in parts]
+    return token_phase(joined_spans(written), now if before is Phase.TEXT else before)

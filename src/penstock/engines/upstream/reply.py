@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from penstock.core.events import Logprob, Phase, Prefix, TokenPhase, TopLogprob, phase_of, segments
+from penstock.core.events import (
+    Logprob,
+    Phase,
+    Prefix,
+    Span,
+    TokenPhase,
+    TopLogprob,
+    joined_spans,
+    phase_of,
+    segments,
+    token_phase,
+)
 from penstock.core.foreign import Malformed, whole
 from penstock.core.job import Request
 from penstock.core.ports import Output
@@ -24,8 +35,6 @@ from penstock.engines.upstream.stream import (
     read_logprobs,
 )
 
-#: A stretch of a reply.
-Segment = tuple[Phase, str]
 #: A token of the log: its id, text and phase.
 LogToken = tuple[int, str, TokenPhase]
 #: What stands between a thought that broke off and the next one.
@@ -45,7 +54,7 @@ class Repeat:
 
     def __init__(self, logged: Prefix) -> None:
         self._left = len(logged.ids)
-        self._expected = _joined(_cut(zip(logged.texts, logged.phases or [], strict=True)))
+        self._expected = joined_spans(_cut(zip(logged.texts, logged.phases or [], strict=True)))
         self._may_change = all(phase is Phase.REASONING for phase, _ in self._expected)
         self._held: list[LogToken] = []  # that came again
         self.over = False
@@ -54,7 +63,7 @@ class Repeat:
     def take(self, token: LogToken) -> list[LogToken]:
         """What is new with *token*."""
         id, text, phase = token
-        rest: list[Segment] = []
+        rest: list[Span] = []
         for part, piece in segments(text, phase):
             if rest or not piece or not self._expected:
                 rest += [(part, piece)] if piece else []
@@ -145,7 +154,7 @@ class UpstreamReply:
         self._came = 0  # tokens, with this call
         self._sent = len(self.ids) if prompt else 0  # tokens of the reply in its prompt
         self._thoughts = 0  # tokens among them that are thoughts
-        self._pending: list[Segment] = []  # that came without a token
+        self._pending: list[Span] = []  # that came without a token
         self._half = (Phase.TEXT, "")  # of a character, whose other half comes with the next chunk
         self._calls = UpstreamCalls()
         self._phase = phase_of(self.logged.phases[-1]) if self.logged.phases and not again else Phase.TEXT
@@ -219,11 +228,11 @@ class UpstreamReply:
                 return f"it gave the reply up (finish_reason {reason!r})"
         return None
 
-    def _written(self, choice: Choice) -> list[Segment]:
+    def _written(self, choice: Choice) -> list[Span]:
         """The thoughts and the text of a chunk; what it says of calls is kept."""
         if (delta := choice.delta or choice.message) is None:
             return [(Phase.TEXT, choice.text)] if choice.text else []
-        written: list[Segment] = []
+        written: list[Span] = []
         if thought := delta.reasoning_content or delta.reasoning:
             written.append((Phase.REASONING, thought))
         if delta.content:
@@ -234,7 +243,7 @@ class UpstreamReply:
                 self._phase = Phase.TOOL
         return written
 
-    def _whole(self, written: list[Segment]) -> list[Segment]:
+    def _whole(self, written: list[Span]) -> list[Span]:
         """*written* in whole characters: half a surrogate at its end waits for the other half."""
         result = []
         for phase, text in written:
@@ -251,7 +260,7 @@ class UpstreamReply:
         return result
 
     def _add(
-        self, choice: Choice, ids: list[int], written: list[Segment], output: Output, entries: list[Logprob | None]
+        self, choice: Choice, ids: list[int], written: list[Span], output: Output, entries: list[Logprob | None]
     ) -> None:
         """Tokens to *output*: the last of *ids* has what is *written*, and what came before without a token."""
         tokens: list[Token] = []
@@ -376,28 +385,13 @@ def _calls(choice: Choice) -> bool:
     return delta is not None and bool(delta.tool_calls or delta.function_call)
 
 
-def _cut(tokens: Iterable[tuple[str, TokenPhase]]) -> Iterable[Segment]:
+def _cut(tokens: Iterable[tuple[str, TokenPhase]]) -> Iterable[Span]:
     for text, phase in tokens:
         yield from segments(text, phase)
 
 
-def _joined(parts: Iterable[Segment]) -> list[Segment]:
-    """*parts*, those of one phase behind each other made one."""
-    result: list[Segment] = []
-    for phase, text in parts:
-        if result and result[-1][0] is phase:
-            result[-1] = (phase, result[-1][1] + text)
-        elif text:
-            result.append((phase, text))
-    return result
-
-
-def _one(parts: list[Segment], phase: Phase) -> tuple[str, TokenPhase]:
+def _one(parts: list[Span], phase: Phase) -> tuple[str, TokenPhase]:
     """The text and phase of a token that has *parts*; one that has none is of the *phase*."""
     if len(parts) > 1:
-        parts = _joined(parts)
-    if not parts:
-        return "", phase
-    if len(parts) == 1:
-        return parts[0][1], parts[0][0]
-    return "".join(text for _, text in parts), [(part, len(text)) for part, text in parts]
+        parts = joined_spans(parts)
+    return "".join(text for _, text in parts), token_phase(parts, phase)

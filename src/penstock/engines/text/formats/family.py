@@ -7,9 +7,9 @@ from typing import ClassVar, Protocol
 
 import msgspec
 
-from penstock.core.events import Phase
+from penstock.core.events import Phase, Span
 from penstock.core.job import Request
-from penstock.engines.text.formats.source import Marks, Reading, Segment, Source, marks_of
+from penstock.engines.text.formats.source import Marks, Reading, Source, marks_of
 
 
 class Thoughts(msgspec.Struct, frozen=True):
@@ -75,14 +75,14 @@ class Reader:
     def calls(self) -> int:
         return self._source.calls
 
-    def push(self, text: str) -> list[Segment]:
+    def push(self, text: str) -> list[Span]:
         source = self._source
         source.text += text
         next(self._steps, None)
         segments, source.out = source.out, []
         return segments
 
-    def finish(self) -> list[Segment]:
+    def finish(self) -> list[Span]:
         """The rest of the reply, which was held back: nothing follows."""
         self._source.over = True
         return self.push("")

@@ -14,15 +14,12 @@ from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
 from penstock.core.calls import CALL_END, call_head
-from penstock.core.events import Phase
+from penstock.core.events import Phase, Span
 from penstock.core.job import Request
 
 T = TypeVar("T")
 
 Reading = Generator[None, None, T]
-
-#: A stretch of a reply.
-Segment = tuple[Phase, str]
 
 #: Levels of brackets in arguments; parsers downstream stop at 128.
 MAX_DEPTH = 100
@@ -86,7 +83,7 @@ class Source:
         self.at = 0
         self.over = False
         """The reply has ended: nothing follows."""
-        self.out: list[Segment] = []
+        self.out: list[Span] = []
         self.phase = Phase.TEXT
         """What is being read."""
         self.calls = 0

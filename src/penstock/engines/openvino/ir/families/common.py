@@ -6,10 +6,19 @@ import math
 from typing import Any
 
 from penstock.engines.openvino.ir.config import Config
-from penstock.engines.openvino.ir.plan import Norm, Plan
+from penstock.engines.openvino.ir.plan import Names, Norm, Plan
 from penstock.engines.openvino.ir.refusal import unbuildable
 from penstock.engines.openvino.ir.rope import rotary_of
 
+#: Norms behind the parts instead of before them, and of queries and keys.
+BEHIND = Names(
+    before_attention="",
+    after_attention="post_attention_layernorm",
+    before_mlp="",
+    after_mlp="post_feedforward_layernorm",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+)
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 

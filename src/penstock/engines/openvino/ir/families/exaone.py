@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from penstock.engines.openvino.ir.config import Config
 from penstock.engines.openvino.ir.families import common
-from penstock.engines.openvino.ir.plan import Names, Norm, Plan
+from penstock.engines.openvino.ir.plan import Norm, Plan
 from penstock.engines.openvino.ir.refusal import unbuildable
 from penstock.engines.openvino.ir.rope import rotary_of
 
@@ -27,14 +27,7 @@ def exaone4(config: Config) -> Plan:
         norm=Norm(config.number("rms_norm_eps", default=1e-5)),
         rotary=tuple(rotary if window is None or kind == common.SLIDING else None for kind in kinds),
         windows=common.windows(config, kinds, window),
-        names=Names(
-            before_attention="",
-            after_attention="post_attention_layernorm",
-            before_mlp="",
-            after_mlp="post_feedforward_layernorm",
-            query_norm="self_attn.q_norm",
-            key_norm="self_attn.k_norm",
-        ),
+        names=common.BEHIND,
     )
 
 

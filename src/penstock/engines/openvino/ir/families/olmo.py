@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from penstock.engines.openvino.ir.config import Config
 from penstock.engines.openvino.ir.families import common
-from penstock.engines.openvino.ir.plan import Names, Norm, Plan
-
-BEHIND = Names(
-    before_attention="",
-    after_attention="post_attention_layernorm",
-    before_mlp="",
-    after_mlp="post_feedforward_layernorm",
-    query_norm="self_attn.q_norm",
-    key_norm="self_attn.k_norm",
-)
+from penstock.engines.openvino.ir.plan import Norm, Plan
 
 
 def olmo(config: Config) -> Plan:
@@ -21,7 +12,9 @@ def olmo(config: Config) -> Plan:
 
 
 def olmo2(config: Config) -> Plan:
-    return common.plan(config, norm=Norm(config.number("rms_norm_eps", default=1e-5)), names=BEHIND, norms_whole=True)
+    return common.plan(
+        config, norm=Norm(config.number("rms_norm_eps", default=1e-5)), names=common.BEHIND, norms_whole=True
+    )
 
 
 FAMILIES = {"OlmoForCausalLM": olmo, "Olmo2ForCausalLM": olmo2}
