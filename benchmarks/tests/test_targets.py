@@ -23,7 +23,7 @@ from benchmarks.targets import Running, Target, default_variables, fill, load_ta
 from benchmarks.workload import Workload
 from tests.support.gguf import convert
 
-from penstock.engines.models import BUNDLED
+from penstock.models.catalogue import PACKAGED
 
 TARGETS = load_targets()
 SCENARIOS = {name: Scenario.load(name) for name in scenario_names()}
@@ -36,9 +36,9 @@ LONG = pytest.mark.long
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make models` makes, of one shape: the bundled model under its names."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "S").symlink_to(BUNDLED / "millrace")
+    (folder / "S").symlink_to(PACKAGED / "millrace")
     for name, weights in (("S.gguf", "f32"), ("S-q8_0.gguf", "q8_0")):
-        convert(BUNDLED / "millrace", folder / name, weights)
+        convert(PACKAGED / "millrace", folder / name, weights)
     return folder
 
 

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from safetensors import safe_open
 
-from penstock.engines.models import BUNDLED
+from penstock.models.catalogue import PACKAGED
 
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -42,7 +42,7 @@ FILE_TYPES = {
 
 def bundled_gguf(folder: Path, weights: str = "f32") -> Path:
     """The model in the box, in *folder*."""
-    return convert(BUNDLED / "millrace", folder / f"millrace-{weights}.gguf", weights)
+    return convert(PACKAGED / "millrace", folder / f"millrace-{weights}.gguf", weights)
 
 
 def convert(model: Path, target: Path, weights: str = "f32", vocabulary: str = "gpt2", quotients: Any = None) -> Path:

@@ -13,11 +13,11 @@ from penstock.core.bounds import check_schema
 from penstock.core.calls import call_id
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Tool
-from penstock.engines.models import BUNDLED
 from penstock.engines.parts.guide import Guides
 from penstock.engines.text.model import TextModel
+from penstock.models.catalogue import PACKAGED
 
-MILLRACE = TextModel.load(BUNDLED / "millrace")
+MILLRACE = TextModel.load(PACKAGED / "millrace")
 WEATHER = Tool("get_weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
 CLOCK = Tool("clock")
 

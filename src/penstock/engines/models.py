@@ -9,12 +9,9 @@ from penstock.core.errors import ModelLoadError
 from penstock.engines.adapters import refuse_as_model
 from penstock.engines.frames import Progress
 from penstock.models.cache import folder_of, pulled
-from penstock.models.catalogue import CATALOGUE, PACKAGED
+from penstock.models.catalogue import CATALOGUE
 from penstock.models.errors import PullError
 from penstock.models.pull import pull, snapshot
-
-#: Where the models that come with the package are, a folder each.
-BUNDLED = PACKAGED
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

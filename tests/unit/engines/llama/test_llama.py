@@ -27,8 +27,8 @@ from penstock.core.ports import Output
 from penstock.engines.child.backend import load_backend
 from penstock.engines.llama.engine import LlamaBackend, _ChoiceThread
 from penstock.engines.llama.gguf_text import UNKNOWN_ID
-from penstock.engines.models import BUNDLED
 from penstock.engines.text.model import TextModel
+from penstock.models.catalogue import PACKAGED
 
 GREEDY = Sampling(max_tokens=16, temperature=0.0)
 
@@ -72,7 +72,7 @@ def test_it_tells_precision_context_and_chat(backend: LlamaBackend) -> None:
 
 
 def test_prompts_are_cut_as_by_the_tokenizer_of_the_same_model(backend: LlamaBackend) -> None:
-    text = TextModel.load(BUNDLED / "millrace")
+    text = TextModel.load(PACKAGED / "millrace")
     for prompt in ("Once upon a time", "What is 12 + 7? It's easy!", "größer, 水車が回る 🚰"):
         outputs = generate(backend, Request("m", prompt=prompt, sampling=GREEDY))
         assert outputs[0].prompt_tokens == len(text.encode(prompt)), prompt
@@ -90,7 +90,7 @@ def test_a_character_of_several_tokens_has_all_its_ids(backend: LlamaBackend) ->
     ids, text = told(outputs)
     assert text == wanted
     assert UNKNOWN_ID not in ids
-    model = TextModel.load(BUNDLED / "millrace")
+    model = TextModel.load(PACKAGED / "millrace")
     assert model.tokenizer.decode([id for id in ids if id not in model.eos_ids]) == wanted
     # Cut in the middle of a character, and continued: the grammar knows what it has already seen.
     for cut in range(1, len(ids)):
@@ -101,7 +101,7 @@ def test_a_character_of_several_tokens_has_all_its_ids(backend: LlamaBackend) ->
 
 
 def test_bytes_that_never_become_a_character_are_counted_all_the_same(backend: LlamaBackend) -> None:
-    model = TextModel.load(BUNDLED / "millrace")
+    model = TextModel.load(PACKAGED / "millrace")
     half = model.tokenizer.encode("水", add_special_tokens=False).ids[0]
     sampling = Sampling(max_tokens=5, temperature=0.0, logit_bias={half: 100.0}, ignore_eos=True)
     outputs = generate(backend, Request("m", prompt="x", sampling=sampling))

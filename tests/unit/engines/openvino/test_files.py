@@ -11,8 +11,9 @@ from tests.support import tiny_models as tiny
 from tests.support.gguf import bundled_gguf
 
 from penstock.core.errors import ModelLoadError
-from penstock.engines.models import BUNDLED, find_gguf, find_weights
+from penstock.engines.models import find_gguf, find_weights
 from penstock.engines.openvino.files import find, resolve
+from penstock.models.catalogue import PACKAGED
 
 
 def ignore(what: str, fraction: float | None) -> None:
@@ -48,8 +49,8 @@ def test_a_short_name_is_the_folder_in_the_package_or_the_one_it_was_pulled_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
-    assert find("millrace", None) == BUNDLED / "millrace"
-    assert find("mine", "millrace") == BUNDLED / "millrace"
+    assert find("millrace", None) == PACKAGED / "millrace"
+    assert find("mine", "millrace") == PACKAGED / "millrace"
     assert find("smollm2", None) is None  # to be pulled
     pulled = tmp_path / "models" / "smollm2"
     pulled.mkdir(parents=True)

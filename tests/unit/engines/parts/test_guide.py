@@ -15,14 +15,14 @@ from tests.support import tiny_models as tiny
 from penstock.core.errors import InvalidRequest
 from penstock.core.job import Message, Request, ResponseFormat, Sampling, Tool
 from penstock.core.schema import FORMATS
-from penstock.engines.models import BUNDLED
 from penstock.engines.parts.guide import Guide, Guides, followed
 from penstock.engines.parts.sampling import Sampler
 from penstock.engines.text.model import TextModel
 from penstock.engines.text.reply import Reply
+from penstock.models.catalogue import PACKAGED
 
 MODELS = {
-    "millrace": TextModel.load(BUNDLED / "millrace"),
+    "millrace": TextModel.load(PACKAGED / "millrace"),
     "byte fallback": TextModel(tiny.byte_fallback(), tokenizer_config={"eos_token": "</s>"}),
     "no end": TextModel(tiny.byte_level()),
 }

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 
 from penstock.core.errors import ModelLoadError
 from penstock.core.job import Message
-from penstock.engines.models import BUNDLED
 from penstock.engines.text.gguf import GgufFile, tokenizer_of, write_text
 from penstock.engines.text.model import TextModel
+from penstock.models.catalogue import PACKAGED
 
 TEXTS = ["the mill turns", " größer  水車 1234!\n\n x", "I'll say: 'naïve'\t<s>no", "", "a"]
 
@@ -37,7 +37,7 @@ def vocabulary(path: Path, kind: str, tokens: Sequence[str], **more: Any) -> Ggu
 
 def test_a_byte_level_tokenizer_is_the_one_that_was_written(tmp_path: Path) -> None:
     ours = tokenizer_of(GgufFile(files.bundled_gguf(tmp_path)))
-    original = Tokenizer.from_file(str(BUNDLED / "millrace" / "tokenizer.json"))
+    original = Tokenizer.from_file(str(PACKAGED / "millrace" / "tokenizer.json"))
     for text in TEXTS:
         ids = original.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, add_special_tokens=False).ids == ids
@@ -47,7 +47,7 @@ def test_a_byte_level_tokenizer_is_the_one_that_was_written(tmp_path: Path) -> N
 def test_the_text_side_of_a_folder_is_the_one_that_was_written(tmp_path: Path) -> None:
     write_text(GgufFile(files.bundled_gguf(tmp_path)), tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    ours, original = TextModel.load(tmp_path), TextModel.load(BUNDLED / "millrace")
+    ours, original = TextModel.load(tmp_path), TextModel.load(PACKAGED / "millrace")
     assert ours.eos_ids == original.eos_ids
     assert ours.encode("the mill") == original.encode("the mill")
     messages = [Message("user", "Hello <|im_end|> there")]

@@ -20,11 +20,11 @@ from penstock.core.events import Prefix
 from penstock.core.job import Request, ResponseFormat, Sampling
 from penstock.core.ports import ModelInfo, Output
 from penstock.engines.child.backend import load_backend
-from penstock.engines.models import BUNDLED
 from penstock.engines.options import parse
 from penstock.engines.text.model import TextModel
 from penstock.engines.vllm.engine import Sampled, VLLMBackend, _rank, sampling_params
 from penstock.engines.vllm.options import VLLMOptions
+from penstock.models.catalogue import PACKAGED
 
 RECORDED = json.loads(recording.FILE.read_text())
 SCENARIO_NAMES = list(RECORDED["scenarios"])
@@ -65,7 +65,7 @@ class Recorded:
 
 def backend(core: Recorded) -> VLLMBackend:
     info = msgspec.convert(RECORDED["about"]["info"], ModelInfo)
-    text = TextModel.load(BUNDLED / "millrace")
+    text = TextModel.load(PACKAGED / "millrace")
     text.context_length, text.vocab_size = info.context_length, info.vocab_size
     made = VLLMBackend("millrace", text, core, 64, info.precision)
     assert made.info == msgspec.structs.replace(info, tool_format="hermes")
@@ -307,7 +307,7 @@ def test_a_request_for_an_adapter_is_one_of_vllms() -> None:
         def add(self, *given: Any) -> None:
             asked.append(given[-1])
 
-    text = TextModel.load(BUNDLED / "millrace")
+    text = TextModel.load(PACKAGED / "millrace")
     engine = VLLMBackend("base", text, Noted([]), 64, "float32", ("sql", "chat"))
     for key, model in enumerate(("base", "chat", "sql", "base")):
         engine.add(key, Request(model, prompt_ids=(5, 6)), [Prefix()], 1)
